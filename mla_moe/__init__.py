@@ -1,0 +1,10 @@
+"""DeepSeek's recipe in JAX: multi-head latent attention, mixture of experts, reinforcement learning from rules."""
+
+from mla_moe.config import ConfigError, ModelConfig, Yarn, preset
+from mla_moe.inference.generate import generate
+from mla_moe.nn.attention import MLAttention
+from mla_moe.nn.moe import MoE
+from mla_moe.nn.param import Precision
+from mla_moe.nn.transformer import Transformer
+
+__all__ = ["ConfigError", "MLAttention", "MoE", "ModelConfig", "Precision", "Transformer", "Yarn", "generate", "preset"]

@@ -1,0 +1,91 @@
+"""What a model costs before any of it exists: parameters, cache bytes, FLOPs. Counted from shapes."""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mla_moe.config import ModelConfig
+from mla_moe.nn.skeleton import Skeleton
+
+
+class Parameters(NamedTuple):
+    total: int
+    """All of them with the router's biases, without the multi-token-prediction module."""
+    active: int
+    """Those that one token meets: its chosen experts in place of all."""
+    mtp: int
+    """In the multi-token-prediction module, which shares embedding and head."""
+
+
+def count_parameters(cfg: ModelConfig) -> Parameters:
+    total = active = mtp = 0
+    for path, variable in Skeleton(cfg).variables.items():
+        size = math.prod(variable.get_value().shape)
+        if path.startswith("mtp/"):
+            mtp += size
+            continue
+        total += size
+        chosen = "experts" in variable.get_metadata("axes")
+        active += size * cfg.num_experts_per_tok // cfg.n_routed_experts if chosen else size
+    return Parameters(total, active, mtp)
+
+
+def cache_bytes_per_token(cfg: ModelConfig, item_bytes: int = 2) -> int:
+    """Bytes a token takes in the latent cache, over all layers."""
+    return (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * cfg.num_hidden_layers * item_bytes
+
+
+def multi_head_cache_bytes_per_token(cfg: ModelConfig, item_bytes: int = 2) -> int:
+    """The same for multi-head attention with as many heads of the value's width."""
+    return 2 * cfg.num_attention_heads * cfg.v_head_dim * cfg.num_hidden_layers * item_bytes
+
+
+def train_flops_per_token(cfg: ModelConfig, length: int) -> float:
+    """Useful FLOPs of forward and backward: 6 per active weight in a matrix product, and causal attention over
+    `length` tokens. Recomputation is not counted, nor is the embedding, which is a lookup."""
+    count = count_parameters(cfg)
+    weights = count.active - cfg.vocab_size * cfg.hidden_size
+    layers = cfg.num_hidden_layers
+    if cfg.num_nextn_predict_layers:
+        experts = 3 * cfg.hidden_size * cfg.moe_intermediate_size
+        idle = experts * (cfg.n_routed_experts - cfg.num_experts_per_tok)
+        weights += count.mtp - idle + cfg.vocab_size * cfg.hidden_size  # the head runs a second time
+        layers += cfg.num_nextn_predict_layers
+    width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
+    attention = 2 * cfg.num_attention_heads * width * (length + 1) / 2
+    return 6 * weights + 3 * layers * attention
+
+
+# Dense bfloat16 FLOP/s of one chip, from the makers' data sheets, by `jax.Device.device_kind`.
+PEAK_FLOPS = {
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU7x": 2307e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """FLOP/s of a device: from the table, or measured for a CPU; None for an accelerator that the table lacks."""
+    return _measured_peak(device) if device.platform == "cpu" else PEAK_FLOPS.get(device.device_kind)
+
+
+def _measured_peak(device: jax.Device, size: int = 1536) -> float:
+    """The best of a few float32 matrix products, about 0.2 s."""
+    import time
+
+    a = jax.device_put(jnp.ones((size, size), jnp.float32), device)
+    multiply = jax.jit(lambda a: a @ a)
+    multiply(a).block_until_ready()
+    best = math.inf
+    for _ in range(4):
+        start = time.perf_counter()
+        multiply(a).block_until_ready()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best

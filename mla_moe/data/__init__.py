@@ -1,0 +1,18 @@
+"""Text to batches: sources of documents, tokenizers, and Grain pipelines that pack and shuffle."""
+
+from mla_moe.data.pipeline import Batch, gzip_bits_per_byte, heldout_batches, train_batches
+from mla_moe.data.sources import open_sources
+from mla_moe.data.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer, train_bpe
+
+__all__ = [
+    "Batch",
+    "ByteTokenizer",
+    "HFTokenizer",
+    "Tokenizer",
+    "gzip_bits_per_byte",
+    "heldout_batches",
+    "load_tokenizer",
+    "open_sources",
+    "train_batches",
+    "train_bpe",
+]

@@ -1,0 +1,215 @@
+"""Documents to read from: every supported format becomes one sequence of strings with random access.
+
+Grain shuffles by index and reads from several threads, so a source knows its length, returns document `i` at any time
+and keeps no open file of its own.
+"""
+
+import array
+import bisect
+import functools
+import glob
+import itertools
+import json
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from mla_moe.config import ConfigError
+from mla_moe.data import cpython
+
+
+def open_sources(patterns: Sequence[str], *, field: str, text_field: str) -> Sequence[str]:
+    """The documents of all files that `patterns` match, in the patterns' order and sorted by path within each.
+
+    A pattern is a path, a glob (`**` descends), `cpython:train` or `cpython:heldout`. The suffix says how a file is
+    read: `.jsonl`, `.parquet`, `.arrayrecord`; any other file is one document of UTF-8 text. A file matched twice
+    counts once. `text_field` is the key or column that holds a document; `field` is the recipe's field to blame.
+    """
+    parts: list[Sequence[str]] = []
+    seen: set[str] = set()
+    for pattern in dict.fromkeys(patterns):
+        if pattern in cpython.NAMES:
+            parts.append(cpython.documents(pattern))
+            continue
+        matches = _matches(pattern)
+        if not matches:
+            raise ConfigError(field, pattern, f"matches no file from {os.getcwd()}; check the path or quote the glob")
+        fresh = [path for path in matches if path not in seen]
+        seen.update(fresh)
+        for read, paths in itertools.groupby(
+            fresh, key=lambda path: _READERS.get(Path(path).suffix.lower(), TextFiles)
+        ):
+            parts.append(read(list(paths), field, text_field))
+    source = parts[0] if len(parts) == 1 else Concatenation(parts)
+    if not any(source):  # stops at the first document with text, which also tries the format before training starts
+        raise ConfigError(field, tuple(patterns), "holds no text: every document is empty")
+    return source
+
+
+def _matches(pattern: str) -> list[str]:
+    path = os.path.expanduser(pattern)
+    if os.path.isfile(path):  # a name with brackets is a path before it is a glob
+        return [path]
+    return sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
+
+
+class Concatenation(Sequence[str]):
+    """Several sources, one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[str]]):
+        self._parts = parts
+        self._ends = list(itertools.accumulate(len(part) for part in parts))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> str:
+        part, offset = _locate(self._ends, index)
+        return self._parts[part][offset]
+
+
+def _locate(ends: Sequence[int], index: int) -> tuple[int, int]:
+    """Which part holds item `index`, and where in it, given the running totals of the parts' lengths."""
+    if not 0 <= index < ends[-1]:  # IndexError is what ends a loop over a sequence
+        raise IndexError(index)
+    part = bisect.bisect_right(ends, index)
+    return part, index - (ends[part - 1] if part else 0)
+
+
+class TextFiles(Sequence[str]):
+    """Files of UTF-8 text, each one document."""
+
+    def __init__(self, paths: list[str], field: str, text_field: str):
+        self._paths, self._field = paths, field
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> str:
+        path = self._paths[index]
+        return _decode(Path(path).read_bytes(), self._field, path)
+
+
+def _decode(text: bytes, field: str, where: str) -> str:
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(field, where, f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+
+class JsonLines(Sequence[str]):
+    """Files with one JSON object a line, found through an index of where lines start; blank lines do not count."""
+
+    def __init__(self, paths: list[str], field: str, text_field: str):
+        self._paths, self._field, self._key = paths, field, text_field
+        self._starts = array.array("q")  # 8 bytes a line: a billion lines fit a host's memory
+        self._lines = array.array("q")  # their numbers in the file, to name a broken one
+        self._ends: list[int] = []
+        for path in paths:
+            start = 0
+            with open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    if not line.isspace():
+                        self._starts.append(start)
+                        self._lines.append(number)
+                    start += len(line)
+            self._ends.append(len(self._starts))
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> str:
+        path = self._paths[_locate(self._ends, index)[0]]
+        with open(path, "rb") as file:  # per read: a shared handle would share its position among threads
+            file.seek(self._starts[index])
+            line = file.readline()
+        where = f"{path}, line {self._lines[index]}"
+        try:
+            value = json.loads(line)
+        except ValueError as error:
+            raise ConfigError(self._field, where, f"is not JSON: {error}") from None
+        text = value.get(self._key) if isinstance(value, dict) else None
+        if not isinstance(text, str):
+            raise ConfigError(self._field, where, f"needs an object with text under {self._key!r} (data.text_field)")
+        if not text.isascii() and _HALF_PAIR.search(text):  # JSON can spell what no UTF-8 can hold
+            raise ConfigError(self._field, where, "has half of a surrogate pair, which is no character")
+        return text
+
+
+class Parquet(Sequence[str]):
+    """A text column of Parquet files.
+
+    The format is decoded a row group at a time, so a shuffled read costs a row group: a few are kept, and files with
+    small ones (about a thousand rows) read well. Convert a large corpus to ArrayRecord, which has true random access.
+    """
+
+    def __init__(self, paths: list[str], field: str, text_field: str):
+        try:
+            import pyarrow
+            import pyarrow.parquet
+        except ImportError:
+            raise ConfigError(field, paths[0], "Parquet needs pyarrow: pip install 'mla_moe[parquet]'") from None
+        self._field, self._column = field, text_field
+        self._groups: list[tuple[str, int]] = []
+        self._ends: list[int] = []
+        for path in paths:
+            try:
+                with pyarrow.parquet.ParquetFile(path) as file:
+                    schema, metadata = file.schema_arrow, file.metadata
+            except pyarrow.ArrowInvalid as error:
+                raise ConfigError(field, path, f"is not a Parquet file: {error}") from None
+            if text_field not in schema.names:
+                raise ConfigError("data.text_field", text_field, f"{path} has the columns {', '.join(schema.names)}")
+            kind = schema.field(text_field).type
+            if kind not in (pyarrow.string(), pyarrow.large_string()):
+                raise ConfigError("data.text_field", text_field, f"{path} holds {kind} in it; name a column of text")
+            for group in range(metadata.num_row_groups):
+                self._groups.append((path, group))
+                self._ends.append(metadata.row_group(group).num_rows + (self._ends[-1] if self._ends else 0))
+        self._rows: Callable[[int], Sequence] = functools.lru_cache(maxsize=8)(self._read_group)
+
+    def _read_group(self, index: int) -> Sequence:
+        import pyarrow.parquet
+
+        path, group = self._groups[index]
+        with pyarrow.parquet.ParquetFile(path) as file:  # its own reader, since they are not safe to share
+            return file.read_row_group(group, columns=[self._column]).column(0)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> str:
+        group, row = _locate(self._ends or [0], index)
+        text = self._rows(group)[row].as_py()
+        if text is None:
+            path, number = self._groups[group]
+            raise ConfigError(self._field, f"{path}, row group {number}, row {row}", f"{self._column!r} is null")
+        return text
+
+
+class ArrayRecord(Sequence[str]):
+    """ArrayRecord files whose records are UTF-8 text."""
+
+    def __init__(self, paths: list[str], field: str, text_field: str):
+        from grain.sources import ArrayRecordDataSource
+
+        self._paths, self._field = paths, field
+        try:
+            self._records = ArrayRecordDataSource(paths)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(field, paths[0], f"cannot be read as ArrayRecord: {error}") from None
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return _decode(self._records[index], self._field, f"{', '.join(self._paths)}, record {index}")
+
+
+_READERS = {".jsonl": JsonLines, ".parquet": Parquet, ".arrayrecord": ArrayRecord, ".array_record": ArrayRecord}

@@ -1,0 +1,184 @@
+"""Text to token ids and back: raw bytes, any `tokenizer.json`, or a byte-level BPE trained on the run's own text."""
+
+import json
+import os
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import grain
+import numpy as np
+import tokenizers
+
+from mla_moe.config import ConfigError
+
+_FIELD = "data.tokenizer"
+_SAMPLE_CHARACTERS = 6_000_000  # enough to rank a few thousand merges; more only takes longer
+
+
+class Tokenizer(Protocol):
+    """What the package needs of a tokenizer."""
+
+    name: str
+    vocab_size: int
+    """One more than the largest id: the rows that an embedding needs."""
+    bos_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids of `text`, int32, with no special token: not even where the text spells one out."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; special ids are skipped, broken UTF-8 becomes U+FFFD."""
+        ...
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as ids 0 … 255, then bos and eos."""
+
+    name = "byte"
+    vocab_size = 258
+    bos_id = 256
+    eos_id = 257
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
+
+
+class HFTokenizer:
+    """A Hugging Face `tokenizer.json`.
+
+    bos and eos are those of a `tokenizer_config.json` beside it, or else the special tokens with a usual name; where
+    only one exists it serves as both, as GPT-2's `<|endoftext|>` does.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        self.name = str(path)
+        if not path.is_file():
+            raise ConfigError(_FIELD, self.name, "no such file; give byte, bpe:SIZE or the path of a tokenizer.json")
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_file(self.name)
+        except Exception as error:  # the Rust side raises bare `Exception`
+            raise ConfigError(_FIELD, self.name, f"is not a tokenizer.json: {error}") from None
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._tokenizer.encode_special_tokens = True  # a document that spells "</s>" must not end itself
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        bos = self._special_id(path, "bos_token", _BOS_NAMES)
+        eos = self._special_id(path, "eos_token", _EOS_NAMES)
+        found = [token_id for token_id in (bos, eos) if token_id is not None]
+        if not found:
+            raise ConfigError(
+                _FIELD, self.name, "has no bos or eos token; name them in a tokenizer_config.json beside it"
+            )
+        self.bos_id, self.eos_id = found[0], found[-1]
+
+    def _special_id(self, path: Path, key: str, usual: Sequence[str]) -> int | None:
+        token = _named_token(path.with_name("tokenizer_config.json"), key)
+        if token is not None:
+            if (token_id := self._tokenizer.token_to_id(token)) is None:
+                raise ConfigError(_FIELD, self.name, f"has no token {token!r}, the {key} of tokenizer_config.json")
+            return token_id
+        special = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
+        return next((special[name] for name in usual if name in special), None)
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+
+_BOS_NAMES = (
+    "<｜begin▁of▁sentence｜>",  # full-width bars: DeepSeek's own
+    "<|begin▁of▁sentence|>",
+    "<|begin_of_text|>",
+    "<|startoftext|>",
+    "<s>",
+    "<bos>",
+    "[BOS]",
+    "<|im_start|>",
+)
+_EOS_NAMES = (
+    "<｜end▁of▁sentence｜>",
+    "<|end▁of▁sentence|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<|im_end|>",
+)
+
+
+def _named_token(path: Path, key: str) -> str | None:
+    """The token under `key` of a `tokenizer_config.json`, which gives a string, an object with `content`, or null."""
+    if not path.is_file():
+        return None
+    try:
+        token = json.loads(path.read_text(encoding="utf-8")).get(key)
+    except (ValueError, AttributeError):
+        raise ConfigError(_FIELD, str(path), "is not a JSON object") from None
+    return token["content"] if isinstance(token, dict) else token
+
+
+def train_bpe(documents: Sequence[str], vocab_size: int, path: str | Path) -> None:
+    """Train a byte-level BPE of exactly `vocab_size` tokens on a sample of `documents` and write its `tokenizer.json`.
+
+    The same documents give the same file, byte for byte, and it appears at once or not at all: processes that share
+    a run's directory may all train and write it. Digits stand alone, as in DeepSeek's tokenizers.
+    """
+    path = Path(path)
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = tokenizers.pre_tokenizers.Digits(individual_digits=True)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, byte_level])
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=sorted(byte_level.alphabet()),  # all 256 bytes: any text can be encoded
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_sample(documents), trainer)
+    if bpe.get_vocab_size() < vocab_size:
+        raise ConfigError(_FIELD, f"bpe:{vocab_size}", f"the training text yields only {bpe.get_vocab_size()} tokens")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    bpe.save(str(unfinished))
+    os.replace(unfinished, path)
+
+
+def _sample(documents: Sequence[str]) -> Iterator[str]:
+    """Documents in a fixed random order, the last one cut, `_SAMPLE_CHARACTERS` in all."""
+    left = _SAMPLE_CHARACTERS
+    shuffled = grain.MapDataset.source(documents).shuffle(seed=0)
+    for text in map(shuffled.__getitem__, range(len(shuffled))):  # iterating it would read hundreds ahead
+        yield text[:left]
+        left -= len(text)
+        if left <= 0:
+            return
+
+
+def load_tokenizer(spec: str, run_dir: str | Path, documents: Sequence[str]) -> Tokenizer:
+    """The tokenizer that `data.tokenizer` names: `byte`, the path of a `tokenizer.json`, or `bpe:SIZE`.
+
+    `bpe:SIZE` is trained on `documents` when the run starts and kept in `run_dir`, from where a resumed run loads it.
+    """
+    if spec == "byte":
+        return ByteTokenizer()
+    if not spec.startswith("bpe:"):
+        return HFTokenizer(spec)
+    size, path = int(spec.removeprefix("bpe:")), Path(run_dir) / "tokenizer.json"
+    if not path.exists():
+        train_bpe(documents, size, path)
+    tokenizer = HFTokenizer(path)
+    if tokenizer.vocab_size != size:
+        raise ConfigError(_FIELD, spec, f"{path} has {tokenizer.vocab_size} tokens; use another run_dir")
+    return tokenizer

@@ -1,0 +1,91 @@
+"""Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values of all heads come from one small latent."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mla_moe.config import ModelConfig
+from mla_moe.nn.norm import RMSNorm
+from mla_moe.nn.param import Precision, matrix
+from mla_moe.nn.rope import rotary, rotate, softmax_scale
+from mla_moe.ops.attention import attention
+
+# transformers and the released code fix this value, whatever the config's rms_norm_eps.
+LATENT_NORM_EPS = 1e-6
+
+
+class MLAttention(nnx.Module):
+    """Causal self-attention `[B, T, D] -> [B, T, D]` with a latent of `kv_lora_rank` values per token.
+
+    With `q_lora_rank` queries pass through a latent too. Works alone: no mesh, no globals.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, precision: Precision | None = None):
+        self.cfg = cfg
+        self.precision = precision = precision or Precision.default()
+        D, H, Q, C = cfg.hidden_size, cfg.num_attention_heads, cfg.q_lora_rank, cfg.kv_lora_rank
+        N, R, V = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+
+        def weight(axes, *contracts):
+            return matrix(rngs, axes, contracts=contracts, std=cfg.initializer_range, dtype=precision.param)
+
+        if Q is None:
+            self.q = weight({"embed": D, "heads": H, "qk": N + R}, "embed")
+        else:
+            self.q_a = weight({"embed": D, "q_latent": Q}, "embed")
+            self.q_a_norm = RMSNorm("q_latent", Q, LATENT_NORM_EPS, precision)
+            self.q_b = weight({"q_latent": Q, "heads": H, "qk": N + R}, "q_latent")
+        self.kv_a = weight({"embed": D, "kv_latent": C + R}, "embed")
+        self.kv_a_norm = RMSNorm("kv_latent", C, LATENT_NORM_EPS, precision)
+        self.kv_b = weight({"kv_latent": C, "heads": H, "kv": N + V}, "kv_latent")
+        self.o = weight({"heads": H, "v": V, "embed": D}, "heads", "v")
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        *,
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Attend within segments (documents packed into a row). Positions default to 0, 1, 2, …"""
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
+        x_BTD = x_BTD.astype(self.precision.compute)
+        cos_sin = rotary(self.cfg, positions)
+        with jax.named_scope("queries"):
+            q_BTHA = self.queries(x_BTD, cos_sin)
+        with jax.named_scope("latent"):
+            c_BTC, k_pe_BTR = self.latent(x_BTD, cos_sin)
+        with jax.named_scope("expand"):
+            k_BTHA, v_BTHV = self.expand(c_BTC, k_pe_BTR)
+        with jax.named_scope("attend"):
+            y_BTHV = attention(q_BTHA, k_BTHA, v_BTHV, segment_ids, scale=softmax_scale(self.cfg))
+        return jnp.einsum("BTHV,HVD->BTD", y_BTHV, self.use(self.o))
+
+    def use(self, weight: nnx.Param) -> Array:
+        return weight[...].astype(self.precision.compute)
+
+    def queries(self, x_BTD, cos_sin) -> Float[Array, "B T H A"]:
+        """Queries, the last R of each head turned by position."""
+        if self.cfg.q_lora_rank is None:
+            q_BTHA = jnp.einsum("BTD,DHA->BTHA", x_BTD, self.use(self.q))
+        else:
+            q_BTQ = self.q_a_norm(jnp.einsum("BTD,DQ->BTQ", x_BTD, self.use(self.q_a)))
+            q_BTHA = jnp.einsum("BTQ,QHA->BTHA", q_BTQ, self.use(self.q_b))
+        q_nope, q_pe = jnp.split(q_BTHA, [self.cfg.qk_nope_head_dim], axis=-1)
+        return jnp.concatenate([q_nope, rotate(q_pe, *cos_sin)], axis=-1)
+
+    def latent(self, x_BTD, cos_sin) -> tuple[Float[Array, "B T C"], Float[Array, "B T R"]]:
+        """What a cache keeps of a token: the normed latent, and the one key part that knows the position."""
+        c_BTC, k_pe_BTR = jnp.split(
+            jnp.einsum("BTD,DC->BTC", x_BTD, self.use(self.kv_a)), [self.cfg.kv_lora_rank], axis=-1
+        )
+        return self.kv_a_norm(c_BTC), rotate(k_pe_BTR[:, :, None], *cos_sin)[:, :, 0]
+
+    def expand(self, c_BTC, k_pe_BTR) -> tuple[Float[Array, "B T H A"], Float[Array, "B T H V"]]:
+        """Keys and values of every head, out of the latent."""
+        kv_BTHk = jnp.einsum("BTC,CHk->BTHk", c_BTC, self.use(self.kv_b))
+        k_nope, v_BTHV = jnp.split(kv_BTHk, [self.cfg.qk_nope_head_dim], axis=-1)
+        k_pe = jnp.broadcast_to(k_pe_BTR[:, :, None], (*k_nope.shape[:-1], k_pe_BTR.shape[-1]))
+        return jnp.concatenate([k_nope, k_pe], axis=-1), v_BTHV

@@ -1,0 +1,165 @@
+"""The model, top to bottom: embedding, dense layers, expert layers, final norm, head, and the prediction module."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from mla_moe.config import ModelConfig
+from mla_moe.nn.attention import MLAttention
+from mla_moe.nn.mlp import MLP
+from mla_moe.nn.moe import MoE, RouterStats
+from mla_moe.nn.norm import RMSNorm
+from mla_moe.nn.param import Embedding, Precision, matrix
+
+Remat = Literal["none", "dots", "full"]
+
+_REMAT = {
+    "none": lambda layer: layer,
+    "dots": lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "full": jax.checkpoint,
+}
+
+
+class Context(NamedTuple):
+    """What every layer is told of the tokens. Segment 0 is padding; None means one document and no padding."""
+
+    segment_ids_BT: Int[Array, "B T"] | None
+    positions_BT: Int[Array, "B T"]
+
+    @property
+    def real_BT(self):
+        return None if self.segment_ids_BT is None else self.segment_ids_BT != 0
+
+
+class Block(nnx.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, where the MLP is dense or a mixture of experts."""
+
+    def __init__(self, cfg: ModelConfig, *, experts: bool, rngs: nnx.Rngs, precision: Precision):
+        self.attention_norm = RMSNorm("embed", cfg.hidden_size, cfg.rms_norm_eps, precision)
+        self.attention = MLAttention(cfg, rngs=rngs, precision=precision)
+        self.mlp_norm = RMSNorm("embed", cfg.hidden_size, cfg.rms_norm_eps, precision)
+        if experts:
+            self.moe = MoE(cfg, rngs=rngs, precision=precision)
+        else:
+            self.mlp = MLP(cfg, cfg.intermediate_size, rngs=rngs, precision=precision)
+        self.experts = experts
+
+    def __call__(self, x_BTD, context: Context) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+        with jax.named_scope("attention"):
+            x_BTD += self.attention(
+                self.attention_norm(x_BTD), segment_ids=context.segment_ids_BT, positions=context.positions_BT
+            )
+        with jax.named_scope("mlp"):
+            h_BTD = self.mlp_norm(x_BTD)
+            if not self.experts:
+                return x_BTD + self.mlp(h_BTD), None
+            y_BTD, stats = self.moe.with_stats(h_BTD, context.real_BT)
+            return x_BTD + y_BTD, stats
+
+
+class MTP(nnx.Module):
+    """Multi-token prediction (DeepSeek-V3, section 2.2): one more block that predicts the token after the next.
+
+    Embedding and head are the model's own, so they are not stored here. The projection takes [embedding; hidden], as in
+    the released weights; the paper prints the other order.
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, precision: Precision):
+        D = cfg.hidden_size
+        self.embedding_norm = RMSNorm("embed", D, cfg.rms_norm_eps, precision)
+        self.hidden_norm = RMSNorm("embed", D, cfg.rms_norm_eps, precision)
+        axes = {"mtp_in": 2 * D, "embed": D}
+        self.project = matrix(rngs, axes, contracts=("mtp_in",), std=cfg.initializer_range, dtype=precision.param)
+        self.block = Block(cfg, experts=True, rngs=rngs, precision=precision)
+        self.norm = RMSNorm("embed", D, cfg.rms_norm_eps, precision)
+        self.precision = precision
+
+    def __call__(self, h_BTD, next_embedding_BTD, context: Context) -> tuple[Float[Array, "B T D"], RouterStats]:
+        """From the model's final-normed `h_i` and the embedding of token i+1 to the hidden state that predicts i+2."""
+        both = jnp.concatenate([self.embedding_norm(next_embedding_BTD), self.hidden_norm(h_BTD)], axis=-1)
+        x_BTD = jnp.einsum("BTd,dD->BTD", both, self.project[...].astype(self.precision.compute))
+        x_BTD, stats = self.block(x_BTD, context)
+        return self.norm(x_BTD), stats
+
+
+class Transformer(nnx.Module):
+    """A DeepSeek-family language model: `int32[B, T] -> float32[B, T, V]`.
+
+    Equal layers are stacked and run under a scan, so that 61 layers compile like one. `remat` says what a layer's
+    backward pass recomputes: nothing (`none`), all but matrix products (`dots`) or everything (`full`).
+    """
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, precision: Precision | None = None, remat: Remat = "none"):
+        self.cfg = cfg
+        self.precision = precision = precision or Precision.default()
+        self.remat = remat
+        V, D = cfg.vocab_size, cfg.hidden_size
+        std, dtype = cfg.initializer_range, precision.param
+
+        def layers(count: int, experts: bool):
+            def make(rngs):
+                return Block(cfg, experts=experts, rngs=rngs, precision=precision)
+
+            return jax.vmap(make)(rngs.split(count))
+
+        self.embed = matrix(rngs, {"vocab": V, "embed": D}, contracts=(), std=std, dtype=dtype, kind=Embedding)
+        if cfg.first_k_dense_replace:
+            self.dense_layers = layers(cfg.first_k_dense_replace, experts=False)
+        if cfg.num_moe_layers:
+            self.moe_layers = layers(cfg.num_moe_layers, experts=True)
+        self.norm = RMSNorm("embed", D, cfg.rms_norm_eps, precision)
+        head = {"embed": D, "vocab": V}
+        self.head = matrix(rngs, head, contracts=("embed",), std=std, dtype=dtype, kind=Embedding)
+        if cfg.num_nextn_predict_layers:
+            self.mtp = MTP(cfg, rngs=rngs, precision=precision)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T V"]:
+        """Logits of the next token. Segment ids part the documents of a row (0 is padding); positions default to the
+        place in the row, so give them for packed documents."""
+        h_BTD, _ = self.hidden(tokens, segment_ids, positions)
+        return self.logits(h_BTD)
+
+    def hidden(self, tokens, segment_ids=None, positions=None) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+        """Hidden states after the final norm, and the expert layers' routing, stacked."""
+        context = _context(tokens, segment_ids, positions)
+        x_BTD, stats = self.embedding(tokens), None
+        if self.cfg.first_k_dense_replace:
+            x_BTD, _ = self._scan(self.dense_layers, x_BTD, context)
+        if self.cfg.num_moe_layers:
+            x_BTD, stats = self._scan(self.moe_layers, x_BTD, context)
+        return self.norm(x_BTD), stats
+
+    def mtp_hidden(self, h_BTD, next_tokens, segment_ids=None, positions=None):
+        """Hidden states that predict the token after `next_tokens`, and the module's routing."""
+        context = _context(next_tokens, segment_ids, positions)
+        return self.mtp(h_BTD, self.embedding(next_tokens), context)
+
+    def embedding(self, tokens_BT) -> Float[Array, "B T D"]:
+        return self.embed[...].astype(self.precision.compute)[tokens_BT]
+
+    def logits(self, h_BTD) -> Float[Array, "B T V"]:
+        head_DV = self.head[...].astype(self.precision.compute)
+        logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head_DV, preferred_element_type=jnp.float32)
+        return logits_BTV.astype(self.precision.output)
+
+    def _scan(self, layers: Block, x_BTD, context):
+        graph, state = nnx.split(layers)
+
+        def body(x_BTD, layer_state):
+            return nnx.merge(graph, layer_state)(x_BTD, context)
+
+        return jax.lax.scan(_REMAT[self.remat](body), x_BTD, state)
+
+
+def _context(tokens_BT, segment_ids, positions) -> Context:
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+    return Context(segment_ids, positions)

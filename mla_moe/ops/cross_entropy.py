@@ -1,0 +1,88 @@
+"""Cross-entropy of a large vocabulary, a chunk of time at a time: `[B, T, vocab]` never exists, forward or backward.
+
+The gradient of softmax cross-entropy is known as soon as the logits are, so the forward pass of differentiation
+computes it chunk by chunk, and the logits are made once instead of twice.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def cross_entropy(
+    h_BTD: Float[Array, "B T D"],
+    head_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Float[Array, "B T"],
+    *,
+    chunk: int,
+) -> Float[Array, ""]:
+    """`Σ weights · −log softmax(h @ head)[target]` in nats, float32. Weights are constants; 0 leaves a token out.
+
+    `chunk` is how many tokens of each sequence have logits at one time.
+    """
+    T = h_BTD.shape[1]
+    chunk = min(chunk, T)
+    padding = -T % chunk
+    if padding:
+        h_BTD = jnp.pad(h_BTD, ((0, 0), (0, padding), (0, 0)))
+        targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)))
+        weights_BT = jnp.pad(weights_BT, ((0, 0), (0, padding)))
+    return _summed(h_BTD, head_DV, targets_BT, weights_BT.astype(jnp.float32), chunk)
+
+
+def reference(h_BTD, head_DV, targets_BT, weights_BT):
+    """The same with all logits at once."""
+    logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head_DV, preferred_element_type=jnp.float32)
+    log_p_BTV = jax.nn.log_softmax(logits_BTV)
+    return -jnp.sum(weights_BT * jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0])
+
+
+def _chunks(x, chunk):
+    """`[B, T, …] -> [T / chunk, B, chunk, …]`; the batch axis stays whole, so its sharding does too."""
+    B, T = x.shape[:2]
+    return jnp.moveaxis(x.reshape(B, T // chunk, chunk, *x.shape[2:]), 1, 0)
+
+
+def _nats(h_BtD, head_DV, targets_Bt, weights_Bt):
+    logits_BtV = jnp.einsum("BtD,DV->BtV", h_BtD, head_DV, preferred_element_type=jnp.float32)
+    log_z_Bt = jax.nn.logsumexp(logits_BtV, axis=-1)
+    target_Bt = jnp.take_along_axis(logits_BtV, targets_Bt[..., None], axis=-1)[..., 0]
+    return jnp.sum(weights_Bt * (log_z_Bt - target_Bt)), logits_BtV, log_z_Bt
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _summed(h_BTD, head_DV, targets_BT, weights_BT, chunk):
+    def body(total, xs):
+        h_BtD, targets_Bt, weights_Bt = xs
+        return total + _nats(h_BtD, head_DV, targets_Bt, weights_Bt)[0], None
+
+    xs = tuple(_chunks(x, chunk) for x in (h_BTD, targets_BT, weights_BT))
+    return jax.lax.scan(body, jnp.float32(0), xs)[0]
+
+
+def _summed_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk):
+    def body(carry, xs):
+        total, g_head_DV = carry
+        h_BtD, targets_Bt, weights_Bt = xs
+        nats, logits_BtV, log_z_Bt = _nats(h_BtD, head_DV, targets_Bt, weights_Bt)
+        is_target_BtV = jax.nn.one_hot(targets_Bt, head_DV.shape[1])
+        g_BtV = weights_Bt[..., None] * (jnp.exp(logits_BtV - log_z_Bt[..., None]) - is_target_BtV)
+        g_BtV = g_BtV.astype(h_BtD.dtype)
+        g_head_DV += jnp.einsum("BtD,BtV->DV", h_BtD, g_BtV, preferred_element_type=jnp.float32)
+        return (total + nats, g_head_DV), jnp.einsum("BtV,DV->BtD", g_BtV, head_DV)
+
+    xs = tuple(_chunks(x, chunk) for x in (h_BTD, targets_BT, weights_BT))
+    start = (jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32))
+    (total, g_head_DV), g_cBtD = jax.lax.scan(body, start, xs)
+    return total, (jnp.moveaxis(g_cBtD, 0, 1).reshape(h_BTD.shape), g_head_DV.astype(head_DV.dtype))
+
+
+def _summed_backward(chunk, residuals, g):
+    g_h_BTD, g_head_DV = residuals
+    return g_h_BTD * g.astype(g_h_BTD.dtype), g_head_DV * g.astype(g_head_DV.dtype), None, None
+
+
+_summed.defvjp(_summed_forward, _summed_backward)

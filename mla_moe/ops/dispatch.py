@@ -1,0 +1,94 @@
+"""Move tokens to their experts and back, by gathers alone in both directions.
+
+A token chooses K experts, so N tokens make N·K rows. Rows are sorted by expert into one buffer in which each expert's
+part begins at a multiple of `block`; the grouped matmul then never has two experts in one block. No row is dropped:
+the buffer holds the worst case, N·K + E·(block − 1) rows rounded up.
+
+The derivative of a gather is a scatter-add, which is slow on every platform. Here both gathers know each other's
+indices, so each one's derivative is again a gather.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Plan(NamedTuple):
+    """Where every row goes. `R` is the number of rows in the buffer, padding included."""
+
+    row_NK: Int[Array, "N K"]
+    """The row of the buffer that holds a token's k-th choice."""
+    token_R: Int[Array, "R"]
+    """The token in each row; 0 where the row is padding."""
+    filled_R: Bool[Array, "R"]
+    """False where the row is padding."""
+    group_sizes_E: Int[Array, "E"]
+    """Rows of each expert, rounded up to whole blocks. Their sum is at most R."""
+
+
+def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int) -> Plan:
+    """Sort the rows by expert, each expert's part a whole number of blocks."""
+    N, K = experts_NK.shape
+    rows = N * K
+    R = -(-rows // block) * block + min(num_experts, rows) * block * (block > 1)
+    expert_R = experts_NK.reshape(rows)
+    order = jnp.argsort(expert_R, stable=True)
+    count_E = jnp.bincount(expert_R, length=num_experts)
+    padded_E = -(-count_E // block) * block
+    shift_E = (jnp.cumsum(padded_E) - padded_E) - (jnp.cumsum(count_E) - count_E)
+    target = jnp.arange(rows) + shift_E[expert_R[order]]
+    unique = dict(unique_indices=True, indices_are_sorted=True)
+    token_R = jnp.zeros(R, jnp.int32).at[target].set(order // K, **unique)
+    filled_R = jnp.zeros(R, bool).at[target].set(True, **unique)
+    row_NK = jnp.zeros(rows, jnp.int32).at[order].set(target, unique_indices=True).reshape(N, K)
+    return Plan(row_NK, token_R, filled_R, padded_E)
+
+
+@jax.custom_vjp
+def dispatch(x_ND: Float[Array, "N D"], p: Plan) -> Float[Array, "R D"]:
+    """Copy each token into the rows of its experts. Padding rows hold some token; nobody reads what becomes of them."""
+    return x_ND[p.token_R]
+
+
+def _dispatch_forward(x_ND, p):
+    return dispatch(x_ND, p), p
+
+
+def _dispatch_backward(p, g_RD):
+    return _sum_choices(g_RD, p.row_NK), None
+
+
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@jax.custom_vjp
+def combine(y_RD: Float[Array, "R D"], weight_NK: Float[Array, "N K"], p: Plan) -> Float[Array, "N D"]:
+    """Add up each token's K rows, weighed: `Σ_k weight[n, k] · y[row[n, k]]`."""
+    return _sum_choices(y_RD, p.row_NK, weight_NK)
+
+
+def _combine_forward(y_RD, weight_NK, p):
+    return combine(y_RD, weight_NK, p), (y_RD, weight_NK, p)
+
+
+def _combine_backward(residuals, g_ND):
+    y_RD, weight_NK, p = residuals
+    weight_R = jnp.zeros(len(p.token_R), weight_NK.dtype).at[p.row_NK].set(weight_NK, unique_indices=True)
+    gy_RD = g_ND[p.token_R] * weight_R[:, None].astype(g_ND.dtype)  # zero in padding rows, so that experts see none
+    K = p.row_NK.shape[1]
+    gw = [jnp.einsum("ND,ND->N", y_RD[p.row_NK[:, k]], g_ND, preferred_element_type=jnp.float32) for k in range(K)]
+    return gy_RD, jnp.stack(gw, axis=1).astype(weight_NK.dtype), None
+
+
+combine.defvjp(_combine_forward, _combine_backward)
+
+
+def _sum_choices(y_RD, row_NK, weight_NK=None):
+    """Sum of a token's rows, one choice at a time: K·N·D values never stand side by side."""
+    total = 0.0
+    for k in range(row_NK.shape[1]):
+        y_ND = y_RD[row_NK[:, k]].astype(jnp.float32)
+        total += y_ND if weight_NK is None else y_ND * weight_NK[:, k, None]
+    return total.astype(y_RD.dtype)

@@ -1,0 +1,83 @@
+"""Multiply each row by its own expert's matrix: `y[r] = x[r] @ w[expert of r]`, rows sorted by expert.
+
+Three implementations of one function:
+- `reference`: every expert on every row, masked. The oracle; E times the work.
+- `blocks`: cut the rows into blocks of one expert each, and multiply block by block. Plain XLA; CPU and GPU.
+- `ragged`: `jax.lax.ragged_dot`, which is a native kernel on TPU. Elsewhere XLA expands it to `reference`'s work.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+Implementation = Literal["reference", "blocks", "ragged"]
+
+
+def default_implementation(platform: str | None = None) -> Implementation:
+    """The path that does only the chosen work on `platform` (`tpu`, `gpu`, `cpu`; by default the attached one)."""
+    return "ragged" if (platform or jax.default_backend()) == "tpu" else "blocks"
+
+
+def grouped_matmul(
+    x_RD: Float[Array, "R D"],
+    w_EDF: Float[Array, "E D F"],
+    group_sizes_E: Int[Array, "E"],
+    *,
+    block: int,
+    implementation: Implementation | None = None,
+) -> Float[Array, "R F"]:
+    """`y[r] = x[r] @ w[e]` for the rows r of group e, groups standing one after the other from row 0.
+
+    `group_sizes_E` are multiples of `block`, and R is too. Rows behind the last group give arbitrary finite values.
+    """
+    if implementation is None:
+        implementation = default_implementation()
+    if implementation == "reference":
+        return _reference(x_RD, w_EDF, group_sizes_E)
+    if implementation == "ragged":
+        return jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E)
+    if x_RD.shape[0] % block:
+        raise ValueError(f"rows = {x_RD.shape[0]} must be a multiple of block = {block}")
+    return _blocks(x_RD, w_EDF, _expert_of_block(group_sizes_E, block, x_RD.shape[0] // block))
+
+
+def _reference(x_RD, w_EDF, group_sizes_E):
+    R = x_RD.shape[0]
+    expert_R = jnp.searchsorted(jnp.cumsum(group_sizes_E), jnp.arange(R), side="right")
+    chosen_RE = jax.nn.one_hot(expert_R, w_EDF.shape[0], dtype=x_RD.dtype)
+    return jnp.einsum("RD,EDF,RE->RF", x_RD, w_EDF, chosen_RE)
+
+
+def _expert_of_block(group_sizes_E, block, num_blocks):
+    last_E = jnp.cumsum(group_sizes_E) // block
+    expert_b = jnp.searchsorted(last_E, jnp.arange(num_blocks), side="right")
+    return jnp.minimum(expert_b, len(group_sizes_E) - 1)
+
+
+@jax.custom_vjp
+def _blocks(x_RD, w_EDF, expert_b):
+    return _block_multiply(x_RD, w_EDF[expert_b])
+
+
+def _block_multiply(x_RD, w_bDF):
+    b, D, F = w_bDF.shape
+    return jnp.einsum("bmD,bDF->bmF", x_RD.reshape(b, -1, D), w_bDF).reshape(-1, F)
+
+
+def _blocks_forward(x_RD, w_EDF, expert_b):
+    return _blocks(x_RD, w_EDF, expert_b), (x_RD, w_EDF, expert_b)
+
+
+def _blocks_backward(residuals, g_RF):
+    x_RD, w_EDF, expert_b = residuals
+    E, D, F = w_EDF.shape
+    b = len(expert_b)
+    gx_RD = _block_multiply(g_RF, jnp.swapaxes(w_EDF, 1, 2)[expert_b])
+    gw_bDF = jnp.einsum("bmD,bmF->bDF", x_RD.reshape(b, -1, D), g_RF.reshape(b, -1, F))
+    gw_EDF = jax.ops.segment_sum(gw_bDF, expert_b, E, indices_are_sorted=True)
+    return gx_RD, gw_EDF.astype(w_EDF.dtype), None
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)

@@ -1,0 +1,263 @@
+"""What a run is: frozen dataclasses for model, data, optimizer, mesh and stages. Every field is a flag of `train.py`."""
+
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from mla_moe.config import ConfigError, ModelConfig, preset
+
+
+def _require(ok: bool, field: str, value: Any, fix: str) -> None:
+    if not ok:
+        raise ConfigError(field, value, fix)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Where text comes from and how it becomes tokens."""
+
+    train: tuple[str, ...] = ("cpython:train",)
+    """Globs of .txt/.py/.md (a file is a document), .jsonl, .parquet, .arrayrecord; or cpython:train, which is the
+    standard library's sources and the language reference of the running Python."""
+    heldout: tuple[str, ...] = ("cpython:heldout",)
+    """The same for evaluation."""
+    text_field: str = "text"
+    """Key (JSON lines) or column (Parquet) that holds a document."""
+    tokenizer: str = "byte"
+    """byte, the path of a tokenizer.json, or bpe:SIZE to train one of SIZE tokens on the training text."""
+    shuffle_window: int = 256
+    """Sequences among which a packed sequence may move, so that one long document does not fill a batch."""
+    prefetch: int = 8
+    """Batches prepared ahead of the step."""
+
+    def __post_init__(self):
+        _require(len(self.train) > 0, "data.train", self.train, "name at least one file or glob")
+        _require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "1 keeps the order")
+        _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "prepare at least 1 batch ahead")
+        if self.tokenizer.startswith("bpe:"):
+            size = self.tokenizer.removeprefix("bpe:")
+            _require(size.isdigit() and int(size) >= 300, "data.tokenizer", self.tokenizer, "bpe:SIZE with SIZE >= 300")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Learning rate: linear warm-up, constant, cosine to `final`, and constant again (DeepSeek-V3, section 4.2)."""
+
+    peak: float = 2.2e-4
+    """Learning rate after warm-up."""
+    warmup: float = 0.01
+    """Share of the steps in which it rises from 0."""
+    decay: float = 0.3
+    """Share of the steps in which it falls from `peak` to `final`, along a cosine."""
+    final: float = 0.1
+    """The last learning rate, as a share of `peak`."""
+    tail: float = 0.0
+    """Share of the steps after the decay, spent at `final`."""
+
+    def __post_init__(self):
+        _require(self.peak > 0, "optimizer.schedule.peak", self.peak, "a learning rate is positive")
+        for name in ("warmup", "decay", "tail", "final"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"optimizer.schedule.{name}", value, "a share between 0 and 1")
+        total = self.warmup + self.decay + self.tail
+        _require(total <= 1 + 1e-9, "optimizer.schedule", total, "warmup + decay + tail is at most 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW, or Muon for the matrices inside the layers with AdamW for the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    schedule: Schedule = Schedule()
+    muon_peak: float | None = None
+    """Peak learning rate of the matrices under Muon; None takes the schedule's, as with Moonlight's RMS scaling."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    muon_momentum: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decoupled, on matrices only: not on norms, nor on the router's bias."""
+    clip: float = 1.0
+    """Largest global norm of the gradient; a larger one is scaled down to it."""
+
+    def __post_init__(self):
+        for name in ("beta1", "beta2", "muon_momentum"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
+        _require(self.clip > 0, "optimizer.clip", self.clip, "a positive norm; a very large one clips nothing")
+        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        _require(self.muon_peak is None or self.muon_peak > 0, "optimizer.muon_peak", self.muon_peak, "a positive rate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+    """Devices along each axis; −1 takes what the others leave."""
+
+    data: int = -1
+    """Replicas of everything; the axis that may cross a slow network."""
+    fsdp: int = 1
+    """Parameters and optimizer state split, gathered when used."""
+    expert: int = 1
+    """Experts split."""
+    tensor: int = 1
+    """Heads and hidden widths split."""
+    context: int = 1
+    """Time split."""
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for name, size in sizes.items():
+            _require(size == -1 or size >= 1, f"mesh.{name}", size, "a number of devices, or -1 for the rest")
+        _require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis can be -1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """The pretraining stage."""
+
+    steps: int = 1000
+    """Optimizer steps; 0 skips the stage."""
+    batch_size: int = 32
+    """Sequences a step, over all devices and accumulation steps."""
+    sequence_length: int = 1024
+    accumulation: int = 1
+    """Parts a batch is cut into, whose gradients are added before one update."""
+    loss_chunk: int = 512
+    """Tokens of a sequence whose logits exist at one time."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What a layer's backward pass recomputes: nothing, all but matrix products, or everything."""
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of activations; auto is bfloat16 on accelerators and float32 on CPU. Parameters stay float32."""
+    mtp_weight: float = 0.3
+    """λ of the multi-token-prediction loss, for models that have the module."""
+    balance_weight: float = 1e-4
+    """α of the sequence-wise balance loss."""
+    bias_update: float = 1e-3
+    """γ of the router bias; 0 freezes it."""
+    bias_freeze: float = 0.0
+    """Last share of the steps in which γ is 0 (V3: the last 500 B of 14.8 T tokens, 0.034)."""
+    log_every: int = 1
+    """Steps between rows of metrics.jsonl."""
+    eval_every: int = 0
+    """Steps between evaluations on held-out text; 0 evaluates once, at the end."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "sequence_length", "accumulation", "loss_chunk", "log_every"):
+            value = getattr(self, name)
+            _require(value >= 1, f"training.{name}", value, "at least 1")
+        for name in ("steps", "eval_every", "mtp_weight", "balance_weight", "bias_update"):
+            value = getattr(self, name)
+            _require(value >= 0, f"training.{name}", value, "0 or more")
+        _require(0 <= self.bias_freeze <= 1, "training.bias_freeze", self.bias_freeze, "a share between 0 and 1")
+        _require(
+            self.batch_size % self.accumulation == 0,
+            "training.accumulation",
+            self.accumulation,
+            f"must divide training.batch_size = {self.batch_size}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What is kept of a run."""
+
+    every: int = 100
+    """Steps between checkpoints; the last step is always kept."""
+    keep: int = 2
+    """Newest checkpoints kept."""
+
+    def __post_init__(self):
+        _require(self.every >= 1, "checkpoint.every", self.every, "at least 1 step")
+        _require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Text generated at the end of a run."""
+
+    prompts: tuple[str, ...] = ()
+    max_new_tokens: int = 96
+    temperature: float = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A run, complete: `recipe.json` in the run's directory is one of these and can be run again."""
+
+    run_dir: str
+    """Directory of the run. Running again with the same one resumes."""
+    model: ModelConfig = preset("tiny")
+    seed: int = 0
+    data: Data = Data()
+    optimizer: Optimizer = Optimizer()
+    mesh: Mesh = Mesh()
+    training: Training = Training()
+    checkpoint: Checkpoint = Checkpoint()
+    sample: Sample = Sample()
+
+    def __post_init__(self):
+        length, limit = self.training.sequence_length, self.model.max_position_embeddings
+        _require(
+            length <= limit, "training.sequence_length", length, f"at most model.max_position_embeddings = {limit}"
+        )
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Recipe":
+        """Read `to_json`'s text back. Raises `ConfigError` for a field that is unknown, missing or of a wrong type."""
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ConfigError("recipe", str(error), "write it as JSON") from None
+        return structure(cls, value, "recipe")
+
+
+def load(path: str | Path) -> Recipe:
+    """The recipe that a Python file binds to the name `recipe`, or that a `recipe.json` holds."""
+    import runpy
+
+    path = Path(path)
+    _require(path.is_file(), "recipe", str(path), "no such file; try configs/quickstart.py")
+    if path.suffix == ".json":
+        return Recipe.from_json(path.read_text())
+    recipe = runpy.run_path(str(path)).get("recipe")
+    if not isinstance(recipe, Recipe):
+        raise ConfigError("recipe", str(path), "the file must bind `recipe = Recipe(…)`")
+    return recipe
+
+
+def structure(cls: Any, value: Any, field: str) -> Any:
+    """Turn plain JSON `value` into `cls`: a (nested) dataclass, tuple, Literal, union or scalar.
+
+    Raises `ConfigError` naming `field`, dotted, where they do not fit.
+    """
+    origin, arguments = typing.get_origin(cls), typing.get_args(cls)
+    if dataclasses.is_dataclass(cls):
+        _require(isinstance(value, dict), field, value, f"an object with the fields of {cls.__name__}")
+        hints = typing.get_type_hints(cls)
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for name in value:
+            _require(name in known, f"{field}.{name}", value[name], f"no such field; there are {', '.join(known)}")
+        for name, f in known.items():
+            needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            _require(name in value or not needed, f"{field}.{name}", None, "is required")
+        return cls(**{name: structure(hints[name], v, f"{field}.{name}") for name, v in value.items()})
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), field, value, "a list")
+        return tuple(structure(arguments[0], v, f"{field}[{i}]") for i, v in enumerate(value))
+    if origin is Literal:
+        _require(value in arguments, field, value, f"one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return structure(next(a for a in arguments if a is not type(None)), value, field)
+    if cls is float and type(value) is int:
+        return float(value)
+    _require(type(value) is cls, field, value, f"must be of type {cls.__name__}")
+    return value

@@ -1,0 +1,163 @@
+"""What a person sees of a run: tables, one-off lines, and progress as a bar or, in a log file, as lines."""
+
+import os
+from collections.abc import Mapping, Sequence
+from time import monotonic
+from typing import Self
+
+import rich.console
+import rich.progress
+from rich.table import Table
+from rich.text import Text
+
+WIDTH = 80
+"""Columns of the narrowest terminal that shows everything."""
+LOG_SECONDS = 10.0
+"""Least time between two lines of progress in a log."""
+
+
+class Console:
+    """Standard output of a run. All processes may hold one and call it; only an enabled one prints."""
+
+    def __init__(self, enabled: bool):
+        self._rich = rich.console.Console(quiet=not enabled, highlight=False)
+
+    def say(self, message: str) -> None:
+        """A line, above the progress bar if there is one; never cut, and brackets are just brackets."""
+        self._rich.print(message, markup=False, soft_wrap=True)
+
+    def startup_table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """What is about to run: names and values under the run's name."""
+        self._rich.print(_two_columns(title, rows, value_justify="left"))
+
+    def result_table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """What came out: names, and numbers aligned at the right."""
+        self._rich.print(_two_columns(title, rows, value_justify="right"))
+
+    def progress(self, stage: str, total: int, start: int = 0) -> "Progress":
+        """Progress of a stage of `total` steps, of which `start` were done before. Use as a context manager."""
+        return Progress(self._rich, stage, total, start)
+
+
+class Progress:
+    """A bar on a terminal; elsewhere, and in CI, a line every `LOG_SECONDS` and for the last step."""
+
+    def __init__(self, console: rich.console.Console, stage: str, total: int, start: int):
+        self._console, self._total, self._start = console, total, start
+        self._began = monotonic()
+        self._first: tuple[int, float] | None = None
+        self._last_line = -LOG_SECONDS
+        self._bar = None
+        if console.is_interactive and not console.quiet and not os.environ.get("CI"):
+            self._bar = rich.progress.Progress(
+                rich.progress.TextColumn(stage, markup=False),
+                rich.progress.BarColumn(bar_width=None),
+                rich.progress.TextColumn("{task.description}", markup=False),
+                console=console,
+                expand=True,
+            )
+            self._task = self._bar.add_task("compiling", total=total, completed=start)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def update(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show that `step` steps are done, the last with these metrics (those of `metrics.jsonl`)."""
+        now = monotonic()
+        left = self._seconds_left(step, now)
+        if self._bar is not None:
+            text = bar_text(step, self._total, metrics, now - self._began, left)
+            self._bar.update(self._task, completed=step, description=text)
+        elif now - self._last_line >= LOG_SECONDS or step == self._total:
+            self._last_line = now
+            self._console.print(log_line(step, self._total, metrics, left), markup=False, soft_wrap=True)
+
+    def _seconds_left(self, step: int, now: float) -> float | None:
+        """From the pace since the first update, since the first step also compiles; None until there is a pace."""
+        if self._first is None:
+            self._first = step, now
+        first_step, first_time = self._first
+        return (now - first_time) / (step - first_step) * (self._total - step) if step > first_step else None
+
+
+def log_line(step: int, total: int, metrics: Mapping[str, float], left: float | None) -> str:
+    """`step   120/400  loss 3.214  lr 2.2e-04  12.3k tok/s  load 1.31  left 1:05`, in at most `WIDTH` columns."""
+    parts = [f"step {step:{max(5, len(str(total)))}d}/{total}", *_figures(metrics)]
+    return _fit(parts, [] if left is None else [f"left {duration(left)}"], WIDTH)
+
+
+def bar_text(step: int, total: int, metrics: Mapping[str, float], elapsed: float, left: float | None) -> str:
+    """The same beside a bar: shorter by the learning rate, and with the time so far."""
+    shown = {name: value for name, value in metrics.items() if name != "lr"}
+    times = [duration(elapsed)] if left is None else [f"{duration(elapsed)}<{duration(left)}"]
+    return _fit([f"{step}/{total}", *_figures(shown)], times, WIDTH - 20)
+
+
+def si(number: float) -> str:
+    """Three digits and a decimal prefix: `1.23 M`; below a thousand, the number itself."""
+    return _prefixed(number, 1000.0, ("", " k", " M", " G", " T", " P", " E"))
+
+
+def bytes_(number: float) -> str:
+    """A size in memory, in binary units: `1.50 GiB`."""
+    return _prefixed(number, 1024.0, (" B", " KiB", " MiB", " GiB", " TiB", " PiB"))
+
+
+def duration(seconds: float) -> str:
+    """`0:07`, `1:05`, `2:03:04` or `1d 2:03:04`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if not days and not hours:
+        return f"{minutes}:{seconds:02d}"
+    return f"{days}d " * (days > 0) + f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+_FIGURES = (
+    ("loss", lambda v: f"loss {v:.3f}"),
+    ("reward", lambda v: f"reward {v:.3f}"),
+    ("accuracy", lambda v: f"acc {v:.3f}"),
+    ("skipped", lambda v: f"skipped {v:g}" if v else ""),
+    ("moe/dropped", lambda v: f"dropped {v:.3g}" if v else ""),
+    ("lr", lambda v: f"lr {v:.1e}"),
+    ("tokens_per_s", lambda v: f"{si(v).replace(' ', '')} tok/s"),
+    ("moe/load_max", lambda v: f"load {v:.2f}"),
+)
+"""Metrics shown while running, in reading order; a loss is only shown where there is something lost."""
+
+
+def _figures(metrics: Mapping[str, float]) -> list[str]:
+    texts = (show(metrics[name]) for name, show in _FIGURES if name in metrics)
+    return [text for text in texts if text]
+
+
+def _fit(parts: list[str], ending: list[str], width: int) -> str:
+    """Join with two spaces, leaving out the last parts that would not fit before the ending."""
+    while len(parts) > 1 and len("  ".join(parts + ending)) > width:
+        parts = parts[:-1]
+    return "  ".join(parts + ending)
+
+
+def _prefixed(number: float, base: float, units: Sequence[str]) -> str:
+    power = 0
+    while abs(number) >= base * (1 - 5e-4) and power < len(units) - 1:
+        number, power = number / base, power + 1
+    if power == 0:
+        return f"{number:.3g}{units[0]}" if abs(number) < 999.5 else f"{number:.0f}{units[0]}"
+    decimals = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
+    return f"{number:.{decimals}f}{units[power]}"
+
+
+def _two_columns(title: str, rows: Sequence[tuple[str, str]], value_justify: str) -> Table:
+    table = Table(title=Text(title, style="bold"), title_justify="left", box=None, show_header=False, padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(justify=value_justify, overflow="fold")
+    for name, value in rows:
+        table.add_row(Text(name), Text(value))
+    return table

@@ -1,0 +1,133 @@
+"""What a run writes about itself: `metrics.jsonl`, `expert_load.jsonl`, `samples.jsonl` and TensorBoard files.
+
+A run that resumes at step N repeats the steps after N, so opening a writer first drops the rows that were written for
+them. Curves of a run that was killed ten times are therefore the curves of one that never was.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Writes the rows of one stage of a run. Only one process of a run may open it; every row is on disk at return.
+
+    `resume_step` is the last step whose result was restored, and None when the stage starts from its beginning: then
+    nothing an earlier attempt wrote for this stage is kept.
+    """
+
+    def __init__(self, run_dir: Path, resume_step: int | None, stage: str):
+        self._stage = stage
+        last_kept = -1 if resume_step is None else resume_step
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._metrics = _RowFile(run_dir / "metrics.jsonl", stage, last_kept)
+        self._load = _RowFile(run_dir / "expert_load.jsonl", stage, last_kept)
+        self._samples = _RowFile(run_dir / "samples.jsonl", stage, last_kept)
+        self._tensorboard = _tensorboard(run_dir / "tensorboard" / stage, last_kept + 1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in (self._metrics, self._load, self._samples, self._tensorboard):
+            file.close()
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """A row of `metrics.jsonl`, in full precision. JSON has no NaN: it becomes null, counted in `non_finite`."""
+        values = {name: float(value) for name, value in metrics.items()}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        if len(finite) < len(values):
+            finite["non_finite"] = len(values) - len(finite)
+        self._metrics.append({"step": step, "stage": self._stage, **dict.fromkeys(values), **finite})
+        for name, value in finite.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def write_load(self, step: int, load: np.ndarray) -> None:
+        """A row of `expert_load.jsonl`: `load[layers, experts]`, in any unit, as multiples of its layer's mean."""
+        load = np.asarray(load, np.float64)
+        mean = load.mean(axis=1, keepdims=True)
+        relative = np.divide(load, mean, out=np.zeros_like(load), where=mean > 0)
+        self._load.append({"step": step, "stage": self._stage, "load": relative.round(3).tolist()})
+
+    def append_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Rows of `samples.jsonl`: each with `step`, `prompt`, `completion`, and what else is worth keeping."""
+        for row in rows:
+            self._samples.append({"step": row["step"], "stage": self._stage, **row})
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, none if there is no file. A last line cut short by a kill is left out."""
+    return [row for _, row in _lines(path)] if path.exists() else []
+
+
+class _RowFile:
+    """A JSON-lines file open for appending, without the stage's rows after `last_kept`."""
+
+    def __init__(self, path: Path, stage: str, last_kept: int):
+        if path.exists():
+            _drop_rows(path, stage, last_kept)
+        self._path = path
+        self._file = None
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8")
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+
+
+def _drop_rows(path: Path, stage: str, last_kept: int) -> None:
+    """Rewrite `path` without the stage's rows after `last_kept`, so that a kill leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    dropped = 0
+    with temporary.open("w", encoding="utf-8") as file:
+        for line, row in _lines(path):
+            if row["stage"] == stage and row["step"] > last_kept:
+                dropped += 1
+            else:
+                file.write(line.rstrip("\n") + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    if dropped:
+        logger.info("%s: dropped %d rows of stage %s after step %d", path, dropped, stage, last_kept)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each line of `path` with its value. Only the last line may be broken: a write was interrupted there."""
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                if next(file, None) is not None:
+                    raise ValueError(f"{path}:{number} is not JSON ({error}); delete that line") from None
+                logger.warning("%s:%d: the last line was cut short by a kill; left out", path, number)
+                return
+            yield line, row
+
+
+def _tensorboard(directory: Path, first_step: int) -> SummaryWriter:
+    """An event writer that hides what earlier ones wrote from `first_step` on.
+
+    TensorBoard does that for a whole directory, hence one a stage. It names a file by the second, which two attempts
+    may share; the number of files before keeps the names apart.
+    """
+    earlier = len(list(directory.glob("*.tfevents.*")))
+    return SummaryWriter(str(directory), purge_step=first_step, flush_secs=1, filename_suffix=f".{earlier:04d}")

@@ -1,0 +1,312 @@
+"""The pretraining stage: text in, a model and its curves out."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from mla_moe import data
+from mla_moe.config import ConfigError
+from mla_moe.counting import (
+    cache_bytes_per_token,
+    count_parameters,
+    multi_head_cache_bytes_per_token,
+    peak_flops,
+    train_flops_per_token,
+)
+from mla_moe.data import Tokenizer
+from mla_moe.inference.generate import generate
+from mla_moe.nn.param import Precision
+from mla_moe.nn.skeleton import Skeleton
+from mla_moe.recipe import Recipe
+from mla_moe.sharding import BATCH, check_divisible, make_mesh
+from mla_moe.training.checkpoint import Checkpoints
+from mla_moe.training.console import Console, Progress, bytes_, duration, si
+from mla_moe.training.metrics import MetricsWriter
+from mla_moe.training.optimizer import learning_rate, make_optimizer
+from mla_moe.training.run import Signals, write_atomically
+from mla_moe.training.step import TrainState, abstract_state, init_state, make_eval_step, make_step
+
+STAGE = "pretrain"
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and its state is saved."""
+
+
+def pretrain(recipe: Recipe, run_dir: Path, console: Console) -> None:
+    """Train to `recipe.training.steps`, from the newest checkpoint if there is one.
+
+    Raises `ConfigError` before anything compiles, and `Interrupted` after a signal, when the state is saved.
+    """
+    mesh = make_mesh(recipe.mesh)
+    check_divisible(recipe, mesh)
+    train_text = data.open_sources(recipe.data.train, field="data.train", text_field=recipe.data.text_field)
+    tokenizer = data.load_tokenizer(recipe.data.tokenizer, run_dir, train_text)
+    if tokenizer.vocab_size > recipe.model.vocab_size:
+        fix = f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens; give the model as many or more"
+        raise ConfigError("model.vocab_size", recipe.model.vocab_size, fix)
+    stage = Stage(recipe, run_dir, console, mesh, tokenizer)
+    batches = data.train_batches(
+        recipe.data,
+        train_text,
+        tokenizer,
+        batch_size=recipe.training.batch_size // jax.process_count(),
+        sequence_length=recipe.training.sequence_length,
+        seed=recipe.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    with Checkpoints(run_dir, STAGE, recipe.checkpoint) as checkpoints:
+        start = checkpoints.latest
+        if start == recipe.training.steps and (run_dir / "summary.json").exists():
+            console.say(f"{STAGE}: all {start} steps are done already")
+            return
+        console.startup_table(recipe.run_dir, stage.describe())
+        if start is None:
+            state = init_state(stage.skeleton, stage.optimizer, recipe.seed, mesh)
+        else:
+            state = checkpoints.restore(abstract_state(stage.skeleton, stage.optimizer, mesh), batches)
+            console.say(f"resumed from the checkpoint of step {start}")
+        stage.train(state, batches, checkpoints, start)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What the parts of the stage share."""
+
+    recipe: Recipe
+    run_dir: Path
+    console: Console
+    mesh: jax.sharding.Mesh
+    tokenizer: Tokenizer
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        training = self.recipe.training
+        chosen = {} if training.compute_dtype == "auto" else {"compute": jnp.dtype(training.compute_dtype)}
+        precision = Precision(**chosen) if chosen else Precision.default()
+        return Skeleton(self.recipe.model, precision=precision, remat=training.remat)
+
+    @cached_property
+    def optimizer(self):
+        return make_optimizer(self.recipe.optimizer, self.recipe.training.steps, self.skeleton)
+
+    @cached_property
+    def heldout(self) -> tuple[list[data.Batch], int, float] | None:
+        """Batches, bytes, and what gzip makes of them."""
+        patterns = self.recipe.data.heldout
+        if not patterns:
+            return None
+        text = data.open_sources(patterns, field="data.heldout", text_field=self.recipe.data.text_field)
+        training = self.recipe.training
+        rows = training.batch_size // training.accumulation
+        batches, size = data.heldout_batches(
+            text, self.tokenizer, batch_size=rows, sequence_length=training.sequence_length
+        )
+        return batches, size, data.gzip_bits_per_byte(text)
+
+    def describe(self) -> list[tuple[str, str]]:
+        """The start-up table."""
+        cfg, training = self.recipe.model, self.recipe.training
+        count = count_parameters(cfg)
+        item = jnp.dtype(self.skeleton.precision.compute).itemsize
+        latent, multi_head = cache_bytes_per_token(cfg, item), multi_head_cache_bytes_per_token(cfg, item)
+        state = abstract_state(self.skeleton, self.optimizer, self.mesh)
+        parts = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+        axes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
+        device = jax.devices()[0]
+        module = f", {si(count.mtp)} in the prediction module" if count.mtp else ""
+        return [
+            ("parameters", f"{si(count.total)}, {si(count.active)} active a token{module}"),
+            ("experts", f"{cfg.num_experts_per_tok} of {cfg.n_routed_experts} and {cfg.n_shared_experts} shared"),
+            ("KV cache a token", f"{bytes_(latent)}; multi-head {bytes_(multi_head)} ({multi_head / latent:.1f} x)"),
+            ("FLOPs a token", f"{si(self._flops_per_token)} to train on {training.sequence_length} tokens"),
+            ("tokens a step", f"{training.batch_size * training.sequence_length:,} in {training.batch_size} rows"),
+            ("mesh", " x ".join(f"{a} {n}" for a, n in axes.items()) or f"one device ({device.device_kind})"),
+            ("state a device", f"{bytes_(sum(parts))}: parameters and optimizer"),
+            ("compute", f"{jnp.dtype(self.skeleton.precision.compute).name} on {device.platform}"),
+            ("tokenizer", f"{self.tokenizer.name}, {self.tokenizer.vocab_size} tokens"),
+        ]
+
+    def train(self, state: TrainState, batches: grain.DatasetIterator, checkpoints: Checkpoints, start: int | None):
+        """Step to the end. Figures of a step are fetched after the next one is under way, so the device never waits."""
+        training, model = self.recipe.training, self.recipe.model
+        first, last = start or 0, training.steps
+        step = self._compile(state)
+        with (
+            Signals() as signals,
+            MetricsWriter(self.run_dir, start, STAGE) if jax.process_index() == 0 else _Silence() as writer,
+            self.console.progress(STAGE, last, first) as progress,
+        ):
+            meter = _Meter(self, writer, progress)
+            for number in range(first + 1, last + 1):
+                state, metrics = step(state, self._put(next(batches)))
+                meter.record(number, metrics)
+                is_last = number == last
+                if is_last or (training.eval_every and number % training.eval_every == 0):
+                    meter.flush()
+                    scores = self._evaluate(state)
+                    writer.write(number, scores)
+                    meter.restart()
+                if is_last:
+                    self._finish(state, writer, scores, meter)
+                if is_last or number % self.recipe.checkpoint.every == 0 or signals.received:
+                    meter.flush()
+                    checkpoints.save(number, state, batches, model)
+                    meter.restart()
+                if signals.received and not is_last:
+                    raise Interrupted(f"stopped at step {number} by {signals.received.name}; state saved")
+
+    def _compile(self, state: TrainState):
+        training = self.recipe.training
+        shape, place = (training.batch_size, training.sequence_length), NamedSharding(self.mesh, BATCH)
+        fields = ("tokens", "targets", "segment_ids", "positions")
+        batch = dict.fromkeys(fields, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place))
+        began = time.monotonic()
+        step = make_step(self.skeleton, self.optimizer, training, self.mesh).lower(state, batch).compile()
+        temporary = step.memory_analysis().temp_size_in_bytes
+        self.console.say(f"compiled in {time.monotonic() - began:.1f} s, {bytes_(temporary)} of temporaries a device")
+        return step
+
+    def _put(self, batch: data.Batch) -> dict[str, jax.Array]:
+        """This process's rows, as a part of the global batch."""
+        place = NamedSharding(self.mesh, BATCH)
+        return {key: jax.make_array_from_process_local_data(place, value) for key, value in batch.items()}
+
+    @cached_property
+    def _eval_step(self):
+        return make_eval_step(self.skeleton, self.recipe.training.loss_chunk)
+
+    def _evaluate(self, state: TrainState) -> dict[str, float]:
+        """Loss and bits per byte of all held-out text, and what gzip -9 needs for it."""
+        if self.heldout is None:
+            return {}
+        batches, size, gzip_bits = self.heldout
+        place = NamedSharding(self.mesh, BATCH)
+        nats = sum(float(self._eval_step(state, jax.device_put(batch, place))) for batch in batches)
+        tokens = sum(int((batch["segment_ids"] != 0).sum()) for batch in batches)
+        bits = nats / math.log(2) / size
+        return {"eval/loss": nats / tokens, "eval/bits_per_byte": bits, "eval/gzip_bits_per_byte": gzip_bits}
+
+    def _finish(self, state: TrainState, writer, scores: Mapping[str, float], meter: "_Meter") -> None:
+        """Sampled text, and a summary for the report and the terminal."""
+        samples = self._sample(state)
+        writer.append_samples({"step": self.recipe.training.steps, **sample} for sample in samples)
+        rows = {"steps": f"{self.recipe.training.steps}", "train loss": f"{meter.loss:.3f} nats a token"}
+        if scores:
+            bits, gzip_bits = scores["eval/bits_per_byte"], scores["eval/gzip_bits_per_byte"]
+            rows |= {"held-out bits per byte": f"{bits:.3f}", "gzip -9 of the same files": f"{gzip_bits:.3f}"}
+        rows |= {"busiest expert / mean, last tenth": f"{meter.load_last_tenth:.2f}"}
+        rows |= {"time in steps": duration(meter.seconds)}
+        if jax.process_index() == 0:
+            write_atomically(self.run_dir / "summary.json", json.dumps(rows, indent=2) + "\n")
+        self.console.result_table("result", list(rows.items()))
+        for sample in samples:
+            self.console.say(f"\n--- {sample['prompt']!r}\n{sample['prompt']}{sample['completion']}")
+
+    def _sample(self, state: TrainState) -> list[dict[str, str]]:
+        wanted = self.recipe.sample
+        if not wanted.prompts:
+            return []
+        model = self.skeleton.merge(state.params | state.biases)
+        new = generate(
+            model,
+            [[self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()] for prompt in wanted.prompts],
+            max_new_tokens=wanted.max_new_tokens,
+            temperature=wanted.temperature,
+            seed=self.recipe.seed,
+            eos_id=self.tokenizer.eos_id,
+        )
+        pairs = zip(wanted.prompts, new, strict=True)
+        return [{"prompt": prompt, "completion": self.tokenizer.decode(tokens)} for prompt, tokens in pairs]
+
+    @cached_property
+    def _flops_per_token(self) -> float:
+        return train_flops_per_token(self.recipe.model, self.recipe.training.sequence_length)
+
+
+class _Meter:
+    """Turns steps into rows, a step late."""
+
+    LOAD_ROWS = 200  # of the heat map over a whole run
+
+    def __init__(self, stage: Stage, writer, progress: Progress):
+        recipe = stage.recipe
+        self._recipe, self._writer, self._progress = recipe, writer, progress
+        self._rate = learning_rate(recipe.optimizer.schedule, recipe.training.steps)
+        self._flops = stage._flops_per_token
+        peak = peak_flops(jax.devices()[0])
+        self._peak = peak and peak * (1 if jax.devices()[0].platform == "cpu" else jax.device_count())
+        self._load_every = max(1, recipe.training.steps // self.LOAD_ROWS)
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._loads: list[float] = []
+        self.seconds, self.loss = 0.0, math.nan
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin to time the next step now: what came before was no step."""
+        self._since = time.monotonic()
+
+    def record(self, number: int, metrics: dict[str, jax.Array]) -> None:
+        self.flush()
+        self._pending = number, metrics
+
+    def flush(self) -> None:
+        """Fetch what is pending, which waits for its step to end, and write it."""
+        if self._pending is None:
+            return
+        number, metrics = self._pending
+        self._pending = None
+        values: dict[str, Any] = jax.device_get(metrics)
+        now = time.monotonic()
+        seconds, self._since = now - self._since, now
+        self.seconds += seconds
+        load, tokens = values.pop("load_LE"), int(values.pop("tokens"))
+        row = {"loss": values.pop("loss"), "lr": self._rate(number - 1), "tokens_per_s": tokens / seconds}
+        if self._peak:
+            row["mfu"] = row["tokens_per_s"] * self._flops / self._peak
+        row |= values | {"step_seconds": seconds, "tokens": tokens}
+        if load.size:
+            row["moe/load_max"] = float((load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-9)).max())
+            row["moe/dropped"] = 0  # the dropless path has no buffer to overflow
+            self._loads.append(row["moe/load_max"])
+        if not self._recipe.model.num_nextn_predict_layers:
+            del row["mtp_loss"]
+        row = {name: float(value) for name, value in row.items()}
+        self.loss = row["loss"]
+        if number % self._recipe.training.log_every == 0 or number == self._recipe.training.steps:
+            self._writer.write(number, row)
+        if load.size and number % self._load_every == 0:
+            self._writer.write_load(number, load)
+        self._progress.update(number, row)
+
+    @property
+    def load_last_tenth(self) -> float:
+        tail = self._loads[-max(self._recipe.training.steps // 10, 1) :]
+        return float(np.mean(tail)) if tail else math.nan
+
+
+class _Silence:
+    """The writer of processes other than the first."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def write(self, *_):
+        return None
+
+    write_load = append_samples = write

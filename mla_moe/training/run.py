@@ -1,0 +1,78 @@
+"""A run's directory: its recipe, and the signals that end it early."""
+
+import dataclasses
+import os
+import signal
+from pathlib import Path
+from typing import Any, Self
+
+from mla_moe.config import ConfigError
+from mla_moe.recipe import Recipe
+
+# What may change between two starts of one run: how it computes, shows and saves, not what it learns.
+FREE = (
+    "run_dir",
+    "mesh",
+    "checkpoint",
+    "sample",
+    "data.prefetch",
+    "training.loss_chunk",
+    "training.remat",
+    "training.log_every",
+    "training.eval_every",
+)
+
+
+def open_run(recipe: Recipe) -> Path:
+    """Make the run's directory, or go on with the one there. `recipe.json` in it is complete and can be run again.
+
+    Raises `ConfigError` when the directory holds a run whose recipe learns something else.
+    """
+    run_dir = Path(recipe.run_dir)
+    path = run_dir / "recipe.json"
+    if path.exists():
+        old, new = (_flat(dataclasses.asdict(r)) for r in (Recipe.from_json(path.read_text()), recipe))
+        for field in old | new:
+            if old.get(field) != new.get(field) and not field.startswith(FREE):
+                fix = f"{run_dir} holds a run with {old.get(field)!r}; keep that value or give another --run-dir"
+                raise ConfigError(field, new.get(field), fix)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError("run_dir", recipe.run_dir, f"cannot be made: {error.strerror}") from None
+    write_atomically(path, recipe.to_json())
+    return run_dir
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """A reader, or a run that is killed now, finds the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+class Signals:
+    """Within this context Ctrl-C and SIGTERM do not break a step: they set `received`. A second one does break it."""
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+
+    def __enter__(self) -> Self:
+        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame: object) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)

@@ -1,0 +1,148 @@
+"""One step of training: gradients over the batch's parts, one optimizer update, one update of the router biases."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from mla_moe import recipe
+from mla_moe.nn.skeleton import Arrays, Skeleton
+from mla_moe.sharding import BATCH
+from mla_moe.training.loss import Sums, sizes, sums
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes, but for the place in the data. Arrays go by path.
+
+    Random numbers need no state here: each use derives its key from the recipe's seed and the step.
+    """
+
+    step: Array
+    """Steps done."""
+    params: Arrays
+    biases: Arrays
+    """Of the routers: set by counting, no gradient."""
+    optimizer: optax.OptState
+
+
+Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
+
+
+def init_state(skeleton: Skeleton, tx: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
+    arrays = skeleton.init(seed, mesh)
+    params = {path: arrays[path] for path in skeleton.param_paths}
+    biases = {path: arrays[path] for path in skeleton.bias_paths}
+    optimizer = jax.jit(tx.init, out_shardings=_optimizer_shardings(skeleton, tx, mesh))(params)
+    step = jax.device_put(jnp.int32(0), NamedSharding(mesh, P()))
+    return TrainState(step, params, biases, optimizer)
+
+
+def abstract_state(skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of a `TrainState`: what a checkpoint is restored into, straight to its place."""
+    arrays = skeleton.abstract(mesh)
+    params = {path: arrays[path] for path in skeleton.param_paths}
+    optimizer = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        jax.eval_shape(tx.init, params),
+        _optimizer_shardings(skeleton, tx, mesh),
+    )
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
+    return TrainState(step, params, {path: arrays[path] for path in skeleton.bias_paths}, optimizer)
+
+
+def _optimizer_shardings(skeleton: Skeleton, tx, mesh: Mesh):
+    """Moments lie where their parameter does, whose path is the last key of theirs; counters are everywhere."""
+    shardings = skeleton.shardings(mesh)
+    params = {path: skeleton.variables[path].get_value() for path in skeleton.param_paths}
+
+    def place(keys, _):
+        return shardings.get(getattr(keys[-1], "key", None), NamedSharding(mesh, P()))
+
+    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
+
+
+def make_step(skeleton: Skeleton, tx: optax.GradientTransformation, training: recipe.Training, mesh: Mesh) -> Step:
+    """The compiled step `(state, batch) -> (state, metrics)`; the state passed in is given up.
+
+    A step whose loss or gradient is not finite changes nothing but the step's number, and is counted as `skipped`.
+    """
+    with_mtp = skeleton.cfg.num_nextn_predict_layers > 0 and training.mtp_weight > 0
+    freeze_from = round(training.steps * (1 - training.bias_freeze))
+
+    def loss(params, biases, part, size):
+        s = sums(skeleton.merge(params | biases), part, chunk=training.loss_chunk, mtp=with_mtp)
+        total = s.nats / jnp.maximum(size.tokens, 1) + training.balance_weight * s.balance / size.sequences
+        if with_mtp:
+            total += training.mtp_weight * s.mtp_nats / jnp.maximum(size.mtp_tokens, 1)
+        return total, s
+
+    def gradients(params, biases, batch):
+        """Gradient and sums of the whole batch, a part at a time: the activations of one part exist at once."""
+        size = sizes(batch)
+        parts = jax.tree.map(lambda x: _parts(x, training.accumulation), batch)
+        grad = jax.grad(loss, has_aux=True)
+        if training.accumulation == 1:
+            return *grad(params, biases, batch, size), size
+
+        def body(total, part):
+            return jax.tree.map(jnp.add, total, grad(params, biases, part, size)), None
+
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, params, biases, first, size))
+        (grads, s), _ = jax.lax.scan(body, zeros, parts)
+        return grads, s, size
+
+    def update(operand):
+        state, grads, s = operand
+        updates, optimizer = tx.update(grads, state.optimizer, state.params)
+        gamma = jnp.where(state.step < freeze_from, training.bias_update, 0.0)
+        return optax.apply_updates(state.params, updates), move_biases(state.biases, s.load_LE, gamma), optimizer
+
+    @partial(jax.jit, donate_argnums=0)
+    def step(state: TrainState, batch):
+        batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
+        grads, s, size = gradients(state.params, state.biases, batch)
+        norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(norm) & jnp.isfinite(s.nats)
+        kept = (state.params, state.biases, state.optimizer)
+        new = jax.lax.cond(finite, update, lambda _: kept, (state, grads, s))
+        metrics = _metrics(s, size, norm) | {"skipped": 1 - finite.astype(jnp.int32)}
+        return TrainState(state.step + 1, *new), metrics
+
+    return step
+
+
+def move_biases(biases: Arrays, load_LE: Array, gamma: Array | float) -> Arrays:
+    """`b_i += γ · sign(mean(c) − c_i)` with c the whole batch's tokens per expert (DeepSeek-V3, section 2.1.2)."""
+    load_LE = load_LE.astype(jnp.float32)
+    move_LE = gamma * jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
+    stacked = sum(b.shape[0] for b in biases.values() if b.ndim == 2)
+    return {path: b + (move_LE[:stacked] if b.ndim == 2 else move_LE[-1]) for path, b in biases.items()}
+
+
+def make_eval_step(skeleton: Skeleton, chunk: int) -> Callable[[TrainState, dict[str, Array]], Array]:
+    """The compiled `(state, batch) -> nats` of held-out text."""
+
+    @jax.jit
+    def nats(state: TrainState, batch):
+        return sums(skeleton.merge(state.params | state.biases), batch, chunk=chunk, mtp=False).nats
+
+    return nats
+
+
+def _parts(x, count):
+    return x.reshape(count, x.shape[0] // count, *x.shape[1:])
+
+
+def _metrics(s: Sums, size, norm) -> dict[str, Array]:
+    tokens = jnp.maximum(size.tokens, 1)
+    metrics = {"loss": s.nats / tokens, "grad_norm": norm, "tokens": size.tokens, "load_LE": s.load_LE}
+    metrics["balance_loss"] = s.balance / (size.sequences * max(s.load_LE.shape[0], 1))
+    metrics["mtp_loss"] = s.mtp_nats / jnp.maximum(size.mtp_tokens, 1)
+    return metrics

@@ -1,0 +1,60 @@
+"""Eight virtual devices, strict types, and shapes checked on every call of `ops` and `nn`."""
+
+import dataclasses
+
+import jax
+import jaxtyping
+import pytest
+
+jaxtyping.install_import_hook(("mla_moe.ops", "mla_moe.nn"), "beartype.beartype")
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compile_cache(tmp_path_factory):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.getbasetemp().parent / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def cfg():
+    """A model so small that it compiles in seconds, with everything in it: groups, both latents, YaRN, MTP."""
+    from mla_moe import ModelConfig, Yarn
+
+    return ModelConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        kv_lora_rank=16,
+        q_lora_rank=24,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=12,
+        n_group=4,
+        topk_group=2,
+        routed_scaling_factor=2.5,
+        max_position_embeddings=128,
+        rope_scaling=Yarn(factor=4.0, original_max_position_embeddings=32),
+        initializer_range=0.1,
+        num_nextn_predict_layers=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def v2_cfg(cfg):
+    """The same shape with V2's softmax gate and no query latent."""
+    return dataclasses.replace(
+        cfg,
+        q_lora_rank=None,
+        scoring_func="softmax",
+        topk_method="group_limited_greedy",
+        norm_topk_prob=False,
+        num_nextn_predict_layers=0,
+    )

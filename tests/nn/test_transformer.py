@@ -1,0 +1,129 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mla_moe import Precision, Transformer
+from mla_moe.nn.skeleton import Skeleton, arrays_of
+from mla_moe.recipe import Mesh
+from mla_moe.sharding import make_mesh
+
+TOKENS = jax.random.randint(jax.random.key(0), (2, 20), 0, 64)
+
+
+@pytest.fixture(scope="module")
+def model(cfg):
+    return Transformer(cfg, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.smoke
+def test_logits(model, v2_cfg):
+    for m in (model, Transformer(v2_cfg, rngs=nnx.Rngs(0))):
+        logits = jax.jit(lambda m, t: m(t))(m, TOKENS)
+        assert logits.shape == (2, 20, 64)
+        assert logits.dtype == jnp.float32
+
+
+def test_the_scan_is_the_layers_one_by_one(model):
+    x = model.embedding(TOKENS)
+    positions = jnp.broadcast_to(jnp.arange(20), (2, 20))
+    for name, count in (("dense_layers", 1), ("moe_layers", 2)):
+        graph, state = nnx.split(getattr(model, name))
+        for i in range(count):
+            block = nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state))
+            x += block.attention(block.attention_norm(x), positions=positions)
+            x += (block.moe if block.experts else block.mlp)(block.mlp_norm(x))
+    np.testing.assert_allclose(model(TOKENS), model.logits(model.norm(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pack_is_its_documents(model):
+    lengths = [7, 1, 12]
+    segments = jnp.repeat(jnp.arange(1, 4), jnp.array(lengths))[None]
+    positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
+    packed = model(TOKENS[:1], segments, positions)
+    start = 0
+    for n in lengths:
+        alone = model(TOKENS[:1, start : start + n])
+        np.testing.assert_allclose(packed[:, start : start + n], alone, rtol=1e-4, atol=1e-5)
+        start += n
+
+
+def test_left_padding_changes_nothing(model):
+    padded = jnp.pad(TOKENS[:1, :9], ((0, 0), (4, 0)))
+    segments = (jnp.arange(13) >= 4).astype(jnp.int32)[None]
+    logits = model(padded, segments, jnp.maximum(jnp.arange(13) - 4, 0)[None])
+    np.testing.assert_allclose(logits[:, 4:], model(TOKENS[:1, :9]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_recomputation_does_not_change_gradients(cfg, model, remat):
+    other = Transformer(cfg, rngs=nnx.Rngs(0), remat=remat)
+
+    def gradients(m):
+        graph, params, rest = nnx.split(m, nnx.Param, ...)
+        return jax.jit(jax.grad(lambda p: nnx.merge(graph, p, rest)(TOKENS).var()))(params)
+
+    for a, b in zip(jax.tree.leaves(gradients(model)), jax.tree.leaves(gradients(other)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_mtp_predicts_from_the_hidden_state_and_the_next_token(model):
+    h, _ = model.hidden(TOKENS)
+    following = jnp.roll(TOKENS, -1, axis=1)
+    y, stats = model.mtp_hidden(h, following)
+    assert y.shape == h.shape
+    assert int(stats.load_E.sum()) == 2 * 20 * 2
+    changed, _ = model.mtp_hidden(h, following.at[0, 10].add(1))
+    assert (changed[0, :10] == y[0, :10]).all()
+    assert jnp.abs(changed[0, 10] - y[0, 10]).max() > 1e-4
+
+
+def test_bfloat16_compute_keeps_float32_where_it_matters(cfg):
+    m = Transformer(cfg, rngs=nnx.Rngs(0), precision=Precision(param=jnp.bfloat16, compute=jnp.bfloat16))
+    arrays = arrays_of(m)
+    assert {path for path, x in arrays.items() if x.dtype == jnp.float32} == {
+        path for path in arrays if "router" in path
+    }
+    exact = Transformer(cfg, rngs=nnx.Rngs(0))
+    assert m(TOKENS).dtype == jnp.float32
+    assert jnp.abs(m(TOKENS) - exact(TOKENS)).mean() < 0.05 * jnp.abs(exact(TOKENS)).mean()
+
+
+def test_sixty_layers_compile_like_three(cfg):
+    def size_of_program(layers):
+        skeleton = Skeleton(dataclasses.replace(cfg, num_hidden_layers=layers))
+        arrays = {p: jax.ShapeDtypeStruct(v.get_value().shape, v.get_value().dtype) for p, v in skeleton.variables.items()}
+        return len(jax.jit(lambda a: skeleton.merge(a)(TOKENS)).lower(arrays).as_text())
+
+    assert size_of_program(60) < 1.01 * size_of_program(3)
+
+
+def test_skeleton_holds_no_arrays_and_merges_back(cfg, model):
+    skeleton = Skeleton(cfg)
+    assert all(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in skeleton.variables.values())
+    np.testing.assert_array_equal(skeleton.merge(arrays_of(model))(TOKENS), model(TOKENS))
+
+
+def test_fresh_parameters_are_the_same_on_every_mesh(cfg):
+    skeleton = Skeleton(cfg)
+    one = skeleton.init(3, make_mesh(Mesh(), jax.devices()[:1]))
+    many = skeleton.init(3, make_mesh(Mesh(data=1, fsdp=2, expert=2, tensor=2)))
+    gate_up = many["moe_layers/moe/gate_up"]
+    assert gate_up.sharding.shard_shape(gate_up.shape) == (2, 4, 16, 2, 8)
+    for path, x in one.items():
+        np.testing.assert_array_equal(x, many[path])
+    other = skeleton.init(4, make_mesh(Mesh(), jax.devices()[:1]))
+    assert jnp.abs(other["embed"] - one["embed"]).max() > 0.01
+
+
+def test_fresh_parameters_have_the_configured_spread(cfg):
+    arrays = Skeleton(cfg).init(0, make_mesh(Mesh(), jax.devices()[:1]))
+    gate_up = arrays["moe_layers/moe/gate_up"]
+    assert gate_up.std() == pytest.approx(cfg.initializer_range, rel=0.05)
+    assert jnp.abs(gate_up[0] - gate_up[1]).max() > 0.01
+    assert jnp.abs(gate_up[0, 0] - gate_up[0, 1]).max() > 0.01
+    assert (arrays["norm/scale"] == 1).all()
+    assert (arrays["moe_layers/moe/router/bias"] == 0).all()

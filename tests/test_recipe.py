@@ -1,0 +1,90 @@
+import json
+
+import pytest
+
+from mla_moe import ConfigError, preset
+from mla_moe.recipe import Data, Mesh, Optimizer, Recipe, Schedule, Training, load
+
+RECIPE = Recipe(run_dir="runs/x", model=preset("deepseek-v3"), data=Data(train=("a", "b")), optimizer=Optimizer("muon"))
+
+
+@pytest.mark.smoke
+def test_json_round_trip():
+    assert Recipe.from_json(RECIPE.to_json()) == RECIPE
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("training.stepz", 3, "no such field"),
+        ("training.steps", "3", "must be of type int"),
+        ("training.steps", True, "must be of type int"),
+        ("training.remat", "some", "one of 'none'"),
+        ("data.train", "a", "a list"),
+        ("model", 3, "an object"),
+        ("model.vocab_size", None, "must be of type int"),
+        ("optimizer.schedule.peak", -1.0, "positive"),
+    ],
+)
+def test_wrong_fields_are_named(path, value, message):
+    recipe = json.loads(RECIPE.to_json())
+    *parents, last = path.split(".")
+    node = recipe
+    for name in parents:
+        node = node[name]
+    node[last] = value
+    with pytest.raises(ConfigError, match=message) as error:
+        Recipe.from_json(json.dumps(recipe))
+    assert path in error.value.field
+
+
+def test_missing_field_and_broken_json():
+    with pytest.raises(ConfigError, match="run_dir"):
+        Recipe.from_json("{}")
+    with pytest.raises(ConfigError, match="JSON"):
+        Recipe.from_json("{")
+
+
+def test_whole_numbers_are_fine_where_floats_are_wanted():
+    recipe = json.loads(RECIPE.to_json())
+    recipe["optimizer"]["clip"] = 2
+    assert Recipe.from_json(json.dumps(recipe)).optimizer.clip == 2.0
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: Training(batch_size=10, accumulation=3), "training.accumulation"),
+        (lambda: Training(steps=-1), "training.steps"),
+        (lambda: Training(bias_freeze=2.0), "training.bias_freeze"),
+        (lambda: Schedule(warmup=0.5, decay=0.6), "optimizer.schedule"),
+        (lambda: Optimizer(beta2=1.0), "optimizer.beta2"),
+        (lambda: Optimizer(clip=0.0), "optimizer.clip"),
+        (lambda: Mesh(data=-1, expert=-1), "mesh"),
+        (lambda: Mesh(fsdp=0), "mesh.fsdp"),
+        (lambda: Data(train=()), "data.train"),
+        (lambda: Data(tokenizer="bpe:10"), "data.tokenizer"),
+        (lambda: Recipe(run_dir="x", training=Training(sequence_length=4096)), "training.sequence_length"),
+    ],
+)
+def test_impossible_values_name_the_field(make, field):
+    with pytest.raises(ConfigError) as error:
+        make()
+    assert error.value.field == field
+
+
+def test_load(tmp_path):
+    (tmp_path / "a.py").write_text("from mla_moe.recipe import Recipe\nrecipe = Recipe(run_dir='here')\n")
+    (tmp_path / "b.json").write_text(RECIPE.to_json())
+    (tmp_path / "c.py").write_text("recipe = 3\n")
+    assert load(tmp_path / "a.py").run_dir == "here"
+    assert load(tmp_path / "b.json") == RECIPE
+    with pytest.raises(ConfigError, match="must bind"):
+        load(tmp_path / "c.py")
+    with pytest.raises(ConfigError, match="no such file"):
+        load(tmp_path / "d.py")
+
+
+@pytest.mark.parametrize("path", ["configs/quickstart.py"])
+def test_recipes_of_the_repository_load(path, request):
+    assert load(request.config.rootpath / path).training.steps > 0

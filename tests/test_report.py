@@ -1,0 +1,163 @@
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from mla_moe.config import ConfigError
+from mla_moe.recipe import Recipe, Training
+from mla_moe.report import write_report
+from mla_moe.training.metrics import MetricsWriter
+
+ATTACK = '\n    <script>alert("x")</script> & </pre>'
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory):
+    """A run with everything a run can leave behind."""
+    run_dir = tmp_path_factory.mktemp("runs") / "quick & <b>start"
+    with MetricsWriter(run_dir, None, "pretrain") as writer:
+        for step in range(2, 42, 2):
+            writer.write(
+                step,
+                {
+                    "loss": math.nan if step == 20 else 5.0 / step,
+                    "lr": 1e-3,
+                    "grad_norm": 0.5,
+                    "tokens_per_s": 1000.0 + step,
+                    "moe/load_max": 1.5,
+                    "moe/dropped": 0,
+                    "step_seconds": 3.0,
+                    "skipped": float(step == 20),
+                },
+            )
+            writer.write_load(step, np.arange(1, 25).reshape(3, 8) + step)
+        for step, bits in ((20, 3.0), (40, 1.5)):
+            writer.write(step, {"eval/bits_per_byte": bits, "eval/gzip_bits_per_byte": 2.0, "eval/loss": bits / 2})
+        writer.append_samples([{"step": 40, "prompt": "def f(", "completion": ATTACK}] * 40)
+    recipe = Recipe(run_dir="x</pre><script>", training=Training(batch_size=4, sequence_length=100))
+    (run_dir / "recipe.json").write_text(recipe.to_json())
+    (run_dir / "summary.json").write_text(json.dumps({"Parameters <all>": "1.2 M & more"}))
+    return write_report(run_dir).read_text()
+
+
+def bare(run_dir, metrics, stage="pretrain"):
+    """The page of a run that left nothing but one row of metrics."""
+    with MetricsWriter(run_dir, None, stage) as writer:
+        writer.write(1, metrics)
+    return write_report(run_dir).read_text()
+
+
+def captions(page):
+    return re.findall(r"<figcaption>(.*?)</figcaption>", page)
+
+
+def headlines(page):
+    found = re.findall(r"<dt>(.*?)</dt><dd>(.*?)<small>(.*?)</small>", page)
+    return {name: (figure, note) for name, figure, note in found}
+
+
+def test_the_page_is_self_contained(full):
+    references = re.findall(r"""(?:src|href|url)\s*(?:=\s*["']?|\(\s*["']?)([^"')\s>]+)""", full)
+    assert references
+    assert [r for r in references if not r.startswith(("#", "data:"))] == []
+    assert "@import" not in full
+    names_of_formats = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"""https?://[^\s"'<>]+""", full)) == names_of_formats
+
+
+def test_nothing_a_run_wrote_becomes_markup(full):
+    tags = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append(tag)
+    parser.feed(full)
+    assert tags.count("h1") == 1
+    assert not {"script", "b", "all"} & set(tags)
+    assert "&lt;script&gt;alert(&quot;x&quot;)&lt;/script&gt; &amp; &lt;/pre&gt;" in full
+    assert "<title>quick &amp; &lt;b&gt;start</title>" in full
+
+
+def test_a_browser_shows_a_samples_first_newline(full):
+    assert "<pre>\n\n    &lt;script" in full
+
+
+def test_every_section_is_there(full):
+    assert captions(full) == [
+        "Loss",
+        "Held-out bits per byte",
+        "Learning rate",
+        "Tokens per second",
+        "Gradient norm",
+        "Busiest expert, relative to the mean",
+        "Expert load",
+        "Layer 1",
+        "Layer 2",
+        "Prediction module",
+    ]
+    assert "<th>Parameters &lt;all&gt;</th><td>1.2 M &amp; more</td>" in full
+    assert "The last 32 of 40." in full
+    assert "held-out</text>" in full
+    assert full.count("<td>pretrain 40</td>") == 32
+    assert "&quot;sequence_length&quot;: 100" in full
+
+
+def test_headlines(full):
+    assert headlines(full) == {
+        "Final loss": ("0.125", "mean of the last tenth 0.128"),
+        "Bits per byte": ("1.500", "held-out text; beats gzip -9 by 25.0% (2.000)"),
+        "Tokens per second": ("1.02 k", "median"),
+        "Tokens": ("16.0 k", "in 40 steps"),
+        "Wall time": ("2:00", "in training steps"),
+        "Busiest expert": ("1.50&times;", "the mean load, over the last tenth"),
+        "Skipped steps": ("1", "updates not applied"),
+        "Not finite": ("1", "metrics that were NaN or infinite"),
+    }
+
+
+def test_losing_to_gzip_is_said(tmp_path):
+    page = bare(tmp_path / "run", {"eval/bits_per_byte": 2.5, "eval/gzip_bits_per_byte": 2.0})
+    assert headlines(page) == {"Bits per byte": ("2.500", "held-out text; does not beat gzip -9 (2.000)")}
+
+
+def test_what_a_run_does_not_have_is_left_out(tmp_path):
+    page = bare(tmp_path / "run", {"loss": 2.0})
+    assert captions(page) == ["Loss"]
+    assert list(headlines(page)) == ["Final loss"]
+    for absent in ("<table", "<details", "Samples", "held-out"):
+        assert absent not in page
+
+
+def test_a_metric_that_was_never_finite_has_no_curve(tmp_path):
+    page = bare(tmp_path / "run", {"loss": math.nan, "grad_norm": 1.0})
+    assert captions(page) == ["Gradient norm"]
+    assert list(headlines(page)) == ["Not finite"]
+
+
+def test_each_stage_has_its_section(tmp_path):
+    bare(tmp_path / "run", {"loss": 2.0})
+    page = bare(tmp_path / "run", {"grad_norm": 2.0}, stage="rl")
+    assert re.findall("<h2>(.*?)</h2>", page) == ["Pretraining", "Reinforcement learning"]
+    assert captions(page) == ["Loss", "Gradient norm"]
+
+
+def test_many_layers_and_one_row_of_loads(tmp_path):
+    with MetricsWriter(tmp_path, None, "pretrain") as writer:
+        writer.write(1, {"loss": 1.0})
+        writer.write_load(1, np.ones((58, 4)))
+    names = captions(write_report(tmp_path).read_text())
+    assert names[1:] == ["Expert load", *(f"Layer {i}" for i in (0, 8, 16, 24, 33, 41, 49, 57))]
+
+
+def test_no_run_is_an_error_that_names_the_field(tmp_path):
+    with pytest.raises(ConfigError, match=r"^run_dir = .*no such directory"):
+        write_report(tmp_path / "absent")
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"^run_dir = .*no metrics\.jsonl"):
+        write_report(tmp_path)
+
+
+def test_only_the_finished_page_is_left(tmp_path):
+    bare(tmp_path, {"loss": 1.0})
+    assert [path.name for path in tmp_path.glob("report*")] == ["report.html"]

@@ -1,0 +1,59 @@
+"""Run a recipe: `python train.py configs/quickstart.py [--section.field VALUE …]`. The same command again resumes.
+
+A recipe is a Python file that binds `recipe`, or the `recipe.json` of an earlier run.
+"""
+
+import sys
+
+import tyro
+
+from mla_moe import recipe as recipes
+from mla_moe.config import ConfigError
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    path = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
+    if path is None:
+        print(__doc__ if "--help" in arguments or "-h" in arguments else "error: name a recipe first\n\n" + __doc__)
+        return 0 if "--help" in arguments or "-h" in arguments else 2
+    try:
+        recipe = tyro.cli(
+            tyro.conf.configure(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)(recipes.Recipe),
+            default=recipes.load(path),
+            args=arguments,
+            prog=f"train.py {path}",
+            description=__doc__,
+        )
+        return run(recipe)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def run(recipe: recipes.Recipe) -> int:
+    """The stages of a recipe, one after the other, and the report."""
+    import jax
+
+    from mla_moe.report import write_report
+    from mla_moe.training.compile_cache import enable_compile_cache
+    from mla_moe.training.console import Console
+    from mla_moe.training.pretrain import Interrupted, pretrain
+    from mla_moe.training.run import open_run
+
+    enable_compile_cache()
+    console = Console(enabled=jax.process_index() == 0)
+    run_dir = open_run(recipe)
+    try:
+        if recipe.training.steps:
+            pretrain(recipe, run_dir, console)
+    except Interrupted as stop:
+        console.say(f"{stop}. The same command goes on from there.")
+        return 130
+    if jax.process_index() == 0:
+        console.say(f"report: {write_report(run_dir)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -55,12 +56,30 @@ def matrix(
     kind: type[nnx.Param] = Matrix,
 ) -> nnx.Param:
     """A normal-distributed parameter of the shape `axes.values()`."""
-    value = std * jax.random.normal(rngs.params(), tuple(axes.values()), jnp.float32)
-    return kind(value.astype(dtype), axes=tuple(axes), contracts=contracts, std=std)
+    value = _normal(rngs, tuple(axes.values()), std, dtype)
+    return kind(value, axes=tuple(axes), contracts=contracts, std=std)
 
 
 def scale(axis: str, width: int, dtype: DTypeLike) -> Scale:
     return Scale(jnp.ones(width, dtype), axes=(axis,), contracts=())
+
+
+def stacked(variable: nnx.Variable, count: int, rngs: nnx.Rngs) -> nnx.Variable:
+    """As many fresh copies of an (abstract) variable in one array, for layers under a scan."""
+    abstract = variable.get_value()
+    shape = (count, *abstract.shape)
+    if isinstance(variable, Scale | RouterBias):
+        return variable.replace(jnp.full(shape, isinstance(variable, Scale), abstract.dtype))
+    return variable.replace(_normal(rngs, shape, variable.get_metadata("std"), abstract.dtype))
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike) -> jax.Array:
+    """Random numbers, from NumPy unless traced: a random kernel per shape takes 10 s to compile for a small model."""
+    key = rngs.params()
+    if isinstance(key, jax.core.Tracer):
+        return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    random = np.random.Generator(np.random.Philox(np.asarray(jax.random.key_data(key)).tolist()))
+    return jnp.asarray(np.float32(std) * random.standard_normal(shape, np.float32)).astype(dtype)
 
 
 def logical_axes(variable: nnx.Variable) -> tuple[str, ...]:

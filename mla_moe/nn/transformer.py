@@ -12,7 +12,7 @@ from mla_moe.nn.attention import MLAttention
 from mla_moe.nn.mlp import MLP
 from mla_moe.nn.moe import MoE, RouterStats
 from mla_moe.nn.norm import RMSNorm
-from mla_moe.nn.param import Embedding, Precision, matrix
+from mla_moe.nn.param import Embedding, Precision, matrix, stacked
 
 Remat = Literal["none", "dots", "full"]
 
@@ -100,10 +100,10 @@ class Transformer(nnx.Module):
         std, dtype = cfg.initializer_range, precision.param
 
         def layers(count: int, experts: bool):
-            def make(rngs):
-                return Block(cfg, experts=experts, rngs=rngs, precision=precision)
-
-            return jax.vmap(make)(rngs.split(count))
+            one = nnx.eval_shape(lambda: Block(cfg, experts=experts, rngs=nnx.Rngs(0), precision=precision))
+            graph, state = nnx.split(one)
+            filled = [(path, stacked(variable, count, rngs)) for path, variable in nnx.to_flat_state(state)]
+            return nnx.merge(graph, nnx.from_flat_state(filled))
 
         self.embed = matrix(rngs, {"vocab": V, "embed": D}, contracts=(), std=std, dtype=dtype, kind=Embedding)
         if cfg.first_k_dense_replace:

@@ -20,12 +20,11 @@ def learning_rate(schedule: recipe.Schedule, steps: int, peak: float | None = No
     peak = peak or schedule.peak
     warmup, decay, tail = (round(share * steps) for share in (schedule.warmup, schedule.decay, schedule.tail))
     pieces = [
-        optax.linear_schedule(0.0, peak, warmup + 1),
+        optax.linear_schedule(peak / (warmup + 1), peak, warmup),  # the first step already learns
         optax.constant_schedule(peak),
         optax.cosine_decay_schedule(peak, max(decay, 1), alpha=schedule.final),
     ]
-    rising = optax.join_schedules(pieces, [warmup, max(steps - decay - tail, warmup)])
-    return lambda step: rising(step + 1)  # the first step already learns
+    return optax.join_schedules(pieces, [warmup, max(steps - decay - tail, warmup)])
 
 
 def make_optimizer(cfg: recipe.Optimizer, steps: int, skeleton: Skeleton) -> optax.GradientTransformation:

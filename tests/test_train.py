@@ -1,0 +1,39 @@
+"""The command as people type it: bad input ends with one line and exit code 2, before anything compiles."""
+
+import subprocess
+import sys
+
+import pytest
+
+
+def train(root, *args):
+    command = [sys.executable, "train.py", *args]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["configs/nothing.py"], "no such file"),
+        ([], "name a recipe first"),
+        (["configs/quickstart.py", "--training.stepz", "3"], "--training.steps"),
+        (["configs/quickstart.py", "--training.steps", "many"], "training.steps"),
+        (["configs/quickstart.py", "--training.batch-size", "0"], "training.batch_size"),
+        (["configs/quickstart.py", "--model.num-experts-per-tok", "99"], "num_experts_per_tok = 99: choose at most"),
+        (["configs/quickstart.py", "--data.train", "nowhere/*.txt"], "data.train"),
+    ],
+)
+def test_bad_input_is_one_clear_error(args, said, request, tmp_path):
+    extra = ["--run-dir", str(tmp_path / "run")] if len(args) > 1 else []
+    done = train(request.config.rootpath, *args, *extra)
+    assert done.returncode == 2, done.stderr
+    assert said.replace("_", "-") in (done.stdout + done.stderr).replace("_", "-")
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_fields_with_their_docs(request):
+    done = train(request.config.rootpath, "configs/quickstart.py", "--help")
+    assert done.returncode == 0
+    for flag in ("--training.steps", "--mesh.fsdp", "--checkpoint.every", "--data.tokenizer", "--optimizer.schedule.peak"):
+        assert flag in done.stdout
+    assert "router bias" in done.stdout

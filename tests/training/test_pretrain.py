@@ -1,0 +1,182 @@
+import dataclasses
+import json
+import os
+import signal
+import threading
+
+import jax
+import numpy as np
+import pytest
+
+from mla_moe import ConfigError
+from mla_moe.recipe import Checkpoint, Data, Mesh, Optimizer, Recipe, Sample, Schedule, Training
+from mla_moe.sharding import make_mesh
+from mla_moe.training.console import Console
+from mla_moe.training.metrics import read_rows
+from mla_moe.training.pretrain import Interrupted, pretrain
+from mla_moe.training.run import Signals, open_run
+
+STEPS = 8
+TIMES = ("tokens_per_s", "step_seconds", "mfu")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """Documents of made-up words, for training and held out."""
+    folder = tmp_path_factory.mktemp("text")
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice(list("abcdefgh"), random.integers(2, 7))) for _ in range(40)]
+    for i in range(44):
+        name = f"{'train' if i < 40 else 'heldout'}-{i}.txt"
+        (folder / name).write_text(" ".join(random.choice(words, random.integers(5, 200))))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(cfg, text):
+    return Recipe(
+        run_dir="",
+        model=dataclasses.replace(cfg, vocab_size=258),
+        data=Data(train=(f"{text}/train-*.txt",), heldout=(f"{text}/heldout-*.txt",), shuffle_window=4, prefetch=2),
+        optimizer=Optimizer("muon", Schedule(peak=5e-3, warmup=0.2, decay=0.5)),
+        mesh=Mesh(),
+        training=Training(steps=STEPS, batch_size=8, sequence_length=64, loss_chunk=32, eval_every=4),
+        checkpoint=Checkpoint(every=3, keep=2),
+        sample=Sample(prompts=("ab",), max_new_tokens=4),
+    )
+
+
+def start(recipe, run_dir, **changes):
+    recipe = dataclasses.replace(recipe, run_dir=str(run_dir), **changes)
+    pretrain(recipe, open_run(recipe), Console(enabled=True))
+
+
+def rows(run_dir, drop=TIMES):
+    return [{k: v for k, v in row.items() if k not in drop} for row in read_rows(run_dir / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    """A run from the first step to the last."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    start(recipe, run_dir)
+    return run_dir
+
+
+@pytest.mark.smoke
+def test_a_run_leaves_what_it_promises(whole, recipe):
+    steps = [row for row in read_rows(whole / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
+    promised = {"stage", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "moe/load_max", "moe/dropped", "mtp_loss"}
+    assert all(promised <= set(row) for row in steps)
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    evals = [row for row in read_rows(whole / "metrics.jsonl") if "eval/bits_per_byte" in row]
+    assert [row["step"] for row in evals] == [4, 8]
+    assert evals[1]["eval/bits_per_byte"] < evals[0]["eval/bits_per_byte"] < 9
+    assert evals[0]["eval/gzip_bits_per_byte"] > 0
+    assert Recipe.from_json((whole / "recipe.json").read_text()).training == recipe.training
+    assert [row["prompt"] for row in read_rows(whole / "samples.jsonl")] == ["ab"]
+    assert len(read_rows(whole / "expert_load.jsonl")) == STEPS
+    assert sorted(p.name for p in (whole / "checkpoints" / "pretrain").iterdir()) == ["6", "8"]
+    assert "held-out bits per byte" in json.loads((whole / "summary.json").read_text())
+
+
+@pytest.mark.smoke
+def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeypatch):
+    """A signal after step 2, one after step 5 that comes without a checkpoint, and the rest: the same rows, bit for bit."""
+    import mla_moe.training.pretrain as stage
+
+    def stop_at(step):
+        record = stage._Meter.record
+
+        def then_stop(self, number, metrics):
+            record(self, number, metrics)
+            if number == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return then_stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage._Meter, "record", stop_at(2))
+        with pytest.raises(Interrupted, match="stopped at step 2 by SIGTERM"):
+            start(recipe, tmp_path)
+    with monkeypatch.context() as patch:  # as a kill would: rows of steps 3 to 5, and nothing saved of 4 and 5
+        patch.setattr(stage._Meter, "record", stop_at(5))
+        save = stage.Checkpoints.save
+        patch.setattr(stage.Checkpoints, "save", lambda self, step, *a: save(self, step, *a) if step < 5 else None)
+        with pytest.raises(Interrupted):
+            start(recipe, tmp_path)
+    start(recipe, tmp_path)
+    assert rows(tmp_path) == rows(whole)
+    assert read_rows(tmp_path / "samples.jsonl") == read_rows(whole / "samples.jsonl")
+    assert read_rows(tmp_path / "expert_load.jsonl") == read_rows(whole / "expert_load.jsonl")
+
+
+def test_a_finished_run_is_left_alone(whole, recipe, capsys):
+    before = (whole / "metrics.jsonl").read_bytes()
+    start(recipe, whole)
+    assert "done already" in capsys.readouterr().out
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_one_device_and_eight_give_the_same_curve(whole, recipe, tmp_path, monkeypatch):
+    start_on_one_device(monkeypatch, recipe, tmp_path, sample=Sample())
+    for one, eight in zip(rows(tmp_path), rows(whole), strict=True):
+        for name in {"loss", "mtp_loss", "eval/loss"} & set(one):
+            assert one[name] == pytest.approx(eight[name], rel=1e-4), (one["step"], name)
+
+
+def start_on_one_device(monkeypatch, *args, **changes):
+    monkeypatch.setattr("mla_moe.training.pretrain.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    start(*args, **changes)
+
+
+def test_a_directory_of_another_run_is_refused(whole, recipe):
+    changed = dataclasses.replace(recipe.optimizer, weight_decay=0.7)
+    with pytest.raises(ConfigError, match=r"optimizer.weight_decay = 0.7: .* holds a run with 0.1"):
+        start(recipe, whole, optimizer=changed)
+    open_run(dataclasses.replace(recipe, run_dir=str(whole), checkpoint=Checkpoint(every=1)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"training": Training(batch_size=12, sequence_length=64)}, "training.batch_size"),
+        ({"mesh": Mesh(data=3)}, "mesh"),
+        ({"data": Data(train=("nowhere/*.txt",))}, "data.train"),
+        ({"data": Data(tokenizer="no/tokenizer.json")}, "data.tokenizer"),
+    ],
+)
+def test_what_cannot_run_is_said_before_compiling(recipe, tmp_path, changes, field, capsys):
+    with pytest.raises(ConfigError) as error:
+        start(recipe, tmp_path / "run", **changes)
+    assert error.value.field == field
+    assert "compiled" not in capsys.readouterr().out
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer(recipe, tmp_path):
+    with pytest.raises(ConfigError, match="model.vocab_size = 64"):
+        start(recipe, tmp_path, model=dataclasses.replace(recipe.model, vocab_size=64))
+
+
+def test_the_bias_balances_the_experts(recipe, tmp_path, monkeypatch):
+    """Busiest over mean expert at the end: near even with the update, and visibly worse without."""
+    long = dataclasses.replace(recipe.training, steps=60, eval_every=0, balance_weight=0.0)
+    optimizer = Optimizer("adamw", Schedule(peak=1e-2, warmup=0.1, decay=0.5))
+    worst = {}
+    for gamma in (0.02, 0.0):
+        training = dataclasses.replace(long, bias_update=gamma)
+        changes = {"training": training, "optimizer": optimizer, "sample": Sample()}
+        start_on_one_device(monkeypatch, recipe, tmp_path / str(gamma), **changes)
+        loads = [row["moe/load_max"] for row in read_rows(tmp_path / str(gamma) / "metrics.jsonl") if "loss" in row]
+        worst[gamma] = np.mean(loads[-6:])
+    assert worst[0.02] < 1.6
+    assert worst[0.0] > 1.2 * worst[0.02]
+
+
+def test_a_second_signal_breaks_off():
+    with Signals() as signals, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert signals.received is signal.SIGINT
+        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Event().wait(1)

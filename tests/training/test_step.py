@@ -1,0 +1,162 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mla_moe.nn.skeleton import Skeleton
+from mla_moe.ops.cross_entropy import reference
+from mla_moe.recipe import Mesh, Optimizer, Schedule, Training
+from mla_moe.sharding import make_mesh
+from mla_moe.training.loss import has_second_target, sizes, sums
+from mla_moe.training.optimizer import make_optimizer
+from mla_moe.training.step import abstract_state, init_state, make_eval_step, make_step, move_biases
+
+TRAINING = Training(steps=10, batch_size=8, sequence_length=16, loss_chunk=8, bias_update=0.5)
+OPTIMIZER = Optimizer("adamw", Schedule(peak=1e-2, warmup=0.0, decay=0.0))
+
+
+def packed_batch(B=8, T=16, seed=0):
+    """Documents of random lengths, and padding at the end of most rows."""
+    random = np.random.default_rng(seed)
+    batch = {key: np.zeros((B, T), np.int32) for key in ("tokens", "targets", "segment_ids", "positions")}
+    for b in range(B):
+        start = segment = 0
+        while start < T - 2 and segment < 3:
+            n, segment = min(int(random.integers(1, 9)), T - start), segment + 1
+            document = random.integers(0, 64, n + 1)
+            batch["tokens"][b, start : start + n], batch["targets"][b, start : start + n] = document[:-1], document[1:]
+            batch["segment_ids"][b, start : start + n] = segment
+            batch["positions"][b, start : start + n] = np.arange(n)
+            start += n
+    return {key: jnp.asarray(x) for key, x in batch.items()}
+
+
+@pytest.fixture(scope="module")
+def skeleton(cfg):
+    return Skeleton(cfg)
+
+
+def run(skeleton, training=TRAINING, mesh_sizes=None, batches=(0,), optimizer=OPTIMIZER):
+    mesh = make_mesh(mesh_sizes) if mesh_sizes else make_mesh(Mesh(), jax.devices()[:1])
+    tx = make_optimizer(optimizer, training.steps, skeleton)
+    state = init_state(skeleton, tx, 0, mesh)
+    step = make_step(skeleton, tx, training, mesh)
+    for seed in batches:
+        state, metrics = step(state, packed_batch(seed=seed))
+    return state, metrics
+
+
+def assert_close(a, b, rtol=1e-4, atol=1e-5):
+    for path in a.params:
+        np.testing.assert_allclose(a.params[path], b.params[path], rtol=rtol, atol=atol, err_msg=path)
+    for path in a.biases:
+        np.testing.assert_array_equal(a.biases[path], b.biases[path])
+
+
+def test_sums_are_the_plain_losses(cfg, skeleton):
+    model = skeleton.merge(skeleton.init(0, make_mesh(Mesh(), jax.devices()[:1])))
+    batch = packed_batch()
+    s, size = sums(model, batch, chunk=4, mtp=True), sizes(batch)
+    place = batch["segment_ids"], batch["positions"]
+    h, stats = model.hidden(batch["tokens"], *place)
+    real = (batch["segment_ids"] > 0).astype(jnp.float32)
+    np.testing.assert_allclose(s.nats, reference(h, model.head[...], batch["targets"], real), rtol=1e-5)
+    assert int(size.tokens) == int(real.sum())
+    assert s.load_LE.shape == (3, cfg.n_routed_experts)
+    assert (s.load_LE.sum(axis=1) == size.tokens * cfg.num_experts_per_tok).all()
+    np.testing.assert_array_equal(s.load_LE[:2], stats.load_E)
+    # the prediction module, document by document: its last token has no second target
+    h2, _ = model.mtp_hidden(h, batch["targets"], *place)
+    nats = count = 0
+    for b in range(8):
+        for segment in range(1, int(batch["segment_ids"][b].max()) + 1):
+            where = np.flatnonzero(np.asarray(batch["segment_ids"][b]) == segment)
+            log_p = jax.nn.log_softmax(model.logits(h2[b : b + 1, where[:-1]]))[0] if len(where) > 1 else []
+            for i, row in zip(where[:-1], log_p, strict=True):
+                nats, count = nats - float(row[batch["targets"][b, i + 1]]), count + 1
+    assert int(size.mtp_tokens) == count == int(has_second_target(batch).sum())
+    assert float(s.mtp_nats) == pytest.approx(nats, rel=1e-4)
+
+
+@pytest.mark.smoke
+def test_training_learns_and_moves_everything(skeleton):
+    state, first = run(skeleton)
+    start = init_state(skeleton, make_optimizer(OPTIMIZER, 10, skeleton), 0, make_mesh(Mesh(), jax.devices()[:1]))
+    later, last = run(skeleton, batches=(0,) * 10)
+    assert last["loss"] < 0.8 * first["loss"]
+    assert last["mtp_loss"] < first["mtp_loss"]
+    assert int(later.step) == 10
+    for path in state.params:
+        assert jnp.abs(state.params[path] - start.params[path]).max() > 0, path
+    for path in state.biases:
+        assert jnp.abs(state.biases[path]).max() == 0.5, path
+
+
+@pytest.mark.parametrize("accumulation", [2, 8])
+def test_accumulation_is_one_large_batch(skeleton, accumulation):
+    whole, m = run(skeleton)
+    parts, n = run(skeleton, dataclasses.replace(TRAINING, accumulation=accumulation))
+    for name in ("loss", "mtp_loss", "grad_norm", "balance_loss", "load_LE"):
+        np.testing.assert_allclose(m[name], n[name], rtol=1e-4, err_msg=name)
+    assert_close(whole, parts, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [Mesh(), Mesh(data=2, fsdp=4), Mesh(data=1, fsdp=2, expert=2, tensor=2)], ids=str)
+def test_a_mesh_of_eight_computes_what_one_device_does(skeleton, sizes):
+    one, m = run(skeleton)
+    eight, n = run(skeleton, mesh_sizes=sizes)
+    for name in ("loss", "mtp_loss", "grad_norm", "load_LE"):
+        np.testing.assert_allclose(m[name], n[name], rtol=1e-5, err_msg=name)
+    # Adam's first step is a sign, which rounding decides where a gradient is nearly 0: compare gradients' moments.
+    moments = [jax.tree.leaves(s.optimizer) for s in (one, eight)]
+    for a, b in zip(*moments, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_state_lies_where_the_table_says(skeleton):
+    sizes = Mesh(data=1, fsdp=2, expert=2, tensor=2)
+    state, _ = run(skeleton, mesh_sizes=sizes, optimizer=dataclasses.replace(OPTIMIZER, name="muon"))
+    abstract = abstract_state(skeleton, make_optimizer(OPTIMIZER, 10, skeleton), make_mesh(sizes))
+    path = "moe_layers/moe/gate_up"
+    assert abstract.params[path].sharding.shard_shape(abstract.params[path].shape) == (2, 4, 16, 2, 8)
+    for keys, x in jax.tree_util.tree_leaves_with_path(state.optimizer):
+        if getattr(keys[-1], "key", None) == path:
+            assert x.sharding.shard_shape(x.shape) == (2, 4, 16, 2, 8)
+
+
+def test_biases_move_against_the_load():
+    biases = {"moe_layers/moe/router/bias": jnp.zeros((2, 3)), "mtp/block/moe/router/bias": jnp.ones(3)}
+    load = jnp.array([[9, 0, 3], [4, 4, 4], [0, 1, 11]])
+    moved = move_biases(biases, load, 0.25)
+    assert moved["moe_layers/moe/router/bias"].tolist() == [[-0.25, 0.25, 0.25], [0, 0, 0]]
+    assert moved["mtp/block/moe/router/bias"].tolist() == [1.25, 1.25, 0.75]
+
+
+def test_biases_freeze_at_the_end(skeleton):
+    training = dataclasses.replace(TRAINING, bias_freeze=0.8)
+    two, ten = run(skeleton, training, batches=range(2))[0], run(skeleton, training, batches=range(10))[0]
+    for path in two.biases:
+        np.testing.assert_array_equal(two.biases[path], ten.biases[path])
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(skeleton):
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    tx = make_optimizer(OPTIMIZER, 10, skeleton)
+    good = init_state(skeleton, tx, 0, mesh)
+    broken = good._replace(params=good.params | {"norm/scale": good.params["norm/scale"].at[0].set(jnp.nan)})
+    before = jax.tree.map(np.asarray, broken)
+    after, metrics = make_step(skeleton, tx, TRAINING, mesh)(broken, packed_batch())
+    assert int(metrics["skipped"]) == 1
+    assert int(after.step) == 1
+    for a, b in zip(jax.tree.leaves(before[1:]), jax.tree.leaves(after[1:]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_evaluation_is_the_sum_of_nats(skeleton):
+    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    state = init_state(skeleton, make_optimizer(OPTIMIZER, 10, skeleton), 0, mesh)
+    nats = make_eval_step(skeleton, 8)(state, packed_batch())
+    _, metrics = make_step(skeleton, make_optimizer(OPTIMIZER, 10, skeleton), TRAINING, mesh)(state, packed_batch())
+    np.testing.assert_allclose(nats / metrics["tokens"].astype(jnp.float32), metrics["loss"], rtol=1e-5)

@@ -191,7 +191,7 @@ def _yarn40(mscale: float) -> Yarn:
     return Yarn(factor=40.0, original_max_position_embeddings=4096, mscale=mscale, mscale_all_dim=mscale)
 
 
-_V2 = dict(
+_V2: dict[str, Any] = dict(
     vocab_size=102400, scoring_func="softmax", norm_topk_prob=False, n_shared_experts=2, num_experts_per_tok=6,
     max_position_embeddings=163840, rope_scaling=_yarn40(0.707),
 )  # fmt: skip
@@ -233,7 +233,7 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """A named configuration: `tiny`, `deepseek-v2-lite`, `deepseek-v2`, `deepseek-v3`, `moonlight-16b-a3b`, `kimi-k2`."""
+    """A named configuration; `PRESETS` holds them all. Raises `ConfigError`, naming the choices, for another name."""
     if name not in PRESETS:
         raise ConfigError("preset", name, f"choose one of {', '.join(PRESETS)}")
     return PRESETS[name]

@@ -1,4 +1,4 @@
-"""What a run is: frozen dataclasses for model, data, optimizer, mesh and stages. Every field is a flag of `train.py`."""
+"""What a run is: frozen dataclasses of model, data, optimizer, mesh and stages. Each field is a flag of `train.py`."""
 
 import dataclasses
 import json

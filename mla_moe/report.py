@@ -327,7 +327,7 @@ def _svg(figure: Figure) -> str:
 
 INK, BLUE, ACCENT = "#010203", "#3b82c4", "#e07b39"
 NO_METADATA = ("Creator", "Date", "Format", "Type")
-PLOT_STYLE = {
+PLOT_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none", "font.size": 10, "legend.frameon": False, "lines.linewidth": 1.6,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
     "axes.spines.top": False, "axes.spines.right": False, "axes.linewidth": 0.6,

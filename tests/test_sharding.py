@@ -23,7 +23,9 @@ def test_an_impossible_mesh_says_how_many_devices_there_are(sizes):
 
 def test_an_axis_is_split_once_and_only_where_it_divides():
     mesh = make_mesh(Mesh(data=1, fsdp=2, expert=2, tensor=2))
-    assert spec(("experts", "embed", "gate_up", "expert_hidden"), (4, 6, 2, 8), mesh) == P("expert", "fsdp", None, "tensor")
+    assert spec(("experts", "embed", "gate_up", "expert_hidden"), (4, 6, 2, 8), mesh) == P(
+        "expert", "fsdp", None, "tensor"
+    )
     assert spec(("embed", "vocab"), (6, 7), mesh) == P("fsdp", None)
     assert spec(("hidden", "heads"), (8, 8), mesh) == P("tensor", None)
 

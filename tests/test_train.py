@@ -34,6 +34,12 @@ def test_bad_input_is_one_clear_error(args, said, request, tmp_path):
 def test_help_lists_fields_with_their_docs(request):
     done = train(request.config.rootpath, "configs/quickstart.py", "--help")
     assert done.returncode == 0
-    for flag in ("--training.steps", "--mesh.fsdp", "--checkpoint.every", "--data.tokenizer", "--optimizer.schedule.peak"):
+    for flag in (
+        "--training.steps",
+        "--mesh.fsdp",
+        "--checkpoint.every",
+        "--data.tokenizer",
+        "--optimizer.schedule.peak",
+    ):
         assert flag in done.stdout
     assert "router bias" in done.stdout

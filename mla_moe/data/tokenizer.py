@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import grain
 import numpy as np
 import tokenizers
 
@@ -158,8 +157,8 @@ def train_bpe(documents: Sequence[str], vocab_size: int, path: str | Path) -> No
 def _sample(documents: Sequence[str]) -> Iterator[str]:
     """Documents in a fixed random order, the last one cut, `_SAMPLE_CHARACTERS` in all."""
     left = _SAMPLE_CHARACTERS
-    shuffled = grain.MapDataset.source(documents).shuffle(seed=0)
-    for text in map(shuffled.__getitem__, range(len(shuffled))):  # iterating it would read hundreds ahead
+    for index in np.random.default_rng(0).permutation(len(documents)).tolist():
+        text = documents[index]
         yield text[:left]
         left -= len(text)
         if left <= 0:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jax.typing import DTypeLike
 
 BATCH_AXES = ("layers", "experts", "gate_up")
@@ -76,7 +77,7 @@ def stacked(variable: nnx.Variable, count: int, rngs: nnx.Rngs) -> nnx.Variable:
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike) -> jax.Array:
     """Random numbers, from NumPy unless traced: a random kernel per shape takes 10 s to compile for a small model."""
     key = rngs.params()
-    if isinstance(key, jax.core.Tracer):
+    if isinstance(key, Tracer):
         return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
     random = np.random.Generator(np.random.Philox(np.asarray(jax.random.key_data(key)).tolist()))
     return jnp.asarray(np.float32(std) * random.standard_normal(shape, np.float32)).astype(dtype)

@@ -74,7 +74,7 @@ def arrays_of(model: Transformer) -> Arrays:
 
 
 def _flat(state):
-    return [("/".join(path), variable) for path, variable in nnx.to_flat_state(state)]
+    return [("/".join(map(str, path)), variable) for path, variable in nnx.to_flat_state(state)]
 
 
 def _normal(index, *, seed, path, shape, std, dtype) -> np.ndarray:

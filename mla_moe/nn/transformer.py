@@ -77,7 +77,7 @@ class MTP(nnx.Module):
         self.norm = RMSNorm("embed", D, cfg.rms_norm_eps, precision)
         self.precision = precision
 
-    def __call__(self, h_BTD, next_embedding_BTD, context: Context) -> tuple[Float[Array, "B T D"], RouterStats]:
+    def __call__(self, h_BTD, next_embedding_BTD, context: Context) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """From the model's final-normed `h_i` and the embedding of token i+1 to the hidden state that predicts i+2."""
         both = jnp.concatenate([self.embedding_norm(next_embedding_BTD), self.hidden_norm(h_BTD)], axis=-1)
         x_BTD = jnp.einsum("BTd,dD->BTD", both, self.project[...].astype(self.precision.compute))

@@ -39,9 +39,8 @@ def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int) -> Plan:
     padded_E = -(-count_E // block) * block
     shift_E = (jnp.cumsum(padded_E) - padded_E) - (jnp.cumsum(count_E) - count_E)
     target = jnp.arange(rows) + shift_E[expert_R[order]]
-    unique = dict(unique_indices=True, indices_are_sorted=True)
-    token_R = jnp.zeros(R, jnp.int32).at[target].set(order // K, **unique)
-    filled_R = jnp.zeros(R, bool).at[target].set(True, **unique)
+    token_R = jnp.zeros(R, jnp.int32).at[target].set(order // K, unique_indices=True, indices_are_sorted=True)
+    filled_R = jnp.zeros(R, bool).at[target].set(True, unique_indices=True, indices_are_sorted=True)
     row_NK = jnp.zeros(rows, jnp.int32).at[order].set(target, unique_indices=True).reshape(N, K)
     return Plan(row_NK, token_R, filled_R, padded_E)
 
@@ -87,7 +86,7 @@ combine.defvjp(_combine_forward, _combine_backward)
 
 def _sum_choices(y_RD, row_NK, weight_NK=None):
     """Sum of a token's rows, one choice at a time: K·N·D values never stand side by side."""
-    total = 0.0
+    total = jnp.zeros((len(row_NK), y_RD.shape[1]), jnp.float32)
     for k in range(row_NK.shape[1]):
         y_ND = y_RD[row_NK[:, k]].astype(jnp.float32)
         total += y_ND if weight_NK is None else y_ND * weight_NK[:, k, None]

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from time import monotonic
-from typing import Self
+from typing import Literal, Self
 
 import rich.console
 import rich.progress
@@ -154,7 +154,7 @@ def _prefixed(number: float, base: float, units: Sequence[str]) -> str:
     return f"{number:.{decimals}f}{units[power]}"
 
 
-def _two_columns(title: str, rows: Sequence[tuple[str, str]], value_justify: str) -> Table:
+def _two_columns(title: str, rows: Sequence[tuple[str, str]], value_justify: Literal["left", "right"]) -> Table:
     table = Table(title=Text(title, style="bold"), title_justify="left", box=None, show_header=False, padding=(0, 2))
     table.add_column(style="dim", no_wrap=True)
     table.add_column(justify=value_justify, overflow="fold")

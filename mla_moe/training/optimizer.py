@@ -1,6 +1,7 @@
 """AdamW, and Muon for the matrices inside the layers, from Optax, with the parameter groups of the papers."""
 
 import math
+from collections.abc import Hashable
 
 import jax
 import optax
@@ -33,7 +34,10 @@ def make_optimizer(cfg: recipe.Optimizer, steps: int, skeleton: Skeleton) -> opt
     adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
     rate = optax.scale_by_learning_rate(learning_rate(cfg.schedule, steps))
     decay = optax.add_decayed_weights(cfg.weight_decay)
-    groups = {"adamw": optax.chain(adam, decay, rate), "undecayed": optax.chain(adam, rate)}
+    groups: dict[Hashable, optax.GradientTransformation] = {
+        "adamw": optax.chain(adam, decay, rate),
+        "undecayed": optax.chain(adam, rate),
+    }
     if cfg.name == "muon":
         dimensions = {path: _muon_dimensions(v) for path, v in variables.items() if isinstance(v, Matrix)}
         groups["muon"] = optax.chain(

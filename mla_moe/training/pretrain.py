@@ -175,8 +175,9 @@ class Stage:
         batch = dict.fromkeys(fields, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place))
         began = time.monotonic()
         step = make_step(self.skeleton, self.optimizer, training, self.mesh).lower(state, batch).compile()
-        temporary = step.memory_analysis().temp_size_in_bytes
-        self.console.say(f"compiled in {time.monotonic() - began:.1f} s, {bytes_(temporary)} of temporaries a device")
+        memory = step.memory_analysis()
+        temporaries = f", {bytes_(memory.temp_size_in_bytes)} of temporaries a device" if memory else ""
+        self.console.say(f"compiled in {time.monotonic() - began:.1f} s{temporaries}")
         return step
 
     def _put(self, batch: data.Batch) -> dict[str, jax.Array]:
@@ -273,7 +274,8 @@ class _Meter:
         seconds, self._since = now - self._since, now
         self.seconds += seconds
         load, tokens = values.pop("load_LE"), int(values.pop("tokens"))
-        row = {"loss": values.pop("loss"), "lr": self._rate(number - 1), "tokens_per_s": tokens / seconds}
+        rate = float(np.asarray(self._rate(number - 1)))
+        row: dict[str, Any] = {"loss": values.pop("loss"), "lr": rate, "tokens_per_s": tokens / seconds}
         if self._peak:
             row["mfu"] = row["tokens_per_s"] * self._flops / self._peak
         row |= values | {"step_seconds": seconds, "tokens": tokens}

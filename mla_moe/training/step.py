@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Wrapped
 from jaxtyping import Array
 
 from mla_moe import recipe
@@ -31,43 +32,43 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-Step = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
-
-
 def init_state(skeleton: Skeleton, tx: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    arrays = skeleton.init(seed, mesh)
-    params = {path: arrays[path] for path in skeleton.param_paths}
-    biases = {path: arrays[path] for path in skeleton.bias_paths}
-    optimizer = jax.jit(tx.init, out_shardings=_optimizer_shardings(skeleton, tx, mesh))(params)
-    step = jax.device_put(jnp.int32(0), NamedSharding(mesh, P()))
-    return TrainState(step, params, biases, optimizer)
+    """Fresh parameters and optimizer state, each in its place on the mesh."""
+    new = jax.jit(partial(_new, skeleton, tx), out_shardings=_shardings(skeleton, tx, mesh), donate_argnums=0)
+    return new(skeleton.init(seed, mesh))
 
 
 def abstract_state(skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Shapes, types and shardings of a `TrainState`: what a checkpoint is restored into, straight to its place."""
-    arrays = skeleton.abstract(mesh)
-    params = {path: arrays[path] for path in skeleton.param_paths}
-    optimizer = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        jax.eval_shape(tx.init, params),
-        _optimizer_shardings(skeleton, tx, mesh),
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        _shapes(skeleton, tx),
+        _shardings(skeleton, tx, mesh),
     )
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, P()))
-    return TrainState(step, params, {path: arrays[path] for path in skeleton.bias_paths}, optimizer)
 
 
-def _optimizer_shardings(skeleton: Skeleton, tx, mesh: Mesh):
-    """Moments lie where their parameter does, whose path is the last key of theirs; counters are everywhere."""
+def _new(skeleton: Skeleton, tx: optax.GradientTransformation, arrays: Arrays) -> TrainState:
+    params = {path: arrays[path] for path in skeleton.param_paths}
+    biases = {path: arrays[path] for path in skeleton.bias_paths}
+    return TrainState(jnp.int32(0), params, biases, tx.init(params))
+
+
+def _shapes(skeleton: Skeleton, tx: optax.GradientTransformation) -> TrainState:
+    arrays = {path: variable.get_value() for path, variable in skeleton.variables.items()}
+    return jax.eval_shape(partial(_new, skeleton, tx), arrays)
+
+
+def _shardings(skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Parameters lie where the table says, their moments (whose last key is the path) with them, counters anywhere."""
     shardings = skeleton.shardings(mesh)
-    params = {path: skeleton.variables[path].get_value() for path in skeleton.param_paths}
 
     def place(keys, _):
         return shardings.get(getattr(keys[-1], "key", None), NamedSharding(mesh, P()))
 
-    return jax.tree_util.tree_map_with_path(place, jax.eval_shape(tx.init, params))
+    return jax.tree_util.tree_map_with_path(place, _shapes(skeleton, tx))
 
 
-def make_step(skeleton: Skeleton, tx: optax.GradientTransformation, training: recipe.Training, mesh: Mesh) -> Step:
+def make_step(skeleton: Skeleton, tx: optax.GradientTransformation, training: recipe.Training, mesh: Mesh) -> Wrapped:
     """The compiled step `(state, batch) -> (state, metrics)`; the state passed in is given up.
 
     A step whose loss or gradient is not finite changes nothing but the step's number, and is counted as `skipped`.

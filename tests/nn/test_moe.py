@@ -85,7 +85,9 @@ def test_balance_loss_is_the_papers(cfg):
     even = Routing(jnp.arange(T * K).reshape(T, K) % E, jnp.ones((T, K)), jnp.ones((T, E)))
     stats = router_stats(cfg, even, jnp.ones((1, T), bool))
     np.testing.assert_allclose(stats.balance, 1.0, rtol=1e-6)
-    peaked = Routing(jnp.zeros((T, K), jnp.int32) + jnp.arange(K), jnp.ones((T, K)), jnp.zeros((T, E)).at[:, :K].set(1.0))
+    peaked = Routing(
+        jnp.zeros((T, K), jnp.int32) + jnp.arange(K), jnp.ones((T, K)), jnp.zeros((T, E)).at[:, :K].set(1.0)
+    )
     np.testing.assert_allclose(router_stats(cfg, peaked, jnp.ones((1, T), bool)).balance, E / K, rtol=1e-6)
 
 

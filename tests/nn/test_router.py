@@ -65,6 +65,6 @@ def test_softmax_gate(v2_cfg, method):
 
 def test_the_bias_gets_no_gradient(cfg):
     logits = jax.random.normal(jax.random.key(0), (5, 8))
-    grads = jax.grad(lambda l, b: sigmoid_gate(cfg, l, b).weights_NK[:, 0].sum(), argnums=(0, 1))(logits, jnp.zeros(8))
+    grads = jax.grad(lambda x, b: sigmoid_gate(cfg, x, b).weights_NK[:, 0].sum(), argnums=(0, 1))(logits, jnp.zeros(8))
     assert jnp.abs(grads[0]).max() > 0
     assert (grads[1] == 0).all()

@@ -95,7 +95,9 @@ def test_bfloat16_compute_keeps_float32_where_it_matters(cfg):
 def test_sixty_layers_compile_like_three(cfg):
     def size_of_program(layers):
         skeleton = Skeleton(dataclasses.replace(cfg, num_hidden_layers=layers))
-        arrays = {p: jax.ShapeDtypeStruct(v.get_value().shape, v.get_value().dtype) for p, v in skeleton.variables.items()}
+        arrays = {
+            p: jax.ShapeDtypeStruct(v.get_value().shape, v.get_value().dtype) for p, v in skeleton.variables.items()
+        }
         return len(jax.jit(lambda a: skeleton.merge(a)(TOKENS)).lower(arrays).as_text())
 
     assert size_of_program(60) < 1.01 * size_of_program(3)

@@ -7,7 +7,10 @@ from mla_moe.ops.attention import attention
 
 
 def inputs(B, T, H, A, V, seed=0):
-    q, k, v = (jax.random.normal(key, (B, T, H, w)) for key, w in zip(jax.random.split(jax.random.key(seed), 3), (A, A, V), strict=True))
+    q, k, v = (
+        jax.random.normal(key, (B, T, H, w))
+        for key, w in zip(jax.random.split(jax.random.key(seed), 3), (A, A, V), strict=True)
+    )
     segments = jnp.sort(jax.random.randint(jax.random.key(seed + 1), (B, T), 0, 4), axis=1)
     return q, k, v, segments
 
@@ -50,7 +53,9 @@ def test_large_scores_stay_finite():
 
 def test_memory_is_linear_in_time():
     def temporaries(T):
-        q, k, v, segments = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.eval_shape(lambda: inputs(1, T, 2, 8, 8)))
+        q, k, v, segments = (
+            jax.ShapeDtypeStruct(x.shape, x.dtype) for x in jax.eval_shape(lambda: inputs(1, T, 2, 8, 8))
+        )
         grad = jax.grad(lambda q, k, v, s: attention(q, k, v, s, scale=1.0).sum(), argnums=(0, 1, 2))
         return jax.jit(grad).lower(q, k, v, segments).compile().memory_analysis().temp_size_in_bytes
 

@@ -27,7 +27,9 @@ def test_equals_reference_in_value_and_gradients(chunk):
 
 def test_all_logits_never_exist():
     B, T, D, V = 1, 2048, 8, 512
-    shapes = [jax.ShapeDtypeStruct(s, t) for s, t in (((B, T, D), jnp.float32), ((D, V), jnp.float32), ((B, T), jnp.int32))]
+    shapes = [
+        jax.ShapeDtypeStruct(s, t) for s, t in (((B, T, D), jnp.float32), ((D, V), jnp.float32), ((B, T), jnp.int32))
+    ]
 
     def temporaries(chunk):
         f = jax.grad(lambda h, w, t: cross_entropy(h, w, t, jnp.ones((B, T)), chunk=chunk), argnums=(0, 1))

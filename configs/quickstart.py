@@ -2,7 +2,7 @@
 
     python train.py configs/quickstart.py
 
-About 3 minutes on 2 cores, one million tokens. Held-out files then take fewer bits a byte than `gzip -9` needs for them.
+About 3 minutes on 2 cores, one million tokens. Held-out files then take fewer bits a byte than `gzip -9` needs.
 """
 
 from mla_moe.config import ModelConfig

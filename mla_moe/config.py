@@ -1,6 +1,8 @@
 """What a model is: one frozen dataclass with the field names of a Hugging Face `config.json`, and the presets."""
 
 import dataclasses
+import types
+import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -11,6 +13,44 @@ class ConfigError(ValueError):
     def __init__(self, field: str, value: Any, fix: str):
         super().__init__(f"{field} = {value!r}: {fix}")
         self.field, self.value, self.fix = field, value, fix
+
+
+def require(ok: bool, field: str, value: Any, fix: str) -> None:
+    """Raise `ConfigError` unless `ok`."""
+    if not ok:
+        raise ConfigError(field, value, fix)
+
+
+def structure(cls: Any, value: Any, field: str) -> Any:
+    """Turn plain JSON `value` into `cls`: a (nested) dataclass, tuple, Literal, union or scalar.
+
+    Raises `ConfigError` naming `field`, dotted, where they do not fit.
+    """
+    origin, arguments = typing.get_origin(cls), typing.get_args(cls)
+    if dataclasses.is_dataclass(cls):
+        require(isinstance(value, dict), field, value, f"an object with the fields of {cls.__name__}")
+        hints = typing.get_type_hints(cls)
+        known = {f.name: f for f in dataclasses.fields(cls)}
+        for name in value:
+            require(name in known, f"{field}.{name}", value[name], f"no such field; there are {', '.join(known)}")
+        for name, f in known.items():
+            needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+            require(name in value or not needed, f"{field}.{name}", None, "is required")
+        return cls(**{name: structure(hints[name], v, f"{field}.{name}") for name, v in value.items()})
+    if origin is tuple:
+        require(isinstance(value, list | tuple), field, value, "a list")
+        return tuple(structure(arguments[0], v, f"{field}[{i}]") for i, v in enumerate(value))
+    if origin is Literal:
+        require(value in arguments, field, value, f"one of {', '.join(map(repr, arguments))}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in arguments:
+            return None
+        return structure(next(a for a in arguments if a is not type(None)), value, field)
+    if cls is float and type(value) is int:
+        return float(value)
+    require(type(value) is cls, field, value, f"must be of type {cls.__name__}")
+    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,31 +183,20 @@ class ModelConfig:
         }
         # transformers 5 writes `rope_parameters`, with theta inside; the released files have `rope_scaling` beside it.
         rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-        values["rope_theta"] = float(rope.pop("rope_theta", values.get("rope_theta", 10_000.0)))
+        values["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10_000.0))
         kind = rope.pop("type", None) or rope.pop("rope_type", None) or "default"
         if kind not in ("default", "yarn"):
             raise ConfigError("rope_scaling.type", kind, "use 'yarn' or no scaling")
         if kind == "yarn" and "original_max_position_embeddings" not in rope:
             raise ConfigError("rope_scaling.original_max_position_embeddings", None, "YaRN needs the original length")
-        values["rope_scaling"] = (
-            Yarn(
-                factor=rope["factor"],
-                original_max_position_embeddings=rope["original_max_position_embeddings"],
-                beta_fast=rope.get("beta_fast") or 32.0,
-                beta_slow=rope.get("beta_slow") or 1.0,
-                mscale=rope.get("mscale") or 0.0,
-                mscale_all_dim=rope.get("mscale_all_dim") or 0.0,
-            )
-            if kind == "yarn"
-            else None
-        )
+        values["rope_scaling"] = None
+        if kind == "yarn":
+            known = {f.name for f in dataclasses.fields(Yarn)}
+            given = {name: value for name, value in rope.items() if name in known and value is not None}
+            values["rope_scaling"] = {"mscale_all_dim": 0.0} | given  # as transformers has it where a file is silent
         if method == "greedy":  # the groups that a greedy V2 file names are not used
             values["n_group"] = values["topk_group"] = 1
-        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]
-        for name in required:
-            if name not in values:
-                raise ConfigError(name, None, "config.json must give it")
-        return cls(**values)
+        return structure(cls, values, "config.json")
 
     def to_hf(self) -> dict[str, Any]:
         """The contents of a `config.json` that `transformers`, vLLM and SGLang read, and `from_hf` reads back equal."""

@@ -2,17 +2,10 @@
 
 import dataclasses
 import json
-import types
-import typing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from mla_moe.config import ConfigError, ModelConfig, preset
-
-
-def _require(ok: bool, field: str, value: Any, fix: str) -> None:
-    if not ok:
-        raise ConfigError(field, value, fix)
+from mla_moe.config import ConfigError, ModelConfig, preset, require, structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +27,12 @@ class Data:
     """Batches prepared ahead of the step."""
 
     def __post_init__(self):
-        _require(len(self.train) > 0, "data.train", self.train, "name at least one file or glob")
-        _require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "1 keeps the order")
-        _require(self.prefetch >= 1, "data.prefetch", self.prefetch, "prepare at least 1 batch ahead")
+        require(len(self.train) > 0, "data.train", self.train, "name at least one file or glob")
+        require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "1 keeps the order")
+        require(self.prefetch >= 1, "data.prefetch", self.prefetch, "prepare at least 1 batch ahead")
         if self.tokenizer.startswith("bpe:"):
             size = self.tokenizer.removeprefix("bpe:")
-            _require(size.isdigit() and int(size) >= 300, "data.tokenizer", self.tokenizer, "bpe:SIZE with SIZE >= 300")
+            require(size.isdigit() and int(size) >= 300, "data.tokenizer", self.tokenizer, "bpe:SIZE with SIZE >= 300")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,12 +51,12 @@ class Schedule:
     """Share of the steps after the decay, spent at `final`."""
 
     def __post_init__(self):
-        _require(self.peak > 0, "optimizer.schedule.peak", self.peak, "a learning rate is positive")
+        require(self.peak > 0, "optimizer.schedule.peak", self.peak, "a learning rate is positive")
         for name in ("warmup", "decay", "tail", "final"):
             value = getattr(self, name)
-            _require(0 <= value <= 1, f"optimizer.schedule.{name}", value, "a share between 0 and 1")
+            require(0 <= value <= 1, f"optimizer.schedule.{name}", value, "a share between 0 and 1")
         total = self.warmup + self.decay + self.tail
-        _require(total <= 1 + 1e-9, "optimizer.schedule", total, "warmup + decay + tail is at most 1")
+        require(total <= 1 + 1e-9, "optimizer.schedule", total, "warmup + decay + tail is at most 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +79,10 @@ class Optimizer:
     def __post_init__(self):
         for name in ("beta1", "beta2", "muon_momentum"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
-        _require(self.clip > 0, "optimizer.clip", self.clip, "a positive norm; a very large one clips nothing")
-        _require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        _require(self.muon_peak is None or self.muon_peak > 0, "optimizer.muon_peak", self.muon_peak, "a positive rate")
+            require(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
+        require(self.clip > 0, "optimizer.clip", self.clip, "a positive norm; a very large one clips nothing")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        require(self.muon_peak is None or self.muon_peak > 0, "optimizer.muon_peak", self.muon_peak, "a positive rate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +103,8 @@ class Mesh:
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
         for name, size in sizes.items():
-            _require(size == -1 or size >= 1, f"mesh.{name}", size, "a number of devices, or -1 for the rest")
-        _require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis can be -1")
+            require(size == -1 or size >= 1, f"mesh.{name}", size, "a number of devices, or -1 for the rest")
+        require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis can be -1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +140,12 @@ class Training:
     def __post_init__(self):
         for name in ("batch_size", "sequence_length", "accumulation", "loss_chunk", "log_every"):
             value = getattr(self, name)
-            _require(value >= 1, f"training.{name}", value, "at least 1")
+            require(value >= 1, f"training.{name}", value, "at least 1")
         for name in ("steps", "eval_every", "mtp_weight", "balance_weight", "bias_update"):
             value = getattr(self, name)
-            _require(value >= 0, f"training.{name}", value, "0 or more")
-        _require(0 <= self.bias_freeze <= 1, "training.bias_freeze", self.bias_freeze, "a share between 0 and 1")
-        _require(
+            require(value >= 0, f"training.{name}", value, "0 or more")
+        require(0 <= self.bias_freeze <= 1, "training.bias_freeze", self.bias_freeze, "a share between 0 and 1")
+        require(
             self.batch_size % self.accumulation == 0,
             "training.accumulation",
             self.accumulation,
@@ -170,8 +163,8 @@ class Checkpoint:
     """Newest checkpoints kept."""
 
     def __post_init__(self):
-        _require(self.every >= 1, "checkpoint.every", self.every, "at least 1 step")
-        _require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least 1")
+        require(self.every >= 1, "checkpoint.every", self.every, "at least 1 step")
+        require(self.keep >= 1, "checkpoint.keep", self.keep, "keep at least 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,9 +193,7 @@ class Recipe:
 
     def __post_init__(self):
         length, limit = self.training.sequence_length, self.model.max_position_embeddings
-        _require(
-            length <= limit, "training.sequence_length", length, f"at most model.max_position_embeddings = {limit}"
-        )
+        require(length <= limit, "training.sequence_length", length, f"at most model.max_position_embeddings = {limit}")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
@@ -222,42 +213,10 @@ def load(path: str | Path) -> Recipe:
     import runpy
 
     path = Path(path)
-    _require(path.is_file(), "recipe", str(path), "no such file; try configs/quickstart.py")
+    require(path.is_file(), "recipe", str(path), "no such file; try configs/quickstart.py")
     if path.suffix == ".json":
         return Recipe.from_json(path.read_text())
     recipe = runpy.run_path(str(path)).get("recipe")
     if not isinstance(recipe, Recipe):
         raise ConfigError("recipe", str(path), "the file must bind `recipe = Recipe(…)`")
     return recipe
-
-
-def structure(cls: Any, value: Any, field: str) -> Any:
-    """Turn plain JSON `value` into `cls`: a (nested) dataclass, tuple, Literal, union or scalar.
-
-    Raises `ConfigError` naming `field`, dotted, where they do not fit.
-    """
-    origin, arguments = typing.get_origin(cls), typing.get_args(cls)
-    if dataclasses.is_dataclass(cls):
-        _require(isinstance(value, dict), field, value, f"an object with the fields of {cls.__name__}")
-        hints = typing.get_type_hints(cls)
-        known = {f.name: f for f in dataclasses.fields(cls)}
-        for name in value:
-            _require(name in known, f"{field}.{name}", value[name], f"no such field; there are {', '.join(known)}")
-        for name, f in known.items():
-            needed = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-            _require(name in value or not needed, f"{field}.{name}", None, "is required")
-        return cls(**{name: structure(hints[name], v, f"{field}.{name}") for name, v in value.items()})
-    if origin is tuple:
-        _require(isinstance(value, list | tuple), field, value, "a list")
-        return tuple(structure(arguments[0], v, f"{field}[{i}]") for i, v in enumerate(value))
-    if origin is Literal:
-        _require(value in arguments, field, value, f"one of {', '.join(map(repr, arguments))}")
-        return value
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return structure(next(a for a in arguments if a is not type(None)), value, field)
-    if cls is float and type(value) is int:
-        return float(value)
-    _require(type(value) is cls, field, value, f"must be of type {cls.__name__}")
-    return value

@@ -89,7 +89,12 @@ def test_impossible_models_name_the_field(cfg, change, field):
         ({"tie_word_embeddings": True}, "tie_word_embeddings"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.original_max_position_embeddings"),
-        ({"vocab_size": None}, "vocab_size"),
+        ({"vocab_size": None}, "config.json.vocab_size"),
+        ({"vocab_size": "many"}, "config.json.vocab_size"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": "4", "original_max_position_embeddings": 3}},
+            "config.json.rope_scaling.factor",
+        ),
     ],
 )
 def test_foreign_config_json_is_refused(change, field):

@@ -27,7 +27,7 @@ class Router(nnx.Module):
         axes = {"embed": cfg.hidden_size, "router": cfg.n_routed_experts}
         self.weight = matrix(rngs, axes, contracts=("embed",), std=cfg.initializer_range, dtype=jnp.float32)
         if cfg.topk_method == "noaux_tc":
-            self.bias = RouterBias(jnp.zeros(cfg.n_routed_experts, jnp.float32), axes=("router",))
+            self.bias = RouterBias(jnp.zeros(cfg.n_routed_experts, jnp.float32), axes=("router",), contracts=())
 
     def __call__(self, x_ND: Float[Array, "N D"]) -> Routing:
         logits_NE = jnp.einsum("ND,DE->NE", x_ND.astype(jnp.float32), self.weight[...], precision="highest")

@@ -1,0 +1,116 @@
+"""The one place that knows Hugging Face names: which tensor is which part of which of our arrays.
+
+The released checkpoints of DeepSeek-V2, V3, R1, Moonlight and Kimi-K2 share their names. Ours differ in layout: layers
+are stacked in front, experts behind them, gate and up are one array, heads are an axis of their own, and a matrix is
+[in, out] where PyTorch has [out, in].
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from mla_moe.config import ModelConfig
+from mla_moe.nn.skeleton import Skeleton
+
+WHOLE = slice(None)
+
+
+class Piece(NamedTuple):
+    """One tensor of a file, and where it lies in one of our arrays."""
+
+    name: str
+    path: str
+    index: tuple[int | slice, ...]
+    """A number for each axis that is stacked in ours and split into tensors there; `WHOLE` for one that is kept."""
+    rows: tuple[int, ...]
+    """Sizes of our axes that, flattened, are the tensor's first axis."""
+    columns: tuple[int, ...] = ()
+    """The same for its second axis; empty for a vector."""
+    transposed: bool = True
+    """Ours has the columns' axes first."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor in the file."""
+        return (math.prod(self.rows), math.prod(self.columns)) if self.columns else (math.prod(self.rows),)
+
+    def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+        """The kept axes of our array. A view."""
+        return self._turn(tensor.reshape(self.rows + self.columns), len(self.rows))
+
+    def to_theirs(self, array: np.ndarray) -> np.ndarray:
+        """The tensor of the file, from the kept axes of our array."""
+        return self._turn(array, len(self.columns)).reshape(self.shape)
+
+    def _turn(self, array: np.ndarray, n: int) -> np.ndarray:
+        """Bring the first n axes to the end, where the layouts differ in that."""
+        return array.transpose(*range(n, array.ndim), *range(n)) if self.transposed else array
+
+
+def pieces(skeleton: Skeleton) -> Iterator[Piece]:
+    """Every tensor of a file in the order of its layers. The embedding and the head come twice where there is a
+    prediction module: a released file repeats them in its layer, and the model shares them."""
+    cfg = skeleton.cfg
+    V, D = cfg.vocab_size, cfg.hidden_size
+    yield Piece("model.embed_tokens.weight", "embed", (WHOLE, WHOLE), (V,), (D,), transposed=False)
+    for layer in range(cfg.num_hidden_layers):
+        dense = layer < cfg.first_k_dense_replace
+        stack, index = ("dense_layers", layer) if dense else ("moe_layers", layer - cfg.first_k_dense_replace)
+        yield from _block(cfg, f"model.layers.{layer}", stack, (index,), experts=not dense)
+    yield Piece("model.norm.weight", "norm/scale", (WHOLE,), (D,))
+    yield Piece("lm_head.weight", "head", (WHOLE, WHOLE), (V,), (D,))
+    if cfg.num_nextn_predict_layers:
+        yield from _mtp(cfg)
+
+
+def _mtp(cfg: ModelConfig) -> Iterator[Piece]:
+    """The prediction module stands at the index after the last layer, whatever that is."""
+    layer, V, D = f"model.layers.{cfg.num_hidden_layers}", cfg.vocab_size, cfg.hidden_size
+    yield Piece(f"{layer}.embed_tokens.weight", "embed", (WHOLE, WHOLE), (V,), (D,), transposed=False)
+    yield Piece(f"{layer}.enorm.weight", "mtp/embedding_norm/scale", (WHOLE,), (D,))
+    yield Piece(f"{layer}.hnorm.weight", "mtp/hidden_norm/scale", (WHOLE,), (D,))
+    yield Piece(f"{layer}.eh_proj.weight", "mtp/project", (WHOLE, WHOLE), (D,), (2 * D,))
+    yield from _block(cfg, layer, "mtp/block", (), experts=True)
+    yield Piece(f"{layer}.shared_head.norm.weight", "mtp/norm/scale", (WHOLE,), (D,))
+    yield Piece(f"{layer}.shared_head.head.weight", "head", (WHOLE, WHOLE), (V,), (D,))
+
+
+def _block(cfg: ModelConfig, theirs: str, ours: str, stack: tuple[int, ...], *, experts: bool) -> Iterator[Piece]:
+    D, H, Q, C = cfg.hidden_size, cfg.num_attention_heads, cfg.q_lora_rank, cfg.kv_lora_rank
+    N, R, V = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
+
+    def piece(name, path, rows, columns=()):
+        return Piece(f"{theirs}.{name}", f"{ours}/{path}", stack + (WHOLE,) * len(rows + columns), rows, columns)
+
+    def mlp(name, path, width, stack):
+        for g, part in enumerate(("gate_proj", "up_proj")):
+            index = (*stack, WHOLE, g, WHOLE)
+            yield Piece(f"{theirs}.{name}.{part}.weight", f"{ours}/{path}/gate_up", index, (width,), (D,))
+        index = (*stack, WHOLE, WHOLE)
+        yield Piece(f"{theirs}.{name}.down_proj.weight", f"{ours}/{path}/down", index, (D,), (width,))
+
+    yield piece("input_layernorm.weight", "attention_norm/scale", (D,))
+    if Q is None:
+        yield piece("self_attn.q_proj.weight", "attention/q", (H, N + R), (D,))
+    else:
+        yield piece("self_attn.q_a_proj.weight", "attention/q_a", (Q,), (D,))
+        yield piece("self_attn.q_a_layernorm.weight", "attention/q_a_norm/scale", (Q,))
+        yield piece("self_attn.q_b_proj.weight", "attention/q_b", (H, N + R), (Q,))
+    yield piece("self_attn.kv_a_proj_with_mqa.weight", "attention/kv_a", (C + R,), (D,))
+    yield piece("self_attn.kv_a_layernorm.weight", "attention/kv_a_norm/scale", (C,))
+    yield piece("self_attn.kv_b_proj.weight", "attention/kv_b", (H, N + V), (C,))
+    yield piece("self_attn.o_proj.weight", "attention/o", (D,), (H, V))
+    yield piece("post_attention_layernorm.weight", "mlp_norm/scale", (D,))
+    if not experts:
+        yield from mlp("mlp", "mlp", cfg.intermediate_size, stack)
+        return
+    E, F = cfg.n_routed_experts, cfg.moe_intermediate_size
+    yield piece("mlp.gate.weight", "moe/router/weight", (E,), (D,))
+    if cfg.topk_method == "noaux_tc":
+        yield piece("mlp.gate.e_score_correction_bias", "moe/router/bias", (E,))
+    for e in range(E):
+        yield from mlp(f"mlp.experts.{e}", "moe", F, (*stack, e))
+    if cfg.n_shared_experts:
+        yield from mlp("mlp.shared_experts", "moe/shared", cfg.n_shared_experts * F, stack)

@@ -1,0 +1,93 @@
+"""What transformers 5.23.0 computes of the same files (`tests/golden/make.py`), and what we do."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mla_moe.interop import load_pretrained
+from mla_moe.interop.names import pieces
+from mla_moe.nn.skeleton import Skeleton, arrays_of
+from mla_moe.training.loss import sums
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = ["v2_greedy", "v2_group_limited", "v3", "k2", "moonlight"]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request):
+    directory = GOLDEN / request.param
+    return load_pretrained(directory, dtype=jnp.float32), np.load(directory / "expected.npz")
+
+
+@jax.jit
+def logits_and_choices(model, tokens, segments, positions):
+    """The model's logits, and the sorted choices of its expert layers, layer by layer."""
+    x, chosen = model.embedding(tokens), []
+    for layers in [getattr(model, name) for name in ("dense_layers", "moe_layers")]:
+        graph, state = nnx.split(layers)
+        for i in range(jax.tree.leaves(state)[0].shape[0]):
+            block = nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state))
+            if block.experts:
+                h = x + block.attention(block.attention_norm(x), segment_ids=segments, positions=positions)
+                experts = block.moe.router(block.mlp_norm(h).reshape(-1, h.shape[-1])).experts_NK
+                chosen.append(jnp.sort(experts, axis=-1).reshape(*tokens.shape, -1))
+            x, _ = block(x, _context(segments, positions))
+    return model(tokens, segments, positions), jnp.stack(chosen)
+
+
+def _context(segments, positions):
+    from mla_moe.nn.transformer import Context
+
+    return Context(segments, positions)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("kind", ["plain", "long", "padded", "packed"])
+def test_logits_and_choices_are_those_of_transformers(case, kind):
+    model, expected = case
+    batch = [jnp.asarray(expected[f"{kind}/{name}"]) for name in ("tokens", "segments", "positions")]
+    logits, chosen = logits_and_choices(model, *batch)
+    real = expected[f"{kind}/segments"] != 0
+    np.testing.assert_allclose(logits[real], expected[f"{kind}/logits"][real], atol=2e-5, rtol=0)
+    np.testing.assert_array_equal(np.asarray(chosen)[:, real], expected[f"{kind}/experts"][:, real])
+
+
+def test_the_prediction_module_too():
+    model, expected = load_pretrained(GOLDEN / "v3", dtype=jnp.float32), np.load(GOLDEN / "v3" / "expected.npz")
+    tokens = jnp.asarray(expected["plain/tokens"])
+    h, _ = model.hidden(tokens)
+    h2, _ = model.mtp_hidden(h[:, :-1], tokens[:, 1:])
+    np.testing.assert_allclose(model.logits(h2), expected["plain/mtp_logits"], atol=2e-5, rtol=0)
+
+
+def test_gradients_are_those_of_pytorch():
+    model, expected = load_pretrained(GOLDEN / "v3", dtype=jnp.float32), np.load(GOLDEN / "v3" / "expected.npz")
+    wanted = dict(np.load(GOLDEN / "v3" / "gradients.npz"))
+    tokens = jnp.asarray(expected["plain/tokens"])
+    B, T = tokens.shape
+    batch = {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": jnp.ones((B, T - 1), jnp.int32),
+        "positions": jnp.tile(jnp.arange(T - 1), (B, 1)),
+    }
+    skeleton = Skeleton(model.cfg)
+
+    def loss(arrays):
+        s = sums(skeleton.merge(arrays), batch, chunk=5, mtp=True)
+        return s.nats / (B * (T - 1)) + 0.3 * s.mtp_nats / (B * (T - 2))
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(arrays_of(model))
+    assert float(value) == pytest.approx(float(wanted.pop("loss")), rel=1e-6)
+    compared = set()
+    for piece in pieces(skeleton):
+        if piece.name in wanted:
+            compared.add(piece.name)
+            got = piece.to_theirs(np.asarray(grads[piece.path][piece.index]))
+            scale = np.abs(wanted[piece.name]).max()
+            np.testing.assert_allclose(got, wanted[piece.name], atol=1e-4 * scale, rtol=1e-3, err_msg=piece.name)
+    assert compared == set(wanted)

@@ -1,0 +1,216 @@
+import contextlib
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla_moe import ConfigError, ModelConfig, Transformer
+from mla_moe.interop import load_pretrained, save_pretrained
+from mla_moe.interop.names import pieces
+from mla_moe.interop.reader import CheckpointError, Reader
+from mla_moe.nn.skeleton import Skeleton, arrays_of
+from mla_moe.recipe import Mesh
+from mla_moe.sharding import make_mesh
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CASES = ["v2_greedy", "v2_group_limited", "v3", "k2", "moonlight"]
+
+
+def tensors(directory):
+    reader = Reader(directory)
+    return {name: (str(reader[name].dtype), reader[name].shape, reader[name].tobytes()) for name in reader.names}
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("max_shard_bytes", [5 << 30, 20_000])
+def test_load_then_save_is_lossless(case, max_shard_bytes, tmp_path):
+    save_pretrained(load_pretrained(GOLDEN / case), tmp_path / "out", max_shard_bytes=max_shard_bytes)
+    assert tensors(tmp_path / "out") == tensors(GOLDEN / case)
+    theirs, ours = (json.loads((d / "config.json").read_text()) for d in (GOLDEN / case, tmp_path / "out"))
+    assert ModelConfig.from_hf(ours) == ModelConfig.from_hf(theirs)
+    assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (max_shard_bytes == 20_000)
+
+
+def test_save_then_load_is_lossless(cfg, v2_cfg, tmp_path):
+    for number, config in enumerate((cfg, v2_cfg)):
+        model = Transformer(config, rngs=nnx.Rngs(0))
+        save_pretrained(model, tmp_path / str(number))
+        again = arrays_of(load_pretrained(tmp_path / str(number)))
+        for path, x in arrays_of(model).items():
+            assert x.dtype == again[path].dtype
+            np.testing.assert_array_equal(x, again[path], err_msg=path)
+
+
+def test_every_array_is_covered_once(cfg):
+    skeleton = Skeleton(cfg)
+    count = {path: np.zeros(v.get_value().shape, int) for path, v in skeleton.variables.items()}
+    names = [piece.name for piece in pieces(skeleton)]
+    for piece in pieces(skeleton):
+        count[piece.path][piece.index] += 1
+    assert len(names) == len(set(names))
+    for path, c in count.items():
+        assert (c == (2 if path in ("embed", "head") else 1)).all(), path
+
+
+def test_each_device_gets_its_own_part():
+    mesh = make_mesh(Mesh(data=1, fsdp=2, expert=4))
+    whole, parts = (arrays_of(load_pretrained(GOLDEN / "v3", mesh=m)) for m in (None, mesh))
+    gate_up = parts["moe_layers/moe/gate_up"]
+    assert gate_up.sharding.shard_shape(gate_up.shape) == (2, 2, 12, 2, 10)
+    for path, x in whole.items():
+        np.testing.assert_array_equal(x, parts[path], err_msg=path)
+
+
+def test_types_are_kept_or_chosen():
+    kept = arrays_of(load_pretrained(GOLDEN / "k2"))
+    wide = arrays_of(load_pretrained(GOLDEN / "k2", dtype=jnp.float32))
+    assert kept["embed"].dtype == jnp.bfloat16
+    assert {x.dtype for x in wide.values()} == {jnp.dtype(jnp.float32)}
+    assert {p for p, x in kept.items() if x.dtype == jnp.float32} == {p for p in kept if "router" in p}
+
+
+@pytest.fixture
+def broken(tmp_path):
+    """A copy of a checkpoint to be spoilt."""
+    shutil.copytree(GOLDEN / "v3", tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def header_of(path):
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def rewrite(path, header, data):
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def spoil_header(change):
+    def spoil(directory):
+        header, data = header_of(directory / "model.safetensors")
+        data = change(header, data) or data
+        rewrite(directory / "model.safetensors", header, data)
+
+    return spoil
+
+
+def index_to(name):
+    def spoil(directory):
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+
+    return spoil
+
+
+def update(name, **fields):
+    return spoil_header(lambda header, _: header[name].update(fields))
+
+
+def cut_short(directory):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def overwrite(raw):
+    return lambda directory: (directory / "model.safetensors").write_bytes(raw)
+
+
+def remove(name):
+    return lambda directory: (directory / name).unlink()
+
+
+NORM = "model.norm.weight"
+NOTHING = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+SPOILT = {
+    "a tensor too few": (spoil_header(lambda h, _: h.pop(NORM) and None), "model.norm.weight is missing"),
+    "a tensor too many": (spoil_header(lambda h, _: h.update(evil=NOTHING)), "evil is unknown"),
+    "another shape": (update(NORM, shape=[12, 2]), r"has shape \[12, 2\], not \[24\]"),
+    "shape and bytes disagree": (update(NORM, shape=[23]), "bytes, which is not bfloat16"),
+    "offsets behind the end": (update(NORM, data_offsets=[10**9, 10**9 + 48]), "cut short"),
+    "offsets backwards": (update(NORM, data_offsets=[48, 0]), "data_offsets"),
+    "negative shape": (update(NORM, shape=[-24]), "needs a dtype, a shape"),
+    "unknown type": (update(NORM, dtype="Q4"), "has type 'Q4'"),
+    "overlap": (update(NORM, data_offsets=[0, 48]), "overlaps"),
+    "truncated": (cut_short, "cut short"),
+    "empty": (overwrite(b""), "cut short"),
+    "huge header": (overwrite(b"\xff" * 7 + b"\x7f" + b"{}"), "longer than the file"),
+    "no JSON": (overwrite((4).to_bytes(8, "little") + b"nope"), "not JSON"),
+    "index leads out": (index_to("../model.safetensors"), "in the directory itself"),
+    "index leads to a root": (index_to("/etc/passwd"), "in the directory itself"),
+    "index names nothing": (index_to("other.safetensors"), "is missing"),
+    "index of another kind": (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "JSON object"),
+    "no files": (remove("model.safetensors"), "holds no .safetensors file"),
+    "no config": (remove("config.json"), "no such file"),
+    "copies differ": (
+        spoil_header(lambda h, data: _changed(data, h["model.layers.3.embed_tokens.weight"]["data_offsets"][0])),
+        "a prediction module shares",
+    ),
+}
+
+
+def _changed(data, at):
+    return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
+
+
+@pytest.mark.parametrize(("spoil", "message"), SPOILT.values(), ids=SPOILT)
+def test_spoilt_checkpoints_are_refused(broken, spoil, message):
+    spoil(broken)
+    with pytest.raises(ConfigError, match=message):
+        load_pretrained(broken)
+
+
+def test_links_out_of_the_directory_are_not_followed(broken, tmp_path):
+    (broken / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    (broken / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    index_to("model.safetensors")(broken)
+    with pytest.raises(CheckpointError, match="in the directory itself"):
+        load_pretrained(broken)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_header_is_read_or_refused(tmp_path_factory, data):
+    """Random bytes, and a good file with some bytes changed, never end in anything but an error that says so."""
+    directory = tmp_path_factory.mktemp("fuzz")
+    good = (GOLDEN / "v2_greedy" / "model.safetensors").read_bytes()
+    if data.draw(st.booleans()):
+        raw = data.draw(st.binary(max_size=200))
+    else:
+        raw = bytearray(good)
+        for _ in range(data.draw(st.integers(1, 8))):
+            raw[data.draw(st.integers(0, 4000))] = data.draw(st.integers(0, 255))
+    (directory / "model.safetensors").write_bytes(bytes(raw))
+    with contextlib.suppress(CheckpointError):
+        Reader(directory)
+
+
+def test_nothing_half_written_is_left(tmp_path, cfg, monkeypatch):
+    model = Transformer(cfg, rngs=nnx.Rngs(0))
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("mla_moe.interop.writer.os.fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        save_pretrained(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    save_pretrained(model, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="exists already"):
+        save_pretrained(model, tmp_path / "out")
+
+
+def test_code_in_a_checkpoint_is_not_run(broken):
+    config = json.loads((broken / "config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
+    (broken / "config.json").write_text(json.dumps(config))
+    (broken / "evil.py").write_text("raise SystemExit('ran')\n")
+    assert load_pretrained(broken).cfg == load_pretrained(GOLDEN / "v3").cfg

@@ -187,9 +187,13 @@ class ModelConfig:
         kind = rope.pop("type", None) or rope.pop("rope_type", None) or "default"
         if kind not in ("default", "yarn"):
             raise ConfigError("rope_scaling.type", kind, "use 'yarn' or no scaling")
+        values["rope_scaling"] = None
+        if config.get("n_shared_experts", 1) is None:
+            values["n_shared_experts"] = 0
+        if rope.get("attention_factor") is not None:
+            raise ConfigError("rope_scaling.attention_factor", rope["attention_factor"], "is not supported; remove it")
         if kind == "yarn" and "original_max_position_embeddings" not in rope:
             raise ConfigError("rope_scaling.original_max_position_embeddings", None, "YaRN needs the original length")
-        values["rope_scaling"] = None
         if kind == "yarn":
             known = {f.name for f in dataclasses.fields(Yarn)}
             given = {name: value for name, value in rope.items() if name in known and value is not None}

@@ -90,6 +90,7 @@ def test_impossible_models_name_the_field(cfg, change, field):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.original_max_position_embeddings"),
         ({"vocab_size": None}, "config.json.vocab_size"),
+        ({"rope_scaling": {"type": "yarn", "attention_factor": 1.5}}, "rope_scaling.attention_factor"),
         ({"vocab_size": "many"}, "config.json.vocab_size"),
         (
             {"rope_scaling": {"type": "yarn", "factor": "4", "original_max_position_embeddings": 3}},
@@ -101,6 +102,10 @@ def test_foreign_config_json_is_refused(change, field):
     with pytest.raises(ConfigError) as error:
         ModelConfig.from_hf(preset("deepseek-v3").to_hf() | change)
     assert error.value.field == field
+
+
+def test_no_shared_expert_may_be_null():
+    assert ModelConfig.from_hf(preset("deepseek-v3").to_hf() | {"n_shared_experts": None}).n_shared_experts == 0
 
 
 def test_unknown_preset_names_the_choices():

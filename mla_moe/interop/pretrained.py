@@ -1,6 +1,8 @@
 """Models from and to directories in the layout of Hugging Face: `config.json` and safetensors."""
 
+import dataclasses
 import json
+import logging
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
@@ -21,6 +23,8 @@ from mla_moe.nn.transformer import Transformer
 from mla_moe.recipe import Mesh as MeshSizes
 from mla_moe.sharding import make_mesh
 
+logger = logging.getLogger(__name__)
+
 
 def load_pretrained(path: str | Path, dtype: DTypeLike | None = None, mesh: Mesh | None = None) -> Transformer:
     """The model in a Hugging Face directory, each parameter read straight into its place.
@@ -33,6 +37,10 @@ def load_pretrained(path: str | Path, dtype: DTypeLike | None = None, mesh: Mesh
     directory = Path(path)
     cfg = ModelConfig.from_hf(read_json(directory / "config.json"))
     reader = Reader(directory)
+    last = f"model.layers.{cfg.num_hidden_layers}."
+    if cfg.num_nextn_predict_layers and not any(name.startswith(last) for name in reader.names):
+        logger.warning("%s has no prediction module, though its config.json names one; loaded without", directory)
+        cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
     skeleton = Skeleton(cfg)
     by_path: dict[str, list[Piece]] = defaultdict(list)
     for piece in pieces(skeleton):

@@ -6,12 +6,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from mla_moe.config import ModelConfig
+from mla_moe.config import ModelConfig, Yarn
 
 
 def mscale(factor: float, k: float) -> float:
     """YaRN's attention temperature `0.1 k ln(factor) + 1`."""
     return 0.1 * k * math.log(factor) + 1.0
+
+
+def attention_factor(yarn: Yarn) -> float:
+    """What cosine and sine are multiplied by: `m(mscale) / m(mscale_all_dim)`, or `m(1)` where either is 0, as in
+    transformers. It is 1 for the released models."""
+    if yarn.mscale and yarn.mscale_all_dim:
+        return mscale(yarn.factor, yarn.mscale) / mscale(yarn.factor, yarn.mscale_all_dim)
+    return mscale(yarn.factor, 1.0)
 
 
 def softmax_scale(cfg: ModelConfig) -> float:
@@ -39,7 +47,7 @@ def inverse_frequencies(cfg: ModelConfig) -> np.ndarray:
 
     low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(yarn.beta_slow)), R - 1)
-    blend = np.clip((np.arange(R // 2) - low) / max(high - low, 1e-3), 0, 1)
+    blend = np.clip((np.arange(R // 2) - low) / (high - low or 1e-3), 0, 1)
     return (frequency / yarn.factor * blend + frequency * (1 - blend)).astype(np.float32)
 
 
@@ -47,7 +55,7 @@ def rotary(cfg: ModelConfig, positions_BT: Int[Array, "B T"]) -> tuple[Float[Arr
     """Cosine and sine of each pair's angle at each position, float32."""
     angle_BTr = positions_BT[..., None].astype(jnp.float32) * inverse_frequencies(cfg)
     yarn = cfg.rope_scaling
-    amplitude = mscale(yarn.factor, yarn.mscale) / mscale(yarn.factor, yarn.mscale_all_dim) if yarn else 1.0
+    amplitude = attention_factor(yarn) if yarn else 1.0
     return jnp.cos(angle_BTr) * amplitude, jnp.sin(angle_BTr) * amplitude
 
 

@@ -76,6 +76,14 @@ def test_types_are_kept_or_chosen():
     assert {p for p, x in kept.items() if x.dtype == jnp.float32} == {p for p in kept if "router" in p}
 
 
+def test_a_prediction_module_that_is_only_named_is_left_out_aloud(broken, caplog):
+    """transformers saves V3 without the module, and keeps its number in config.json."""
+    header, data = header_of(broken / "model.safetensors")
+    rewrite(broken / "model.safetensors", {k: v for k, v in header.items() if "layers.3." not in k}, data)
+    assert load_pretrained(broken).cfg.num_nextn_predict_layers == 0
+    assert "no prediction module" in caplog.text
+
+
 @pytest.fixture
 def broken(tmp_path):
     """A copy of a checkpoint to be spoilt."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mla_moe import preset
-from mla_moe.nn.rope import inverse_frequencies, rotary, rotate, softmax_scale
+from mla_moe.nn.rope import attention_factor, inverse_frequencies, rotary, rotate, softmax_scale
 
 
 @pytest.mark.parametrize(
@@ -14,6 +14,14 @@ from mla_moe.nn.rope import inverse_frequencies, rotary, rotate, softmax_scale
 )
 def test_softmax_scale_of_the_released_models(name, multiplier):
     assert softmax_scale(preset(name)) * 192**0.5 == pytest.approx(multiplier, abs=1e-5)
+
+
+def test_the_amplitude_is_that_of_transformers():
+    """As its `_compute_yarn_parameters` gives for factor 40."""
+    yarn = preset("deepseek-v2-lite").rope_scaling
+    assert attention_factor(yarn) == 1.0
+    assert attention_factor(dataclasses.replace(yarn, mscale_all_dim=0.0)) == pytest.approx(1.3689, abs=1e-4)
+    assert attention_factor(dataclasses.replace(yarn, mscale=1.0)) == pytest.approx(1.3689 / 1.2608, abs=1e-4)
 
 
 def test_moonlight_has_the_plain_scale():

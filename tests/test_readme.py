@@ -14,7 +14,7 @@ def readme(request):
 
 @pytest.mark.smoke
 def test_python_blocks_run(readme):
-    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.S)  # `python notest` names files of the reader's
     assert blocks
     for block in blocks:
         names = {}

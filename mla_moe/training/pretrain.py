@@ -1,5 +1,6 @@
 """The pretraining stage: text in, a model and its curves out."""
 
+import contextlib
 import json
 import math
 import time
@@ -67,7 +68,7 @@ def pretrain(recipe: Recipe, run_dir: Path, console: Console) -> None:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    with Checkpoints(run_dir, STAGE, recipe.checkpoint) as checkpoints:
+    with contextlib.closing(batches), Checkpoints(run_dir, STAGE, recipe.checkpoint) as checkpoints:
         start = checkpoints.latest
         if start == recipe.training.steps and (run_dir / "summary.json").exists():
             console.say(f"{STAGE}: all {start} steps are done already")
@@ -126,6 +127,8 @@ class Stage:
         parts = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
         axes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
         device = jax.devices()[0]
+        heldout = self.heldout  # here, so that files that are missing are missed before anything compiles
+        text = f"{bytes_(heldout[1])}; gzip -9 needs {heldout[2]:.3f} bits a byte" if heldout else "none"
         module = f", {si(count.mtp)} in the prediction module" if count.mtp else ""
         return [
             ("parameters", f"{si(count.total)}, {si(count.active)} active a token{module}"),
@@ -137,6 +140,7 @@ class Stage:
             ("state a device", f"{bytes_(sum(parts))}: parameters and optimizer"),
             ("compute", f"{jnp.dtype(self.skeleton.precision.compute).name} on {device.platform}"),
             ("tokenizer", f"{self.tokenizer.name}, {self.tokenizer.vocab_size} tokens"),
+            ("held-out text", text),
         ]
 
     def train(self, state: TrainState, batches: grain.DatasetIterator, checkpoints: Checkpoints, start: int | None):

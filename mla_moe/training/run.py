@@ -30,7 +30,7 @@ def open_run(recipe: Recipe) -> Path:
     """
     run_dir = Path(recipe.run_dir)
     path = run_dir / "recipe.json"
-    if path.exists():
+    if path.exists() and (run_dir / "metrics.jsonl").exists():  # a start that was refused leaves no rows
         old, new = (_flat(dataclasses.asdict(r)) for r in (Recipe.from_json(path.read_text()), recipe))
         for field in old | new:
             if old.get(field) != new.get(field) and not field.startswith(FREE):

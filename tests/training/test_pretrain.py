@@ -143,6 +143,7 @@ def test_a_directory_of_another_run_is_refused(whole, recipe):
         ({"training": Training(batch_size=12, sequence_length=64)}, "training.batch_size"),
         ({"mesh": Mesh(data=3)}, "mesh"),
         ({"data": Data(train=("nowhere/*.txt",))}, "data.train"),
+        ({"data": Data(heldout=("nowhere/*.txt",))}, "data.heldout"),
         ({"data": Data(tokenizer="no/tokenizer.json")}, "data.tokenizer"),
     ],
 )
@@ -151,6 +152,12 @@ def test_what_cannot_run_is_said_before_compiling(recipe, tmp_path, changes, fie
         start(recipe, tmp_path / "run", **changes)
     assert error.value.field == field
     assert "compiled" not in capsys.readouterr().out
+
+
+def test_a_refused_start_can_be_corrected(recipe, tmp_path):
+    with pytest.raises(ConfigError):
+        start(recipe, tmp_path, data=Data(train=("nowhere/*.txt",)))
+    assert open_run(dataclasses.replace(recipe, run_dir=str(tmp_path))) == tmp_path
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer(recipe, tmp_path):

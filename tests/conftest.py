@@ -1,6 +1,10 @@
 """Eight virtual devices, and shapes checked on every call of `ops` and `nn`."""
 
 import dataclasses
+import os
+
+# The tests compile many small programs and run each once or twice: do not optimise them.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
 import jaxtyping

@@ -52,7 +52,7 @@ def by_hand(m, x, positions):
 def test_equals_the_equations_at_any_position(attention):
     x = jax.random.normal(jax.random.key(1), (1, 11, 32))
     positions = jnp.arange(70, 81)
-    y = attention(x, positions=positions[None])
+    y = jax.jit(lambda m, x, p: m(x, positions=p))(attention, x, positions[None])
     np.testing.assert_allclose(y[0], by_hand(attention, np.asarray(x[0], np.float64), positions), rtol=1e-4, atol=1e-5)
 
 
@@ -61,14 +61,14 @@ def test_works_alone_in_jit_grad_and_vmap(attention):
     x = jax.random.normal(jax.random.key(1), (3, 7, 32))
     y = attention(x)
     np.testing.assert_allclose(jax.jit(lambda m, x: m(x))(attention, x), y, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(jax.vmap(lambda row: attention(row[None])[0])(x), y, rtol=1e-5, atol=1e-6)
-    grads = jax.grad(lambda m: (m(x) ** 2).sum())(attention)
+    np.testing.assert_allclose(jax.jit(jax.vmap(lambda row: attention(row[None])[0]))(x), y, rtol=1e-5, atol=1e-6)
+    grads = jax.jit(jax.grad(lambda m: (m(x) ** 2).sum()))(attention)
     assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
 
 
 def test_the_past_does_not_see_the_future(attention):
     x = jax.random.normal(jax.random.key(1), (1, 9, 32))
-    g = jax.grad(lambda x: attention(x)[0, 4].sum())(x)[0]
+    g = jax.jit(jax.grad(lambda x: attention(x)[0, 4].sum()))(x)[0]
     assert (g[5:] == 0).all()
     assert (jnp.abs(g[:5]).max(axis=-1) > 0).all()
 
@@ -76,6 +76,7 @@ def test_the_past_does_not_see_the_future(attention):
 def test_a_pack_is_its_documents(attention):
     x = jax.random.normal(jax.random.key(1), (1, 10, 32))
     segments, positions = jnp.array([[1] * 4 + [2] * 6]), jnp.array([[*range(4), *range(6)]])
-    packed = attention(x, segment_ids=segments, positions=positions)
-    np.testing.assert_allclose(packed[:, :4], attention(x[:, :4]), rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(packed[:, 4:], attention(x[:, 4:]), rtol=1e-5, atol=1e-6)
+    run = jax.jit(lambda m, x, **place: m(x, **place))
+    packed = run(attention, x, segment_ids=segments, positions=positions)
+    np.testing.assert_allclose(packed[:, :4], run(attention, x[:, :4]), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(packed[:, 4:], run(attention, x[:, 4:]), rtol=1e-5, atol=1e-6)

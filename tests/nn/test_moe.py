@@ -10,7 +10,10 @@ from mla_moe import MoE
 from mla_moe.nn.moe import block_size, router_stats
 from mla_moe.nn.router import Routing
 
+run = jax.jit(lambda module, x: module(x))
 
+
+@jax.jit
 def every_expert(m, x):
     """The oracle: run all experts on all tokens, and keep what was chosen."""
     D = x.shape[-1]
@@ -33,11 +36,12 @@ def moe(request, cfg, v2_cfg):
 @pytest.mark.parametrize("shape", [(1, 1), (2, 9), (3, 40)])
 def test_equals_every_expert_masked_in_values_and_gradients(moe, shape):
     x = jax.random.normal(jax.random.key(1), (*shape, 32))
-    np.testing.assert_allclose(moe(x), every_expert(moe, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(run(moe, x), every_expert(moe, x), rtol=1e-4, atol=1e-5)
     graph, params, rest = nnx.split(moe, nnx.Param, ...)
 
     def gradients(f):
-        return jax.grad(lambda p, x: jnp.sin(f(nnx.merge(graph, p, rest), x)).sum(), argnums=(0, 1))(params, x)
+        grad = jax.grad(lambda p, x: jnp.sin(f(nnx.merge(graph, p, rest), x)).sum(), argnums=(0, 1))
+        return jax.jit(grad)(params, x)
 
     got, wanted = gradients(lambda m, x: m(x)), gradients(every_expert)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
@@ -48,7 +52,7 @@ def test_equals_every_expert_masked_in_values_and_gradients(moe, shape):
 def test_implementations_agree(cfg, implementation):
     x = jax.random.normal(jax.random.key(1), (2, 17, 32))
     m = MoE(cfg, rngs=nnx.Rngs(0), implementation=implementation)
-    np.testing.assert_allclose(m(x), every_expert(m, x), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(run(m, x), every_expert(m, x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.smoke
@@ -56,25 +60,26 @@ def test_works_alone_in_jit_grad_and_vmap(cfg):
     m = MoE(cfg, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (3, 7, 32))
     y = m(x)
-    np.testing.assert_allclose(jax.jit(lambda m, x: m(x))(m, x), y, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(jax.vmap(lambda row: m(row[None])[0])(x), y, rtol=1e-4, atol=1e-5)
-    assert jnp.abs(jax.grad(lambda x: m(x).sum())(x)).max() > 0
+    np.testing.assert_allclose(run(m, x), y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.vmap(lambda row: m(row[None])[0]))(x), y, rtol=1e-4, atol=1e-5)
+    assert jnp.abs(jax.jit(jax.grad(lambda x: m(x).sum()))(x)).max() > 0
 
 
 def test_scaling_does_not_touch_the_shared_expert(cfg):
     x = jax.random.normal(jax.random.key(1), (1, 5, 32))
     one, two = (MoE(dataclasses.replace(cfg, routed_scaling_factor=f), rngs=nnx.Rngs(0)) for f in (1.0, 2.0))
-    np.testing.assert_allclose(two(x) - one.shared(x), 2 * (one(x) - one.shared(x)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(run(two, x) - one.shared(x), 2 * (run(one, x) - one.shared(x)), rtol=1e-4, atol=1e-5)
 
 
 def test_stats_leave_padding_out(cfg):
     m = MoE(cfg, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 12, 32))
     real = jnp.arange(12)[None] < jnp.array([[12], [5]])
-    _, stats = m.with_stats(x, real)
+    with_stats = jax.jit(lambda m, *inputs: m.with_stats(*inputs))
+    _, stats = with_stats(m, x, real)
     assert int(stats.load_E.sum()) == 17 * cfg.num_experts_per_tok
-    _, first = m.with_stats(x[:1])
-    _, second = m.with_stats(x[1:, :5])
+    _, first = with_stats(m, x[:1])
+    _, second = with_stats(m, x[1:, :5])
     assert (stats.load_E == first.load_E + second.load_E).all()
     np.testing.assert_allclose(stats.balance, first.balance + second.balance, rtol=1e-5)
 

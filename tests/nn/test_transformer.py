@@ -11,6 +11,7 @@ from mla_moe.nn.skeleton import Skeleton, arrays_of
 from mla_moe.recipe import Mesh
 from mla_moe.sharding import make_mesh
 
+run = jax.jit(lambda model, *batch: model(*batch))
 TOKENS = jax.random.randint(jax.random.key(0), (2, 20), 0, 64)
 
 
@@ -22,31 +23,35 @@ def model(cfg):
 @pytest.mark.smoke
 def test_logits(model, v2_cfg):
     for m in (model, Transformer(v2_cfg, rngs=nnx.Rngs(0))):
-        logits = jax.jit(lambda m, t: m(t))(m, TOKENS)
+        logits = run(m, TOKENS)
         assert logits.shape == (2, 20, 64)
         assert logits.dtype == jnp.float32
 
 
 def test_the_scan_is_the_layers_one_by_one(model):
-    x = model.embedding(TOKENS)
-    positions = jnp.broadcast_to(jnp.arange(20), (2, 20))
-    for name, count in (("dense_layers", 1), ("moe_layers", 2)):
-        graph, state = nnx.split(getattr(model, name))
-        for i in range(count):
-            block = nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state))
-            x += block.attention(block.attention_norm(x), positions=positions)
-            x += (block.moe if block.experts else block.mlp)(block.mlp_norm(x))
-    np.testing.assert_allclose(model(TOKENS), model.logits(model.norm(x)), rtol=1e-4, atol=1e-5)
+    @jax.jit
+    def one_by_one(model):
+        x = model.embedding(TOKENS)
+        positions = jnp.broadcast_to(jnp.arange(20), (2, 20))
+        for name, count in (("dense_layers", 1), ("moe_layers", 2)):
+            graph, state = nnx.split(getattr(model, name))
+            for i in range(count):
+                block = nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state))
+                x += block.attention(block.attention_norm(x), positions=positions)
+                x += (block.moe if block.experts else block.mlp)(block.mlp_norm(x))
+        return model.logits(model.norm(x))
+
+    np.testing.assert_allclose(run(model, TOKENS), one_by_one(model), rtol=1e-4, atol=1e-5)
 
 
 def test_a_pack_is_its_documents(model):
     lengths = [7, 1, 12]
     segments = jnp.repeat(jnp.arange(1, 4), jnp.array(lengths))[None]
     positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
-    packed = model(TOKENS[:1], segments, positions)
+    packed = run(model, TOKENS[:1], segments, positions)
     start = 0
     for n in lengths:
-        alone = model(TOKENS[:1, start : start + n])
+        alone = run(model, TOKENS[:1, start : start + n])
         np.testing.assert_allclose(packed[:, start : start + n], alone, rtol=1e-4, atol=1e-5)
         start += n
 
@@ -54,8 +59,8 @@ def test_a_pack_is_its_documents(model):
 def test_left_padding_changes_nothing(model):
     padded = jnp.pad(TOKENS[:1, :9], ((0, 0), (4, 0)))
     segments = (jnp.arange(13) >= 4).astype(jnp.int32)[None]
-    logits = model(padded, segments, jnp.maximum(jnp.arange(13) - 4, 0)[None])
-    np.testing.assert_allclose(logits[:, 4:], model(TOKENS[:1, :9]), rtol=1e-4, atol=1e-5)
+    logits = run(model, padded, segments, jnp.maximum(jnp.arange(13) - 4, 0)[None])
+    np.testing.assert_allclose(logits[:, 4:], run(model, TOKENS[:1, :9]), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -71,12 +76,13 @@ def test_recomputation_does_not_change_gradients(cfg, model, remat):
 
 
 def test_mtp_predicts_from_the_hidden_state_and_the_next_token(model):
-    h, _ = model.hidden(TOKENS)
+    h, _ = jax.jit(lambda m, t: m.hidden(t))(model, TOKENS)
     following = jnp.roll(TOKENS, -1, axis=1)
-    y, stats = model.mtp_hidden(h, following)
+    predict = jax.jit(lambda m, h, t: m.mtp_hidden(h, t))
+    y, stats = predict(model, h, following)
     assert y.shape == h.shape
     assert int(stats.load_E.sum()) == 2 * 20 * 2
-    changed, _ = model.mtp_hidden(h, following.at[0, 10].add(1))
+    changed, _ = predict(model, h, following.at[0, 10].add(1))
     assert (changed[0, :10] == y[0, :10]).all()
     assert jnp.abs(changed[0, 10] - y[0, 10]).max() > 1e-4
 
@@ -88,8 +94,9 @@ def test_bfloat16_compute_keeps_float32_where_it_matters(cfg):
         path for path in arrays if "router" in path
     }
     exact = Transformer(cfg, rngs=nnx.Rngs(0))
-    assert m(TOKENS).dtype == jnp.float32
-    assert jnp.abs(m(TOKENS) - exact(TOKENS)).mean() < 0.05 * jnp.abs(exact(TOKENS)).mean()
+    rough, fine = run(m, TOKENS), run(exact, TOKENS)
+    assert rough.dtype == jnp.float32
+    assert jnp.abs(rough - fine).mean() < 0.05 * jnp.abs(fine).mean()
 
 
 def test_sixty_layers_compile_like_three(cfg):
@@ -106,7 +113,7 @@ def test_sixty_layers_compile_like_three(cfg):
 def test_skeleton_holds_no_arrays_and_merges_back(cfg, model):
     skeleton = Skeleton(cfg)
     assert all(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in skeleton.variables.values())
-    np.testing.assert_array_equal(skeleton.merge(arrays_of(model))(TOKENS), model(TOKENS))
+    np.testing.assert_array_equal(run(skeleton.merge(arrays_of(model)), TOKENS), run(model, TOKENS))
 
 
 def test_fresh_parameters_are_the_same_on_every_mesh(cfg):

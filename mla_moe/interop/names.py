@@ -36,9 +36,22 @@ class Piece(NamedTuple):
         """Of the tensor in the file."""
         return (math.prod(self.rows), math.prod(self.columns)) if self.columns else (math.prod(self.rows),)
 
+    def window(self, cut: tuple[slice, ...]) -> tuple[slice, slice]:
+        """The tensor's rows and columns that hold a part of our kept axes. Only an axis that leads there is ever split:
+        a mesh splits heads, but no head."""
+        n = len(self.columns) if self.transposed else len(self.rows)
+        first, second = cut[:n], cut[n:]
+        rows, columns = (second, first) if self.transposed else (first, second)
+        return _stretch(rows, self.rows), _stretch(columns, self.columns)
+
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """The kept axes of our array. A view."""
-        return self._turn(tensor.reshape(self.rows + self.columns), len(self.rows))
+        """The kept axes of our array, from a window of the tensor. A view."""
+        shape = [
+            size
+            for n, sizes in zip(tensor.shape, (self.rows, self.columns), strict=False)
+            for size in (n // math.prod(sizes[1:]), *sizes[1:])
+        ]
+        return self._turn(tensor.reshape(shape), len(self.rows))
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """The tensor of the file, from the kept axes of our array."""
@@ -47,6 +60,15 @@ class Piece(NamedTuple):
     def _turn(self, array: np.ndarray, n: int) -> np.ndarray:
         """Bring the first n axes to the end, where the layouts differ in that."""
         return array.transpose(*range(n, array.ndim), *range(n)) if self.transposed else array
+
+
+def _stretch(cut: tuple[slice, ...], sizes: tuple[int, ...]) -> slice:
+    if not sizes:
+        return WHOLE
+    assert all(c.indices(n) == (0, n, 1) for c, n in zip(cut[1:], sizes[1:], strict=True)), "an inner axis is split"
+    start, stop, _ = cut[0].indices(sizes[0])
+    inner = math.prod(sizes[1:])
+    return slice(start * inner, stop * inner)
 
 
 def pieces(skeleton: Skeleton) -> Iterator[Piece]:

@@ -1,12 +1,12 @@
 """Read safetensors without trusting them: every claim of a header is checked before a byte of it is used.
 
-Files are mapped, not loaded: only what is looked at is read.
+A tensor is mapped anew each time it is asked for: only what is looked at is read, and its memory goes with the view.
 """
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -19,6 +19,7 @@ DTYPES: Mapping[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
 }
@@ -29,22 +30,34 @@ class CheckpointError(ConfigError):
     """A file, what is wrong with it, and the fix."""
 
 
+class Stored(NamedTuple):
+    """Where a tensor lies in its file, and what it is."""
+
+    path: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
 class Reader:
-    """The tensors of a directory's safetensors files, by name."""
+    """The tensors of a directory's safetensors files, by name. All headers are read and checked at once."""
 
     def __init__(self, directory: Path):
         self.directory = directory
-        self._tensors: dict[str, np.ndarray] = {}
+        self.stored: dict[str, Stored] = {}
         for path in _files(directory):
-            for name, tensor in _open(path).items():
-                if name in self._tensors:
+            for name, stored in _open(path).items():
+                if name in self.stored:
                     raise CheckpointError(path.name, name, "is in two files; keep one")
-                self._tensors[name] = tensor
-        self.names = self._tensors.keys()
+                self.stored[name] = stored
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A read-only view into the file."""
-        return self._tensors[name]
+        path, offset, dtype, shape = self.stored[name]
+        if 0 in shape:
+            return np.zeros(shape, dtype)
+        size = int(np.prod(shape)) * dtype.itemsize
+        return np.memmap(path, np.uint8, "r", offset, (size,)).view(np.ndarray).view(dtype).reshape(shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -52,7 +65,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError("checkpoint", str(path), "no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError("checkpoint", str(path), f"is not JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError("checkpoint", str(path), "must hold a JSON object")
@@ -72,7 +85,7 @@ def _files(directory: Path) -> list[Path]:
     files = []
     for name in sorted(set(weight_map.values())):
         path = directory / name
-        if Path(name).name != name or not name.endswith(".safetensors") or (path.is_symlink() and _leaves(path)):
+        if Path(name).name != name or not name.endswith(".safetensors") or (path.is_symlink() and leaves(path)):
             raise CheckpointError(index.name, name, "must name a .safetensors file in the directory itself")
         if not path.is_file():
             raise CheckpointError(index.name, name, "is missing; fetch it again")
@@ -80,13 +93,13 @@ def _files(directory: Path) -> list[Path]:
     return files
 
 
-def _leaves(path: Path) -> bool:
+def leaves(path: Path) -> bool:
     """Whether a link points out of the directory, other than into a download cache's `blobs` beside it."""
     target, home = path.resolve(), path.parent.resolve()
     return target.parent != home and target.parent != home.parent.parent / "blobs"
 
 
-def _open(path: Path) -> dict[str, np.ndarray]:
+def _open(path: Path) -> dict[str, Stored]:
     size = path.stat().st_size
     if size < 8:
         raise CheckpointError(path.name, f"{size} bytes", "is cut short; fetch it again")
@@ -98,21 +111,21 @@ def _open(path: Path) -> dict[str, np.ndarray]:
             )
         try:
             header = json.loads(file.read(length))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise CheckpointError(path.name, "header", "is not JSON; fetch the file again") from None
     if not isinstance(header, dict):
         raise CheckpointError(path.name, "header", "must be a JSON object")
     header.pop("__metadata__", None)
-    data = np.memmap(path, np.uint8, "r", 8 + length) if size > 8 + length else np.zeros(0, np.uint8)
+    start = 8 + length
     tensors, spans = {}, []
     for name, entry in header.items():
         dtype, shape, begin, end = _entry(path, name, entry)
-        if end > len(data):
-            raise CheckpointError(path.name, name, f"ends at byte {end} of {len(data)}; the file is cut short")
+        if end > size - start:
+            raise CheckpointError(path.name, name, f"ends at byte {end} of {size - start}; the file is cut short")
         if end - begin != int(np.prod(shape, dtype=object)) * dtype.itemsize:
             raise CheckpointError(path.name, name, f"has {end - begin} bytes, which is not {dtype} {list(shape)}")
         spans.append((begin, end, name))
-        tensors[name] = data[begin:end].view(dtype).reshape(shape)
+        tensors[name] = Stored(path, start + begin, dtype, shape)
     for (_, end, _), (begin, _, name) in zip(sorted(spans), sorted(spans)[1:], strict=False):
         if begin < end:
             raise CheckpointError(path.name, name, "overlaps another tensor")
@@ -126,6 +139,6 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...]
     ok = isinstance(entry, dict) and whole(entry.get("shape")) and whole(entry.get("data_offsets"))
     if not ok or len(entry["data_offsets"]) != 2 or entry["data_offsets"][0] > entry["data_offsets"][1]:
         raise CheckpointError(path.name, name, "needs a dtype, a shape and two data_offsets")
-    if entry.get("dtype") not in DTYPES:
+    if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
         raise CheckpointError(path.name, name, f"has type {entry.get('dtype')!r}; known are {', '.join(DTYPES)}")
     return DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"]

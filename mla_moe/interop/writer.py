@@ -5,28 +5,65 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mla_moe.interop import fp8 as blocks
+from mla_moe.interop.progress import progress
 from mla_moe.interop.reader import DTYPES, CheckpointError
 
+SHARD_BYTES = 5 << 30
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
-    """A tensor to be written; its value is asked for when its turn comes."""
+    """A tensor to be written; its parts, rows after rows, are asked for when their turn comes."""
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    value: Callable[[], np.ndarray]
+    parts: Callable[[], Iterable[np.ndarray]]
 
     @property
     def bytes(self) -> int:
         return int(np.prod(self.shape)) * self.dtype.itemsize
+
+
+Parts = Callable[[], Iterable[np.ndarray]]
+
+
+def entries_of(name: str, dtype: np.dtype, shape: tuple[int, ...], parts: Parts, *, fp8: bool) -> list[Entry]:
+    """A tensor to be written as it is, or with `fp8` in blocks and followed by its scale, if it is one that released
+    checkpoints have in blocks. Parts must be whole blocks then."""
+    if not (fp8 and blocks.is_quantised(name)):
+        return [Entry(name, dtype, shape, parts)]
+    scales: list[np.ndarray] = []
+
+    def weight() -> Iterable[np.ndarray]:
+        for part in parts():
+            numbers, scale = blocks.quantise(part)
+            scales.append(scale)
+            yield numbers
+
+    return [
+        Entry(name, blocks.E4M3, shape, weight),
+        Entry(blocks.scale_name(name), np.dtype(np.float32), blocks.scale_shape(shape), lambda: scales),
+    ]
+
+
+def write_checkpoint(
+    path: Path, config: dict[str, Any], entries: Sequence[Entry], max_bytes: int, others: Sequence[Path] = ()
+) -> None:
+    """Tensors, their config.json, and copies of `others`: a directory that is whole or does not exist."""
+    with whole_directory(path) as directory, progress("Writing", sum(e.bytes for e in entries)) as advance:
+        write_shards(directory, entries, max_bytes, advance)
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for other in others:
+            shutil.copyfile(other, directory / other.name)
 
 
 @contextlib.contextmanager
@@ -45,25 +82,29 @@ def whole_directory(path: Path) -> Generator[Path]:
         raise
 
 
-def write_shards(directory: Path, entries: Sequence[Entry], max_bytes: int) -> None:
-    """`model.safetensors`, or numbered shards of at most `max_bytes` and their index."""
+def write_shards(directory: Path, entries: Sequence[Entry], max_bytes: int, advance: Callable[[int], None]) -> None:
+    """`model.safetensors`, or numbered shards of at most `max_bytes` and their index. `advance` is
+    told of bytes written."""
     shards: list[list[Entry]] = [[]]
+    filled = 0
     for entry in entries:
-        if shards[-1] and sum(e.bytes for e in shards[-1]) + entry.bytes > max_bytes:
+        if shards[-1] and filled + entry.bytes > max_bytes:
             shards.append([])
+            filled = 0
         shards[-1].append(entry)
+        filled += entry.bytes
     if len(shards) == 1:
-        _write(directory / "model.safetensors", shards[0])
+        _write(directory / "model.safetensors", shards[0], advance)
         return
     files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, shard in zip(files, shards, strict=True):
-        _write(directory / file, shard)
+        _write(directory / file, shard, advance)
     weight_map = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
     index = {"metadata": {"total_size": sum(e.bytes for e in entries)}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write(path: Path, entries: Sequence[Entry]) -> None:
+def _write(path: Path, entries: Sequence[Entry], advance: Callable[[int], None]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
@@ -73,8 +114,27 @@ def _write(path: Path, entries: Sequence[Entry]) -> None:
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for entry in entries:
-            value = np.ascontiguousarray(entry.value(), dtype=entry.dtype)
-            file.write(value.reshape(-1).view(np.uint8).data)
+        for raw in _ahead(_raw(entries)):
+            file.write(raw.data)
+            advance(raw.size)
         file.flush()
         os.fsync(file.fileno())
+
+
+def _raw(entries: Sequence[Entry]) -> Iterator[np.ndarray]:
+    for entry in entries:
+        for part in entry.parts():
+            yield np.ascontiguousarray(part, dtype=entry.dtype).reshape(-1).view(np.uint8)
+
+
+def _ahead(items: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The same items, the next one made while the last one is used."""
+
+    def take() -> np.ndarray | None:
+        return next(items, None)
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(take)
+        while (item := coming.result()) is not None:
+            coming = pool.submit(take)
+            yield item

@@ -70,7 +70,11 @@ class Skeleton:
 
 def arrays_of(model: Transformer) -> Arrays:
     """A model's arrays by path; `Skeleton.merge` is the way back."""
-    return {path: v.get_value() for path, v in _flat(nnx.state(model))}
+    return {path: v.get_value() for path, v in variables_of(model).items()}
+
+
+def variables_of(model: Transformer) -> dict[str, nnx.Variable]:
+    return dict(_flat(nnx.state(model)))
 
 
 def _flat(state):

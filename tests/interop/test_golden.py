@@ -11,16 +11,30 @@ from flax import nnx
 from mla_moe.interop import load_pretrained
 from mla_moe.interop.names import pieces
 from mla_moe.nn.skeleton import Skeleton, arrays_of
+from mla_moe.nn.transformer import Context
 from mla_moe.training.loss import sums
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ["v2_greedy", "v2_group_limited", "v3", "k2", "moonlight"]
 
 
+KINDS = ["plain", "long", "padded", "packed"]
+
+
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
+    """What is expected, and what we compute, of all kinds of batches in one: shorter rows end in padding."""
     directory = GOLDEN / request.param
-    return load_pretrained(directory, dtype=jnp.float32), np.load(directory / "expected.npz")
+    expected = np.load(directory / "expected.npz")
+    model = load_pretrained(directory, dtype=jnp.float32)
+    length = max(expected[f"{kind}/tokens"].shape[1] for kind in KINDS)
+
+    def rows(name):
+        arrays = [expected[f"{kind}/{name}"] for kind in KINDS]
+        return np.concatenate([np.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in arrays])
+
+    logits, chosen = map(np.asarray, logits_and_choices(model, *map(rows, ("tokens", "segments", "positions"))))
+    return expected, logits, chosen
 
 
 @jax.jit
@@ -35,33 +49,35 @@ def logits_and_choices(model, tokens, segments, positions):
                 h = x + block.attention(block.attention_norm(x), segment_ids=segments, positions=positions)
                 experts = block.moe.router(block.mlp_norm(h).reshape(-1, h.shape[-1])).experts_NK
                 chosen.append(jnp.sort(experts, axis=-1).reshape(*tokens.shape, -1))
-            x, _ = block(x, _context(segments, positions))
+            x, _ = block(x, Context(segments, positions))
     return model(tokens, segments, positions), jnp.stack(chosen)
 
 
-def _context(segments, positions):
-    from mla_moe.nn.transformer import Context
-
-    return Context(segments, positions)
-
-
 @pytest.mark.smoke
-@pytest.mark.parametrize("kind", ["plain", "long", "padded", "packed"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_logits_and_choices_are_those_of_transformers(case, kind):
-    model, expected = case
-    batch = [jnp.asarray(expected[f"{kind}/{name}"]) for name in ("tokens", "segments", "positions")]
-    logits, chosen = logits_and_choices(model, *batch)
+    expected, logits, chosen = case
+    start = sum(len(expected[f"{k}/tokens"]) for k in KINDS[: KINDS.index(kind)])
+    B, T = expected[f"{kind}/tokens"].shape
     real = expected[f"{kind}/segments"] != 0
-    np.testing.assert_allclose(logits[real], expected[f"{kind}/logits"][real], atol=2e-5, rtol=0)
-    np.testing.assert_array_equal(np.asarray(chosen)[:, real], expected[f"{kind}/experts"][:, real])
+    ours = logits[start : start + B, :T], chosen[:, start : start + B, :T]
+    np.testing.assert_allclose(ours[0][real], expected[f"{kind}/logits"][real], atol=2e-5, rtol=0)
+    np.testing.assert_array_equal(ours[1][:, real], expected[f"{kind}/experts"][:, real])
 
 
 def test_the_prediction_module_too():
     model, expected = load_pretrained(GOLDEN / "v3", dtype=jnp.float32), np.load(GOLDEN / "v3" / "expected.npz")
-    tokens = jnp.asarray(expected["plain/tokens"])
-    h, _ = model.hidden(tokens)
-    h2, _ = model.mtp_hidden(h[:, :-1], tokens[:, 1:])
-    np.testing.assert_allclose(model.logits(h2), expected["plain/mtp_logits"], atol=2e-5, rtol=0)
+
+    @jax.jit
+    def both(model, tokens):
+        """Without segments and positions, as a caller may: one document, no padding."""
+        h, _ = model.hidden(tokens)
+        h2, _ = model.mtp_hidden(h[:, :-1], tokens[:, 1:])
+        return model.logits(h), model.logits(h2)
+
+    logits, mtp_logits = both(model, expected["plain/tokens"])
+    np.testing.assert_allclose(logits, expected["plain/logits"], atol=2e-5, rtol=0)
+    np.testing.assert_allclose(mtp_logits, expected["plain/mtp_logits"], atol=2e-5, rtol=0)
 
 
 def test_gradients_are_those_of_pytorch():

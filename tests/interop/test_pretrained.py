@@ -3,17 +3,20 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 
 from mla_moe import ConfigError, ModelConfig, Transformer
 from mla_moe.interop import load_pretrained, save_pretrained
 from mla_moe.interop.names import pieces
 from mla_moe.interop.reader import CheckpointError, Reader
+from mla_moe.interop.weights import Weights
 from mla_moe.nn.skeleton import Skeleton, arrays_of
 from mla_moe.recipe import Mesh
 from mla_moe.sharding import make_mesh
@@ -24,7 +27,7 @@ CASES = ["v2_greedy", "v2_group_limited", "v3", "k2", "moonlight"]
 
 def tensors(directory):
     reader = Reader(directory)
-    return {name: (str(reader[name].dtype), reader[name].shape, reader[name].tobytes()) for name in reader.names}
+    return {name: (str(reader[name].dtype), reader[name].shape, reader[name].tobytes()) for name in reader.stored}
 
 
 @pytest.mark.smoke
@@ -76,6 +79,61 @@ def test_types_are_kept_or_chosen():
     assert {p for p, x in kept.items() if x.dtype == jnp.float32} == {p for p in kept if "router" in p}
 
 
+def test_every_array_keeps_the_type_of_its_file(broken):
+    """Norms wider than matrices, and a router's bias narrower than released, return as they came."""
+    reader = Reader(broken)
+    given = {name: np.array(reader[name]) for name in reader.stored}
+    for name, x in given.items():
+        if name.endswith("norm.weight"):
+            given[name] = x.astype(np.float32) + np.float32(1e-6)
+        elif name.endswith("e_score_correction_bias"):
+            given[name] = x.astype(jnp.bfloat16)
+    save_file(given, broken / "model.safetensors")
+    model = load_pretrained(broken)
+    assert arrays_of(model)["moe_layers/moe/router/bias"].dtype == jnp.float32
+    assert np.isfinite(jax.jit(lambda model, tokens: model(tokens))(model, jnp.ones((1, 4), jnp.int32))).all()
+    save_pretrained(model, broken.parent / "out")
+    assert tensors(broken.parent / "out") == tensors(broken)
+
+
+def test_rotary_frequencies_in_the_files_are_passed_over(broken):
+    """Moonlight's and Kimi's files carry them, of a length that does not even fit."""
+    reader = Reader(broken)
+    given = {name: np.array(reader[name]) for name in reader.stored}
+    given["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(7, np.float32)
+    save_file(given, broken / "model.safetensors")
+    assert load_pretrained(broken).cfg == load_pretrained(GOLDEN / "v3").cfg
+
+
+def test_a_device_reads_no_more_than_its_part(monkeypatch):
+    read, count = Weights.read, []
+
+    def counting(*args):
+        count.append(read(*args).size)
+        return read(*args)
+
+    monkeypatch.setattr(Weights, "read", counting)
+    mesh = make_mesh(Mesh(data=1, fsdp=2, tensor=2, expert=2))
+    whole = arrays_of(load_pretrained(GOLDEN / "v3"))
+    everything = sum(count)
+    assert everything == sum(x.size for x in whole.values())
+    count.clear()
+    parts = arrays_of(load_pretrained(GOLDEN / "v3", mesh=mesh))
+    indices = [x.sharding.devices_indices_map(x.shape).values() for x in parts.values()]
+    distinct = [len(set(map(str, index))) for index in indices]
+    shard = [np.prod(x.sharding.shard_shape(x.shape)) for x in parts.values()]
+    assert sum(count) <= sum(8 * s for s in shard)
+    assert sum(d * s for d, s in zip(distinct, shard, strict=True)) == everything
+    for path, x in whole.items():
+        np.testing.assert_array_equal(x, parts[path], err_msg=path)
+
+
+def test_a_model_on_a_mesh_is_saved_whole(tmp_path):
+    mesh = make_mesh(Mesh(data=1, fsdp=2, tensor=2, expert=2))
+    save_pretrained(load_pretrained(GOLDEN / "v3", mesh=mesh), tmp_path / "out")
+    assert tensors(tmp_path / "out") == tensors(GOLDEN / "v3")
+
+
 def test_a_prediction_module_that_is_only_named_is_left_out_aloud(broken, caplog):
     """transformers saves V3 without the module, and keeps its number in config.json."""
     header, data = header_of(broken / "model.safetensors")
@@ -111,6 +169,11 @@ def spoil_header(change):
     return spoil
 
 
+def configure(directory, **fields):
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
 def index_to(name):
     def spoil(directory):
         (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
@@ -136,6 +199,7 @@ def remove(name):
 
 
 NORM = "model.norm.weight"
+BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 NOTHING = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
 SPOILT = {
     "a tensor too few": (spoil_header(lambda h, _: h.pop(NORM) and None), "model.norm.weight is missing"),
@@ -146,6 +210,13 @@ SPOILT = {
     "offsets backwards": (update(NORM, data_offsets=[48, 0]), "data_offsets"),
     "negative shape": (update(NORM, shape=[-24]), "needs a dtype, a shape"),
     "unknown type": (update(NORM, dtype="Q4"), "has type 'Q4'"),
+    "a type that is no name": (update(NORM, dtype=["F32"]), "has type \\['F32'\\]"),
+    "whole numbers": (update(BIAS, dtype="I32"), "has type int32, not float32, float16, bfloat16"),
+    "a header too deep": (overwrite((10**6).to_bytes(8, "little") + b"[" * 10**6), "not JSON"),
+    "other quantisation": (
+        lambda d: configure(d, quantization_config={"quant_method": "compressed-tensors"}),
+        "only 'fp8' is read",
+    ),
     "overlap": (update(NORM, data_offsets=[0, 48]), "overlaps"),
     "truncated": (cut_short, "cut short"),
     "empty": (overwrite(b""), "cut short"),

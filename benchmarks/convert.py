@@ -1,0 +1,120 @@
+"""Convert a synthetic V3-shaped checkpoint both ways, beside a plain copy of the same files.
+
+    python benchmarks/convert.py [--gigabytes 6] [--directory DIR]
+
+The checkpoint has many experts in FP8 blocks, and the rest in bfloat16. Each row runs in a process of its own: peak
+resident memory is that process's. Speed is bytes of the source a second, `of copy` the share of the copy's speed; all
+reach the disk before the clock stops.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from mla_moe import preset
+from mla_moe.interop import convert
+from mla_moe.interop import fp8 as blocks
+from mla_moe.interop.names import pieces
+from mla_moe.interop.writer import Entry, write_checkpoint
+from mla_moe.nn.skeleton import Skeleton
+
+TASKS: dict[str, Callable[[Path, Path], None]] = {
+    "copy": lambda src, dst: _synced(shutil.copytree(src, dst)),
+    "FP8 to bfloat16": lambda src, dst: convert(src, dst),
+    "bfloat16 to FP8": lambda src, dst: convert(src, dst, fp8=True),
+    "as it is": lambda src, dst: convert(src, dst, fp8=True),
+}
+
+
+def synthetic(path: Path, gigabytes: float) -> None:
+    """V3's widths and vocabulary with as many experts and layers as fit, in two bytes a bfloat16 and one an FP8."""
+    base = dataclasses.replace(
+        preset("deepseek-v3"), num_hidden_layers=3, first_k_dense_replace=1, hidden_size=2048,
+        moe_intermediate_size=1024, intermediate_size=8192, num_attention_heads=32,
+    )  # fmt: skip
+    expert = 3 * base.hidden_size * base.moe_intermediate_size
+    rest = 4 * base.vocab_size * base.hidden_size * 2 / 1e9
+    experts = max(int((gigabytes - rest) * 1e9 / expert / 3) // 8 * 8, 16)  # two layers and the prediction module
+    cfg = dataclasses.replace(base, n_routed_experts=experts)
+    noise = (0.02 * np.random.default_rng(0).standard_normal(1 << 22)).astype(np.float32)
+    by_type = {d: noise.astype(d) for d in (np.float32, ml_dtypes.bfloat16)}
+    by_type |= {blocks.E4M3: (1000 * noise).astype(blocks.E4M3)}
+    by_type = {np.dtype(d): x for d, x in by_type.items()}
+
+    def entry(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Entry:
+        size = int(np.prod(shape))
+        starts = range(0, size, noise.size)
+        return Entry(name, dtype, shape, lambda: (by_type[dtype][: size - start] for start in starts))
+
+    entries = []
+    for piece in pieces(Skeleton(cfg)):
+        quantised = blocks.is_quantised(piece.name)
+        bias = piece.name.endswith("bias")
+        kind = blocks.E4M3 if quantised else np.dtype(np.float32 if bias else ml_dtypes.bfloat16)
+        entries.append(entry(piece.name, kind, piece.shape))
+        if quantised:
+            entries.append(entry(blocks.scale_name(piece.name), np.dtype(np.float32), blocks.scale_shape(piece.shape)))
+    config = cfg.to_hf() | {"torch_dtype": "bfloat16", "quantization_config": dict(blocks.QUANTIZATION_CONFIG)}
+    write_checkpoint(path, config, entries, 1 << 30)
+
+
+def measured(task: str, src: Path, dst: Path) -> tuple[float, float]:
+    """Seconds, the better of two, and gigabytes of peak resident memory, the worse; each in a new process."""
+    command = [sys.executable, __file__, "--task", task, "--source", str(src), "--target", str(dst)]
+    results = []
+    for _ in range(2):
+        shutil.rmtree(dst, ignore_errors=True)
+        os.sync()  # what was written before is not waited for again
+        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        results.append(json.loads(out.splitlines()[-1]))
+    return min(r["seconds"] for r in results), max(r["peak_gb"] for r in results)
+
+
+def table(gigabytes: float, directory: Path) -> None:
+    src, wide, out = directory / "fp8", directory / "bfloat16", directory / "out"
+    synthetic(src, gigabytes)
+    print(f"{'task':18}{'source GB':>10}{'seconds':>9}{'GB/s':>7}{'of copy':>9}{'peak GB':>9}")
+    for task, source, target in (
+        ("copy", src, out), ("FP8 to bfloat16", src, wide), ("as it is", src, out),
+        ("copy", wide, out), ("bfloat16 to FP8", wide, out),
+    ):  # fmt: skip
+        size = sum(f.stat().st_size for f in source.iterdir()) / 1e9
+        seconds, peak = measured(task, source, target)
+        copied = size / seconds if task == "copy" else copied
+        share = size / seconds / copied
+        print(f"{task:18}{size:10.2f}{seconds:9.1f}{size / seconds:7.2f}{share:9.2f}{peak:9.2f}", flush=True)
+
+
+def _synced(path: Path) -> None:
+    for file in path.iterdir():
+        subprocess.run(["sync", str(file)], check=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=6)
+    parser.add_argument("--directory", type=Path, help="where there is room for four times as much")
+    for name in ("task", "source", "target"):
+        parser.add_argument(f"--{name}", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.task:
+        start = time.perf_counter()
+        TASKS[args.task](Path(args.source), Path(args.target))
+        seconds = time.perf_counter() - start
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        print(json.dumps({"seconds": seconds, "peak_gb": peak}))
+    else:
+        with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+            table(args.gigabytes, Path(directory))

@@ -1,46 +1,111 @@
-"""`mla-moe`: look at models and runs from the command line."""
+"""`mla-moe`: look at models and runs, and move checkpoints, from the command line."""
 
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from mla_moe.config import ConfigError, preset
+from mla_moe.config import PRESETS, ConfigError, ModelConfig, preset
 from mla_moe.counting import (
     cache_bytes_per_token,
     count_parameters,
     multi_head_cache_bytes_per_token,
     train_flops_per_token,
 )
+from mla_moe.interop import convert
+from mla_moe.interop.source import open_source
 from mla_moe.training.console import Console, si
 
 
 @dataclasses.dataclass(frozen=True)
 class Inspect:
-    """Show what a model costs: parameters, KV bytes a token, FLOPs a token. Nothing is allocated."""
+    """Show what a model is and costs: shapes, parameters, KV bytes a token, FLOPs a token. Nothing is allocated."""
 
     model: tyro.conf.Positional[str]
-    """A preset's name."""
+    """A preset's name, a Hugging Face directory or its config.json, or a run's directory or checkpoint."""
     length: int = 4096
     """Tokens of a sequence, for the FLOPs."""
 
     def run(self) -> None:
-        cfg = preset(self.model)
-        count = count_parameters(cfg)
-        latent, multi_head = cache_bytes_per_token(cfg), multi_head_cache_bytes_per_token(cfg)
-        rows = [
-            ("parameters", f"{count.total:,} ({si(count.total)})"),
-            ("active a token", f"{count.active:,} ({si(count.active)})"),
-            ("prediction module", f"{count.mtp:,} ({si(count.mtp)})" if count.mtp else "none"),
-            ("layers", f"{cfg.num_hidden_layers}, of which {cfg.first_k_dense_replace} dense"),
-            ("experts", f"{cfg.num_experts_per_tok} of {cfg.n_routed_experts} and {cfg.n_shared_experts} shared"),
-            ("KV bytes a token", f"{latent:,} in bfloat16"),
-            ("  multi-head attention", f"{multi_head:,} ({multi_head / latent:.1f} times as many)"),
-            ("FLOPs a token", f"{si(train_flops_per_token(cfg, self.length))} to train on {self.length} tokens"),
-        ]
-        Console(enabled=True).startup_table(self.model, rows)
+        cfg = _config(self.model)
+        Console(enabled=True).startup_table(self.model, _shapes(cfg) + _costs(cfg, self.length))
+
+
+def _shapes(cfg: ModelConfig) -> list[tuple[str, str]]:
+    scaling = "no scaling"
+    if yarn := cfg.rope_scaling:
+        scaling = f"YaRN {yarn.factor:g} x {yarn.original_max_position_embeddings}, mscale {yarn.mscale:g}, "
+        scaling += f"beta {yarn.beta_fast:g}/{yarn.beta_slow:g}"
+    normalised = "yes" if cfg.norm_topk_prob else "no"
+    heads = (cfg.kv_lora_rank, cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim)
+    return [
+        ("vocabulary", f"{cfg.vocab_size}"),
+        ("hidden / layers / heads", f"{cfg.hidden_size} / {cfg.num_hidden_layers} / {cfg.num_attention_heads}"),
+        ("dense / expert width", f"{cfg.intermediate_size} / {cfg.moe_intermediate_size}"),
+        ("first dense layers", f"{cfg.first_k_dense_replace}"),
+        ("routed / shared / top-k", f"{cfg.n_routed_experts} / {cfg.n_shared_experts} / {cfg.num_experts_per_tok}"),
+        ("groups / top groups", f"{cfg.n_group} / {cfg.topk_group}"),
+        ("score, normalised", f"{cfg.scoring_func}, {normalised}"),
+        ("routed scaling", f"{cfg.routed_scaling_factor:g}"),
+        ("q_lora_rank", f"{cfg.q_lora_rank or 'none'}"),
+        ("kv_lora / nope / rope / v", " / ".join(map(str, heads))),
+        ("rope theta, scaling", f"{cfg.rope_theta:g}, {scaling}"),
+        ("max positions", f"{cfg.max_position_embeddings}"),
+        ("norm epsilon", f"{cfg.rms_norm_eps:g}"),
+        ("prediction modules", f"{cfg.num_nextn_predict_layers}"),
+    ]
+
+
+def _costs(cfg: ModelConfig, length: int) -> list[tuple[str, str]]:
+    count = count_parameters(cfg)
+    latent, multi_head = cache_bytes_per_token(cfg), multi_head_cache_bytes_per_token(cfg)
+    return [
+        ("parameters", f"{count.total:,} ({si(count.total)})"),
+        ("active a token", f"{count.active:,} ({si(count.active)})"),
+        ("in prediction modules", f"{count.mtp:,} ({si(count.mtp)})" if count.mtp else "none"),
+        ("KV bytes a token", f"{latent:,} in bfloat16"),
+        ("  multi-head attention", f"{multi_head:,} ({multi_head / latent:.1f} times as many)"),
+        ("FLOPs a token", f"{si(train_flops_per_token(cfg, length))} to train on {length} tokens"),
+    ]
+
+
+def _config(model: str) -> ModelConfig:
+    path = Path(model)
+    if model in PRESETS or not path.exists():
+        return preset(model)
+    if path.is_file():
+        from mla_moe.interop.reader import read_json
+
+        return ModelConfig.from_hf(read_json(path))
+    return open_source(path).cfg
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Move a checkpoint between the layouts of Hugging Face and of this project, or change its type, in little memory.
+
+    The new directory appears when it is whole, or not at all. Of a run, parameters and router biases are taken.
+    """
+
+    src: tyro.conf.Positional[Path]
+    """A Hugging Face directory, or a run's directory or checkpoint."""
+    dst: tyro.conf.Positional[Path]
+    """The directory to be made."""
+    to: Literal["hf", "orbax"] = "hf"
+    """What it becomes: config.json and safetensors, or a checkpoint that `--init-from` and Orbax read."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Type of the weights; by default each keeps its own, and FP8 blocks become bfloat16."""
+    fp8: bool = False
+    """Write matrices in FP8 blocks of 128 x 128, as in DeepSeek's releases."""
+
+    def run(self) -> None:
+        import jax.numpy as jnp
+
+        convert(self.src, self.dst, to=self.to, dtype=self.dtype and jnp.dtype(self.dtype), fp8=self.fp8)
+        size = sum(file.stat().st_size for file in self.dst.rglob("*") if file.is_file())
+        print(f"{self.dst}: {size / 1e9:.2f} GB")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +120,11 @@ class Report:
         print(write_report(self.run_dir))
 
 
-Command = Annotated[Inspect, tyro.conf.subcommand("inspect")] | Annotated[Report, tyro.conf.subcommand("report")]
+Command = (
+    Annotated[Convert, tyro.conf.subcommand("convert")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
+)
 
 
 def main(args: list[str] | None = None) -> int:
@@ -64,6 +133,9 @@ def main(args: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -111,6 +111,8 @@ class ModelConfig:
     initializer_range: float = 0.006
     num_nextn_predict_layers: int = 0
     """Multi-token-prediction modules after the last layer (0 or 1)."""
+    mtp_shares_embedding: bool = True
+    """Whether the prediction module uses the model's embedding and head, as in the paper, or has its own."""
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -209,6 +211,8 @@ class ModelConfig:
         config["rope_scaling"] = (
             {"type": "yarn", **dataclasses.asdict(self.rope_scaling)} if self.rope_scaling else None
         )
+        if self.mtp_shares_embedding:
+            del config["mtp_shares_embedding"]  # the released architecture, which names no such field
         return config | {
             "architectures": ["DeepseekV2ForCausalLM" if v2 else "DeepseekV3ForCausalLM"],
             "model_type": "deepseek_v2" if v2 else "deepseek_v3",

@@ -51,7 +51,9 @@ def train_flops_per_token(cfg: ModelConfig, length: int) -> float:
     if cfg.num_nextn_predict_layers:
         experts = 3 * cfg.hidden_size * cfg.moe_intermediate_size
         idle = experts * (cfg.n_routed_experts - cfg.num_experts_per_tok)
-        weights += count.mtp - idle + cfg.vocab_size * cfg.hidden_size  # the head runs a second time
+        embedding = cfg.vocab_size * cfg.hidden_size
+        # The head runs a second time, be it the model's or, counted with the module's embedding, its own.
+        weights += count.mtp - idle + (embedding if cfg.mtp_shares_embedding else -embedding)
         layers += cfg.num_nextn_predict_layers
     width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
     attention = 2 * cfg.num_attention_heads * width * (length + 1) / 2

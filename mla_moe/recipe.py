@@ -184,6 +184,12 @@ class Recipe:
     """Directory of the run. Running again with the same one resumes."""
     model: ModelConfig = preset("tiny")
     seed: int = 0
+    init_from: str | None = None
+    """Where the first stage's weights come from in place of random ones: a Hugging Face directory, or a run's
+    directory or one of its checkpoints."""
+    init_parts: Literal["parameters", "whole"] = "parameters"
+    """What is taken: parameters and router biases; or, of a run on the same data, also optimizer, step and place in the
+    data, so that a branch goes on where the other stood."""
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     mesh: Mesh = Mesh()
@@ -194,6 +200,8 @@ class Recipe:
     def __post_init__(self):
         length, limit = self.training.sequence_length, self.model.max_position_embeddings
         require(length <= limit, "training.sequence_length", length, f"at most model.max_position_embeddings = {limit}")
+        whole = self.init_parts == "whole"
+        require(not whole or self.init_from is not None, "init_parts", "whole", "name a run's checkpoint in init_from")
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -12,8 +12,8 @@ FLOORS = [
     ("sharding", "ops"),
     ("nn",),
     ("counting",),
-    ("data", "inference"),
-    ("training", "interop"),
+    ("data", "inference", "interop"),
+    ("training",),
     ("rl", "plan", "report"),
     ("cli",),
 ]

@@ -128,7 +128,8 @@ def _named_token(path: Path, key: str) -> str | None:
 
 
 def train_bpe(documents: Sequence[str], vocab_size: int, path: str | Path) -> None:
-    """Train a byte-level BPE of exactly `vocab_size` tokens on a sample of `documents` and write its `tokenizer.json`.
+    """Train a byte-level BPE of exactly `vocab_size` tokens on a sample of `documents` and write its `tokenizer.json`,
+    and beside it the `tokenizer_config.json` that transformers wants.
 
     The same documents give the same file, byte for byte, and it appears at once or not at all: processes that share
     a run's directory may all train and write it. Digits stand alone, as in DeepSeek's tokenizers.
@@ -149,9 +150,11 @@ def train_bpe(documents: Sequence[str], vocab_size: int, path: str | Path) -> No
     if bpe.get_vocab_size() < vocab_size:
         raise ConfigError(_FIELD, f"bpe:{vocab_size}", f"the training text yields only {bpe.get_vocab_size()} tokens")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
-    bpe.save(str(unfinished))
-    os.replace(unfinished, path)
+    names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    for target, text in ((path.with_name("tokenizer_config.json"), json.dumps(names)), (path, bpe.to_str())):
+        unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
+        unfinished.write_text(text, encoding="utf-8")
+        os.replace(unfinished, target)
 
 
 def _sample(documents: Sequence[str]) -> Iterator[str]:

@@ -1,18 +1,27 @@
-"""From one Hugging Face directory to another: types changed, FP8 blocks undone or made, a few rows at a time."""
+"""From one directory to another, Hugging Face's layout or this project's: types changed, FP8 blocks undone or made, a
+few rows at a time."""
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jax.typing import DTypeLike
 
 from mla_moe.interop import fp8 as blocks
-from mla_moe.interop.reader import CheckpointError, leaves
-from mla_moe.interop.weights import Weights, open_checkpoint
-from mla_moe.interop.writer import SHARD_BYTES, Entry, entries_of, write_checkpoint
+from mla_moe.interop.carried import carried, hub_config
+from mla_moe.interop.names import Piece, pieces
+from mla_moe.interop.native import Planned, create
+from mla_moe.interop.progress import progress
+from mla_moe.interop.reader import CheckpointError
+from mla_moe.interop.source import HubArrays, Source, open_source, without_copies
+from mla_moe.interop.weights import PART_BYTES, Weights
+from mla_moe.interop.writer import SHARD_BYTES, Entry, entries_of, whole_directory, write_checkpoint
+from mla_moe.nn.skeleton import Skeleton
 
-_CARRIED = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".md"}
-_MADE_ANEW = {"config.json", "model.safetensors.index.json"}
+Layout = Literal["hf", "orbax"]
 _BIAS = ".e_score_correction_bias"
 
 
@@ -20,18 +29,34 @@ def convert(
     src: str | Path,
     dst: str | Path,
     *,
+    to: Layout = "hf",
     dtype: DTypeLike | None = None,
     fp8: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write the checkpoint `src` to `dst`, all of it or nothing, in memory that does not grow with it.
 
-    Tensors keep their types unless `dtype` gives another; router biases keep theirs in any case. FP8 blocks become
-    bfloat16 or `dtype`; with `fp8` they stay as they are, and other matrices that DeepSeek releases so join them. The
-    rest of the directory (tokenizer, chat template, generation settings, code) is copied and never run.
+    `src` is a Hugging Face directory, or one of a run or its checkpoints, of which parameters and router biases are
+    taken; `to` says what `dst` becomes. Tensors keep their types unless `dtype` gives another; router biases keep
+    theirs in any case. FP8 blocks become bfloat16 or `dtype`; with `fp8` they stay as they are, and other matrices that
+    DeepSeek releases so join them. What lies beside the weights (tokenizer, chat template, generation settings, code)
+    is copied and never run.
     """
-    source = Path(src)
-    config, _, weights = open_checkpoint(source)
+    source, target = open_source(src), Path(dst)
+    if to == "orbax":
+        if fp8:
+            raise CheckpointError("fp8", True, "this project's checkpoints have no FP8 blocks; convert with --to hf")
+        _to_native(source, target, dtype)
+    elif isinstance(source, HubArrays):
+        _between_hubs(source, target, dtype, fp8, max_shard_bytes)
+    else:
+        entries = [entry for piece in pieces(Skeleton(source.cfg)) for entry in _rows(source, piece, dtype, fp8)]
+        config = hub_config(source.cfg, dtype or source.dtype("embed"), fp8=fp8, beside=source.directory)
+        write_checkpoint(target, config, entries, max_shard_bytes, carried(source.directory))
+
+
+def _between_hubs(source: HubArrays, dst: Path, dtype: DTypeLike | None, fp8: bool, max_shard_bytes: int) -> None:
+    weights, config = source.weights, dict(source.config)
     if fp8 and weights.quantised and weights.block != blocks.BLOCK:
         fix = f"of {list(weights.block)} cannot be mixed with blocks of {list(blocks.BLOCK)}: write bfloat16 first"
         raise CheckpointError("checkpoint", "FP8 blocks", fix)
@@ -41,10 +66,11 @@ def convert(
         config["quantization_config"] = blocked
     if dtype is not None:
         config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": np.dtype(dtype).name}
-    write_checkpoint(Path(dst), config, entries, max_shard_bytes, _others(source))
+    write_checkpoint(dst, config, entries, max_shard_bytes, carried(source.directory))
 
 
 def _entries(weights: Weights, name: str, dtype: DTypeLike | None, fp8: bool) -> list[Entry]:
+    """A tensor of a Hugging Face directory as one of another, in names and order as it stands there."""
     kept = weights.reader.stored[name]
     as_it_is = Entry(name, kept.dtype, kept.shape, lambda: (weights.reader[name][rows] for rows in weights.parts(name)))
     if name not in weights.names:  # a scale, or a computed buffer
@@ -61,14 +87,49 @@ def _entries(weights: Weights, name: str, dtype: DTypeLike | None, fp8: bool) ->
     return entries_of(name, kind, kept.shape, parts, fp8=fp8)
 
 
-def _others(source: Path) -> list[Path]:
-    """Files beside the weights. Raises `CheckpointError` for a link that leads out of the directory."""
-    others = [
-        path
-        for path in sorted(source.iterdir())
-        if path.is_file() and path.name not in _MADE_ANEW and (path.suffix in _CARRIED or path.name == "LICENSE")
-    ]
-    for path in others:
-        if path.is_symlink() and leaves(path):
-            raise CheckpointError("checkpoint", path.name, "is a link out of the directory; put the file in its place")
-    return others
+def _rows(source: Source, piece: Piece, dtype: DTypeLike | None, fp8: bool) -> list[Entry]:
+    """A tensor of a Hugging Face directory, out of our array."""
+    stored = source.dtype(piece.path)
+    kind = stored if dtype is None or piece.name.endswith(_BIAS) else np.dtype(dtype)
+    read_as = stored if fp8 and blocks.is_quantised(piece.name) else kind
+
+    def parts() -> Iterator[np.ndarray]:
+        return (source.rows(piece, read_as, cut) for cut in piece.cuts(PART_BYTES))
+
+    return entries_of(piece.name, kind, piece.shape, parts, fp8=fp8)
+
+
+def _to_native(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
+    """Fill a step's directory. Pieces of our arrays are stored in chunks of their own: none is written twice."""
+    skeleton = Skeleton(source.cfg)
+    kinds = {
+        path: source.dtype(path) if dtype is None or path in skeleton.bias_paths else np.dtype(dtype)
+        for path in skeleton.variables
+    }
+    all_pieces = list(without_copies(pieces(skeleton)))
+    shapes = {path: variable.get_value().shape for path, variable in skeleton.variables.items()}
+    plan = {p.path: Planned(kinds[p.path], shapes[p.path], _chunk(p, shapes[p.path])) for p in all_pieces}
+    with whole_directory(dst) as directory:
+        with create(directory / "step", source.cfg, plan) as writer, progress("Writing", _size(plan)) as advance:
+            for piece in all_pieces:
+                for cut in piece.cuts(PART_BYTES):
+                    part = piece.to_ours(source.rows(piece, kinds[piece.path], cut))
+                    writer.write(piece.path, cut.index, part)
+                    advance(part.nbytes)
+        for path in (directory / "step").iterdir():
+            path.rename(directory / path.name)
+        (directory / "step").rmdir()
+        for path in carried(source.directory):
+            shutil.copyfile(path, directory / path.name)
+        changed = dtype if dtype is not None else kinds["embed"]
+        config = hub_config(source.cfg, changed, beside=source.directory)
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _chunk(piece: Piece, shape: tuple[int, ...]) -> tuple[int, ...]:
+    first = next(piece.cuts(PART_BYTES)).index
+    return tuple(1 if isinstance(i, int) else len(range(*i.indices(n))) for i, n in zip(first, shape, strict=True))
+
+
+def _size(plan: dict[str, Planned]) -> int:
+    return sum(int(np.prod(p.shape)) * p.dtype.itemsize for p in plan.values())

@@ -15,6 +15,19 @@ from mla_moe.config import ModelConfig
 from mla_moe.nn.skeleton import Skeleton
 
 WHOLE = slice(None)
+BLOCK_ROWS = 128
+
+
+Slices = tuple[slice, ...]
+Index = tuple[int | slice, ...]
+"""A number or a slice for each axis; a number takes its axis away."""
+
+
+class Cut(NamedTuple):
+    """Some rows of a tensor, and where they lie in our array."""
+
+    rows: slice
+    index: Index
 
 
 class Piece(NamedTuple):
@@ -22,7 +35,7 @@ class Piece(NamedTuple):
 
     name: str
     path: str
-    index: tuple[int | slice, ...]
+    index: Index
     """A number for each axis that is stacked in ours and split into tensors there; `WHOLE` for one that is kept."""
     rows: tuple[int, ...]
     """Sizes of our axes that, flattened, are the tensor's first axis."""
@@ -36,11 +49,11 @@ class Piece(NamedTuple):
         """Of the tensor in the file."""
         return (math.prod(self.rows), math.prod(self.columns)) if self.columns else (math.prod(self.rows),)
 
-    def window(self, cut: tuple[slice, ...]) -> tuple[slice, slice]:
+    def window(self, kept: Slices) -> tuple[slice, slice]:
         """The tensor's rows and columns that hold a part of our kept axes. Only an axis that leads there is ever split:
         a mesh splits heads, but no head."""
         n = len(self.columns) if self.transposed else len(self.rows)
-        first, second = cut[:n], cut[n:]
+        first, second = kept[:n], kept[n:]
         rows, columns = (second, first) if self.transposed else (first, second)
         return _stretch(rows, self.rows), _stretch(columns, self.columns)
 
@@ -54,8 +67,25 @@ class Piece(NamedTuple):
         return self._turn(tensor.reshape(shape), len(self.rows))
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
-        """The tensor of the file, from the kept axes of our array."""
-        return self._turn(array, len(self.columns)).reshape(self.shape)
+        """The tensor of the file, or some of its rows, from the kept axes of our array."""
+        return self._turn(array, len(self.columns)).reshape(-1, *self.shape[1:])
+
+    def cuts(self, part_bytes: int) -> Iterator[Cut]:
+        """The tensor in parts to be held in memory at a time: whole FP8 blocks, about `part_bytes` in float32."""
+        inner = math.prod(self.rows[1:])
+        whole = BLOCK_ROWS // math.gcd(inner, BLOCK_ROWS)
+        step = max(part_bytes // (4 * inner * math.prod(self.columns)) // whole, 1) * whole
+        axis = self.row_axis
+        for start in range(0, self.rows[0], step):
+            stop = min(start + step, self.rows[0])
+            index = (*self.index[:axis], slice(start, stop), *self.index[axis + 1 :])
+            yield Cut(slice(start * inner, stop * inner), index)
+
+    @property
+    def row_axis(self) -> int:
+        """The axis of ours that leads in the tensor."""
+        kept = [axis for axis, i in enumerate(self.index) if not isinstance(i, int)]
+        return kept[len(self.columns) if self.transposed else 0]
 
     def _turn(self, array: np.ndarray, n: int) -> np.ndarray:
         """Bring the first n axes to the end, where the layouts differ in that."""
@@ -72,8 +102,8 @@ def _stretch(cut: tuple[slice, ...], sizes: tuple[int, ...]) -> slice:
 
 
 def pieces(skeleton: Skeleton) -> Iterator[Piece]:
-    """Every tensor of a file in the order of its layers. The embedding and the head come twice where there is a
-    prediction module: a released file repeats them in its layer, and the model shares them."""
+    """Every tensor of a file in the order of its layers. The embedding and the head come twice where a prediction
+    module shares them: a released file repeats them in its layer."""
     cfg = skeleton.cfg
     V, D = cfg.vocab_size, cfg.hidden_size
     yield Piece("model.embed_tokens.weight", "embed", (WHOLE, WHOLE), (V,), (D,), transposed=False)
@@ -90,13 +120,14 @@ def pieces(skeleton: Skeleton) -> Iterator[Piece]:
 def _mtp(cfg: ModelConfig) -> Iterator[Piece]:
     """The prediction module stands at the index after the last layer, whatever that is."""
     layer, V, D = f"model.layers.{cfg.num_hidden_layers}", cfg.vocab_size, cfg.hidden_size
-    yield Piece(f"{layer}.embed_tokens.weight", "embed", (WHOLE, WHOLE), (V,), (D,), transposed=False)
+    embed, head = ("embed", "head") if cfg.mtp_shares_embedding else ("mtp/embed", "mtp/head")
+    yield Piece(f"{layer}.embed_tokens.weight", embed, (WHOLE, WHOLE), (V,), (D,), transposed=False)
     yield Piece(f"{layer}.enorm.weight", "mtp/embedding_norm/scale", (WHOLE,), (D,))
     yield Piece(f"{layer}.hnorm.weight", "mtp/hidden_norm/scale", (WHOLE,), (D,))
     yield Piece(f"{layer}.eh_proj.weight", "mtp/project", (WHOLE, WHOLE), (D,), (2 * D,))
     yield from _block(cfg, layer, "mtp/block", (), experts=True)
     yield Piece(f"{layer}.shared_head.norm.weight", "mtp/norm/scale", (WHOLE,), (D,))
-    yield Piece(f"{layer}.shared_head.head.weight", "head", (WHOLE, WHOLE), (V,), (D,))
+    yield Piece(f"{layer}.shared_head.head.weight", head, (WHOLE, WHOLE), (V,), (D,))
 
 
 def _block(cfg: ModelConfig, theirs: str, ours: str, stack: tuple[int, ...], *, experts: bool) -> Iterator[Piece]:

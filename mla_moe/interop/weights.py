@@ -28,7 +28,8 @@ _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 def open_checkpoint(directory: Path) -> tuple[dict[str, Any], ModelConfig, "Weights"]:
     """A directory's config.json, the model that it describes, and the tensors, which are exactly the model's.
 
-    A prediction module that is named but not there is left out, aloud: transformers saves V3 so.
+    A prediction module that is named but not there is left out, aloud: transformers saves V3 so. One whose embedding or
+    head are not the model's own byte for byte keeps them.
     """
     config = read_json(directory / "config.json")
     cfg, weights = ModelConfig.from_hf(config), Weights(directory, config)
@@ -36,7 +37,12 @@ def open_checkpoint(directory: Path) -> tuple[dict[str, Any], ModelConfig, "Weig
     if cfg.num_nextn_predict_layers and not any(name.startswith(last) for name in weights.names):
         logger.warning("%s has no prediction module, though its config.json names one; read without", directory)
         cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
-    weights.check(list(pieces(Skeleton(cfg))))
+    wanted = list(pieces(Skeleton(cfg)))
+    weights.check(wanted)
+    if cfg.num_nextn_predict_layers and cfg.mtp_shares_embedding:
+        copies = [piece for piece in wanted if piece.path in ("embed", "head")]
+        shared = all(weights.same(a.name, b.name) for a in copies for b in copies if a.path == b.path and a is not b)
+        cfg = dataclasses.replace(cfg, mtp_shares_embedding=shared)
     return config, cfg, weights
 
 

@@ -17,6 +17,7 @@ from mla_moe.interop.progress import progress
 from mla_moe.interop.reader import DTYPES, CheckpointError
 
 SHARD_BYTES = 5 << 30
+_FLUSH_BYTES = 128 << 20
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -112,13 +113,27 @@ def _write(path: Path, entries: Sequence[Entry], advance: Callable[[int], None])
         header[entry.name] = {"dtype": _NAMES[entry.dtype], "shape": list(entry.shape), "data_offsets": span}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
         file.write(len(text).to_bytes(8, "little") + text)
+        flushed, unflushed = pool.submit(int), 0
         for raw in _ahead(_raw(entries)):
             file.write(raw.data)
             advance(raw.size)
+            unflushed += raw.size
+            if unflushed > _FLUSH_BYTES and flushed.done():
+                file.flush()
+                flushed, unflushed = pool.submit(_flush, file.fileno()), 0
+        flushed.result()
         file.flush()
-        os.fsync(file.fileno())
+        _flush(file.fileno())
+
+
+def _flush(file: int) -> None:
+    """To the disk, and out of memory: what is written is not read again, and a file larger than the host would push
+    everything else out."""
+    os.fsync(file)
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _raw(entries: Sequence[Entry]) -> Iterator[np.ndarray]:

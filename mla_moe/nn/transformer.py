@@ -63,8 +63,8 @@ class Block(nnx.Module):
 class MTP(nnx.Module):
     """Multi-token prediction (DeepSeek-V3, section 2.2): one more block that predicts the token after the next.
 
-    Embedding and head are the model's own, so they are not stored here. The projection takes [embedding; hidden], as in
-    the released weights; the paper prints the other order.
+    Embedding and head are the model's, so they are not stored here unless `mtp_shares_embedding` is false. The
+    projection takes [embedding; hidden], as in the released weights; the paper prints the other order.
     """
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, precision: Precision):
@@ -75,6 +75,8 @@ class MTP(nnx.Module):
         self.project = matrix(rngs, axes, contracts=("mtp_in",), std=cfg.initializer_range, dtype=precision.param)
         self.block = Block(cfg, experts=True, rngs=rngs, precision=precision)
         self.norm = RMSNorm("embed", D, cfg.rms_norm_eps, precision)
+        if not cfg.mtp_shares_embedding:
+            self.embed, self.head = embedding_and_head(cfg, rngs, precision)
         self.precision = precision
 
     def __call__(self, h_BTD, next_embedding_BTD, context: Context) -> tuple[Float[Array, "B T D"], RouterStats | None]:
@@ -83,6 +85,13 @@ class MTP(nnx.Module):
         x_BTD = jnp.einsum("BTd,dD->BTD", both, self.project[...].astype(self.precision.compute))
         x_BTD, stats = self.block(x_BTD, context)
         return self.norm(x_BTD), stats
+
+
+def embedding_and_head(cfg: ModelConfig, rngs: nnx.Rngs, precision: Precision) -> tuple[nnx.Param, nnx.Param]:
+    V, D, std, dtype = cfg.vocab_size, cfg.hidden_size, cfg.initializer_range, precision.param
+    embed = matrix(rngs, {"vocab": V, "embed": D}, contracts=(), std=std, dtype=dtype, kind=Embedding)
+    head = matrix(rngs, {"embed": D, "vocab": V}, contracts=("embed",), std=std, dtype=dtype, kind=Embedding)
+    return embed, head
 
 
 class Transformer(nnx.Module):
@@ -96,8 +105,6 @@ class Transformer(nnx.Module):
         self.cfg = cfg
         self.precision = precision = precision or Precision.default()
         self.remat = remat
-        V, D = cfg.vocab_size, cfg.hidden_size
-        std, dtype = cfg.initializer_range, precision.param
 
         def layers(count: int, experts: bool):
             one = nnx.eval_shape(lambda: Block(cfg, experts=experts, rngs=nnx.Rngs(0), precision=precision))
@@ -105,14 +112,12 @@ class Transformer(nnx.Module):
             filled = [(path, stacked(variable, count, rngs)) for path, variable in nnx.to_flat_state(state)]
             return nnx.merge(graph, nnx.from_flat_state(filled))
 
-        self.embed = matrix(rngs, {"vocab": V, "embed": D}, contracts=(), std=std, dtype=dtype, kind=Embedding)
+        self.embed, self.head = embedding_and_head(cfg, rngs, precision)
         if cfg.first_k_dense_replace:
             self.dense_layers = layers(cfg.first_k_dense_replace, experts=False)
         if cfg.num_moe_layers:
             self.moe_layers = layers(cfg.num_moe_layers, experts=True)
-        self.norm = RMSNorm("embed", D, cfg.rms_norm_eps, precision)
-        head = {"embed": D, "vocab": V}
-        self.head = matrix(rngs, head, contracts=("embed",), std=std, dtype=dtype, kind=Embedding)
+        self.norm = RMSNorm("embed", cfg.hidden_size, cfg.rms_norm_eps, precision)
         if cfg.num_nextn_predict_layers:
             self.mtp = MTP(cfg, rngs=rngs, precision=precision)
 
@@ -140,7 +145,13 @@ class Transformer(nnx.Module):
     def mtp_hidden(self, h_BTD, next_tokens, segment_ids=None, positions=None):
         """Hidden states that predict the token after `next_tokens`, and the module's routing."""
         context = _context(next_tokens, segment_ids, positions)
-        return self.mtp(h_BTD, self.embedding(next_tokens), context)
+        embed = self.embed if self.cfg.mtp_shares_embedding else self.mtp.embed
+        return self.mtp(h_BTD, embed[...].astype(self.precision.compute)[next_tokens], context)
+
+    @property
+    def mtp_head(self) -> nnx.Param:
+        """The head that goes with `mtp_hidden`."""
+        return self.head if self.cfg.mtp_shares_embedding else self.mtp.head
 
     def embedding(self, tokens_BT) -> Float[Array, "B T D"]:
         return self.embed[...].astype(self.precision.compute)[tokens_BT]

@@ -4,11 +4,16 @@ import dataclasses
 from pathlib import Path
 
 import grain
+import jax
 import orbax.checkpoint as ocp
 
 from mla_moe import recipe
-from mla_moe.config import ModelConfig
+from mla_moe.nn.param import logical_axes
+from mla_moe.nn.skeleton import Skeleton
 from mla_moe.training.step import TrainState
+
+_CHUNK_BYTES = 64 << 20
+"""Larger arrays are stored in parts, so that another mesh, or a conversion, reads no more than it needs."""
 
 
 class Checkpoints:
@@ -31,20 +36,44 @@ class Checkpoints:
         """The newest complete checkpoint's step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, data: grain.DatasetIterator, model: ModelConfig) -> None:
+    def save(self, step: int, state: TrainState, data: grain.DatasetIterator, skeleton: Skeleton) -> None:
         """Begin to save; returns once the arrays are copied. A step that is saved already is left as it is."""
         if step == self.latest:
             return
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict()),
+            state=ocp.args.StandardSave(state._asdict(), save_args=_save_args(state, skeleton)),
             data=grain.checkpoint.CheckpointSave(data),
-            model=ocp.args.JsonSave(dataclasses.asdict(model)),
+            model=ocp.args.JsonSave(dataclasses.asdict(skeleton.cfg)),
         )
         self._manager.save(step, args=items)
 
     def restore(self, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
         """The newest checkpoint, each array straight into its sharding; `data` is moved to its place."""
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract._asdict()), data=grain.checkpoint.CheckpointRestore(data)
-        )
-        return TrainState(**self._manager.restore(self.latest, args=items)["state"])
+        return _restore(self._manager, self.latest, abstract, data)
+
+
+def restore_step(directory: Path, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
+    """The same from the directory of one step, of whatever run."""
+    options = ocp.CheckpointManagerOptions(read_only=True)
+    with ocp.CheckpointManager(directory.parent.absolute(), options=options) as manager:
+        return _restore(manager, int(directory.name), abstract, data)
+
+
+def _restore(manager, step: int | None, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
+    items = ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract._asdict()), data=grain.checkpoint.CheckpointRestore(data)
+    )
+    return TrainState(**manager.restore(step, args=items)["state"])
+
+
+def _save_args(state: TrainState, skeleton: Skeleton):
+    """How arrays are cut for storage: first by layer and by expert."""
+
+    def args(keys, x: jax.Array) -> ocp.SaveArgs:
+        variable = skeleton.variables.get(getattr(keys[-1], "key", None))
+        if variable is None or x.nbytes <= _CHUNK_BYTES:
+            return ocp.SaveArgs()
+        stacked = (i for i, axis in enumerate(logical_axes(variable)) if axis in ("layers", "experts"))
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=tuple(stacked))
+
+    return jax.tree_util.tree_map_with_path(args, state._asdict())

@@ -58,6 +58,7 @@ def sums(model: Transformer, batch: dict[str, Array], *, chunk: int, mtp: bool) 
         h_BTD, stats = model.mtp_hidden(h_BTD, batch["targets"], *place)
         second_BT = jnp.pad(batch["targets"][:, 1:], ((0, 0), (0, 1)))
         weights_BT = has_second_target(batch).astype(jnp.float32)
+        head_DV = model.mtp_head[...].astype(model.precision.compute)
         mtp_nats = cross_entropy(h_BTD, head_DV, second_BT, weights_BT, chunk=chunk)
         loads.append(stats.load_E[None])
         balance += stats.balance

@@ -31,12 +31,13 @@ from mla_moe.nn.param import Precision
 from mla_moe.nn.skeleton import Skeleton
 from mla_moe.recipe import Recipe
 from mla_moe.sharding import BATCH, check_divisible, make_mesh
+from mla_moe.training.begin import first_state
 from mla_moe.training.checkpoint import Checkpoints
 from mla_moe.training.console import Console, Progress, bytes_, duration, si
 from mla_moe.training.metrics import MetricsWriter
 from mla_moe.training.optimizer import learning_rate, make_optimizer
 from mla_moe.training.run import Signals, write_atomically
-from mla_moe.training.step import TrainState, abstract_state, init_state, make_eval_step, make_step
+from mla_moe.training.step import TrainState, abstract_state, make_eval_step, make_step
 
 STAGE = "pretrain"
 
@@ -75,7 +76,10 @@ def pretrain(recipe: Recipe, run_dir: Path, console: Console) -> None:
             return
         console.startup_table(recipe.run_dir, stage.describe())
         if start is None:
-            state = init_state(stage.skeleton, stage.optimizer, recipe.seed, mesh)
+            state = first_state(recipe, stage.skeleton, stage.optimizer, mesh, batches)
+            start = int(state.step) or None
+            if recipe.init_from:
+                console.say(f"started from {recipe.init_from}" + (f", step {start}" if start else ""))
         else:
             state = checkpoints.restore(abstract_state(stage.skeleton, stage.optimizer, mesh), batches)
             console.say(f"resumed from the checkpoint of step {start}")
@@ -145,7 +149,7 @@ class Stage:
 
     def train(self, state: TrainState, batches: grain.DatasetIterator, checkpoints: Checkpoints, start: int | None):
         """Step to the end. Figures of a step are fetched after the next one is under way, so the device never waits."""
-        training, model = self.recipe.training, self.recipe.model
+        training = self.recipe.training
         first, last = start or 0, training.steps
         step = self._compile(state)
         with (
@@ -167,7 +171,7 @@ class Stage:
                     self._finish(state, writer, scores, meter)
                 if is_last or number % self.recipe.checkpoint.every == 0 or signals.received:
                     meter.flush()
-                    checkpoints.save(number, state, batches, model)
+                    checkpoints.save(number, state, batches, self.skeleton)
                     meter.restart()
                 if signals.received and not is_last:
                     raise Interrupted(f"stopped at step {number} by {signals.received.name}; state saved")

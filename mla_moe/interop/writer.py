@@ -122,13 +122,13 @@ def _write(path: Path, entries: Sequence[Entry], advance: Callable[[int], None])
             unflushed += raw.size
             if unflushed > _FLUSH_BYTES and flushed.done():
                 file.flush()
-                flushed, unflushed = pool.submit(_flush, file.fileno()), 0
+                flushed, unflushed = pool.submit(flush, file.fileno()), 0
         flushed.result()
         file.flush()
-        _flush(file.fileno())
+        flush(file.fileno())
 
 
-def _flush(file: int) -> None:
+def flush(file: int) -> None:
     """To the disk, and out of memory: what is written is not read again, and a file larger than the host would push
     everything else out."""
     os.fsync(file)

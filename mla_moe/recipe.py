@@ -86,6 +86,25 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Kernels:
+    """Implementations by name; None takes the one for the platform. All but the buffer compute the same."""
+
+    attention: Literal["reference", "blockwise", "splash", "cudnn"] | None = None
+    """splash is a TPU kernel, cudnn a GPU one; by default blockwise elsewhere."""
+    grouped_matmul: Literal["reference", "blocks", "ragged"] | None = None
+    """ragged is a native kernel on TPU, and so the default there; blocks elsewhere."""
+    exchange: Literal["all_to_all", "ragged"] | None = None
+    """How rows go to experts on other devices: ragged, the default on TPU and GPU, moves the rows alone."""
+    expert_buffer: float | None = None
+    """How many times its even share of rows a device may send to another before tokens are dropped, which moe/dropped
+    counts; None drops none, and takes more rounds where the routing is uneven."""
+
+    def __post_init__(self):
+        ok = self.expert_buffer is None or self.expert_buffer > 0
+        require(ok, "kernels.expert_buffer", self.expert_buffer, "a positive share; 1 is that of an even routing")
+
+
+@dataclasses.dataclass(frozen=True)
 class Mesh:
     """Devices along each axis; −1 takes what the others leave."""
 
@@ -99,9 +118,11 @@ class Mesh:
     """Heads and hidden widths split."""
     context: int = 1
     """Time split."""
+    rules: tuple[str, ...] = ()
+    """Changes to the table of `sharding.py`, each `axis=mesh_axis`, or `axis=` for whole on every device."""
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
+        sizes = {name: size for name, size in dataclasses.asdict(self).items() if name != "rules"}
         for name, size in sizes.items():
             require(size == -1 or size >= 1, f"mesh.{name}", size, "a number of devices, or -1 for the rest")
         require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis can be -1")
@@ -193,6 +214,7 @@ class Recipe:
     data: Data = Data()
     optimizer: Optimizer = Optimizer()
     mesh: Mesh = Mesh()
+    kernels: Kernels = Kernels()
     training: Training = Training()
     checkpoint: Checkpoint = Checkpoint()
     sample: Sample = Sample()

@@ -18,6 +18,8 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 RULES: Mapping[str, str | None] = {
     # logical axis of a parameter -> mesh axis; an axis that is not listed is whole on every device
     "embed": "fsdp",
+    "q_latent": "fsdp",
+    "kv_latent": "fsdp",
     "experts": "expert",
     "heads": "tensor",
     "hidden": "tensor",
@@ -25,8 +27,12 @@ RULES: Mapping[str, str | None] = {
     "vocab": "tensor",
 }
 
+LOGICAL_AXES = (*RULES, "layers", "mtp_in", "gate_up", "router", "qk", "kv", "v")
+
 # Tokens: sequences over every axis that has its own data, time over `context`.
 BATCH = P(("data", "fsdp", "expert"), "context")
+TOKENS = ("data", "fsdp", "expert", "context")
+"""The mesh axes over which tokens are split."""
 
 
 def make_mesh(sizes: recipe.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -42,20 +48,47 @@ def make_mesh(sizes: recipe.Mesh, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
 
 
-def spec(axes: Sequence[str], shape: Sequence[int], mesh: jax.sharding.Mesh) -> P:
+def rules_of(changes: Sequence[str]) -> Mapping[str, str | None]:
+    """The table with a recipe's `mesh.rules` in it. Raises `ConfigError` for an axis that is not known."""
+    table = dict(RULES)
+    for change in changes:
+        axis, equals, mesh_axis = change.partition("=")
+        if not equals or axis not in LOGICAL_AXES or mesh_axis not in ("", *MESH_AXES):
+            known = f"axes are {', '.join(LOGICAL_AXES)}; mesh axes are {', '.join(MESH_AXES)}"
+            raise ConfigError("mesh.rules", change, f"write axis=mesh_axis, or axis= for none; {known}")
+        table[axis] = mesh_axis or None
+    return table
+
+
+def spec(
+    axes: Sequence[str],
+    shape: Sequence[int],
+    mesh: jax.sharding.Mesh,
+    rules: Mapping[str, str | None] = RULES,
+) -> P:
     """How an array with these logical axes lies on the mesh. A mesh axis is used once, and only where it divides."""
     used: set[str] = set()
     entries: list[str | None] = []
     for axis, size in zip(axes, shape, strict=True):
-        mesh_axis = RULES.get(axis)
+        mesh_axis = rules.get(axis)
         fits = mesh_axis is not None and mesh_axis not in used and size % mesh.shape[mesh_axis] == 0
         entries.append(mesh_axis if fits else None)
         used |= {mesh_axis} if fits else set()
     return P(*entries)
 
 
-def sharding(axes: Sequence[str], shape: Sequence[int], mesh: jax.sharding.Mesh) -> NamedSharding:
-    return NamedSharding(mesh, spec(axes, shape, mesh))
+def current_mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh that `jax.set_mesh` or `use_mesh` names around the present code; None for a single device, for a mesh of
+    other axes, and within a `shard_map`, where all is local already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ours = set(MESH_AXES) <= set(mesh.axis_names) and mesh.size > 1
+    return mesh if ours and all(kind == AxisType.Auto for kind in mesh.axis_types) else None
+
+
+def constrain(x: jax.Array) -> jax.Array:
+    """Activations `[B, T, …]` lie as tokens do, where there is a mesh."""
+    mesh = current_mesh()
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
 
 
 def check_divisible(run: recipe.Recipe, mesh: jax.sharding.Mesh) -> None:
@@ -65,6 +98,12 @@ def check_divisible(run: recipe.Recipe, mesh: jax.sharding.Mesh) -> None:
     checks = (
         ("training.batch_size", part, rows, "sequences of one accumulation step over mesh data x fsdp x expert"),
         ("training.sequence_length", run.training.sequence_length, mesh.shape["context"], "tokens over mesh.context"),
+        (
+            "model.moe_intermediate_size",
+            run.model.moe_intermediate_size,
+            mesh.shape["tensor"],
+            "width over mesh.tensor",
+        ),
         ("model.num_attention_heads", run.model.num_attention_heads, mesh.shape["tensor"], "heads over mesh.tensor"),
         ("model.n_routed_experts", run.model.n_routed_experts, mesh.shape["expert"], "experts over mesh.expert"),
     )

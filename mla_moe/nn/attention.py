@@ -1,8 +1,11 @@
 """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values of all heads come from one small latent."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mla_moe.config import ModelConfig
@@ -10,6 +13,8 @@ from mla_moe.nn.norm import RMSNorm
 from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.rope import rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
+from mla_moe.recipe import Kernels
+from mla_moe.sharding import BATCH, current_mesh
 
 # transformers and the released code fix this value, whatever the config's rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -21,8 +26,16 @@ class MLAttention(nnx.Module):
     With `q_lora_rank` queries pass through a latent too. Works alone: no mesh, no globals.
     """
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, precision: Precision | None = None):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        precision: Precision | None = None,
+        kernels: Kernels = Kernels(),
+    ):
         self.cfg = cfg
+        self.kernels = kernels
         self.precision = precision = precision or Precision.default()
         D, H, Q, C = cfg.hidden_size, cfg.num_attention_heads, cfg.q_lora_rank, cfg.kv_lora_rank
         N, R, V = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
@@ -57,10 +70,9 @@ class MLAttention(nnx.Module):
             q_BTHA = self.queries(x_BTD, cos_sin)
         with jax.named_scope("latent"):
             c_BTC, k_pe_BTR = self.latent(x_BTD, cos_sin)
-        with jax.named_scope("expand"):
-            k_BTHA, v_BTHV = self.expand(c_BTC, k_pe_BTR)
-        with jax.named_scope("attend"):
-            y_BTHV = attention(q_BTHA, k_BTHA, v_BTHV, segment_ids, scale=softmax_scale(self.cfg))
+        if segment_ids is None:
+            segment_ids = jnp.ones(x_BTD.shape[:2], jnp.int32)
+        y_BTHV = self._attend(q_BTHA, c_BTC, k_pe_BTR, self.use(self.kv_b), segment_ids)
         return jnp.einsum("BTHV,HVD->BTD", y_BTHV, self.use(self.o))
 
     def use(self, weight: nnx.Param) -> Array:
@@ -83,9 +95,41 @@ class MLAttention(nnx.Module):
         )
         return self.kv_a_norm(c_BTC), rotate(k_pe_BTR[:, :, None], *cos_sin)[:, :, 0]
 
-    def expand(self, c_BTC, k_pe_BTR) -> tuple[Float[Array, "B T H A"], Float[Array, "B T H V"]]:
+    def _attend(self, q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids) -> Float[Array, "B T H V"]:
+        """Under a mesh each device attends with its heads, for its queries. Of a sequence that devices share
+        (`context`), each gathers the latent, C + R values a token, where keys and values would be H · (A + V)."""
+
+        def local(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt, first=None):
+            with jax.named_scope("expand"):
+                k_bthA, v_bthV = self.expand(c_btC, k_pe_btR, kv_b)
+            with jax.named_scope("attend"):
+                how: Any = {"scale": softmax_scale(self.cfg), "first": first}
+                return attention(q_bthA, k_bthA, v_bthV, segments_bt, **how, implementation=self.kernels.attention)
+
+        mesh = current_mesh()
+        if mesh is None:
+            return local(q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids)
+
+        def shared(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt):
+            if mesh.shape["context"] == 1:
+                return local(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt)
+            first = jax.lax.axis_index("context") * q_bthA.shape[1]
+            c, k_pe, segments = (
+                jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (c_btC, k_pe_btR, segments_bt)
+            )
+            return local(q_bthA, c, k_pe, kv_b, segments, first)
+
+        tokens = P(*BATCH)
+        return jax.shard_map(
+            shared,
+            in_specs=(P(*BATCH, "tensor"), tokens, tokens, P(None, "tensor"), tokens),
+            out_specs=P(*BATCH, "tensor"),
+            check_vma=False,
+        )(q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids)
+
+    def expand(self, c_BTC, k_pe_BTR, kv_b_CHk) -> tuple[Float[Array, "B T H A"], Float[Array, "B T H V"]]:
         """Keys and values of every head, out of the latent."""
-        kv_BTHk = jnp.einsum("BTC,CHk->BTHk", c_BTC, self.use(self.kv_b))
+        kv_BTHk = jnp.einsum("BTC,CHk->BTHk", c_BTC, kv_b_CHk)
         k_nope, v_BTHV = jnp.split(kv_BTHk, [self.cfg.qk_nope_head_dim], axis=-1)
         k_pe = jnp.broadcast_to(k_pe_BTR[:, :, None], (*k_nope.shape[:-1], k_pe_BTR.shape[-1]))
         return jnp.concatenate([k_nope, k_pe], axis=-1), v_BTHV

@@ -5,14 +5,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_moe.config import ModelConfig
 from mla_moe.nn.mlp import MLP
 from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.router import Router, Routing
-from mla_moe.ops.dispatch import combine, dispatch, plan
-from mla_moe.ops.grouped_matmul import Implementation, grouped_matmul
+from mla_moe.ops.expert_exchange import exchanged_experts, schedule
+from mla_moe.ops.experts import experts
+from mla_moe.recipe import Kernels
+from mla_moe.sharding import BATCH, TOKENS, current_mesh
 
 
 class RouterStats(NamedTuple):
@@ -22,12 +26,15 @@ class RouterStats(NamedTuple):
     """Tokens sent to each expert."""
     balance: Float[Array, ""]
     """The sequence-wise balance loss without its α, summed over sequences."""
+    dropped: Int[Array, ""]
+    """Choices that were not followed for want of buffer."""
 
 
 class MoE(nnx.Module):
     """`shared(x) + Σ_k weight_k · expert_k(x)` over a token's chosen experts (DeepSeek-V3, equation 12).
 
-    No token is dropped and no expert runs on a token that did not choose it. Works alone: no mesh, no globals.
+    No token is dropped and no expert runs on a token that did not choose it. Works alone: no mesh, no globals. Under a
+    mesh (`jax.set_mesh`) tokens travel to the experts' devices and back (`ops.expert_exchange`).
     """
 
     def __init__(
@@ -36,14 +43,14 @@ class MoE(nnx.Module):
         *,
         rngs: nnx.Rngs,
         precision: Precision | None = None,
-        implementation: Implementation | None = None,
+        kernels: Kernels = Kernels(),
     ):
         self.cfg = cfg
         self.precision = precision = precision or Precision.default()
-        self.implementation = implementation
+        self.kernels = kernels
         E, D, F = cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size
         std, dtype = cfg.initializer_range, precision.param
-        gate_up, down = {"experts": E, "embed": D, "gate_up": 2, "expert_hidden": F}, {}
+        gate_up = {"experts": E, "embed": D, "gate_up": 2, "expert_hidden": F}
         down = {"experts": E, "expert_hidden": F, "embed": D}
         self.router = Router(cfg, rngs=rngs)
         self.gate_up = matrix(rngs, gate_up, contracts=("embed",), std=std, dtype=dtype)
@@ -58,52 +65,80 @@ class MoE(nnx.Module):
         self, x_BTD: Float[Array, "B T D"], real_BT: Bool[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """The output, and how the router spread the tokens. `real_BT` is False at padding, which is not counted."""
-        B, T, D = x_BTD.shape
-        x_ND = x_BTD.reshape(B * T, D).astype(self.precision.compute)
-        with jax.named_scope("route"):
-            routing = self.router(x_ND)
-            stats = router_stats(self.cfg, routing, jnp.ones((B, T), bool) if real_BT is None else real_BT)
-        with jax.named_scope("experts"):
-            y_BTD = self.routed(x_ND, routing).reshape(B, T, D)
+        x_BTD = x_BTD.astype(self.precision.compute)
+        if real_BT is None:
+            real_BT = jnp.ones(x_BTD.shape[:2], bool)
+        gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
+        mesh = current_mesh()
+        if mesh is None:
+            y_BTD, stats = self._routed(self.router, gate_up, down, x_BTD, real_BT)
+        else:
+            y_BTD, stats = self._over(mesh, gate_up, down, x_BTD, real_BT)
         if self.cfg.n_shared_experts:
             with jax.named_scope("shared"):
-                y_BTD += self.shared(x_ND.reshape(B, T, D))
+                y_BTD += self.shared(x_BTD)
         return y_BTD, stats
 
-    def routed(self, x_ND, routing: Routing) -> Float[Array, "N D"]:
-        """Sort tokens by expert, run each expert on its own, and bring the results back."""
-        E, F = self.cfg.n_routed_experts, self.cfg.moe_intermediate_size
-        gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
-        block = block_size(routing.experts_NK.size, E)
-        p = plan(routing.experts_NK, E, block)
+    def _over(self, mesh: AbstractMesh, gate_up, down, x_BTD, real_BT):
+        """Each device routes its own tokens. Experts lie over `expert`, and their hidden width over `tensor`."""
+        graph, router = nnx.split(self.router)
 
-        def multiply(x_RD, w_EDF):
-            return grouped_matmul(x_RD, w_EDF, p.group_sizes_E, block=block, implementation=self.implementation)
+        def local(router, gate_up, down, x_btD, real_bt):
+            return self._routed(nnx.merge(graph, router), gate_up, down, x_btD, real_bt, mesh)
 
-        gu_R2F = multiply(dispatch(x_ND, p), gate_up.reshape(E, -1, 2 * F)).reshape(-1, 2, F)
-        y_RD = multiply(jax.nn.silu(gu_R2F[:, 0]) * gu_R2F[:, 1], down)
-        return combine(y_RD, routing.weights_NK, p)
+        tokens = P(*BATCH)
+        inputs = P(), P("expert", None, None, "tensor"), P("expert", "tensor"), tokens, tokens
+        return jax.shard_map(local, in_specs=inputs, out_specs=(tokens, P()), check_vma=False)(
+            router, gate_up, down, x_BTD, real_BT
+        )
+
+    def _routed(self, router: Router, gate_up, down, x_BTD, real_BT, mesh: AbstractMesh | None = None):
+        B, T, D = x_BTD.shape
+        x_ND = x_BTD.reshape(B * T, D)
+        with jax.named_scope("route"):
+            routing = router(x_ND)
+            stats = router_stats(self.cfg, routing, real_BT, mesh)
+        dropped = jnp.int32(0)
+        with jax.named_scope("experts"):
+            weighted = x_ND, routing.experts_NK, routing.weights_NK, gate_up, down
+            kernels = self.kernels
+            if mesh is None or mesh.shape["expert"] == 1:
+                y_ND = experts(*weighted, implementation=kernels.grouped_matmul)
+            else:
+                plan = schedule(
+                    self.cfg,
+                    B * T,
+                    mesh.shape["expert"],
+                    buffer=kernels.expert_buffer,
+                    exchange=kernels.exchange,
+                    multiply=kernels.grouped_matmul,
+                )
+                y_ND, dropped = exchanged_experts(*weighted, plan, "expert")
+                dropped = jax.lax.psum(dropped, TOKENS)
+            if mesh is not None and mesh.shape["tensor"] > 1:
+                y_ND = jax.lax.psum(y_ND, "tensor")
+        return y_ND.reshape(B, T, D), RouterStats(*stats, dropped)
 
 
-def block_size(rows: int, num_experts: int) -> int:
-    """About half of an expert's mean share, a power of two from 8 to 256: small enough that padding costs little (at
-    most one block an expert), large enough for a fast matrix product."""
-    share = max(rows // (2 * num_experts), 1)
-    return min(max(1 << (share.bit_length() - 1), 8), 256)
-
-
-def router_stats(cfg: ModelConfig, routing: Routing, real_BT: Bool[Array, "B T"]) -> RouterStats:
+def router_stats(
+    cfg: ModelConfig, routing: Routing, real_BT: Bool[Array, "B T"], mesh: AbstractMesh | None = None
+) -> tuple[Int[Array, "E"], Float[Array, ""]]:
     """Load per expert, and `Σ_i f_i P_i` of each sequence (DeepSeek-V3, equations 17-20), summed over sequences.
 
-    `f_i` is expert i's share of the sequence's choices times E, `P_i` its mean normalised score before the bias.
+    `f_i` is expert i's share of the sequence's choices times E, `P_i` its mean normalised score before the bias. Within
+    a `shard_map` over `mesh` both are those of all devices.
     """
     B, T = real_BT.shape
     E, K = cfg.n_routed_experts, cfg.num_experts_per_tok
-    sequence_BTK = jnp.broadcast_to(jnp.arange(B)[:, None, None], (B, T, K))
-    count_BTK = jnp.broadcast_to(real_BT[..., None], (B, T, K)).astype(jnp.int32)
-    load_BE = jnp.zeros((B, E), jnp.int32).at[sequence_BTK, routing.experts_NK.reshape(B, T, K)].add(count_BTK)
-    tokens_B1 = jnp.maximum(real_BT.sum(axis=1, keepdims=True), 1).astype(jnp.float32)
-    f_BE = load_BE.astype(jnp.float32) * (E / (K * tokens_B1))
+
+    def whole(x, axes):
+        return x if mesh is None else jax.lax.psum(x, axes)
+
+    chosen_BTKE = routing.experts_NK.reshape(B, T, K, 1) == jnp.arange(E)
+    load_BE = (chosen_BTKE & real_BT[..., None, None]).sum(axis=(1, 2), dtype=jnp.int32)
     p_NE = routing.scores_NE / (routing.scores_NE.sum(axis=-1, keepdims=True) + 1e-20)
-    P_BE = jnp.einsum("BTE,BT->BE", p_NE.reshape(B, T, E), real_BT.astype(jnp.float32)) / tokens_B1
-    return RouterStats(load_BE.sum(axis=0), jnp.sum(f_BE * P_BE))
+    P_BE = jnp.einsum("BTE,BT->BE", p_NE.reshape(B, T, E), real_BT.astype(jnp.float32))
+    load_BE, P_BE, tokens_B1 = whole((load_BE, P_BE, real_BT.sum(axis=1, keepdims=True)), "context")
+    tokens_B1 = jnp.maximum(tokens_B1, 1).astype(jnp.float32)
+    f_BE = load_BE.astype(jnp.float32) * (E / (K * tokens_B1))
+    return whole((load_BE.sum(axis=0), jnp.sum(f_BE * P_BE / tokens_B1)), BATCH[0])

@@ -7,16 +7,18 @@ import math
 import zlib
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from mla_moe.config import ModelConfig
 from mla_moe.nn.param import Precision, RouterBias, Scale, logical_axes
 from mla_moe.nn.transformer import Remat, Transformer
-from mla_moe.sharding import sharding
+from mla_moe.recipe import Kernels
+from mla_moe.sharding import RULES, spec
 
 Arrays = dict[str, jax.Array]
 
@@ -24,9 +26,18 @@ Arrays = dict[str, jax.Array]
 class Skeleton:
     """Structure, types and shapes of a `Transformer`; nothing is allocated."""
 
-    def __init__(self, cfg: ModelConfig, *, precision: Precision | None = None, remat: Remat = "none"):
-        self.cfg, self.precision = cfg, precision or Precision.default()
-        self._make = lambda rngs: Transformer(cfg, rngs=rngs, precision=self.precision, remat=remat)
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        *,
+        precision: Precision | None = None,
+        kernels: Kernels = Kernels(),
+        remat: Remat = "none",
+        rules: Mapping[str, str | None] = RULES,
+    ):
+        self.cfg, self.precision, self.rules = cfg, precision or Precision.default(), rules
+        how: dict[str, Any] = {"precision": self.precision, "kernels": kernels, "remat": remat}
+        self._make = lambda rngs: Transformer(cfg, rngs=rngs, **how)
         self.graph, state = nnx.split(nnx.eval_shape(lambda: self._make(nnx.Rngs(0))))
         self.variables: dict[str, nnx.Variable] = dict(_flat(state))
         self.param_paths = [p for p, v in self.variables.items() if isinstance(v, nnx.Param)]
@@ -57,7 +68,10 @@ class Skeleton:
         return nnx.merge(self.graph, nnx.from_flat_state(filled))
 
     def shardings(self, mesh: Mesh) -> dict[str, jax.sharding.NamedSharding]:
-        return {p: sharding(logical_axes(v), v.get_value().shape, mesh) for p, v in self.variables.items()}
+        return {
+            path: NamedSharding(mesh, spec(logical_axes(v), v.get_value().shape, mesh, self.rules))
+            for path, v in self.variables.items()
+        }
 
     def abstract(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, types and shardings: what a checkpoint is restored into."""

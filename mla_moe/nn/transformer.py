@@ -1,10 +1,11 @@
 """The model, top to bottom: embedding, dense layers, expert layers, final norm, head, and the prediction module."""
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mla_moe.config import ModelConfig
@@ -13,6 +14,8 @@ from mla_moe.nn.mlp import MLP
 from mla_moe.nn.moe import MoE, RouterStats
 from mla_moe.nn.norm import RMSNorm
 from mla_moe.nn.param import Embedding, Precision, matrix, stacked
+from mla_moe.recipe import Kernels
+from mla_moe.sharding import BATCH, constrain, current_mesh
 
 Remat = Literal["none", "dots", "full"]
 
@@ -37,12 +40,12 @@ class Context(NamedTuple):
 class Block(nnx.Module):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`, where the MLP is dense or a mixture of experts."""
 
-    def __init__(self, cfg: ModelConfig, *, experts: bool, rngs: nnx.Rngs, precision: Precision):
+    def __init__(self, cfg: ModelConfig, *, experts: bool, rngs: nnx.Rngs, precision: Precision, kernels: Kernels):
         self.attention_norm = RMSNorm("embed", cfg.hidden_size, cfg.rms_norm_eps, precision)
-        self.attention = MLAttention(cfg, rngs=rngs, precision=precision)
+        self.attention = MLAttention(cfg, rngs=rngs, precision=precision, kernels=kernels)
         self.mlp_norm = RMSNorm("embed", cfg.hidden_size, cfg.rms_norm_eps, precision)
         if experts:
-            self.moe = MoE(cfg, rngs=rngs, precision=precision)
+            self.moe = MoE(cfg, rngs=rngs, precision=precision, kernels=kernels)
         else:
             self.mlp = MLP(cfg, cfg.intermediate_size, rngs=rngs, precision=precision)
         self.experts = experts
@@ -54,10 +57,8 @@ class Block(nnx.Module):
             )
         with jax.named_scope("mlp"):
             h_BTD = self.mlp_norm(x_BTD)
-            if not self.experts:
-                return x_BTD + self.mlp(h_BTD), None
-            y_BTD, stats = self.moe.with_stats(h_BTD, context.real_BT)
-            return x_BTD + y_BTD, stats
+            y_BTD, stats = self.moe.with_stats(h_BTD, context.real_BT) if self.experts else (self.mlp(h_BTD), None)
+            return constrain(x_BTD + y_BTD), stats
 
 
 class MTP(nnx.Module):
@@ -67,13 +68,13 @@ class MTP(nnx.Module):
     projection takes [embedding; hidden], as in the released weights; the paper prints the other order.
     """
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, precision: Precision):
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, precision: Precision, kernels: Kernels):
         D = cfg.hidden_size
         self.embedding_norm = RMSNorm("embed", D, cfg.rms_norm_eps, precision)
         self.hidden_norm = RMSNorm("embed", D, cfg.rms_norm_eps, precision)
         axes = {"mtp_in": 2 * D, "embed": D}
         self.project = matrix(rngs, axes, contracts=("mtp_in",), std=cfg.initializer_range, dtype=precision.param)
-        self.block = Block(cfg, experts=True, rngs=rngs, precision=precision)
+        self.block = Block(cfg, experts=True, rngs=rngs, precision=precision, kernels=kernels)
         self.norm = RMSNorm("embed", D, cfg.rms_norm_eps, precision)
         if not cfg.mtp_shares_embedding:
             self.embed, self.head = embedding_and_head(cfg, rngs, precision)
@@ -101,13 +102,22 @@ class Transformer(nnx.Module):
     backward pass recomputes: nothing (`none`), all but matrix products (`dots`) or everything (`full`).
     """
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, precision: Precision | None = None, remat: Remat = "none"):
+    def __init__(
+        self,
+        cfg: ModelConfig,
+        *,
+        rngs: nnx.Rngs,
+        precision: Precision | None = None,
+        kernels: Kernels = Kernels(),
+        remat: Remat = "none",
+    ):
         self.cfg = cfg
         self.precision = precision = precision or Precision.default()
         self.remat = remat
+        how: dict[str, Any] = {"precision": precision, "kernels": kernels}
 
         def layers(count: int, experts: bool):
-            one = nnx.eval_shape(lambda: Block(cfg, experts=experts, rngs=nnx.Rngs(0), precision=precision))
+            one = nnx.eval_shape(lambda: Block(cfg, experts=experts, rngs=nnx.Rngs(0), **how))
             graph, state = nnx.split(one)
             filled = [(path, stacked(variable, count, rngs)) for path, variable in nnx.to_flat_state(state)]
             return nnx.merge(graph, nnx.from_flat_state(filled))
@@ -119,7 +129,7 @@ class Transformer(nnx.Module):
             self.moe_layers = layers(cfg.num_moe_layers, experts=True)
         self.norm = RMSNorm("embed", cfg.hidden_size, cfg.rms_norm_eps, precision)
         if cfg.num_nextn_predict_layers:
-            self.mtp = MTP(cfg, rngs=rngs, precision=precision)
+            self.mtp = MTP(cfg, rngs=rngs, **how)
 
     def __call__(
         self,
@@ -146,7 +156,7 @@ class Transformer(nnx.Module):
         """Hidden states that predict the token after `next_tokens`, and the module's routing."""
         context = _context(next_tokens, segment_ids, positions)
         embed = self.embed if self.cfg.mtp_shares_embedding else self.mtp.embed
-        return self.mtp(h_BTD, embed[...].astype(self.precision.compute)[next_tokens], context)
+        return self.mtp(h_BTD, lookup(embed[...].astype(self.precision.compute), next_tokens), context)
 
     @property
     def mtp_head(self) -> nnx.Param:
@@ -154,7 +164,7 @@ class Transformer(nnx.Module):
         return self.head if self.cfg.mtp_shares_embedding else self.mtp.head
 
     def embedding(self, tokens_BT) -> Float[Array, "B T D"]:
-        return self.embed[...].astype(self.precision.compute)[tokens_BT]
+        return lookup(self.embed[...].astype(self.precision.compute), tokens_BT)
 
     def logits(self, h_BTD) -> Float[Array, "B T V"]:
         head_DV = self.head[...].astype(self.precision.compute)
@@ -168,6 +178,31 @@ class Transformer(nnx.Module):
             return nnx.merge(graph, layer_state)(x_BTD, context)
 
         return jax.lax.scan(_REMAT[self.remat](body), x_BTD, state)
+
+
+def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of the embedding. Under a mesh the table stays where it is: a device looks up its part of every row of the
+    tokens that share its `fsdp` axis, and the parts are exchanged, N · D values where the table has V · D."""
+    mesh = current_mesh()
+    if mesh is None:
+        return table_VD[tokens_BT]
+    V, D = table_VD.shape
+    vocab = "tensor" if V % mesh.shape["tensor"] == 0 else None
+    embed = "fsdp" if D % mesh.shape["fsdp"] == 0 else None
+
+    def local(table_vd, tokens_bt):
+        if embed:
+            tokens_bt = jax.lax.all_gather(tokens_bt, embed, tiled=True)
+        if vocab:
+            tokens_bt -= jax.lax.axis_index(vocab) * len(table_vd)
+        x_btd = table_vd.at[tokens_bt].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+        if vocab:
+            x_btd = jax.lax.psum(x_btd, vocab)
+        return jax.lax.all_to_all(x_btd, embed, split_axis=0, concat_axis=2, tiled=True) if embed else x_btd
+
+    return jax.shard_map(local, in_specs=(P(vocab, embed), P(*BATCH)), out_specs=P(*BATCH), check_vma=False)(
+        table_VD, tokens_BT
+    )
 
 
 def _context(tokens_BT, segment_ids, positions) -> Context:

@@ -1,12 +1,16 @@
 """Causal attention over packed documents, for keys wider than values (MLA: 192 and 128).
 
-Two implementations of one function:
+Four implementations of one function:
 - `reference`: all scores at once. The oracle.
 - `blockwise`: a block of queries against a block of keys at a time, with a running softmax (FlashAttention, arXiv
   2205.14135 and 2307.08691). Memory grows with T, not T², forward and backward, and blocks above the diagonal are
-  never computed.
+  never computed. Plain XLA, on any platform.
+- `splash`: JAX's Pallas kernel for TPU.
+- `cudnn`: NVIDIA's kernel; it wants keys and values of one width, so values are padded.
 """
 
+import functools
+import logging
 from functools import partial
 from typing import Literal
 
@@ -14,49 +18,118 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-Implementation = Literal["reference", "blockwise"]
+logger = logging.getLogger(__name__)
+
+Implementation = Literal["reference", "blockwise", "splash", "cudnn"]
 
 BLOCK = 128
 
 
+def default_implementation(platform: str | None = None) -> Implementation:
+    """The kernel of `platform` (`tpu`, `gpu`, `cpu`; by default the attached one)."""
+    platform = platform or jax.default_backend()
+    return "splash" if platform == "tpu" else "cudnn" if platform in ("gpu", "cuda") else "blockwise"
+
+
 def attention(
     q_BTHA: Float[Array, "B T H A"],
-    k_BTHA: Float[Array, "B T H A"],
-    v_BTHV: Float[Array, "B T H V"],
-    segment_ids_BT: Int[Array, "B T"] | None,
+    k_BSHA: Float[Array, "B S H A"],
+    v_BSHV: Float[Array, "B S H V"],
+    segment_ids_BS: Int[Array, "B S"] | None,
     *,
     scale: float,
-    implementation: Implementation = "blockwise",
+    first: Int[Array, ""] | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "B T H V"]:
     """`softmax(scale · q kᵀ + mask) v`, softmax in float32 (DeepSeek-V2, equations 9-11 and 17-18).
 
-    Token t sees token s when s ≤ t and both are of the same segment; without `segment_ids_BT` a row is one document.
+    Token t sees token s when s ≤ t and both are of the same segment; without `segment_ids_BS` a row is one document.
+    Queries are the keys' own tokens or, of a sequence that devices share, those from place `first` on: a multiple of
+    T, which is a multiple of 128 or less than that.
     """
-    B, T = q_BTHA.shape[:2]
-    if segment_ids_BT is None:
-        segment_ids_BT = jnp.zeros((B, T), jnp.int32)
+    B, S = k_BSHA.shape[:2]
+    T = q_BTHA.shape[1]
+    if segment_ids_BS is None:
+        segment_ids_BS = jnp.zeros((B, S), jnp.int32)
+    if implementation is None:
+        implementation = default_implementation()
+    start = jnp.int32(0) if first is None else first
     if implementation == "reference":
-        return _reference(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale)
+        return _reference(q_BTHA, k_BSHA, v_BSHV, segment_ids_BS, start, scale)
+    if implementation == "splash":
+        if first is None and T % 128 == 0:
+            return _splash(q_BTHA, k_BSHA, v_BSHV, segment_ids_BS, scale)
+        _fall_back("splash", f"{T} queries of {S} tokens: it wants whole sequences, a multiple of 128 long")
+    if implementation == "cudnn":
+        if q_BTHA.dtype in (jnp.bfloat16, jnp.float16):
+            return dot_product(q_BTHA, k_BSHA, v_BSHV, segment_ids_BS, start, scale, "cudnn")
+        _fall_back("cudnn", f"{q_BTHA.dtype}: it computes in bfloat16 or float16")
     # Heads in front of time make every product a plain batched one; padding to whole blocks is masked by causality.
-    padding = (0, 0), (0, 0), (0, -T % min(BLOCK, T)), (0, 0)
-    q, k, v = (jnp.pad(jnp.moveaxis(x, 2, 1), padding) for x in (q_BTHA, k_BTHA, v_BTHV))
-    segments = jnp.pad(segment_ids_BT, padding[1:3])
-    return jnp.moveaxis(_blockwise(q, k, v, segments, scale)[:, :, :T], 1, 2)
+    size = min(BLOCK, T)
+    padding = (0, 0), (0, 0), (0, -T % size), (0, 0)
+    assert first is None or (T % size == 0 and S % size == 0)
+    q, k, v = (jnp.pad(jnp.moveaxis(x, 2, 1), padding) for x in (q_BTHA, k_BSHA, v_BSHV))
+    segments = jnp.pad(segment_ids_BS, padding[1:3])
+    return jnp.moveaxis(_blockwise(q, k, v, segments, start // size, scale)[:, :, :T], 1, 2)
 
 
-def _reference(q_BTHA, k_BTHA, v_BTHV, segment_ids_BT, scale):
-    seen_BTS = jnp.tril(segment_ids_BT[:, :, None] == segment_ids_BT[:, None, :])
-    score_BHTS = jnp.einsum("BTHA,BSHA->BHTS", q_BTHA, k_BTHA, preferred_element_type=jnp.float32) * scale
+@functools.cache
+def _fall_back(implementation: str, why: str) -> None:
+    """Said once for each reason."""
+    logger.warning("attention: blockwise in place of %s for %s", implementation, why)
+
+
+def _seen(q_BTHA, segments_BS, start):
+    T, S = q_BTHA.shape[1], segments_BS.shape[1]
+    own_BT = jax.lax.dynamic_slice_in_dim(segments_BS, start, T, 1)
+    earlier_TS = jnp.arange(S) <= start + jnp.arange(T)[:, None]
+    return earlier_TS & (own_BT[:, :, None] == segments_BS[:, None, :])
+
+
+def _reference(q_BTHA, k_BSHA, v_BSHV, segments_BS, start, scale):
+    seen_BTS = _seen(q_BTHA, segments_BS, start)
+    score_BHTS = jnp.einsum("BTHA,BSHA->BHTS", q_BTHA, k_BSHA, preferred_element_type=jnp.float32) * scale
     weight_BHTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], score_BHTS, -jnp.inf), axis=-1)
-    return jnp.einsum("BHTS,BSHV->BTHV", weight_BHTS.astype(v_BTHV.dtype), v_BTHV)
+    return jnp.einsum("BHTS,BSHV->BTHV", weight_BHTS.astype(v_BSHV.dtype), v_BSHV)
+
+
+def dot_product(q_BTHA, k_BSHA, v_BSHV, segments_BS, start, scale, implementation: Literal["cudnn", "xla"]):
+    """JAX's own function, with values padded to the keys' width."""
+    A, V = q_BTHA.shape[3], v_BSHV.shape[3]
+    v_BSHA = jnp.pad(v_BSHV, ((0, 0), (0, 0), (0, 0), (0, A - V)))
+    mask_B1TS = _seen(q_BTHA, segments_BS, start)[:, None]
+    y_BTHA = jax.nn.dot_product_attention(
+        q_BTHA, k_BSHA, v_BSHA, mask=mask_B1TS, scale=scale, implementation=implementation
+    )
+    return y_BTHA[..., :V]
+
+
+def _splash(q_BTHA, k_BSHA, v_BSHV, segments_BS, scale):
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    T, H = q_BTHA.shape[1:3]
+    mask = splash.MultiHeadMask([splash.CausalMask((T, T))] * H)
+    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=_splash_blocks(splash, T))
+
+    def one(q_THA, k_SHA, v_SHV, segments_S):
+        heads_first = (jnp.moveaxis(x, 1, 0) for x in (q_THA * scale, k_SHA, v_SHV))
+        y_HTV = kernel(*heads_first, segment_ids=splash.SegmentIds(segments_S, segments_S))
+        return jnp.moveaxis(y_HTV, 0, 1).astype(v_SHV.dtype)
+
+    return jax.vmap(one)(q_BTHA, k_BSHA, v_BSHV, segments_BS)
+
+
+def _splash_blocks(splash, T: int):
+    block = next(size for size in (512, 256, 128) if T % size == 0)
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
+    return splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
 
 
 # Below, t and s are the queries and keys of one block.
 
 
-def _block(x, i, axis=2):
+def _block(x, i, size, axis=2):
     """Block i of the time axis."""
-    size = min(BLOCK, x.shape[axis])
     return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
 
 
@@ -67,36 +140,36 @@ def _stack(x_nBHtV):
 
 
 def _scores(q_BHtA, k_BHsA, segments, i, j, scale):
-    """Scores of query block i and key block j, −1e30 where a token is not seen: finite, so that a running maximum over
-    blocks that see nothing yet stays a number."""
+    """Scores of query block i, counted among all blocks of keys, and key block j, −1e30 where a token is not seen:
+    finite, so that a running maximum over blocks that see nothing yet stays a number."""
     score_BHts = jnp.einsum("BHtA,BHsA->BHts", q_BHtA, k_BHsA, preferred_element_type=jnp.float32) * scale
     t = q_BHtA.shape[2]
     later_ts = (i * t + jnp.arange(t))[:, None] < j * t + jnp.arange(t)
-    other_Bts = _block(segments, i, 1)[:, :, None] != _block(segments, j, 1)[:, None, :]
+    other_Bts = _block(segments, i, t, 1)[:, :, None] != _block(segments, j, t, 1)[:, None, :]
     # The barrier keeps XLA from working the mask out again for every head.
     mask_Bts = jax.lax.optimization_barrier(jnp.where(later_ts | other_Bts, -1e30, 0.0))
     return score_BHts + mask_Bts[:, None]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _blockwise(q_BHTA, k_BHTA, v_BHTV, segments_BT, scale):
-    return _blockwise_forward(q_BHTA, k_BHTA, v_BHTV, segments_BT, scale)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _blockwise(q_BHTA, k_BHSA, v_BHSV, segments_BS, first, scale):
+    return _blockwise_forward(q_BHTA, k_BHSA, v_BHSV, segments_BS, first, scale)[0]
 
 
-def _blockwise_forward(q_BHTA, k_BHTA, v_BHTV, segments_BT, scale):
+def _blockwise_forward(q_BHTA, k_BHSA, v_BHSV, segments_BS, first, scale):
     B, H, T, _ = q_BHTA.shape
     size = min(BLOCK, T)
 
-    def queries(i):
-        q_BHtA = _block(q_BHTA, i)
+    def queries(own):
+        q_BHtA, i = _block(q_BHTA, own, size), first + own
 
         def keys(j, carry):
             top_BHt, mass_BHt, y_BHtV = carry
-            score_BHts = _scores(q_BHtA, _block(k_BHTA, j), segments_BT, i, j, scale)
+            score_BHts = _scores(q_BHtA, _block(k_BHSA, j, size), segments_BS, i, j, scale)
             new_top_BHt = jnp.maximum(top_BHt, score_BHts.max(axis=-1))
             weight_BHts = jnp.exp(score_BHts - new_top_BHt[..., None])
             shrink_BHt = jnp.exp(top_BHt - new_top_BHt)
-            v_BHsV = _block(v_BHTV, j)
+            v_BHsV = _block(v_BHSV, j, size)
             new_BHtV = jnp.einsum(
                 "BHts,BHsV->BHtV", weight_BHts.astype(v_BHsV.dtype), v_BHsV, preferred_element_type=jnp.float32
             )
@@ -106,56 +179,55 @@ def _blockwise_forward(q_BHTA, k_BHTA, v_BHTV, segments_BT, scale):
                 y_BHtV * shrink_BHt[..., None] + new_BHtV,
             )
 
-        start = jnp.full((B, H, size), -1e30), jnp.zeros((B, H, size)), jnp.zeros((B, H, size, v_BHTV.shape[3]))
+        start = jnp.full((B, H, size), -1e30), jnp.zeros((B, H, size)), jnp.zeros((B, H, size, v_BHSV.shape[3]))
         # The diagonal comes first: there every query sees itself, so that the maximum is real from then on.
         carry = keys(i, start)
         top_BHt, mass_BHt, y_BHtV = jax.lax.fori_loop(0, i, keys, carry)
-        return (y_BHtV / mass_BHt[..., None]).astype(v_BHTV.dtype), (top_BHt + jnp.log(mass_BHt))[..., None]
+        return (y_BHtV / mass_BHt[..., None]).astype(v_BHSV.dtype), (top_BHt + jnp.log(mass_BHt))[..., None]
 
     y_nBHtV, log_z_nBHt1 = jax.lax.map(queries, jnp.arange(T // size))
     y_BHTV = _stack(y_nBHtV)
-    return y_BHTV, (q_BHTA, k_BHTA, v_BHTV, segments_BT, y_BHTV, _stack(log_z_nBHt1))
+    return y_BHTV, (q_BHTA, k_BHSA, v_BHSV, segments_BS, first, y_BHTV, _stack(log_z_nBHt1))
 
 
 def _blockwise_backward(scale, residuals, g_BHTV):
-    q_BHTA, k_BHTA, v_BHTV, segments_BT, y_BHTV, log_z_BHT1 = residuals
-    T = q_BHTA.shape[2]
-    blocks = T // min(BLOCK, T)
+    q_BHTA, k_BHSA, v_BHSV, segments_BS, first, y_BHTV, log_z_BHT1 = residuals
+    T, S = q_BHTA.shape[2], k_BHSA.shape[2]
+    size = min(BLOCK, T)
     # Σ_s p_ts · ∂p_ts, which the softmax's derivative subtracts
     mean_BHT1 = jnp.sum(g_BHTV.astype(jnp.float32) * y_BHTV.astype(jnp.float32), axis=-1, keepdims=True)
 
-    def pair(i, j):
-        """Weights of query block i on key block j, and the derivative of their scores."""
-        score_BHts = _scores(_block(q_BHTA, i), _block(k_BHTA, j), segments_BT, i, j, scale)
-        weight_BHts = jnp.exp(score_BHts - _block(log_z_BHT1, i))
+    def pair(own, j):
+        """Weights of one of our query blocks on key block j, and the derivative of their scores."""
+        score_BHts = _scores(_block(q_BHTA, own, size), _block(k_BHSA, j, size), segments_BS, first + own, j, scale)
+        weight_BHts = jnp.exp(score_BHts - _block(log_z_BHT1, own, size))
         g_weight_BHts = jnp.einsum(
-            "BHtV,BHsV->BHts", _block(g_BHTV, i), _block(v_BHTV, j), preferred_element_type=jnp.float32
+            "BHtV,BHsV->BHts", _block(g_BHTV, own, size), _block(v_BHSV, j, size), preferred_element_type=jnp.float32
         )
-        return weight_BHts, weight_BHts * (g_weight_BHts - _block(mean_BHT1, i)) * scale
+        return weight_BHts, weight_BHts * (g_weight_BHts - _block(mean_BHT1, own, size)) * scale
 
     def keys(g_q_BHTA, j):
         """The gradient of key block j, and its part of the queries' gradient."""
-        k_BHsA, v_BHsV = _block(k_BHTA, j), _block(v_BHTV, j)
+        k_BHsA, v_BHsV = _block(k_BHSA, j, size), _block(v_BHSV, j, size)
 
-        def queries(i, carry):
+        def queries(own, carry):
             g_q_BHTA, g_k_BHsA, g_v_BHsV = carry
-            weight_BHts, g_score_BHts = pair(i, j)
+            weight_BHts, g_score_BHts = pair(own, j)
             g_score_BHts = g_score_BHts.astype(k_BHsA.dtype)
-            q_BHtA, g_BHtV = _block(q_BHTA, i), _block(g_BHTV, i)
+            q_BHtA, g_BHtV = _block(q_BHTA, own, size), _block(g_BHTV, own, size)
             wide = dict(preferred_element_type=jnp.float32)
-            g_q_BHtA = _block(g_q_BHTA, i) + jnp.einsum("BHts,BHsA->BHtA", g_score_BHts, k_BHsA, **wide)
+            g_q_BHtA = _block(g_q_BHTA, own, size) + jnp.einsum("BHts,BHsA->BHtA", g_score_BHts, k_BHsA, **wide)
             g_k_BHsA += jnp.einsum("BHts,BHtA->BHsA", g_score_BHts, q_BHtA, **wide)
             g_v_BHsV += jnp.einsum("BHts,BHtV->BHsV", weight_BHts.astype(g_BHtV.dtype), g_BHtV, **wide)
-            start = i * q_BHtA.shape[2]
-            return jax.lax.dynamic_update_slice_in_dim(g_q_BHTA, g_q_BHtA, start, 2), g_k_BHsA, g_v_BHsV
+            return jax.lax.dynamic_update_slice_in_dim(g_q_BHTA, g_q_BHtA, own * size, 2), g_k_BHsA, g_v_BHsV
 
         zeros = jnp.zeros(k_BHsA.shape, jnp.float32), jnp.zeros(v_BHsV.shape, jnp.float32)
-        g_q_BHTA, *g_kv = jax.lax.fori_loop(j, blocks, queries, (g_q_BHTA, *zeros))
+        g_q_BHTA, *g_kv = jax.lax.fori_loop(jnp.maximum(j - first, 0), T // size, queries, (g_q_BHTA, *zeros))
         return g_q_BHTA, g_kv
 
-    g_q_BHTA, (g_k_nBHsA, g_v_nBHsV) = jax.lax.scan(keys, jnp.zeros(q_BHTA.shape, jnp.float32), jnp.arange(blocks))
+    g_q_BHTA, (g_k_nBHsA, g_v_nBHsV) = jax.lax.scan(keys, jnp.zeros(q_BHTA.shape, jnp.float32), jnp.arange(S // size))
     g_q, g_k, g_v = g_q_BHTA, _stack(g_k_nBHsA), _stack(g_v_nBHsV)
-    return g_q.astype(q_BHTA.dtype), g_k.astype(k_BHTA.dtype), g_v.astype(v_BHTV.dtype), None
+    return g_q.astype(q_BHTA.dtype), g_k.astype(k_BHSA.dtype), g_v.astype(v_BHSV.dtype), None, None
 
 
 _blockwise.defvjp(_blockwise_forward, _blockwise_backward)

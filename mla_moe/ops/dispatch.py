@@ -19,7 +19,7 @@ class Plan(NamedTuple):
     """Where every row goes. `R` is the number of rows in the buffer, padding included."""
 
     row_NK: Int[Array, "N K"]
-    """The row of the buffer that holds a token's k-th choice."""
+    """The row of the buffer that holds a token's k-th choice; one behind the buffer for nobody's."""
     token_R: Int[Array, "R"]
     """The token in each row; 0 where the row is padding."""
     filled_R: Bool[Array, "R"]
@@ -28,17 +28,23 @@ class Plan(NamedTuple):
     """Rows of each expert, rounded up to whole blocks. Their sum is at most R."""
 
 
-def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int) -> Plan:
-    """Sort the rows by expert, each expert's part a whole number of blocks."""
+def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int, most: int | None = None) -> Plan:
+    """Sort the rows by expert, each expert's part a whole number of blocks.
+
+    A choice of `num_experts` is nobody's: it takes no row. `most` bounds the choices that are somebody's.
+    """
     N, K = experts_NK.shape
     rows = N * K
-    R = -(-rows // block) * block + min(num_experts, rows) * block * (block > 1)
+    most = rows if most is None else min(most, rows)
+    R = -(-most // block) * block + min(num_experts, most) * block * (block > 1)
     expert_R = experts_NK.reshape(rows)
     order = jnp.argsort(expert_R, stable=True)
+    sorted_R = expert_R[order]
     count_E = jnp.bincount(expert_R, length=num_experts)
     padded_E = -(-count_E // block) * block
     shift_E = (jnp.cumsum(padded_E) - padded_E) - (jnp.cumsum(count_E) - count_E)
-    target = jnp.arange(rows) + shift_E[expert_R[order]]
+    number_R = jnp.arange(rows)
+    target = jnp.where(sorted_R < num_experts, number_R + shift_E[sorted_R], R + number_R)
     token_R = jnp.zeros(R, jnp.int32).at[target].set(order // K, unique_indices=True, indices_are_sorted=True)
     filled_R = jnp.zeros(R, bool).at[target].set(True, unique_indices=True, indices_are_sorted=True)
     row_NK = jnp.zeros(rows, jnp.int32).at[order].set(target, unique_indices=True).reshape(N, K)
@@ -77,7 +83,8 @@ def _combine_backward(residuals, g_ND):
     weight_R = jnp.zeros(len(p.token_R), weight_NK.dtype).at[p.row_NK].set(weight_NK, unique_indices=True)
     gy_RD = g_ND[p.token_R] * weight_R[:, None].astype(g_ND.dtype)  # zero in padding rows, so that experts see none
     K = p.row_NK.shape[1]
-    gw = [jnp.einsum("ND,ND->N", y_RD[p.row_NK[:, k]], g_ND, preferred_element_type=jnp.float32) for k in range(K)]
+    rows = (y_RD.at[p.row_NK[:, k]].get(mode="fill", fill_value=0) for k in range(K))
+    gw = [jnp.einsum("ND,ND->N", y_ND, g_ND, preferred_element_type=jnp.float32) for y_ND in rows]
     return gy_RD, jnp.stack(gw, axis=1).astype(weight_NK.dtype), None
 
 
@@ -88,6 +95,6 @@ def _sum_choices(y_RD, row_NK, weight_NK=None):
     """Sum of a token's rows, one choice at a time: K·N·D values never stand side by side."""
     total = jnp.zeros((len(row_NK), y_RD.shape[1]), jnp.float32)
     for k in range(row_NK.shape[1]):
-        y_ND = y_RD[row_NK[:, k]].astype(jnp.float32)
+        y_ND = y_RD.at[row_NK[:, k]].get(mode="fill", fill_value=0).astype(jnp.float32)
         total += y_ND if weight_NK is None else y_ND * weight_NK[:, k, None]
     return total.astype(y_RD.dtype)

@@ -27,10 +27,11 @@ from mla_moe.counting import (
 )
 from mla_moe.data import Tokenizer
 from mla_moe.inference.generate import generate
+from mla_moe.nn.kernels import resolve
 from mla_moe.nn.param import Precision
 from mla_moe.nn.skeleton import Skeleton
 from mla_moe.recipe import Recipe
-from mla_moe.sharding import BATCH, check_divisible, make_mesh
+from mla_moe.sharding import BATCH, check_divisible, make_mesh, rules_of
 from mla_moe.training.begin import first_state
 from mla_moe.training.checkpoint import Checkpoints
 from mla_moe.training.console import Console, Progress, bytes_, duration, si
@@ -101,7 +102,9 @@ class Stage:
         training = self.recipe.training
         chosen = {} if training.compute_dtype == "auto" else {"compute": jnp.dtype(training.compute_dtype)}
         precision = Precision(**chosen) if chosen else Precision.default()
-        return Skeleton(self.recipe.model, precision=precision, remat=training.remat)
+        kernels = resolve(self.recipe.kernels, self.mesh.devices.flat[0].platform)
+        rules = rules_of(self.recipe.mesh.rules)
+        return Skeleton(self.recipe.model, precision=precision, kernels=kernels, remat=training.remat, rules=rules)
 
     @cached_property
     def optimizer(self):
@@ -195,7 +198,7 @@ class Stage:
 
     @cached_property
     def _eval_step(self):
-        return make_eval_step(self.skeleton, self.recipe.training.loss_chunk)
+        return make_eval_step(self.skeleton, self.recipe.training.loss_chunk, self.mesh)
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss and bits per byte of all held-out text, and what gzip -9 needs for it."""
@@ -289,7 +292,7 @@ class _Meter:
         row |= values | {"step_seconds": seconds, "tokens": tokens}
         if load.size:
             row["moe/load_max"] = float((load.max(axis=1) / np.maximum(load.mean(axis=1), 1e-9)).max())
-            row["moe/dropped"] = 0  # the dropless path has no buffer to overflow
+            row["moe/dropped"] = values.pop("dropped")
             self._loads.append(row["moe/load_max"])
         if not self._recipe.model.num_nextn_predict_layers:
             del row["mtp_loss"]

@@ -13,6 +13,9 @@ from mla_moe.recipe import Recipe
 FREE = (
     "run_dir",
     "mesh",
+    "kernels.attention",
+    "kernels.grouped_matmul",
+    "kernels.exchange",
     "checkpoint",
     "sample",
     "data.prefetch",

@@ -80,6 +80,10 @@ def make_step(skeleton: Skeleton, tx: optax.GradientTransformation, training: re
     freeze_from = round(training.steps * (1 - training.bias_freeze))
 
     def loss(params, biases, part, size):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return _loss(params, biases, part, size)
+
+    def _loss(params, biases, part, size):
         s = sums(skeleton.merge(params | biases), part, chunk=training.loss_chunk, mtp=with_mtp)
         total = s.nats / jnp.maximum(size.tokens, 1) + training.balance_weight * s.balance / size.sequences
         if with_mtp:
@@ -130,11 +134,15 @@ def move_biases(biases: Arrays, load_LE: Array, gamma: Array | float) -> Arrays:
     return {path: b + (move_LE[:stacked] if b.ndim == 2 else move_LE[-1]) for path, b in biases.items()}
 
 
-def make_eval_step(skeleton: Skeleton, chunk: int) -> Callable[[TrainState, dict[str, Array]], Array]:
+def make_eval_step(skeleton: Skeleton, chunk: int, mesh: Mesh) -> Callable[[TrainState, dict[str, Array]], Array]:
     """The compiled `(state, batch) -> nats` of held-out text."""
 
     @jax.jit
     def nats(state: TrainState, batch):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return _nats(state, batch)
+
+    def _nats(state, batch):
         return sums(skeleton.merge(state.params | state.biases), batch, chunk=chunk, mtp=False).nats
 
     return nats
@@ -148,5 +156,6 @@ def _metrics(s: Sums, size, norm) -> dict[str, Array]:
     tokens = jnp.maximum(size.tokens, 1)
     metrics = {"loss": s.nats / tokens, "grad_norm": norm, "tokens": size.tokens, "load_LE": s.load_LE}
     metrics["balance_loss"] = s.balance / (size.sequences * max(s.load_LE.shape[0], 1))
+    metrics["dropped"] = s.dropped
     metrics["mtp_loss"] = s.mtp_nats / jnp.maximum(size.mtp_tokens, 1)
     return metrics

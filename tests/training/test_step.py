@@ -157,6 +157,6 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(skeleton):
 def test_evaluation_is_the_sum_of_nats(skeleton):
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     state = init_state(skeleton, make_optimizer(OPTIMIZER, 10, skeleton), 0, mesh)
-    nats = make_eval_step(skeleton, 8)(state, packed_batch())
+    nats = make_eval_step(skeleton, 8, mesh)(state, packed_batch())
     _, metrics = make_step(skeleton, make_optimizer(OPTIMIZER, 10, skeleton), TRAINING, mesh)(state, packed_batch())
     np.testing.assert_allclose(nats / metrics["tokens"].astype(jnp.float32), metrics["loss"], rtol=1e-5)

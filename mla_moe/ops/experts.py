@@ -1,0 +1,49 @@
+"""The routed half of DeepSeekMoE on one device: `Σ_k weight_k · down_k(silu(gate_k x) · up_k x)`."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mla_moe.ops.dispatch import combine, dispatch, plan
+from mla_moe.ops.grouped_matmul import Implementation, grouped_matmul
+
+
+def experts(
+    x_ND: Float[Array, "N D"],
+    experts_NK: Int[Array, "N K"],
+    weights_NK: Float[Array, "N K"],
+    gate_up_ED2F: Float[Array, "E D 2 F"],
+    down_EFD: Float[Array, "E F D"],
+    *,
+    most: int | None = None,
+    implementation: Implementation | None = None,
+) -> Float[Array, "N D"]:
+    """Sort tokens by expert, run each expert on its own tokens, and bring the results back (DeepSeek-V3, equation 12).
+
+    A choice of `E` is nobody's and adds nothing; `most` bounds the choices that are somebody's.
+    """
+    E, D, _, F = gate_up_ED2F.shape
+    block = block_size(experts_NK.size if most is None else most, E)
+    p = plan(experts_NK, E, block, most)
+
+    def multiply(x_RD, w_EDF):
+        return grouped_matmul(x_RD, w_EDF, p.group_sizes_E, block=block, implementation=implementation)
+
+    gu_R2F = multiply(dispatch(x_ND, p), gate_up_ED2F.reshape(E, D, 2 * F)).reshape(-1, 2, F)
+    y_RD = multiply(jax.nn.silu(gu_R2F[:, 0]) * gu_R2F[:, 1], down_EFD)
+    return combine(y_RD, weights_NK, p)
+
+
+def block_size(rows: int, num_experts: int) -> int:
+    """About half of an expert's mean share, a power of two from 8 to 256: small enough that padding costs little (at
+    most one block an expert), large enough for a fast matrix product."""
+    share = max(rows // (2 * num_experts), 1)
+    return min(max(1 << (share.bit_length() - 1), 8), 256)
+
+
+def reference(x_ND, experts_NK, weights_NK, gate_up_ED2F, down_EFD):
+    """The same with every expert on every token."""
+    h_NE2F = jnp.einsum("ND,EDgF->NEgF", x_ND, gate_up_ED2F)
+    y_NED = jnp.einsum("NEF,EFD->NED", jax.nn.silu(h_NE2F[:, :, 0]) * h_NE2F[:, :, 1], down_EFD)
+    share_NKE = jax.nn.one_hot(experts_NK, len(down_EFD), dtype=weights_NK.dtype) * weights_NK[..., None]
+    return jnp.einsum("NED,NKE->ND", y_NED, share_NKE.astype(y_NED.dtype))

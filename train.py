@@ -1,6 +1,8 @@
 """Run a recipe: `python train.py configs/quickstart.py [--section.field VALUE …]`. The same command again resumes.
 
-A recipe is a Python file that binds `recipe`, or the `recipe.json` of an earlier run.
+A recipe is a Python file that binds `recipe`, or the `recipe.json` of an earlier run. On a cluster start it once a
+host; where the hosts do not find each other, `--distributed.coordinator HOST:PORT`, `--distributed.processes N` and
+`--distributed.process I` tell them (docs/pods.md).
 """
 
 import sys
@@ -9,10 +11,15 @@ import tyro
 
 from mla_moe import recipe as recipes
 from mla_moe.config import ConfigError
+from mla_moe.training.distributed import initialize
 
 
 def main() -> int:
-    arguments = sys.argv[1:]
+    try:
+        arguments = initialize(sys.argv[1:])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     path = arguments.pop(0) if arguments and not arguments[0].startswith("-") else None
     if path is None:
         print(__doc__ if "--help" in arguments or "-h" in arguments else "error: name a recipe first\n\n" + __doc__)

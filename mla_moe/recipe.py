@@ -23,11 +23,15 @@ class Data:
     """byte, the path of a tokenizer.json, or bpe:SIZE to train one of SIZE tokens on the training text."""
     shuffle_window: int = 256
     """Sequences among which a packed sequence may move, so that one long document does not fill a batch."""
+    streams: int | None = None
+    """Streams of documents that are packed side by side and share each batch: a multiple of the number of processes
+    that read. None takes as many as divide the batch, at most 4."""
     prefetch: int = 8
     """Batches prepared ahead of the step."""
 
     def __post_init__(self):
         require(len(self.train) > 0, "data.train", self.train, "name at least one file or glob")
+        require(self.streams is None or self.streams >= 1, "data.streams", self.streams, "at least 1, or None")
         require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "1 keeps the order")
         require(self.prefetch >= 1, "data.prefetch", self.prefetch, "prepare at least 1 batch ahead")
         if self.tokenizer.startswith("bpe:"):
@@ -222,6 +226,8 @@ class Recipe:
     def __post_init__(self):
         length, limit = self.training.sequence_length, self.model.max_position_embeddings
         require(length <= limit, "training.sequence_length", length, f"at most model.max_position_embeddings = {limit}")
+        streams, rows = self.data.streams or 1, self.training.batch_size
+        require(rows % streams == 0, "data.streams", streams, f"must divide training.batch_size = {rows}")
         whole = self.init_parts == "whole"
         require(not whole or self.init_from is not None, "init_parts", "whole", "name a run's checkpoint in init_from")
 

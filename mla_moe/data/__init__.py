@@ -2,10 +2,12 @@
 
 from mla_moe.data.pipeline import Batch, gzip_bits_per_byte, heldout_batches, train_batches
 from mla_moe.data.sources import open_sources
+from mla_moe.data.streams import Batches, rows_of, stream_count
 from mla_moe.data.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer, train_bpe
 
 __all__ = [
     "Batch",
+    "Batches",
     "ByteTokenizer",
     "HFTokenizer",
     "Tokenizer",
@@ -13,6 +15,8 @@ __all__ = [
     "heldout_batches",
     "load_tokenizer",
     "open_sources",
+    "rows_of",
+    "stream_count",
     "train_batches",
     "train_bpe",
 ]

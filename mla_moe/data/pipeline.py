@@ -2,8 +2,10 @@
 
 Training goes
 
-    documents, shuffled anew each epoch → this process's share → token ids → windows → packed sequences
+    documents, shuffled anew each epoch → a stream's share → token ids → windows → packed sequences
     → moved about within a window → batches, prepared ahead by a thread
+
+in a few streams side by side (`data/streams.py`),
 
 and each step is Grain's, whose iterator saves and restores its place exactly: its state is a few counters, and a
 restored one rereads only the documents of the packed sequences that were in flight.
@@ -25,8 +27,8 @@ Batch = dict[str, np.ndarray]
 Segments count from 1 in each row; 0 is padding, where the other three are 0 too. Attention stays within a segment.
 """
 
+_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)  # documents read and tokenized ahead, per stream
 _BINS = 128  # sequences packed at one time: 1-2 % stays empty; more would be more to repack when restoring
-_READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=64)  # documents read and tokenized ahead
 
 
 def train_batches(
@@ -37,22 +39,23 @@ def train_batches(
     batch_size: int,
     sequence_length: int,
     seed: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    shard: int = 0,
+    shards: int = 1,
 ) -> grain.DatasetIterator[Batch]:
-    """Endless training batches of this process, `batch_size` sequences each.
+    """Endless training batches of one of `shards` streams, `batch_size` sequences each.
 
-    In every epoch the processes' shares of the documents are disjoint and cover all of them. A process starts its
-    next epoch when its share is used up, so none waits for another. Save the iterator with
-    `grain.checkpoint.CheckpointSave` and it resumes with the very next batch; `close()` ends its threads.
+    In every epoch the streams' shares of the documents are disjoint and cover all of them. A stream starts its next
+    epoch when its share is used up, so none waits for another. Its saved state resumes with the very next batch;
+    `close()` ends its threads.
     """
-    if len(source) < process_count:
-        raise ConfigError("data.train", data.train, f"{len(source)} documents cannot feed {process_count} processes")
+    if len(source) < shards:
+        raise ConfigError("data.train", data.train, f"{len(source)} documents cannot feed {shards} streams")
     # Epoch e shuffles with `documents_seed + e`: spread the seeds, or seed 1 would start with seed 0's second epoch.
     documents_seed, window_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2) >> 1)
-    documents = grain.MapDataset.source(source).shuffle(seed=documents_seed)[process_index::process_count].repeat()
+    documents = grain.MapDataset.source(source).shuffle(seed=documents_seed)[shard::shards].repeat()
     packed = _pack(documents, tokenizer, sequence_length)
-    mixed = grain.experimental.WindowShuffleIterDataset(packed, window_size=data.shuffle_window, seed=window_seed)
+    window = -(-data.shuffle_window // shards)
+    mixed = grain.experimental.WindowShuffleIterDataset(packed, window_size=window, seed=window_seed)
     batches = mixed.batch(batch_size, drop_remainder=True)
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=data.prefetch))
 

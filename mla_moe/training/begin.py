@@ -2,11 +2,11 @@
 
 import dataclasses
 
-import grain
 import optax
 from jax.sharding import Mesh
 
 from mla_moe.config import ConfigError, ModelConfig
+from mla_moe.data import Batches
 from mla_moe.interop.native import NativeArrays
 from mla_moe.interop.pretrained import read_arrays
 from mla_moe.interop.source import open_source
@@ -26,7 +26,7 @@ def first_state(
     skeleton: Skeleton,
     tx: optax.GradientTransformation,
     mesh: Mesh,
-    batches: grain.DatasetIterator,
+    batches: Batches,
 ) -> TrainState:
     """The state that `recipe.init_from` and `recipe.init_parts` ask for, each array straight to its place.
 

@@ -3,11 +3,11 @@
 import dataclasses
 from pathlib import Path
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 
 from mla_moe import recipe
+from mla_moe.data import Batches
 from mla_moe.nn.param import logical_axes
 from mla_moe.nn.skeleton import Skeleton
 from mla_moe.training.step import TrainState
@@ -36,33 +36,31 @@ class Checkpoints:
         """The newest complete checkpoint's step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, data: grain.DatasetIterator, skeleton: Skeleton) -> None:
+    def save(self, step: int, state: TrainState, data: Batches, skeleton: Skeleton) -> None:
         """Begin to save; returns once the arrays are copied. A step that is saved already is left as it is."""
         if step == self.latest:
             return
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state._asdict(), save_args=_save_args(state, skeleton)),
-            data=grain.checkpoint.CheckpointSave(data),
+            data=StreamsSave(data),
             model=ocp.args.JsonSave(dataclasses.asdict(skeleton.cfg)),
         )
         self._manager.save(step, args=items)
 
-    def restore(self, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
+    def restore(self, abstract: TrainState, data: Batches) -> TrainState:
         """The newest checkpoint, each array straight into its sharding; `data` is moved to its place."""
         return _restore(self._manager, self.latest, abstract, data)
 
 
-def restore_step(directory: Path, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
+def restore_step(directory: Path, abstract: TrainState, data: Batches) -> TrainState:
     """The same from the directory of one step, of whatever run."""
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(directory.parent.absolute(), options=options) as manager:
         return _restore(manager, int(directory.name), abstract, data)
 
 
-def _restore(manager, step: int | None, abstract: TrainState, data: grain.DatasetIterator) -> TrainState:
-    items = ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract._asdict()), data=grain.checkpoint.CheckpointRestore(data)
-    )
+def _restore(manager, step: int | None, abstract: TrainState, data: Batches) -> TrainState:
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), data=StreamsRestore(data))
     return TrainState(**manager.restore(step, args=items)["state"])
 
 
@@ -77,3 +75,28 @@ def _save_args(state: TrainState, skeleton: Skeleton):
         return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=tuple(stacked))
 
     return jax.tree_util.tree_map_with_path(args, state._asdict())
+
+
+class StreamsHandler(ocp.CheckpointHandler):
+    """The place in the data, a file for each stream. Processes that share a stream write the same file."""
+
+    def save(self, directory: Path, args: "StreamsSave") -> None:
+        for number, state in args.item.states().items():
+            unfinished = directory / f".stream_{number}.{jax.process_index()}"
+            unfinished.write_text(state)
+            unfinished.rename(directory / f"stream_{number}.json")
+
+    def restore(self, directory: Path, args: "StreamsRestore") -> None:
+        args.item.restore(lambda number: (directory / f"stream_{number}.json").read_text())
+
+
+@ocp.args.register_with_handler(StreamsHandler, for_save=True)
+@dataclasses.dataclass
+class StreamsSave(ocp.args.CheckpointArgs):
+    item: Batches
+
+
+@ocp.args.register_with_handler(StreamsHandler, for_restore=True)
+@dataclasses.dataclass
+class StreamsRestore(ocp.args.CheckpointArgs):
+    item: Batches

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,16 +60,7 @@ def pretrain(recipe: Recipe, run_dir: Path, console: Console) -> None:
         fix = f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens; give the model as many or more"
         raise ConfigError("model.vocab_size", recipe.model.vocab_size, fix)
     stage = Stage(recipe, run_dir, console, mesh, tokenizer)
-    batches = data.train_batches(
-        recipe.data,
-        train_text,
-        tokenizer,
-        batch_size=recipe.training.batch_size // jax.process_count(),
-        sequence_length=recipe.training.sequence_length,
-        seed=recipe.seed,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
+    batches = _open_batches(recipe, mesh, train_text, tokenizer)
     with contextlib.closing(batches), Checkpoints(run_dir, STAGE, recipe.checkpoint) as checkpoints:
         start = checkpoints.latest
         if start == recipe.training.steps and (run_dir / "summary.json").exists():
@@ -85,6 +76,19 @@ def pretrain(recipe: Recipe, run_dir: Path, console: Console) -> None:
             state = checkpoints.restore(abstract_state(stage.skeleton, stage.optimizer, mesh), batches)
             console.say(f"resumed from the checkpoint of step {start}")
         stage.train(state, batches, checkpoints, start)
+
+
+def _open_batches(recipe: Recipe, mesh: jax.sharding.Mesh, text: Sequence[str], tokenizer: Tokenizer) -> data.Batches:
+    """The training batches, of which this process reads the rows that its devices hold."""
+    rows, length = recipe.training.batch_size, recipe.training.sequence_length
+    streams = data.stream_count(recipe.data.streams, rows)
+    place = NamedSharding(mesh, BATCH).addressable_devices_indices_map((rows, length))
+
+    def stream(number: int) -> grain.DatasetIterator[data.Batch]:
+        size = {"batch_size": rows // streams, "sequence_length": length}
+        return data.train_batches(recipe.data, text, tokenizer, **size, seed=recipe.seed, shard=number, shards=streams)
+
+    return data.Batches(stream, data.rows_of(place.values(), rows), rows, streams)
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ class Stage:
             ("held-out text", text),
         ]
 
-    def train(self, state: TrainState, batches: grain.DatasetIterator, checkpoints: Checkpoints, start: int | None):
+    def train(self, state: TrainState, batches: data.Batches, checkpoints: Checkpoints, start: int | None):
         """Step to the end. Figures of a step are fetched after the next one is under way, so the device never waits."""
         training = self.recipe.training
         first, last = start or 0, training.steps
@@ -162,7 +166,7 @@ class Stage:
         ):
             meter = _Meter(self, writer, progress)
             for number in range(first + 1, last + 1):
-                state, metrics = step(state, self._put(next(batches)))
+                state, metrics = step(state, self._put(next(batches), training.batch_size, batches.rows.start))
                 meter.record(number, metrics)
                 is_last = number == last
                 if is_last or (training.eval_every and number % training.eval_every == 0):
@@ -172,12 +176,12 @@ class Stage:
                     meter.restart()
                 if is_last:
                     self._finish(state, writer, scores, meter)
-                if is_last or number % self.recipe.checkpoint.every == 0 or signals.received:
+                if is_last or number % self.recipe.checkpoint.every == 0 or signals.stop(number):
                     meter.flush()
                     checkpoints.save(number, state, batches, self.skeleton)
                     meter.restart()
-                if signals.received and not is_last:
-                    raise Interrupted(f"stopped at step {number} by {signals.received.name}; state saved")
+                if signals.stop(number) and not is_last:
+                    raise Interrupted(f"stopped at step {number} by {signals.name}; state saved")
 
     def _compile(self, state: TrainState):
         training = self.recipe.training
@@ -191,10 +195,19 @@ class Stage:
         self.console.say(f"compiled in {time.monotonic() - began:.1f} s{temporaries}")
         return step
 
-    def _put(self, batch: data.Batch) -> dict[str, jax.Array]:
-        """This process's rows, as a part of the global batch."""
+    def _put(self, batch: data.Batch, rows: int, first: int = 0) -> dict[str, jax.Array]:
+        """A global batch of `rows` rows, of which `batch` holds those from `first` on."""
         place = NamedSharding(self.mesh, BATCH)
-        return {key: jax.make_array_from_process_local_data(place, value) for key, value in batch.items()}
+
+        def put(values: np.ndarray) -> jax.Array:
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                start, stop, _ = index[0].indices(rows)
+                return values[start - first : stop - first, index[1]]
+
+            return jax.make_array_from_callback((rows, values.shape[1]), place, part)
+
+        return {key: put(values) for key, values in batch.items()}
 
     @cached_property
     def _eval_step(self):
@@ -205,8 +218,7 @@ class Stage:
         if self.heldout is None:
             return {}
         batches, size, gzip_bits = self.heldout
-        place = NamedSharding(self.mesh, BATCH)
-        nats = sum(float(self._eval_step(state, jax.device_put(batch, place))) for batch in batches)
+        nats = sum(float(self._eval_step(state, self._put(batch, len(batch["tokens"])))) for batch in batches)
         tokens = sum(int((batch["segment_ids"] != 0).sum()) for batch in batches)
         bits = nats / math.log(2) / size
         return {"eval/loss": nats / tokens, "eval/bits_per_byte": bits, "eval/gzip_bits_per_byte": gzip_bits}

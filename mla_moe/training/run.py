@@ -6,6 +6,9 @@ import signal
 from pathlib import Path
 from typing import Any, Self
 
+import jax
+from jax.experimental import multihost_utils
+
 from mla_moe.config import ConfigError
 from mla_moe.recipe import Recipe
 
@@ -43,7 +46,8 @@ def open_run(recipe: Recipe) -> Path:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("run_dir", recipe.run_dir, f"cannot be made: {error.strerror}") from None
-    write_atomically(path, recipe.to_json())
+    if jax.process_index() == 0:
+        write_atomically(path, recipe.to_json())
     return run_dir
 
 
@@ -62,18 +66,36 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 class Signals:
-    """Within this context Ctrl-C and SIGTERM do not break a step: they set `received`. A second one does break it."""
+    """Within this context Ctrl-C and SIGTERM do not break a step: they ask to stop after it. A second one does break.
+
+    Of many processes any may be told; all stop after the same step, which JAX's coordination service settles.
+    """
 
     def __init__(self):
         self.received: signal.Signals | None = None
+        self._stopped_at: int | None = None
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)}
+        # With many processes SIGTERM belongs to the coordination service, which has taken it at its start.
+        numbers = (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ()
+        self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def stop(self, step: int) -> bool:
+        """Whether to stop after this step: the same answer in every process."""
+        if jax.process_count() == 1:
+            return self.received is not None
+        if self._stopped_at is None and multihost_utils.reached_preemption_sync_point(step):
+            self._stopped_at = step
+        return self._stopped_at is not None
+
+    @property
+    def name(self) -> str:
+        return (self.received or signal.SIGTERM).name
 
     def _receive(self, number: int, _frame: object) -> None:
         if self.received is not None:

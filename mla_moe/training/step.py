@@ -112,7 +112,9 @@ def make_step(skeleton: Skeleton, tx: optax.GradientTransformation, training: re
         gamma = jnp.where(state.step < freeze_from, training.bias_update, 0.0)
         return optax.apply_updates(state.params, updates), move_biases(state.biases, s.load_LE, gamma), optimizer
 
-    @partial(jax.jit, donate_argnums=0)
+    everywhere = NamedSharding(mesh, P())  # what the host reads of a step is whole on every process
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(_shardings(skeleton, tx, mesh), everywhere))
     def step(state: TrainState, batch):
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
         grads, s, size = gradients(state.params, state.biases, batch)
@@ -137,7 +139,7 @@ def move_biases(biases: Arrays, load_LE: Array, gamma: Array | float) -> Arrays:
 def make_eval_step(skeleton: Skeleton, chunk: int, mesh: Mesh) -> Callable[[TrainState, dict[str, Array]], Array]:
     """The compiled `(state, batch) -> nats` of held-out text."""
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
     def nats(state: TrainState, batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return _nats(state, batch)

@@ -119,7 +119,7 @@ IN_ORDER = Data(shuffle_window=1)
 def test_processes_share_every_epoch(count):
     orders = []
     for index in range(count):
-        with stream(names(10), data=IN_ORDER, batch=1, process_index=index, process_count=count) as batches:
+        with stream(names(10), data=IN_ORDER, batch=1, shard=index, shards=count) as batches:
             share = len(range(index, 10, count))
             orders.append((order(batches, share), order(batches, share)))
     for epoch in zip(*orders, strict=True):
@@ -211,6 +211,6 @@ def test_a_broken_document_stops_training_with_its_name(tmp_path):
         take(batches, 100)
 
 
-def test_more_processes_than_documents_are_refused():
-    with pytest.raises(ConfigError, match="2 documents cannot feed 3 processes"):
-        train_batches(Data(), ["a", "b"], BYTE, batch_size=1, sequence_length=8, seed=0, process_count=3)
+def test_more_streams_than_documents_are_refused():
+    with pytest.raises(ConfigError, match="2 documents cannot feed 3 streams"):
+        train_batches(Data(), ["a", "b"], BYTE, batch_size=1, sequence_length=8, seed=0, shards=3)

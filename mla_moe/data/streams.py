@@ -1,0 +1,73 @@
+"""Batches out of several streams side by side, the same whatever number of processes shares them.
+
+A global batch is the next rows of every stream, one stream after the other. A process runs the streams whose rows its
+devices hold, and each stream's place is saved on its own: another number of processes goes on with the same batches.
+"""
+
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
+
+import grain
+import numpy as np
+
+from mla_moe.config import ConfigError
+from mla_moe.data.pipeline import Batch
+
+MOST = 4
+"""Streams where a recipe names no number: enough for four processes, few enough that each mixes well."""
+
+
+def stream_count(streams: int | None, batch_size: int) -> int:
+    """How many streams feed a batch: those of `data.streams`, or as many as divide it, at most 4."""
+    return math.gcd(batch_size, MOST) if streams is None else streams
+
+
+class Batches:
+    """This process's rows of batch after batch."""
+
+    def __init__(self, make: Callable[[int], grain.DatasetIterator[Batch]], rows: slice, batch_size: int, streams: int):
+        """`make(i)` opens stream i; `rows` of each batch are this process's."""
+        share = batch_size // streams
+        if rows.start % share or rows.stop % share:
+            fix = (
+                f"{streams} streams of {share} rows do not fit processes of {rows.stop - rows.start}; give more streams"
+            )
+            raise ConfigError("data.streams", streams, fix)
+        self.rows = rows
+        self._make, self._mine = make, range(rows.start // share, rows.stop // share)
+
+    @cached_property
+    def _streams(self) -> Mapping[int, grain.DatasetIterator[Batch]]:
+        return {number: self._make(number) for number in self._mine}
+
+    def __next__(self) -> Batch:
+        parts = [next(stream) for stream in self._streams.values()]
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def states(self) -> dict[int, str]:
+        """The place of each stream, as JSON."""
+        return {number: json.dumps(stream.get_state()) for number, stream in self._streams.items()}
+
+    def restore(self, read: Callable[[int], str]) -> None:
+        """Go to where `states` was called, given how to read a stream's place."""
+        for number, stream in self._streams.items():
+            stream.set_state(json.loads(read(number)))
+            stream.start_prefetch()
+
+    def close(self) -> None:
+        if "_streams" in vars(self):
+            for stream in self._streams.values():
+                stream.close()
+
+
+def rows_of(indices: Iterable[tuple[slice, ...] | None], batch_size: int) -> slice:
+    """The rows of a batch that are held by devices with these parts of it. Raises `ConfigError` for rows apart."""
+    spans = sorted({index[0].indices(batch_size)[:2] for index in indices if index is not None})
+    for (_, stop), (start, _) in itertools.pairwise(spans):
+        if start != stop:
+            fix = "lays the rows of a process apart from each other; let data, fsdp and expert be the outer axes"
+            raise ConfigError("mesh", spans, fix)
+    return slice(spans[0][0], spans[-1][1])

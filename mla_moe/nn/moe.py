@@ -12,7 +12,8 @@ from mla_moe.nn.mlp import MLP
 from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.router import Router, Routing
 from mla_moe.ops.dispatch import combine, dispatch, plan
-from mla_moe.ops.grouped_matmul import Implementation, grouped_matmul
+from mla_moe.ops.few_tokens import FEW, chosen_experts
+from mla_moe.ops.grouped_matmul import Implementation, default_implementation, grouped_matmul
 
 
 class RouterStats(NamedTuple):
@@ -69,6 +70,23 @@ class MoE(nnx.Module):
             with jax.named_scope("shared"):
                 y_BTD += self.shared(x_ND.reshape(B, T, D))
         return y_BTD, stats
+
+    def extend(self, x_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Int[Array, "B T K"]]:
+        """The output, and each token's experts. For inference: a few tokens read only the experts they chose."""
+        B, T, D = x_BTD.shape
+        x_ND = x_BTD.reshape(B * T, D).astype(self.precision.compute)
+        with jax.named_scope("route"):
+            routing = self.router(x_ND)
+        with jax.named_scope("experts"):
+            if B * T <= FEW and default_implementation() == "blocks":
+                gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
+                y_ND = chosen_experts(x_ND, routing.experts_NK, routing.weights_NK, gate_up, down)
+            else:
+                y_ND = self.routed(x_ND, routing)
+        if self.cfg.n_shared_experts:
+            with jax.named_scope("shared"):
+                y_ND += self.shared(x_ND[None])[0]
+        return y_ND.reshape(B, T, D), routing.experts_NK.reshape(B, T, -1)
 
     def routed(self, x_ND, routing: Routing) -> Float[Array, "N D"]:
         """Sort tokens by expert, run each expert on its own, and bring the results back."""

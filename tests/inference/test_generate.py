@@ -39,5 +39,5 @@ def test_stops_before_the_end_token(model):
 
 @pytest.mark.parametrize("bad", [{"prompts": []}, {"prompts": [[]]}, {"temperature": -1.0}, {"top_p": 0.0}])
 def test_impossible_requests(model, bad):
-    with pytest.raises(ValueError, match="prompt|temperature|top_p"):
+    with pytest.raises(ValueError, match=r"prompt|temperature|top_p"):
         generate(model, **{"prompts": PROMPTS, "max_new_tokens": 2} | bad)

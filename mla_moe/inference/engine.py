@@ -11,6 +11,7 @@ from there.
 """
 
 from collections import deque
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import jax
@@ -68,8 +69,8 @@ class Engine:
         require(capacity > 1, "capacity", capacity, "must hold a prompt and a new token")
         self.cfg, self.capacity = model.cfg, capacity_for(capacity)
         self.load_weights(model)
-        mesh = mesh_of(model)
-        self._place = None if mesh is None else cache_sharding(mesh, slots)
+        self._mesh = mesh_of(model)
+        self._place = None if self._mesh is None else cache_sharding(self._mesh, slots)
         layers, dtype = self.cfg.num_hidden_layers, model.precision.compute
         self._cache = empty_cache(self.cfg, slots, self.capacity, dtype, layers=layers, place=self._place)
         self._decode_text = decode
@@ -141,12 +142,13 @@ class Engine:
 
         Returns the completions that got tokens.
         """
-        self._admit()
-        budget = PREFILL_BUDGET
-        while self._reading and budget > 0:
-            budget -= self._read()
-        self._follow()
-        return self._make() if self._slots.live_B.any() else []
+        with jax.set_mesh(self._mesh) if self._mesh else nullcontext():
+            self._admit()
+            budget = PREFILL_BUDGET
+            while self._reading and budget > 0:
+                budget -= self._read()
+            self._follow()
+            return self._make() if self._slots.live_B.any() else []
 
     def _admit(self) -> None:
         while self.waiting and None in self._running:

@@ -11,9 +11,9 @@ from mla_moe.config import ModelConfig
 from mla_moe.nn.mlp import MLP
 from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.router import Router, Routing
+from mla_moe.ops.chosen_experts import chosen_experts
 from mla_moe.ops.dispatch import combine, dispatch, plan
-from mla_moe.ops.few_tokens import FEW, chosen_experts
-from mla_moe.ops.grouped_matmul import Implementation, default_implementation, grouped_matmul
+from mla_moe.ops.grouped_matmul import Implementation, grouped_matmul
 
 
 class RouterStats(NamedTuple):
@@ -72,13 +72,13 @@ class MoE(nnx.Module):
         return y_BTD, stats
 
     def extend(self, x_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Int[Array, "B T K"]]:
-        """The output, and each token's experts. For inference: a few tokens read only the experts they chose."""
+        """The output, and each token's experts. For inference: no derivative."""
         B, T, D = x_BTD.shape
         x_ND = x_BTD.reshape(B * T, D).astype(self.precision.compute)
         with jax.named_scope("route"):
             routing = self.router(x_ND)
         with jax.named_scope("experts"):
-            if B * T <= FEW and default_implementation() == "blocks":
+            if jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty:
                 gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
                 y_ND = chosen_experts(x_ND, routing.experts_NK, routing.weights_NK, gate_up, down)
             else:

@@ -20,7 +20,8 @@ import numpy as np
 from mla_moe.config import require
 from mla_moe.inference.request import MAX_STOPS, Completion, Decode, Request, TextStream
 from mla_moe.inference.sampling import Settings
-from mla_moe.inference.steps import STEPS, Slots, copy, decode, prefill
+from mla_moe.inference.speculative import decode_guessing
+from mla_moe.inference.steps import NO_TOKEN, STEPS, Slots, copy, decode, prefill
 from mla_moe.inference.weights import for_inference, mesh_of
 from mla_moe.nn.cache import cache_sharding, capacity_for, empty_cache
 from mla_moe.nn.transformer import Transformer
@@ -41,6 +42,13 @@ class Load(NamedTuple):
     offered: int = 0
 
 
+class Guesses(NamedTuple):
+    """How many tokens the prediction module guessed, and how many of them were right."""
+
+    made: int = 0
+    right: int = 0
+
+
 class _Reading(NamedTuple):
     """A prompt on its way into a slot."""
 
@@ -53,7 +61,8 @@ class Engine:
     """A model that serves up to `slots` requests at a time, of at most `capacity` tokens each with their prompts.
 
     A model that lies on a mesh stays there, and the cache is split over it. `decode` (a tokenizer's) is needed for stop
-    strings and gives completions their text. `record_experts` keeps which experts read which token.
+    strings and gives completions their text. `record_experts` keeps which experts read which token. `speculative` lets
+    the prediction module guess ahead: the same tokens in fewer steps.
     """
 
     def __init__(
@@ -64,26 +73,31 @@ class Engine:
         capacity: int,
         decode: Decode | None = None,
         record_experts: bool = False,
+        speculative: bool = False,
     ):
         require(slots > 0, "slots", slots, "must be at least 1")
         require(capacity > 1, "capacity", capacity, "must hold a prompt and a new token")
-        self.cfg, self.capacity = model.cfg, capacity_for(capacity)
+        self.cfg, self.speculative = model.cfg, speculative
+        fix = "needs a model with a prediction module (num_nextn_predict_layers = 1)"
+        require(not speculative or self.cfg.num_nextn_predict_layers > 0, "speculative", speculative, fix)
+        self._places = capacity_for(capacity + speculative)
+        self.capacity = self._places - speculative  # the last place is for a guess
         self.load_weights(model)
         self._mesh = mesh_of(model)
         self._place = None if self._mesh is None else cache_sharding(self._mesh, slots)
-        layers, dtype = self.cfg.num_hidden_layers, model.precision.compute
-        self._cache = empty_cache(self.cfg, slots, self.capacity, dtype, layers=layers, place=self._place)
+        layers, dtype = self.cfg.num_hidden_layers + speculative, model.precision.compute
+        self._cache = empty_cache(self.cfg, slots, self._places, dtype, layers=layers, place=self._place)
         self._decode_text = decode
         self.waiting: deque[Completion] = deque()
-        self.load = Load()
+        self.load, self.guesses = Load(), Guesses()
         self._reading: list[_Reading] = []
         self._followers: list[_Reading] = []
         self._running: list[Completion | None] = [None] * slots
         self._used = np.zeros(slots, np.int64)  # when a slot was last given away
-        self._held = np.full((slots, self.capacity), -1, np.int32)  # the tokens whose entries are in the cache
+        self._held = np.full((slots, self._places), -1, np.int32)  # the tokens whose entries are in the cache
         self._experts = None
         if record_experts and self.cfg.num_moe_layers:
-            shape = slots, self.capacity, self.cfg.num_moe_layers, self.cfg.num_experts_per_tok
+            shape = slots, self._places, self.cfg.num_moe_layers, self.cfg.num_experts_per_tok
             self._experts = np.zeros(shape, np.int16)
         self._slots = Slots(
             token_B=np.zeros(slots, np.int32),
@@ -91,7 +105,8 @@ class Engine:
             live_B=np.zeros(slots, bool),
             left_B=np.zeros(slots, np.int32),
             number_B=np.zeros(slots, np.int32),
-            stop_BJ=np.full((slots, MAX_STOPS), -1, np.int32),
+            stop_BJ=np.full((slots, MAX_STOPS), NO_TOKEN, np.int32),
+            guess_B=np.full(slots, NO_TOKEN, np.int32),
             settings=Settings(
                 temperature_B=np.zeros(slots, np.float32),
                 top_k_B=np.zeros(slots, np.int32),
@@ -165,8 +180,11 @@ class Engine:
             if any(len(r.tokens) == len(tokens) and (r.tokens == tokens).all() for r in self._reading):
                 self._followers.append(reading)
                 continue
-            self._copy(int(common.argmax()), slot, int(common.max()))
-            self._reading.append(reading)
+            self._copy(int(common.argmax()), slot, int(common.max(initial=0)))
+            if self._common(tokens)[slot] == len(tokens):
+                self._start(reading)
+            else:
+                self._reading.append(reading)
 
     def _common(self, tokens: np.ndarray) -> np.ndarray:
         """How many of the first `tokens` each slot holds."""
@@ -188,23 +206,20 @@ class Engine:
             start = int(self._common(reading.tokens)[reading.slot])
             batch, starts = [*batch, reading], [*starts, start]
         left = max(len(r.tokens) - s for r, s in zip(batch, starts, strict=True))
-        size = min(next((p for p in PIECES if p >= left), PIECES[-1]), self.capacity)
+        size = min(next((p for p in PIECES if p >= left), PIECES[-1]), self._places)
         rows = 1 if len(batch) == 1 else ROWS
-        tokens_bT, start_b, slot_b = (
-            np.zeros((rows, size), np.int32),
-            np.zeros(rows, np.int32),
-            np.zeros(rows, np.int32),
-        )
+        tokens_bT, next_bT = np.zeros((2, rows, size), np.int32)
+        start_b, slot_b = np.zeros((2, rows), np.int32)
         for row in range(rows):
             # Rows without a request repeat the first: writing the same entries twice changes nothing.
             reading, start = (batch[row], starts[row]) if row < len(batch) else (batch[0], starts[0])
             # At the end of the cache a piece begins early enough to fit, and reads some tokens again.
-            start_b[row], slot_b[row] = min(start, self.capacity - size), reading.slot
-            piece = reading.tokens[start_b[row] :][:size]
-            tokens_bT[row, : len(piece)] = piece
+            start_b[row], slot_b[row] = min(start, self._places - size), reading.slot
+            piece = reading.completion.request.prompt[start_b[row] :][: size + 1]
+            tokens_bT[row, : len(piece) - 1], next_bT[row, : len(piece) - 1] = piece[:-1], piece[1:]
         self._cache, experts = prefill(
-            self._structure, self._state, self._cache, tokens_bT, start_b, slot_b,
-            record=self._experts is not None, place=self._place,
+            self._structure, self._state, self._cache, tokens_bT, next_bT, start_b, slot_b,
+            guess=self.speculative, record=self._experts is not None, place=self._place,
         )  # fmt: skip
         for row, reading in enumerate(batch):
             slot, start = reading.slot, start_b[row]
@@ -244,7 +259,7 @@ class Engine:
         self._held[slot, len(reading.tokens) :] = -1
         now.token_B[slot], now.position_B[slot] = request.prompt[-1], len(reading.tokens)
         now.live_B[slot], now.left_B[slot], now.number_B[slot] = True, request.max_new_tokens, 0
-        now.stop_BJ[slot] = -1
+        now.stop_BJ[slot] = now.guess_B[slot] = NO_TOKEN
         now.stop_BJ[slot, : len(request.stop_ids)] = request.stop_ids
         settings = now.settings
         settings.temperature_B[slot], settings.top_k_B[slot] = request.temperature, request.top_k
@@ -255,24 +270,30 @@ class Engine:
     def _make(self) -> list[Completion]:
         before = self._slots
         queue = bool(self.waiting)
-        self._cache, slots, made, taken = decode(
+        self._cache, slots, made, taken = (decode_guessing if self.speculative else decode)(
             self._structure, self._state, self._cache, before, np.int32(STEPS), queue,
             record=self._experts is not None, place=self._place,
         )  # fmt: skip
         slots, made, taken = jax.device_get((slots, made, taken))
         if queue:
             used, offered = self.load
-            self.load = Load(used + int(made.live_iB.sum()), offered + int(taken) * len(self._running))
+            lives = made.live_iB[:: 1 + self.speculative]
+            self.load = Load(used + int(lives.sum()), offered + int(taken) * len(self._running))
+        if self.speculative:
+            made_before, right = self.guesses
+            both = made.live_iB.reshape(-1, 2, len(self._running)).sum(axis=(0, 2))
+            self.guesses = Guesses(made_before + int(both[0]), right + int(both[1]))
         self._slots = jax.tree.map(np.array, slots)
         changed = []
         for slot in np.flatnonzero(before.live_B).tolist():
             completion = self._running[slot]
-            count, start = int(made.live_iB[:, slot].sum()), int(before.position_B[slot])
-            tokens = made.token_iB[:count, slot]
-            self._held[slot, start : start + count] = [before.token_B[slot], *tokens[:-1]]
+            counts, start = made.live_iB[:, slot], int(before.position_B[slot])
+            tokens = made.token_iB[counts, slot]
+            place = slice(start, start + len(tokens))
+            self._held[slot, place] = [before.token_B[slot], *tokens[:-1]]
             if self._experts is not None:
-                self._experts[slot, start : start + count] = made.experts_ilBK[:count, :, slot]
-            completion.take(tokens.tolist(), made.logprob_iB[:count, slot].tolist())
+                self._experts[slot, place] = made.experts_ilBK[counts, :, slot]
+            completion.take(tokens.tolist(), made.logprob_iB[counts, slot].tolist())
             if completion.finish:
                 if self._experts is not None:
                     read = len(completion.request.prompt) + len(completion.tokens) - 1

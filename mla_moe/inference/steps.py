@@ -18,6 +18,8 @@ from mla_moe.ops.cached_attention import BLOCK
 STEPS = 16
 """Most tokens a slot makes in one round trip between host and device."""
 
+NO_TOKEN = -1
+
 
 class Slots(NamedTuple):
     """What every slot of the batch is doing."""
@@ -32,7 +34,9 @@ class Slots(NamedTuple):
     number_B: Int[Either, "B"]
     """How many it has made."""
     stop_BJ: Int[Either, "B J"]
-    """Tokens that end it; −1 fills up."""
+    """Tokens that end it; `NO_TOKEN` fills up."""
+    guess_B: Int[Either, "B"]
+    """What the prediction module takes for the token after the next, or `NO_TOKEN`."""
     settings: Settings
 
 
@@ -45,6 +49,29 @@ class Made(NamedTuple):
     """Whether the slot was live at that step, so that its token counts."""
     experts_ilBK: Int[Either, "i l B K"] | None
     """The experts that read the step's *input* token, layer by layer."""
+
+
+def advance(now: Slots, token_B) -> Slots:
+    """Live slots after they have made these tokens."""
+    stopped_B = (token_B[:, None] == now.stop_BJ).any(axis=1)
+    return now._replace(
+        token_B=jnp.where(now.live_B, token_B, now.token_B),
+        position_B=now.position_B + now.live_B,
+        live_B=now.live_B & ~stopped_B & (now.left_B > 1),
+        left_B=now.left_B - now.live_B,
+        number_B=now.number_B + now.live_B,
+    )
+
+
+def go_on(steps, stop_early, before: Slots):
+    """Whether a decode loop, whose carry is `(i, cache, slots, made)`, takes another step."""
+
+    def condition(carry):
+        i, _, now, _ = carry
+        someone_left = stop_early & (now.live_B.sum() < before.live_B.sum())
+        return (i < steps) & now.live_B.any() & ~someone_left
+
+    return condition
 
 
 @partial(jax.jit, static_argnames=("structure", "record", "place"), donate_argnames=("cache_LBSW",))
@@ -62,11 +89,6 @@ def decode(structure: Structure, state, cache_LBSW, slots: Slots, steps, stop_ea
         jnp.zeros((STEPS, cfg.num_moe_layers, B, cfg.num_experts_per_tok), jnp.int16) if record else None,
     )
 
-    def go_on(carry):
-        i, _, now, _ = carry
-        someone_left = stop_early & (now.live_B.sum() < slots.live_B.sum())
-        return (i < steps) & now.live_B.any() & ~someone_left
-
     def step(carry):
         i, cache_LBSW, now, made = carry
         position_B = jnp.where(now.live_B, now.position_B, NOWHERE)
@@ -78,26 +100,24 @@ def decode(structure: Structure, state, cache_LBSW, slots: Slots, steps, stop_ea
             made.live_iB.at[i].set(now.live_B),
             made.experts_ilBK.at[i].set(experts[:, :, 0].astype(jnp.int16)) if record else None,  # ty: ignore
         )
-        stopped_B = (token_B[:, None] == now.stop_BJ).any(axis=1)
-        now = now._replace(
-            token_B=jnp.where(now.live_B, token_B, now.token_B),
-            position_B=now.position_B + now.live_B,
-            live_B=now.live_B & ~stopped_B & (now.left_B > 1),
-            left_B=now.left_B - now.live_B,
-            number_B=now.number_B + now.live_B,
-        )
-        return i + 1, cache_LBSW, now, made
+        return i + 1, cache_LBSW, advance(now, token_B), made
 
-    taken, cache_LBSW, slots, made = jax.lax.while_loop(go_on, step, (jnp.int32(0), cache_LBSW, slots, made))
-    return _keep(cache_LBSW, place), slots, made, taken
+    start = jnp.int32(0), cache_LBSW, slots, made
+    taken, cache_LBSW, slots, made = jax.lax.while_loop(go_on(steps, stop_early, slots), step, start)
+    return keep(cache_LBSW, place), slots, made, taken
 
 
-@partial(jax.jit, static_argnames=("structure", "record", "place"), donate_argnames=("cache_LBSW",))
-def prefill(structure: Structure, state, cache_LBSW, tokens_bT, start_b, slots_b, *, record: bool, place):
-    """Read pieces of prompts into their slots: the cache, and each token's experts."""
+@partial(jax.jit, static_argnames=("structure", "guess", "record", "place"), donate_argnames=("cache_LBSW",))
+def prefill(
+    structure: Structure, state, cache_LBSW, tokens_bT, next_bT, start_b, slots_b, *, guess: bool, record: bool, place
+):
+    """Read pieces of prompts into their slots: the cache, and each token's experts. With `guess` the prediction module
+    reads them too, and needs the token after each (`next_bT`)."""
     model = structure.merge(state)
-    _, cache_LBSW, experts = model.extend(tokens_bT, cache_LBSW, start_b, slots_b, form="expanded")
-    return _keep(cache_LBSW, place), experts.astype(jnp.int16) if record and experts is not None else None
+    h_bTD, cache_LBSW, experts = model.extend(tokens_bT, cache_LBSW, start_b, slots_b, form="expanded")
+    if guess:
+        _, cache_LBSW = model.mtp_extend(h_bTD, next_bT, cache_LBSW, start_b, slots_b, form="expanded")
+    return keep(cache_LBSW, place), experts.astype(jnp.int16) if record and experts is not None else None
 
 
 @partial(jax.jit, static_argnames=("place",), donate_argnames=("cache_LBSW",))
@@ -110,9 +130,9 @@ def copy(cache_LBSW, source, target, length, *, place):
         part = jax.lax.dynamic_slice(cache_LBSW, (0, source, i * size, 0), (L, 1, size, W))
         return jax.lax.dynamic_update_slice(cache_LBSW, part, (0, target, i * size, 0))
 
-    return _keep(jax.lax.fori_loop(0, -(-length // size), block, cache_LBSW), place)
+    return keep(jax.lax.fori_loop(0, -(-length // size), block, cache_LBSW), place)
 
 
-def _keep(cache_LBSW, place):
+def keep(cache_LBSW, place):
     """On a mesh the cache stays where it was, call after call."""
     return cache_LBSW if place is None else jax.lax.with_sharding_constraint(cache_LBSW, place)

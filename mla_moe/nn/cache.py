@@ -33,11 +33,6 @@ class Reach(NamedTuple):
     form: Form
 
 
-def cache_layers(cfg: ModelConfig) -> int:
-    """Layers that attend: the model's, then the prediction module's."""
-    return cfg.num_hidden_layers + cfg.num_nextn_predict_layers
-
-
 def capacity_for(tokens: int) -> int:
     """The least capacity that holds `tokens` and that attention can read in whole blocks."""
     return 1 << max(tokens - 1, 0).bit_length() if tokens < BLOCK else -(-tokens // BLOCK) * BLOCK
@@ -46,6 +41,7 @@ def capacity_for(tokens: int) -> int:
 def empty_cache(
     cfg: ModelConfig, slots: int, capacity: int, dtype: DTypeLike, *, layers: int, place: NamedSharding | None = None
 ) -> Float[Array, "L B S W"]:
+    """Zeros. `layers` are the model's, and one more where the prediction module guesses ahead."""
     shape = layers, slots, capacity, cfg.kv_lora_rank + cfg.qk_rope_head_dim
     return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)()
 

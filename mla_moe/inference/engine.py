@@ -123,12 +123,27 @@ class Engine:
             self._held[:] = -1
 
     @property
+    def slots(self) -> int:
+        return len(self._running)
+
+    @property
+    def running(self) -> int:
+        """Slots that a request has."""
+        return self.slots - self._running.count(None)
+
+    @property
     def busy(self) -> bool:
         """Whether any request is not yet done."""
         return bool(self.waiting or self._reading or self._followers or self._slots.live_B.any())
 
     def submit(self, request: Request) -> Completion:
         """Queue a request. Raises `ConfigError` if it cannot fit, or names tokens that the model does not have."""
+        completion = self.check(request)
+        self.waiting.append(completion)
+        return completion
+
+    def check(self, request: Request) -> Completion:
+        """What `submit` would queue. Changes nothing, so any thread may ask."""
         total = len(request.prompt) + request.max_new_tokens
         fix = f"must fit the engine's capacity of {self.capacity} tokens with max_new_tokens = {request.max_new_tokens}"
         require(total <= self.capacity, "len(prompt)", len(request.prompt), fix)
@@ -137,9 +152,7 @@ class Engine:
         fix = "stop strings need an engine that was given a tokenizer's decode"
         require(not request.stop or self._decode_text is not None, "stop", request.stop, fix)
         text = None if self._decode_text is None else TextStream(self._decode_text, request.stop)
-        completion = Completion(request, text=text)
-        self.waiting.append(completion)
-        return completion
+        return Completion(request, text=text)
 
     def cancel(self, completion: Completion) -> None:
         """Give up a request, wherever it is; its slot is free for the next step."""

@@ -27,7 +27,7 @@ class Settings(NamedTuple):
 
 
 def sample(
-    logits_BV: Float[Array, "B V"], settings: Settings, number_B: Int[Array, "B"]
+    logits_BV: Float[Array, "B V"], settings: Settings, number_B: Int[Either, "B"]
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """Each row's token, and the logarithm of its probability under the model (temperature 1, nothing filtered)."""
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_moe.inference.sampling import sample
-from mla_moe.inference.steps import STEPS, Made, Slots, advance, go_on, keep
+from mla_moe.inference.steps import STEPS, Made, Slots, advance, go_on, keep, note_experts, nothing_made
 from mla_moe.inference.weights import Structure
 from mla_moe.nn.cache import NOWHERE
 
@@ -24,13 +24,7 @@ from mla_moe.nn.cache import NOWHERE
 def decode_guessing(structure: Structure, state, cache_LBSW, slots: Slots, steps, stop_early, *, record: bool, place):
     """`steps.decode` with up to two tokens a step; the cache's last layer is the prediction module's."""
     model = structure.merge(state)
-    cfg, B = model.cfg, len(slots.token_B)
-    made = Made(
-        jnp.zeros((STEPS, 2, B), jnp.int32),
-        jnp.zeros((STEPS, 2, B), jnp.float32),
-        jnp.zeros((STEPS, 2, B), bool),
-        jnp.zeros((STEPS, 2, cfg.num_moe_layers, B, cfg.num_experts_per_tok), jnp.int16) if record else None,
-    )
+    made = nothing_made(model.cfg, (STEPS, 2), len(slots.token_B), record)
 
     def step(carry):
         i, cache_LBSW, now, made = carry
@@ -52,7 +46,7 @@ def decode_guessing(structure: Structure, state, cache_LBSW, slots: Slots, steps
             made.token_iB.at[i].set(after_B2.T),
             made.logprob_iB.at[i].set(jnp.stack([first_logprob_B, second_logprob_B])),
             made.live_iB.at[i].set(jnp.stack([now.live_B, right_B])),
-            made.experts_ilBK.at[i].set(jnp.moveaxis(experts, 2, 0).astype(jnp.int16)) if record else None,
+            note_experts(made, i, experts),
         )
         live_B = jnp.where(right_B, two.live_B, one.live_B)
         return i + 1, cache_LBSW, two._replace(live_B=live_B, guess_B=guess_B), made

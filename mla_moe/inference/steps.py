@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 
+from mla_moe.config import ModelConfig
 from mla_moe.inference.sampling import Either, Settings, sample
 from mla_moe.inference.weights import Structure
 from mla_moe.nn.cache import NOWHERE
@@ -51,6 +52,25 @@ class Made(NamedTuple):
     """The experts that read the step's *input* token, layer by layer."""
 
 
+def nothing_made(cfg: ModelConfig, steps: tuple[int, ...], slots: int, record: bool) -> Made:
+    choices = *steps, cfg.num_moe_layers, slots, cfg.num_experts_per_tok
+    return Made(
+        jnp.zeros((*steps, slots), jnp.int32),
+        jnp.zeros((*steps, slots), jnp.float32),
+        jnp.zeros((*steps, slots), bool),
+        jnp.zeros(choices, jnp.int16) if record else None,
+    )
+
+
+def note_experts(made: Made, i, experts_lBTK):
+    """The experts of step i put down, if they are recorded."""
+    if made.experts_ilBK is None or experts_lBTK is None:
+        return None
+    experts_TlBK = jnp.moveaxis(experts_lBTK, 2, 0).astype(jnp.int16)
+    recorded = jnp.asarray(made.experts_ilBK)
+    return recorded.at[i].set(experts_TlBK.reshape(recorded.shape[1:]))
+
+
 def advance(now: Slots, token_B) -> Slots:
     """Live slots after they have made these tokens."""
     stopped_B = (token_B[:, None] == now.stop_BJ).any(axis=1)
@@ -81,13 +101,7 @@ def decode(structure: Structure, state, cache_LBSW, slots: Slots, steps, stop_ea
     With `stop_early` the loop ends as soon as any slot is done, because others wait for its place.
     """
     model = structure.merge(state)
-    cfg, B = model.cfg, len(slots.token_B)
-    made = Made(
-        jnp.zeros((STEPS, B), jnp.int32),
-        jnp.zeros((STEPS, B), jnp.float32),
-        jnp.zeros((STEPS, B), bool),
-        jnp.zeros((STEPS, cfg.num_moe_layers, B, cfg.num_experts_per_tok), jnp.int16) if record else None,
-    )
+    made = nothing_made(model.cfg, (STEPS,), len(slots.token_B), record)
 
     def step(carry):
         i, cache_LBSW, now, made = carry
@@ -98,7 +112,7 @@ def decode(structure: Structure, state, cache_LBSW, slots: Slots, steps, stop_ea
             made.token_iB.at[i].set(token_B),
             made.logprob_iB.at[i].set(logprob_B),
             made.live_iB.at[i].set(now.live_B),
-            made.experts_ilBK.at[i].set(experts[:, :, 0].astype(jnp.int16)) if record else None,  # ty: ignore
+            note_experts(made, i, experts),
         )
         return i + 1, cache_LBSW, advance(now, token_B), made
 

@@ -2,9 +2,9 @@
 
     python benchmarks/decode.py [--torch PYTHON]
 
-`--torch` names a Python with PyTorch and `transformers == 5.23.0`; it generates from the same weights and prompts, with
-each of its ways to run experts, and the best counts. Both compute in float32 and decode greedily, prefill included; the
-best of three runs. The model is V3-shaped with 18.7 M parameters.
+`--torch` names a Python with PyTorch and `transformers == 5.23.0`; it generates from the same files and prompts, with
+each of its ways to run experts, and the best counts. The model is V3-shaped with 18.5 M parameters in bfloat16, as
+released files are; both compute in float32 and decode greedily. Prefill is included; the best of three runs.
 """
 
 import argparse
@@ -15,10 +15,11 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mla_moe import ModelConfig, Transformer, preset, save_pretrained
+from mla_moe import ModelConfig, Precision, Transformer, preset, save_pretrained
 from mla_moe.config import PRESETS
 from mla_moe.counting import cache_bytes_per_token, count_parameters
 from mla_moe.inference.engine import Engine
@@ -26,7 +27,7 @@ from mla_moe.inference.request import Request
 
 CFG = ModelConfig(
     vocab_size=2048, hidden_size=256, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=6,
-    num_attention_heads=4, kv_lora_rank=64, q_lora_rank=96, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
+    num_attention_heads=8, kv_lora_rank=32, q_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
     n_routed_experts=32, num_experts_per_tok=4, routed_scaling_factor=2.5, initializer_range=0.05,
     max_position_embeddings=4096,
 )  # fmt: skip
@@ -134,6 +135,6 @@ if __name__ == "__main__":
     print(
         f"\n{count_parameters(CFG).total / 1e6:.1f} M parameters on {jax.device_count()} {jax.default_backend()} device"
     )
-    model = Transformer(CFG, rngs=nnx.Rngs(0))
+    model = Transformer(CFG, rngs=nnx.Rngs(0), precision=Precision(param=jnp.bfloat16, compute=jnp.float32))
     speed_table(model, args.torch)
     growth_table(model)

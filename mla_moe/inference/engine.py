@@ -26,7 +26,7 @@ from mla_moe.inference.weights import for_inference, mesh_of
 from mla_moe.nn.cache import cache_sharding, capacity_for, empty_cache
 from mla_moe.nn.transformer import Transformer
 
-PIECES = (32, 128, 512)
+PIECES = (16, 64, 256)
 """Sizes of a piece of prompt: each is compiled once for one row and once for `ROWS`."""
 ROWS = 8
 PREFILL_BUDGET = 4096

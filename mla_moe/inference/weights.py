@@ -6,6 +6,7 @@ from jax.sharding import Mesh
 
 from mla_moe.nn.param import Embedding, Matrix
 from mla_moe.nn.transformer import Transformer, unstacked
+from mla_moe.ops.chosen_experts import packed
 
 
 class Structure:
@@ -27,21 +28,22 @@ class Structure:
 def for_inference(model: Transformer) -> tuple[Structure, nnx.State]:
     """The same model with matrices in the compute type; on one CPU, its layers one by one.
 
-    Routers stay in float32. Arrays that need no change are shared with `model`.
+    Routers stay in float32, and on one CPU experts in as many bytes as they have: reading them from memory is what takes
+    the time there. Arrays that need no change are shared with `model`.
     """
-    alone = mesh_of(model) is None
+    one_cpu = mesh_of(model) is None and jax.default_backend() == "cpu"
     graph, state = nnx.split(model)
     cast = jax.jit(lambda x: x.astype(model.precision.compute))
 
     def convert(variable):
-        router = "router" in variable.get_metadata("axes")
-        wide = variable.get_value().dtype != model.precision.compute
-        return (
-            variable.replace(cast(variable.get_value())) if _is_weight(variable) and wide and not router else variable
-        )
+        axes = variable.get_metadata("axes")
+        if one_cpu and "experts" in axes:
+            return variable.replace(packed(variable.get_value()))
+        keep = not isinstance(variable, Matrix | Embedding) or "router" in axes
+        return variable if keep else variable.replace(cast(variable.get_value()))
 
     model = nnx.merge(graph, jax.tree.map(convert, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
-    graph, state = nnx.split(unstacked(model) if alone and jax.default_backend() == "cpu" else model)
+    graph, state = nnx.split(unstacked(model) if one_cpu else model)
     return Structure(graph), state
 
 
@@ -50,7 +52,3 @@ def mesh_of(model: Transformer) -> Mesh | None:
     sharding = model.embed.get_value().sharding
     mesh = getattr(sharding, "mesh", None)
     return mesh if mesh is not None and mesh.size > 1 else None
-
-
-def _is_weight(variable: nnx.Variable) -> bool:
-    return isinstance(variable, Matrix | Embedding)

@@ -79,8 +79,8 @@ class MoE(nnx.Module):
             routing = self.router(x_ND)
         with jax.named_scope("experts"):
             if jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty:
-                gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
-                y_ND = chosen_experts(x_ND, routing.experts_NK, routing.weights_NK, gate_up, down)
+                weights = self.gate_up[...], self.down[...]
+                y_ND = chosen_experts(x_ND, routing.experts_NK, routing.weights_NK, *weights)
             else:
                 y_ND = self.routed(x_ND, routing)
         if self.cfg.n_shared_experts:

@@ -193,7 +193,8 @@ class Engine:
             if any(len(r.tokens) == len(tokens) and (r.tokens == tokens).all() for r in self._reading):
                 self._followers.append(reading)
                 continue
-            self._copy(int(common.argmax()), slot, int(common.max(initial=0)))
+            if common.max() > common[slot]:
+                self._copy(int(common.argmax()), slot, int(common.max()))
             if self._common(tokens)[slot] == len(tokens):
                 self._start(reading)
             else:
@@ -206,7 +207,7 @@ class Engine:
 
     def _copy(self, source: int, slot: int, length: int) -> None:
         """Start a slot with what another holds, if that is worth it; else from what it has itself."""
-        if source != slot and length >= WORTH_COPYING:
+        if length >= WORTH_COPYING:
             self._cache = copy(self._cache, source, slot, length, place=self._place)
             self._held[slot] = self._held[source]
             if self._experts is not None:
@@ -234,12 +235,13 @@ class Engine:
             self._structure, self._state, self._cache, tokens_bT, next_bT, start_b, slot_b,
             guess=self.speculative, record=self._experts is not None, place=self._place,
         )  # fmt: skip
+        experts = None if experts is None else np.asarray(experts)
         for row, reading in enumerate(batch):
             slot, start = reading.slot, start_b[row]
             piece = reading.tokens[start:][:size]
             self._held[slot, start : start + len(piece)] = piece
             self._held[slot, start + len(piece) :] = -1
-            if self._experts is not None:
+            if self._experts is not None and experts is not None:
                 self._experts[slot, start : start + len(piece)] = np.moveaxis(experts[:, row, : len(piece)], 0, 1)
             if start + len(piece) == len(reading.tokens):
                 self._reading.remove(reading)

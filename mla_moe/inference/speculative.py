@@ -15,7 +15,17 @@ import jax
 import jax.numpy as jnp
 
 from mla_moe.inference.sampling import sample
-from mla_moe.inference.steps import STEPS, Made, Slots, advance, go_on, keep, note_experts, nothing_made
+from mla_moe.inference.steps import (
+    STEPS,
+    Made,
+    Slots,
+    advance,
+    go_on,
+    keep,
+    note_experts,
+    nothing_made,
+    on_every_device,
+)
 from mla_moe.inference.weights import Structure
 from mla_moe.nn.cache import NOWHERE
 
@@ -54,4 +64,4 @@ def decode_guessing(structure: Structure, state, cache_LBSW, slots: Slots, steps
     start = jnp.int32(0), cache_LBSW, slots, made
     taken, cache_LBSW, slots, made = jax.lax.while_loop(go_on(steps, stop_early, slots), step, start)
     made = jax.tree.map(lambda x: x.reshape(2 * STEPS, *x.shape[2:]), made)
-    return keep(cache_LBSW, place), slots, made, taken
+    return keep(cache_LBSW, place), *on_every_device((slots, made, taken), place)

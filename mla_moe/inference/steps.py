@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from mla_moe.config import ModelConfig
@@ -118,7 +119,7 @@ def decode(structure: Structure, state, cache_LBSW, slots: Slots, steps, stop_ea
 
     start = jnp.int32(0), cache_LBSW, slots, made
     taken, cache_LBSW, slots, made = jax.lax.while_loop(go_on(steps, stop_early, slots), step, start)
-    return keep(cache_LBSW, place), slots, made, taken
+    return keep(cache_LBSW, place), *on_every_device((slots, made, taken), place)
 
 
 @partial(jax.jit, static_argnames=("structure", "guess", "record", "place"), donate_argnames=("cache_LBSW",))
@@ -131,7 +132,8 @@ def prefill(
     h_bTD, cache_LBSW, experts = model.extend(tokens_bT, cache_LBSW, start_b, slots_b, form="expanded")
     if guess:
         _, cache_LBSW = model.mtp_extend(h_bTD, next_bT, cache_LBSW, start_b, slots_b, form="expanded")
-    return keep(cache_LBSW, place), experts.astype(jnp.int16) if record and experts is not None else None
+    experts = experts.astype(jnp.int16) if record and experts is not None else None
+    return keep(cache_LBSW, place), on_every_device(experts, place)
 
 
 @partial(jax.jit, static_argnames=("place",), donate_argnames=("cache_LBSW",))
@@ -150,3 +152,10 @@ def copy(cache_LBSW, source, target, length, *, place):
 def keep(cache_LBSW, place):
     """On a mesh the cache stays where it was, call after call."""
     return cache_LBSW if place is None else jax.lax.with_sharding_constraint(cache_LBSW, place)
+
+
+def on_every_device(tree, place):
+    """What the host reads is whole on every device, so that every process of a run can."""
+    if place is None:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(place.mesh, PartitionSpec()))

@@ -28,8 +28,8 @@ class Structure:
 def for_inference(model: Transformer) -> tuple[Structure, nnx.State]:
     """The same model with matrices in the compute type; on one CPU, its layers one by one.
 
-    Routers stay in float32, and on one CPU experts in as many bytes as they have: reading them from memory is what takes
-    the time there. Arrays that need no change are shared with `model`.
+    Routers stay in float32, and on one CPU experts in as many bytes as they have: reading them from memory is what
+    takes the time there. Arrays that need no change are shared with `model`.
     """
     one_cpu = mesh_of(model) is None and jax.default_backend() == "cpu"
     graph, state = nnx.split(model)

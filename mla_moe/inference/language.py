@@ -51,15 +51,11 @@ def _chat(directory: Path) -> Callable[[Sequence[Message]], list[int]]:
     config, file = _read(directory / "tokenizer_config.json"), directory / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     if not isinstance(source, str) or not (directory / "tokenizer.json").is_file():
-
-        def without(messages: Sequence[Message]) -> list[int]:
-            raise ConfigError("messages", len(messages), f"{directory} has no chat template; send a prompt instead")
-
-        return without
+        return _unable("messages", f"{directory} has no chat template; send a prompt instead")
     try:
         import jinja2.sandbox
     except ImportError:
-        raise ConfigError("chat_template", str(directory), "needs jinja2: pip install 'mla_moe[serve]'") from None
+        return _unable("messages", "chat templates need jinja2: pip install 'mla_moe[serve]'")
 
     def refuse(message: str):
         raise ConfigError("messages", "", message)
@@ -78,6 +74,13 @@ def _chat(directory: Path) -> Callable[[Sequence[Message]], list[int]]:
         return tokenizer.encode(text, add_special_tokens=False).ids
 
     return encode
+
+
+def _unable(field: str, why: str) -> Callable[[Sequence[Message]], list[int]]:
+    def raise_error(messages: Sequence[Message]) -> list[int]:
+        raise ConfigError(field, len(messages), why)
+
+    return raise_error
 
 
 def check_messages(messages: Any) -> Sequence[Message]:

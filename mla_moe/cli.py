@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from mla_moe.config import PRESETS, ConfigError, ModelConfig, preset
+from mla_moe.config import PRESETS, ConfigError, ModelConfig, preset, require
 from mla_moe.counting import (
     cache_bytes_per_token,
     count_parameters,
@@ -120,10 +120,96 @@ class Report:
         print(write_report(self.run_dir))
 
 
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Continue a prompt, or answer it as one message of a chat."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A Hugging Face directory with its tokenizer.json; without one, text is bytes."""
+    prompt: str
+    chat: bool = False
+    """Put the prompt into the checkpoint's chat template."""
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 takes the likeliest token each time."""
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer."""
+    speculative: bool = False
+    """Let the prediction module guess ahead: the same text, sooner."""
+
+    def run(self) -> None:
+        from mla_moe.inference.request import Request
+        from mla_moe.inference.terminal import print_answer
+
+        model, language = _model_and_language(self.checkpoint)
+        message = [{"role": "user", "content": self.prompt}]
+        tokens = language.encode_chat(message) if self.chat else language.encode(self.prompt)
+        request = Request(
+            tokens, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.seed,
+            stop_ids=language.stop_ids, stop=self.stop,
+        )  # fmt: skip
+        print_answer(model, language, request, speculative=self.speculative)
+
+
+@dataclasses.dataclass(frozen=True)
+class Serve:
+    """Serve a checkpoint over HTTP, with OpenAI's interface."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A Hugging Face directory with its tokenizer.json; without one, text is bytes."""
+    host: str = "127.0.0.1"
+    """Who may connect: only this machine unless you say otherwise. There is no password."""
+    port: int = 8000
+    slots: int = 8
+    """Requests that run at a time."""
+    capacity: int = 4096
+    """Most tokens of a request, its answer included."""
+    max_waiting: int = 256
+    """Requests beyond these are turned away with status 429."""
+    speculative: bool = False
+    """Let the prediction module guess ahead: the same text, sooner."""
+
+    def run(self) -> None:
+        from mla_moe.inference.engine import Engine
+        from mla_moe.inference.server import application, serve
+
+        model, language = _model_and_language(self.checkpoint)
+        engine = Engine(
+            model, slots=self.slots, capacity=self.capacity, decode=language.decode, speculative=self.speculative
+        )
+        app = application(engine, language, self.checkpoint.resolve().name, max_waiting=self.max_waiting)
+        print(f"http://{self.host}:{self.port}/v1  (stop with Ctrl-C)")
+        serve(app, self.host, self.port)
+
+
+def _model_and_language(checkpoint: Path):
+    """A checkpoint's model, and how text goes into it and comes out."""
+    from mla_moe.data.tokenizer import ByteTokenizer, HFTokenizer
+    from mla_moe.inference.language import language_of
+    from mla_moe.interop import load_pretrained
+
+    file = checkpoint / "tokenizer.json"
+    model = load_pretrained(checkpoint)
+    tokenizer = HFTokenizer(file) if file.is_file() else ByteTokenizer()
+    require(
+        tokenizer.vocab_size <= model.cfg.vocab_size,
+        "tokenizer",
+        str(file) if file.is_file() else tokenizer.name,
+        f"has {tokenizer.vocab_size} tokens, more than the model's {model.cfg.vocab_size}: it is another model's",
+    )
+    return model, language_of(checkpoint, tokenizer)
+
+
 Command = (
     Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Report, tyro.conf.subcommand("report")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
 )
 
 

@@ -85,6 +85,12 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
     return mesh if ours and all(kind == AxisType.Auto for kind in mesh.axis_types) else None
 
 
+def divides(shape: Sequence[int], mesh: jax.sharding.AbstractMesh) -> bool:
+    """Whether `[B, T, …]` can be split as tokens are. The few of a decode step often cannot."""
+    rows = math.prod(mesh.shape[axis] for axis in BATCH[0])
+    return shape[0] % rows == 0 and shape[1] % mesh.shape[BATCH[1]] == 0
+
+
 def constrain(x: jax.Array) -> jax.Array:
     """Activations `[B, T, …]` lie as tokens do, where there is a mesh."""
     mesh = current_mesh()

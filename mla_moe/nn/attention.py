@@ -9,10 +9,12 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mla_moe.config import ModelConfig
+from mla_moe.nn.cache import Reach, write
 from mla_moe.nn.norm import RMSNorm
 from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.rope import rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
+from mla_moe.ops.cached_attention import cached_attention
 from mla_moe.recipe import Kernels
 from mla_moe.sharding import BATCH, current_mesh
 
@@ -74,6 +76,35 @@ class MLAttention(nnx.Module):
             segment_ids = jnp.ones(x_BTD.shape[:2], jnp.int32)
         y_BTHV = self._attend(q_BTHA, c_BTC, k_pe_BTR, self.use(self.kv_b), segment_ids)
         return jnp.einsum("BTHV,HVD->BTD", y_BTHV, self.use(self.o))
+
+    def extend(
+        self,
+        x_bTD: Float[Array, "b T D"],
+        cache_LBSW: Float[Array, "L B S W"],
+        layer: Int[Array, ""] | int,
+        reach: Reach,
+    ) -> tuple[Float[Array, "b T D"], Float[Array, "L B S W"]]:
+        """New tokens at the end of what their slots hold: the cache with their entries, and attention over it."""
+        x_bTD = x_bTD.astype(self.precision.compute)
+        with jax.named_scope("queries"):
+            q_bTHA = self.queries(x_bTD, reach.cos_sin)
+        with jax.named_scope("latent"):
+            new_bTW = jnp.concatenate(self.latent(x_bTD, reach.cos_sin), axis=-1)
+            cache_LBSW = write(
+                cache_LBSW, new_bTW, layer=layer, slots_b=reach.slots_b, start_b=reach.positions_bT[:, 0]
+            )
+        with jax.named_scope("attend"):
+            y_bTHV = cached_attention(
+                q_bTHA,
+                cache_LBSW,
+                self.use(self.kv_b),
+                reach.positions_bT,
+                layer=layer,
+                slots_b=None if reach.every_slot else reach.slots_b,
+                scale=softmax_scale(self.cfg),
+                form=reach.form,
+            )
+        return jnp.einsum("bTHV,HVD->bTD", y_bTHV, self.use(self.o)), cache_LBSW
 
     def use(self, weight: nnx.Param) -> Array:
         return weight[...].astype(self.precision.compute)

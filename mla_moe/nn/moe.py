@@ -13,6 +13,7 @@ from mla_moe.config import ModelConfig
 from mla_moe.nn.mlp import MLP
 from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.router import Router, Routing
+from mla_moe.ops.chosen_experts import chosen_experts
 from mla_moe.ops.expert_exchange import exchanged_experts, schedule
 from mla_moe.ops.experts import experts
 from mla_moe.recipe import Kernels
@@ -78,6 +79,24 @@ class MoE(nnx.Module):
             with jax.named_scope("shared"):
                 y_BTD += self.shared(x_BTD)
         return y_BTD, stats
+
+    def extend(self, x_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Int[Array, "B T K"]]:
+        """The output, and each token's experts. For inference: no derivative."""
+        B, T, D = x_BTD.shape
+        x_ND = x_BTD.reshape(B * T, D).astype(self.precision.compute)
+        with jax.named_scope("route"):
+            routing = self.router(x_ND)
+        with jax.named_scope("experts"):
+            chosen = x_ND, routing.experts_NK, routing.weights_NK
+            if jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty:
+                y_ND = chosen_experts(*chosen, self.gate_up[...], self.down[...])
+            else:
+                gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
+                y_ND = experts(*chosen, gate_up, down, implementation=self.kernels.grouped_matmul)
+        if self.cfg.n_shared_experts:
+            with jax.named_scope("shared"):
+                y_ND += self.shared(x_ND[None])[0]
+        return y_ND.reshape(B, T, D), routing.experts_NK.reshape(B, T, -1)
 
     def _over(self, mesh: AbstractMesh, gate_up, down, x_BTD, real_BT):
         """Each device routes its own tokens. Experts lie over `expert`, and their hidden width over `tensor`."""

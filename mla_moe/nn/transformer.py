@@ -10,12 +10,15 @@ from jaxtyping import Array, Float, Int
 
 from mla_moe.config import ModelConfig
 from mla_moe.nn.attention import MLAttention
+from mla_moe.nn.cache import Reach
 from mla_moe.nn.mlp import MLP
 from mla_moe.nn.moe import MoE, RouterStats
 from mla_moe.nn.norm import RMSNorm
 from mla_moe.nn.param import Embedding, Precision, matrix, stacked
+from mla_moe.nn.rope import rotary
+from mla_moe.ops.cached_attention import Form
 from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, constrain, current_mesh
+from mla_moe.sharding import BATCH, constrain, current_mesh, divides
 
 Remat = Literal["none", "dots", "full"]
 
@@ -60,6 +63,16 @@ class Block(nnx.Module):
             y_BTD, stats = self.moe.with_stats(h_BTD, context.real_BT) if self.experts else (self.mlp(h_BTD), None)
             return constrain(x_BTD + y_BTD), stats
 
+    def extend(self, x_bTD, cache_LBSW, layer, reach: Reach):
+        """The same for new tokens over the cache. Returns `x`, the cache, and each token's experts or None."""
+        with jax.named_scope("attention"):
+            y_bTD, cache_LBSW = self.attention.extend(self.attention_norm(x_bTD), cache_LBSW, layer, reach)
+            x_bTD += y_bTD
+        with jax.named_scope("mlp"):
+            h_bTD = self.mlp_norm(x_bTD)
+            y_bTD, experts = self.moe.extend(h_bTD) if self.experts else (self.mlp(h_bTD), None)
+        return x_bTD + y_bTD, cache_LBSW, experts
+
 
 class MTP(nnx.Module):
     """Multi-token prediction (DeepSeek-V3, section 2.2): one more block that predicts the token after the next.
@@ -82,10 +95,18 @@ class MTP(nnx.Module):
 
     def __call__(self, h_BTD, next_embedding_BTD, context: Context) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """From the model's final-normed `h_i` and the embedding of token i+1 to the hidden state that predicts i+2."""
-        both = jnp.concatenate([self.embedding_norm(next_embedding_BTD), self.hidden_norm(h_BTD)], axis=-1)
-        x_BTD = jnp.einsum("BTd,dD->BTD", both, self.project[...].astype(self.precision.compute))
-        x_BTD, stats = self.block(x_BTD, context)
+        x_BTD, stats = self.block(self._join(h_BTD, next_embedding_BTD), context)
         return self.norm(x_BTD), stats
+
+    def extend(self, h_bTD, next_embedding_bTD, cache_LBSW, layer, reach: Reach):
+        """The same for new tokens over the cache."""
+        x_bTD = self._join(h_bTD, next_embedding_bTD)
+        x_bTD, cache_LBSW, _ = self.block.extend(x_bTD, cache_LBSW, layer, reach)
+        return self.norm(x_bTD), cache_LBSW
+
+    def _join(self, h_BTD, next_embedding_BTD):
+        both = jnp.concatenate([self.embedding_norm(next_embedding_BTD), self.hidden_norm(h_BTD)], axis=-1)
+        return jnp.einsum("BTd,dD->BTD", both, self.project[...].astype(self.precision.compute))
 
 
 def embedding_and_head(cfg: ModelConfig, rngs: nnx.Rngs, precision: Precision) -> tuple[nnx.Param, nnx.Param]:
@@ -155,19 +176,56 @@ class Transformer(nnx.Module):
     def mtp_hidden(self, h_BTD, next_tokens, segment_ids=None, positions=None):
         """Hidden states that predict the token after `next_tokens`, and the module's routing."""
         context = _context(next_tokens, segment_ids, positions)
-        embed = self.embed if self.cfg.mtp_shares_embedding else self.mtp.embed
-        return self.mtp(h_BTD, lookup(embed[...].astype(self.precision.compute), next_tokens), context)
+        return self.mtp(h_BTD, self.mtp_embedding(next_tokens), context)
 
     @property
     def mtp_head(self) -> nnx.Param:
         """The head that goes with `mtp_hidden`."""
         return self.head if self.cfg.mtp_shares_embedding else self.mtp.head
 
+    def mtp_embedding(self, tokens_BT) -> Float[Array, "B T D"]:
+        embed = self.embed if self.cfg.mtp_shares_embedding else self.mtp.embed
+        return lookup(embed[...].astype(self.precision.compute), tokens_BT)
+
+    def extend(
+        self,
+        tokens: Int[Array, "b T"],
+        cache_LBSW: Float[Array, "L B S W"],
+        start: Int[Array, "b"],
+        slots: Int[Array, "b"] | None = None,
+        form: Form = "absorbed",
+    ) -> tuple[Float[Array, "b T D"], Float[Array, "L B S W"], Int[Array, "l b T K"] | None]:
+        """New tokens from place `start` of their slots on (all slots in order by default), over the latent cache.
+
+        Returns hidden states after the final norm, the cache with the new entries, and the experts chosen in each
+        expert layer. A row whose tokens do not fit into its slot leaves the cache alone.
+        """
+        reach = self.reach(tokens, start, slots, form)
+        x_bTD, experts = self.embedding(tokens), None
+        if self.cfg.first_k_dense_replace:
+            x_bTD, cache_LBSW, _ = _extend(self.dense_layers, x_bTD, cache_LBSW, 0, reach)
+        if self.cfg.num_moe_layers:
+            first = self.cfg.first_k_dense_replace
+            x_bTD, cache_LBSW, experts = _extend(self.moe_layers, x_bTD, cache_LBSW, first, reach)
+        return self.norm(x_bTD), cache_LBSW, experts
+
+    def mtp_extend(self, h_bTD, next_tokens, cache_LBSW, start, slots=None, form: Form = "absorbed"):
+        """`mtp_hidden` of new tokens over the cache, whose last layer is the prediction module's."""
+        reach = self.reach(next_tokens, start, slots, form)
+        return self.mtp.extend(h_bTD, self.mtp_embedding(next_tokens), cache_LBSW, self.cfg.num_hidden_layers, reach)
+
+    def reach(self, tokens_bT, start_b, slots_b, form: Form) -> Reach:
+        positions_bT = start_b[:, None] + jnp.arange(tokens_bT.shape[1])
+        every_slot = slots_b is None
+        slots_b = jnp.arange(len(start_b)) if every_slot else slots_b
+        return Reach(slots_b, positions_bT, rotary(self.cfg, positions_bT), every_slot, form)
+
     def embedding(self, tokens_BT) -> Float[Array, "B T D"]:
         return lookup(self.embed[...].astype(self.precision.compute), tokens_BT)
 
-    def logits(self, h_BTD) -> Float[Array, "B T V"]:
-        head_DV = self.head[...].astype(self.precision.compute)
+    def logits(self, h_BTD, head: nnx.Param | None = None) -> Float[Array, "B T V"]:
+        """Of the model's head, or of the prediction module's `mtp_head`."""
+        head_DV = (head or self.head)[...].astype(self.precision.compute)
         logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head_DV, preferred_element_type=jnp.float32)
         return logits_BTV.astype(self.precision.output)
 
@@ -180,11 +238,45 @@ class Transformer(nnx.Module):
         return jax.lax.scan(_REMAT[self.remat](body), x_BTD, state)
 
 
+def unstacked(model: Transformer) -> Transformer:
+    """The model with a list of layers in place of each stack: `extend` then runs them one by one. XLA:CPU would copy
+    every layer's weights out of the stack, each time that it runs."""
+    graph, state = nnx.split(model)
+    model = nnx.merge(graph, state)
+    for name in ("dense_layers", "moe_layers"):
+        if hasattr(model, name):
+            graph, state = nnx.split(getattr(model, name))
+            count = len(jax.tree.leaves(state)[0])
+            one = jax.jit(lambda state, i: jax.tree.map(lambda x: x[i], state))
+            setattr(model, name, nnx.List([nnx.merge(graph, one(state, i)) for i in range(count)]))
+    return model
+
+
+def _extend(layers, x_bTD, cache_LBSW, first: int, reach: Reach):
+    """A stack of layers, or a list of them, one after the other: the cache is handed on, never copied."""
+    if isinstance(layers, nnx.List):
+        experts = []
+        for number, block in enumerate(layers, first):
+            x_bTD, cache_LBSW, chosen = block.extend(x_bTD, cache_LBSW, number, reach)
+            experts.append(chosen)
+        return x_bTD, cache_LBSW, None if experts[0] is None else jnp.stack(experts)
+    graph, state = nnx.split(layers)
+
+    def body(carry, layer):
+        number, layer_state = layer
+        x_bTD, cache_LBSW, experts = nnx.merge(graph, layer_state).extend(*carry, number, reach)
+        return (x_bTD, cache_LBSW), experts
+
+    numbers = first + jnp.arange(len(jax.tree.leaves(state)[0]))
+    (x_bTD, cache_LBSW), experts = jax.lax.scan(body, (x_bTD, cache_LBSW), (numbers, state))
+    return x_bTD, cache_LBSW, experts
+
+
 def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of the embedding. Under a mesh the table stays where it is: a device looks up its part of every row of the
     tokens that share its `fsdp` axis, and the parts are exchanged, N · D values where the table has V · D."""
     mesh = current_mesh()
-    if mesh is None:
+    if mesh is None or not divides(tokens_BT.shape, mesh):
         return table_VD[tokens_BT]
     V, D = table_VD.shape
     vocab = "tensor" if V % mesh.shape["tensor"] == 0 else None

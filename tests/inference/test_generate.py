@@ -1,11 +1,9 @@
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
 from mla_moe import Transformer, generate
-from mla_moe.inference.generate import sample
 
 
 @pytest.fixture(scope="module")
@@ -39,22 +37,7 @@ def test_stops_before_the_end_token(model):
     assert generate(model, PROMPTS[:1], max_new_tokens=6, eos_id=tokens[2])[0] == tokens[: tokens.index(tokens[2])]
 
 
-def test_samples_follow_the_softmax_within_top_p():
-    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    keys = jax.random.split(jax.random.key(0), 4000)
-    draw = jax.jit(jax.vmap(sample, in_axes=(0, None, None, None)))
-
-    def shares(temperature, top_p):
-        return np.bincount(draw(keys, logits, jnp.float32(temperature), jnp.float32(top_p)), minlength=4) / 4000
-
-    np.testing.assert_allclose(shares(1.0, 1.0), [0.5, 0.3, 0.15, 0.05], atol=0.03)
-    np.testing.assert_allclose(shares(1.0, 0.7), [0.625, 0.375, 0, 0], atol=0.03)
-    np.testing.assert_allclose(shares(0.0, 1.0), [1, 0, 0, 0])
-    squared = np.array([0.5, 0.3, 0.15, 0.05]) ** 2
-    np.testing.assert_allclose(shares(0.5, 1.0), squared / squared.sum(), atol=0.03)
-
-
 @pytest.mark.parametrize("bad", [{"prompts": []}, {"prompts": [[]]}, {"temperature": -1.0}, {"top_p": 0.0}])
 def test_impossible_requests(model, bad):
-    with pytest.raises(ValueError, match=r"prompts|temperature"):
+    with pytest.raises(ValueError, match=r"prompt|temperature|top_p"):
         generate(model, **{"prompts": PROMPTS, "max_new_tokens": 2} | bad)

@@ -1,0 +1,110 @@
+"""How text goes into a model and comes out: a tokenizer, the tokens that end an answer, and the chat template."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import tokenizers
+
+from mla_moe.config import ConfigError, require
+from mla_moe.inference.request import MAX_STOPS, Decode
+
+Message = Mapping[str, Any]
+"""`{"role": …, "content": …}`"""
+
+
+class Tokenizer(Protocol):
+    bos_id: int
+    eos_id: int
+
+    def encode(self, text: str) -> np.ndarray: ...
+
+    def decode(self, ids: Iterable[int]) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Language:
+    encode: Callable[[str], list[int]]
+    """A text to continue, bos in front; special tokens spelled out in it are plain text."""
+    encode_chat: Callable[[Sequence[Message]], list[int]]
+    """A conversation, up to where the assistant speaks. Raises `ConfigError` where there is no chat template."""
+    decode: Decode
+    stop_ids: tuple[int, ...]
+
+
+def language_of(directory: Path, tokenizer: Tokenizer) -> Language:
+    """Of a Hugging Face directory. What ends an answer is named by its `generation_config.json`, or is eos."""
+    stops = _read(directory / "generation_config.json").get("eos_token_id")
+    stops = tokenizer.eos_id if stops is None else stops
+    return Language(
+        encode=lambda text: [tokenizer.bos_id, *tokenizer.encode(text).tolist()],
+        encode_chat=_chat(directory),
+        decode=tokenizer.decode,
+        stop_ids=tuple(stops if isinstance(stops, list) else [stops])[:MAX_STOPS],
+    )
+
+
+def _chat(directory: Path) -> Callable[[Sequence[Message]], list[int]]:
+    config, file = _read(directory / "tokenizer_config.json"), directory / "chat_template.jinja"
+    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    if not isinstance(source, str) or not (directory / "tokenizer.json").is_file():
+        return _unable("messages", f"{directory} has no chat template; send a prompt instead")
+    try:
+        import jinja2.sandbox
+    except ImportError:
+        return _unable("messages", "chat templates need jinja2: pip install 'mla_moe[serve]'")
+
+    def refuse(message: str):
+        raise ConfigError("messages", "", message)
+
+    # A template comes with the checkpoint: it may compute text, and nothing else.
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(source, globals={"raise_exception": refuse})
+    special = {key: _content(config[key]) for key in ("bos_token", "eos_token") if config.get(key) is not None}
+    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+
+    def encode(messages: Sequence[Message]) -> list[int]:
+        try:
+            text = template.render(messages=messages, add_generation_prompt=True, **special)
+        except jinja2.TemplateError as error:
+            raise ConfigError("messages", "", f"the chat template cannot take them: {error}") from None
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    return encode
+
+
+def _unable(field: str, why: str) -> Callable[[Sequence[Message]], list[int]]:
+    def raise_error(messages: Sequence[Message]) -> list[int]:
+        raise ConfigError(field, len(messages), why)
+
+    return raise_error
+
+
+def check_messages(messages: Any) -> Sequence[Message]:
+    """Raise `ConfigError` unless they are a conversation as OpenAI's interface has it, with text alone."""
+    require(isinstance(messages, list) and len(messages) > 0, "messages", messages, "a list with at least one message")
+    for i, message in enumerate(messages):
+        ok = isinstance(message, dict) and isinstance(message.get("role"), str)
+        require(ok, f"messages[{i}]", message, "an object with role and content")
+        content = message.get("content")
+        require(isinstance(content, str), f"messages[{i}].content", content, "must be text")
+    return messages
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ConfigError(path.name, str(path), "is not a JSON object")
+    return value
+
+
+def _content(token: str | dict[str, Any]) -> str:
+    return token["content"] if isinstance(token, dict) else token

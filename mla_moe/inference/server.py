@@ -1,0 +1,253 @@
+"""An HTTP server with OpenAI's interface: completions, chat completions, streams.
+
+    POST /v1/completions    POST /v1/chat/completions    GET /v1/models    GET /health
+
+Errors are `{"error": {"message", "type", "param", "code"}}`: 400 for a request that makes no sense, 413 for one that is
+too large, 429 when too many are waiting. A client that hangs up frees its slot.
+"""
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from mla_moe.config import ConfigError, require
+from mla_moe.inference.desk import Broken, Busy, Desk, News
+from mla_moe.inference.engine import Engine
+from mla_moe.inference.language import Language, check_messages
+from mla_moe.inference.request import Completion, Request
+
+try:
+    from starlette.applications import Starlette
+    from starlette.requests import Request as HTTPRequest
+    from starlette.responses import JSONResponse, Response, StreamingResponse
+    from starlette.routing import Route
+except ImportError:
+    raise ConfigError("serve", "starlette", "is not installed: pip install 'mla_moe[serve]'") from None
+
+MAX_BODY = 4 << 20
+MAX_CHOICES = 64
+_COMMON = {
+    "model": str, "max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int,
+    "n": int, "stop": str | list, "stream": bool, "logprobs": bool | int, "user": str,
+}  # fmt: skip
+_COMPLETION = _COMMON | {"prompt": str | list}
+_CHAT = _COMMON | {"messages": list, "max_completion_tokens": int}
+
+
+def application(engine: Engine, language: Language, name: str, *, max_waiting: int) -> Starlette:
+    """The server. `name` is what clients call the model."""
+    desk = Desk(engine, max_waiting)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_):
+        desk.start()
+        yield
+        desk.stop()
+
+    async def completions(http: HTTPRequest) -> Response:
+        body = await _body(http, _COMPLETION)
+        prompts = _prompts(body.get("prompt"), language)
+        return await _answer(http, desk, language, name, body, prompts, _completion_choice, "text_completion")
+
+    async def chat(http: HTTPRequest) -> Response:
+        body = await _body(http, _CHAT)
+        body.setdefault("max_tokens", body.get("max_completion_tokens"))
+        prompts = [language.encode_chat(check_messages(body.get("messages")))]
+        return await _answer(http, desk, language, name, body, prompts, _chat_choice, "chat.completion")
+
+    async def models(_: HTTPRequest) -> Response:
+        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model", "owned_by": "mla_moe"}]})
+
+    async def health(_: HTTPRequest) -> Response:
+        used, offered = engine.load
+        status = {
+            "status": "broken" if desk.broken else "ok",
+            "slots": engine.slots,
+            "running": engine.running,
+            "requests": desk.open,
+            "full_while_waiting": round(used / offered, 4) if offered else None,
+        }
+        return JSONResponse(status, status_code=503 if desk.broken else 200)
+
+    routes = [
+        Route("/v1/completions", completions, methods=["POST"]),
+        Route("/v1/chat/completions", chat, methods=["POST"]),
+        Route("/v1/models", models),
+        Route("/health", health),
+    ]
+    handlers: dict[Any, Any] = {ConfigError: _refuse, Busy: _refuse, Broken: _refuse, _TooLarge: _refuse}
+    return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
+
+
+def serve(app: Starlette, host: str, port: int) -> None:
+    import uvicorn
+
+    uvicorn.run(app, host=host, port=port, log_level="warning")
+
+
+class _TooLarge(Exception):
+    pass
+
+
+async def _refuse(_: HTTPRequest, error: Exception) -> JSONResponse:
+    status, kind = {
+        Busy: (429, "rate_limit_error"),
+        Broken: (500, "server_error"),
+        _TooLarge: (413, "invalid_request_error"),
+    }.get(type(error), (400, "invalid_request_error"))
+    message = {
+        Busy: "too many requests are waiting; try again later",
+        Broken: "the engine failed; see the server's log",
+        _TooLarge: f"the body has more than {MAX_BODY} bytes",
+    }.get(type(error), str(error))
+    param = error.field if isinstance(error, ConfigError) else None
+    headers = {"Retry-After": "1"} if status == 429 else None
+    error_object = {"message": message, "type": kind, "param": param, "code": None}
+    return JSONResponse({"error": error_object}, status_code=status, headers=headers)
+
+
+async def _body(http: HTTPRequest, fields: dict[str, Any]) -> dict[str, Any]:
+    """The request's fields, of the right types. Null is the same as absent."""
+    content = bytearray()
+    async for chunk in http.stream():
+        content += chunk
+        if len(content) > MAX_BODY:
+            raise _TooLarge
+    try:
+        body = json.loads(content)
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise ConfigError("body", content[:40].decode(errors="replace"), "must be a JSON object")
+    for name, value in body.items():
+        known = f"is not supported; there are {', '.join(fields)}"
+        require(name in fields or value in (None, 0), name, value, known)
+        kind = fields.get(name)
+        fits = value is None or kind is None or isinstance(value, kind | int if kind is float else kind)
+        fits = fits and not (isinstance(value, bool) and kind in (int, float))
+        require(fits, name, value, f"must be of type {getattr(kind, '__name__', kind)}")
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _prompts(prompt: Any, language: Language) -> list[list[int]]:
+    """One text or list of tokens, or several."""
+    several = isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt)
+    prompts = prompt if isinstance(prompt, list) and several else [prompt]
+    for p in prompts:
+        tokens = isinstance(p, list) and all(type(token) is int for token in p)
+        require(isinstance(p, str) or tokens, "prompt", p, "a text, a list of token ids, or several of them")
+    return [language.encode(p) if isinstance(p, str) else p for p in prompts]
+
+
+def _requests(body: dict[str, Any], prompts: Sequence[list[int]], language: Language, capacity: int) -> list[Request]:
+    n, stop = body.get("n", 1), body.get("stop", [])
+    require(1 <= n * len(prompts) <= MAX_CHOICES, "n", n, f"at most {MAX_CHOICES} choices a request")
+    require(body.get("max_tokens", 1) > 0, "max_tokens", body.get("max_tokens"), "must be at least 1")
+    stop = [stop] if isinstance(stop, str) else stop
+    require(all(isinstance(s, str) for s in stop), "stop", stop, "a string, or a list of strings")
+    if "seed" not in body:
+        body["seed"] = uuid.uuid4().int & 0xFFFFFFFF
+    settings = {name: body[name] for name in ("top_k", "top_p", "min_p", "seed") if name in body}
+    settings |= {"temperature": body.get("temperature", 1.0), "stop": tuple(stop), "stop_ids": language.stop_ids}
+    return [
+        Request(prompt, body.get("max_tokens", max(capacity - len(prompt), 1)), number=number, **settings)
+        for prompt in prompts
+        for number in range(n)
+    ]
+
+
+async def _answer(
+    http: HTTPRequest,
+    desk: Desk,
+    language: Language,
+    name: str,
+    body: dict[str, Any],
+    prompts: Sequence[list[int]],
+    choice: Callable,
+    kind: str,
+) -> Response:
+    """Queue the choices; answer when all are done, or as they come."""
+    completions: list[Completion] = []
+    try:
+        for request in _requests(body, prompts, language, desk.engine.capacity):
+            completions.append(desk.submit(request))
+    except Exception:
+        for completion in completions:
+            desk.cancel(completion)
+        raise
+    head = {"id": f"{kind[:4]}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+    logprobs = bool(body.get("logprobs"))
+    if body.get("stream"):
+        head["object"] = "chat.completion.chunk" if kind == "chat.completion" else kind
+        events = _events(desk, completions, head, choice, logprobs)
+        return StreamingResponse(events, media_type="text/event-stream")
+    gathered = asyncio.gather(*(_all_news(desk, completion) for completion in completions))
+    watch = asyncio.ensure_future(_hung_up(http))
+    try:
+        await asyncio.wait([gathered, watch], return_when=asyncio.FIRST_COMPLETED)
+        if not gathered.done():
+            return Response(status_code=499)  # nobody reads it
+        choices = [choice(i, news, logprobs, whole=True) for i, news in enumerate(gathered.result())]
+    finally:
+        watch.cancel()
+        gathered.cancel()
+    read, made = sum(map(len, prompts)), sum(len(news.tokens) for news in gathered.result())
+    usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
+    return JSONResponse(head | {"object": kind, "choices": choices, "usage": usage})
+
+
+async def _all_news(desk: Desk, completion: Completion) -> News:
+    parts = [news async for news in desk.news(completion)]
+    tokens, logprobs = [t for p in parts for t in p.tokens], [x for p in parts for x in p.logprobs]
+    return News("".join(p.text for p in parts), tokens, logprobs, parts[-1].finish)
+
+
+async def _hung_up(http: HTTPRequest) -> None:
+    while (await http.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(desk: Desk, completions: list[Completion], head, choice: Callable, logprobs: bool):
+    """Server-sent events of all choices as they come. When the client hangs up, closing this cancels them."""
+    merged: asyncio.Queue[tuple[int, News | Exception]] = asyncio.Queue()
+
+    async def follow(index: int, completion: Completion) -> None:
+        try:
+            async for news in desk.news(completion):
+                merged.put_nowait((index, news))
+        except Broken as error:
+            merged.put_nowait((index, error))
+
+    tasks = [asyncio.ensure_future(follow(i, completion)) for i, completion in enumerate(completions)]
+    try:
+        left = len(completions)
+        while left:
+            index, news = await merged.get()
+            if isinstance(news, Exception):
+                error = {"message": "the engine failed", "type": "server_error", "param": None, "code": None}
+                yield f"data: {json.dumps({'error': error})}\n\n"
+                return
+            left -= news.finish is not None
+            yield f"data: {json.dumps(head | {'choices': [choice(index, news, logprobs, whole=False)]})}\n\n"
+        yield "data: [DONE]\n\n"
+    finally:
+        for task, completion in zip(tasks, completions, strict=True):
+            task.cancel()
+            desk.cancel(completion)
+
+
+def _completion_choice(index: int, news: News, logprobs: bool, *, whole: bool) -> dict[str, Any]:
+    kept = {"tokens": news.tokens, "token_logprobs": news.logprobs} if logprobs else None
+    return {"index": index, "text": news.text, "logprobs": kept, "finish_reason": news.finish}
+
+
+def _chat_choice(index: int, news: News, logprobs: bool, *, whole: bool) -> dict[str, Any]:
+    pairs = zip(news.tokens, news.logprobs, strict=True)
+    kept = {"content": [{"token": t, "logprob": p} for t, p in pairs]} if logprobs else None
+    message = {"role": "assistant", "content": news.text}
+    place = "message" if whole else "delta"
+    return {"index": index, place: message, "logprobs": kept, "finish_reason": news.finish}

@@ -1,0 +1,30 @@
+"""`mla-moe generate`: an answer printed as it comes."""
+
+import sys
+import time
+
+from mla_moe.inference.engine import Engine
+from mla_moe.inference.language import Language
+from mla_moe.inference.request import Request
+from mla_moe.nn.transformer import Transformer
+
+
+def print_answer(model: Transformer, language: Language, request: Request, *, speculative: bool) -> None:
+    """To standard output, and to standard error how long it took."""
+    capacity = len(request.prompt) + request.max_new_tokens
+    engine = Engine(model, slots=1, capacity=capacity, decode=language.decode, speculative=speculative)
+    start = time.perf_counter()
+    completion = engine.submit(request)
+    sent = 0
+    assert completion.text is not None
+    while completion.finish is None:
+        engine.step()
+        sys.stdout.write(completion.text.text[sent:])
+        sys.stdout.flush()
+        sent = len(completion.text.text)
+    sys.stdout.write("\n")
+    seconds = time.perf_counter() - start
+    guesses = f", {engine.guesses.right} of {engine.guesses.made} guesses right" if speculative else ""
+    count = len(completion.tokens)
+    how = f"{count} tokens in {seconds:.1f} s, compiling included; ended by {completion.finish}{guesses}"
+    print(f"[{how}]", file=sys.stderr)

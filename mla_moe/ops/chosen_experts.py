@@ -1,0 +1,77 @@
+"""A mixture of experts for inference on one CPU, where time goes into moving weights from memory.
+
+`grouped_matmul` gathers a copy of one expert's weights for every block of rows, worst case included. Here a loop walks
+over what there really is: experts that some token chose, or blocks that have rows. Weights in bfloat16 are widened when
+they have come into the processor's cache, so that half as much has to come. No derivative.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Num
+
+from mla_moe.ops.dispatch import combine, dispatch, plan
+
+FEW = 16
+"""Up to so many tokens, running an expert on all of them costs less than sorting them by expert."""
+
+
+def chosen_experts(
+    x_ND: Float[Array, "N D"],
+    experts_NK: Int[Array, "N K"],
+    weights_NK: Float[Array, "N K"],
+    gate_up_ED2F: Num[Array, "E D 2 F"],
+    down_EFD: Num[Array, "E F D"],
+) -> Float[Array, "N D"]:
+    """`Σ_k weight_k · down_k(silu(gate_k x) · up_k x)` over each token's chosen experts. Weights may be `packed`."""
+    E, D, _, F = gate_up_ED2F.shape
+    gate_up_EDf = gate_up_ED2F.reshape(E, D, 2 * F)
+
+    def run(x_mD, e):
+        gate_up_Df, down_FD = (_widen(w[e]).astype(x_ND.dtype) for w in (gate_up_EDf, down_EFD))
+        h_mf = x_mD @ gate_up_Df
+        return jnp.matmul(jax.nn.silu(h_mf[:, :F]) * h_mf[:, F:], down_FD, preferred_element_type=jnp.float32)
+
+    few = x_ND.shape[0] <= FEW
+    return (_each_expert if few else _each_block)(run, x_ND, experts_NK, weights_NK, E).astype(x_ND.dtype)
+
+
+def packed(weight: Float[Array, "*axes"]) -> Num[Array, "*axes"]:
+    """bfloat16 as the 16-bit integers that it is: XLA:CPU shifts those four times as fast as it converts the type."""
+    return jax.lax.bitcast_convert_type(weight, jnp.uint16) if weight.dtype == jnp.bfloat16 else weight
+
+
+def _widen(weight):
+    if weight.dtype != jnp.uint16:
+        return weight
+    return jax.lax.bitcast_convert_type(weight.astype(jnp.uint32) << 16, jnp.float32)
+
+
+def _each_expert(run, x_ND, experts_NK, weights_NK, E):
+    """Every chosen expert on all tokens, weighed by 0 where it was not chosen."""
+    chosen_NKE = experts_NK[..., None] == jnp.arange(E)
+    share_EN = jnp.where(chosen_NKE, weights_NK[..., None], 0).sum(axis=1).T
+    used_E = chosen_NKE.any(axis=(0, 1))
+    order_E = jnp.argsort(~used_E)
+
+    def turn(i, y_ND):
+        e = order_E[i]
+        return y_ND + run(x_ND, e) * share_EN[e][:, None]
+
+    return jax.lax.fori_loop(0, used_E.sum(), turn, jnp.zeros(x_ND.shape, jnp.float32))
+
+
+def _each_block(run, x_ND, experts_NK, weights_NK, E):
+    """Rows sorted by expert, a block of one expert's at a time."""
+    share = max(experts_NK.size // E, 1)
+    block = min(max(1 << (share.bit_length() - 1), 8), 32)
+    p = plan(experts_NK, E, block)
+    x_RD = dispatch(x_ND, p)
+    last_E = jnp.cumsum(p.group_sizes_E) // block
+
+    def turn(i, y_RD):
+        e = jnp.searchsorted(last_E, i, side="right")
+        x_mD = jax.lax.dynamic_slice_in_dim(x_RD, i * block, block)
+        return jax.lax.dynamic_update_slice_in_dim(y_RD, run(x_mD, e), i * block, 0)
+
+    y_RD = jax.lax.fori_loop(0, last_E[-1], turn, jnp.zeros(x_RD.shape, jnp.float32))
+    return combine(y_RD, weights_NK, p)

@@ -1,0 +1,81 @@
+import json
+
+import pytest
+from flax import nnx
+
+from mla_moe import ConfigError, Transformer, save_pretrained
+from mla_moe.cli import main
+from mla_moe.data.tokenizer import HFTokenizer, train_bpe
+from mla_moe.inference.language import language_of
+from mla_moe.inference.request import TextStream
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, cfg):
+    """A random model with a tokenizer and a chat template."""
+    import dataclasses
+
+    path = tmp_path_factory.mktemp("checkpoint") / "model"
+    wide = dataclasses.replace(cfg, vocab_size=300)
+    save_pretrained(Transformer(wide, rngs=nnx.Rngs(0)), path)
+    train_bpe(["hello there, how are you? " * 4 + "ein paar Wörter, 日本語"], 280, path / "tokenizer.json")
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_text_comes_as_soon_as_it_is_sure():
+    """A character of three bytes, and a stop string that nearly came before."""
+    text = "日 abc abd!".encode()
+    stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"), stop=("abd",))
+    seen = []
+    for byte in text:
+        done = stream.add([byte])
+        seen.append(stream.text)
+        if done:
+            break
+    assert seen == ["", "", "日", "日 ", "日 ", "日 ", "日 abc", "日 abc ", "日 abc ", "日 abc ", "日 abc "]
+    stream = TextStream(lambda ids: bytes(ids).decode(errors="replace"), stop=("abd",))
+    assert not stream.add(list(b"so ab"), end=True)
+    assert stream.text == "so ab"
+
+
+def test_a_conversation_goes_through_the_template(checkpoint):
+    pytest.importorskip("jinja2")
+    tokenizer = HFTokenizer(checkpoint / "tokenizer.json")
+    language = language_of(checkpoint, tokenizer)
+    tokens = language.encode_chat([{"role": "user", "content": "hello"}])
+    assert tokens[0] == tokenizer.bos_id
+    assert tokenizer.decode(tokens) == "<user>hello<assistant>"
+    assert main(["generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "8", "--chat"]) == 0
+    assert language.encode("<s>").count(tokenizer.bos_id) == 1
+    assert language.stop_ids == (tokenizer.eos_id,)
+    with pytest.raises(ConfigError, match="no tools"):
+        language.encode_chat([{"role": "tool", "content": "x"}])
+
+
+def test_directories_without_a_template_say_so(checkpoint, tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    language = language_of(tmp_path, HFTokenizer(checkpoint / "tokenizer.json"))
+    assert language.stop_ids == (3, 4)
+    with pytest.raises(ConfigError, match="no chat template"):
+        language.encode_chat([{"role": "user", "content": "hello"}])
+
+
+def test_command_prints_an_answer(checkpoint, capsys):
+    command = ["generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "8"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("\n")
+    assert "tokens in" in err
+    assert main([*command, "--speculative"]) == 0
+    again, err = capsys.readouterr()
+    assert again == out
+    assert "guesses right" in err
+    assert main([*command, "--temperature", "-1"]) == 2
+    assert "temperature" in capsys.readouterr().err

@@ -1,0 +1,184 @@
+"""The server over real connections."""
+
+import dataclasses
+import http.client
+import json
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from flax import nnx
+
+from mla_moe import Transformer
+from mla_moe.inference.engine import Engine
+from mla_moe.inference.language import Language
+from mla_moe.inference.request import Request
+
+uvicorn = pytest.importorskip("uvicorn")
+server = pytest.importorskip("mla_moe.inference.server")
+
+CAPACITY = 64
+
+
+def decode(ids):
+    return "".join(chr(97 + i % 26) + str(i // 26) for i in ids)
+
+
+@pytest.fixture(scope="module")
+def engine(cfg):
+    model = Transformer(dataclasses.replace(cfg, num_nextn_predict_layers=0), rngs=nnx.Rngs(0))
+    return Engine(model, slots=4, capacity=CAPACITY, decode=decode)
+
+
+@pytest.fixture(scope="module")
+def port(engine):
+    language = Language(
+        encode=lambda text: [1, *(ord(c) % 64 for c in text)],
+        encode_chat=lambda messages: [2, *(ord(c) % 64 for m in messages for c in m["content"])],
+        decode=decode,
+        stop_ids=(63,),
+    )
+    app = server.application(engine, language, "tiny", max_waiting=250)
+    running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=running.run)
+    thread.start()
+    while not running.started:
+        time.sleep(0.01)
+    yield running.servers[0].sockets[0].getsockname()[1]
+    running.should_exit = True
+    thread.join()
+
+
+def call(port, path, body=None, raw=None):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
+    content = raw if raw is not None else None if body is None else json.dumps(body)
+    connection.request("GET" if content is None else "POST", path, content)
+    answer = connection.getresponse()
+    status, value = answer.status, json.loads(answer.read())
+    connection.close()
+    return status, value
+
+
+def wait_until_idle(port):
+    for _ in range(1000):
+        status, health = call(port, "/health")
+        assert status == 200
+        if health["requests"] == health["running"] == 0:
+            return health
+        time.sleep(0.01)
+    raise AssertionError(health)
+
+
+def test_none_of_200_requests_is_lost_or_mixed_up(port, engine):
+    rng = random.Random(0)
+    bodies = [
+        {
+            "prompt": [rng.randrange(64) for _ in range(rng.randint(1, 30))],
+            "max_tokens": rng.randint(1, 30),
+            "temperature": rng.choice([0, 1]),
+            "seed": i,
+        }
+        for i in range(200)
+    ]
+
+    def ask(body):
+        time.sleep(random.random() * 0.5)
+        return call(port, "/v1/completions", body)
+
+    with ThreadPoolExecutor(100) as pool:
+        answers = list(pool.map(ask, bodies))
+    health = wait_until_idle(port)
+    assert health["full_while_waiting"] >= 0.8
+    for body, (status, answer) in zip(bodies, answers, strict=True):
+        assert status == 200
+        completion = engine.submit(
+            Request(body["prompt"], body["max_tokens"], body["temperature"], seed=body["seed"], stop_ids=(63,))
+        )
+        while completion.finish is None:
+            engine.step()
+        assert answer["choices"][0]["text"] == completion.text.text
+        assert answer["choices"][0]["finish_reason"] == completion.finish
+        assert answer["usage"]["completion_tokens"] == len(completion.tokens)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "param"),
+    [
+        ("completions", {"prompt": [99]}, 400, "prompt"),
+        ("completions", {"prompt": [1] * 70}, 400, "len(prompt)"),
+        ("completions", {}, 400, "prompt"),
+        ("completions", {"prompt": {}}, 400, "prompt"),
+        ("completions", {"prompt": "a", "temperature": "hot"}, 400, "temperature"),
+        ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+        ("completions", {"prompt": "a", "n": 1000}, 400, "n"),
+        ("completions", {"prompt": "a", "stop": [1]}, 400, "stop"),
+        ("completions", {"prompt": "a", "frequency_penalty": 1.0}, 400, "frequency_penalty"),
+        ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": [{"role": "user", "content": [1]}]}, 400, "messages[0].content"),
+        ("completions", b"{", 400, "body"),
+        ("completions", b" " * (5 << 20), 413, None),
+    ],
+)  # fmt: skip
+def test_malformed_requests_get_an_error_that_names_the_field(port, path, body, status, param):
+    raw = body if isinstance(body, bytes) else None
+    got, answer = call(port, f"/v1/{path}", body, raw)
+    assert (got, answer["error"]["param"]) == (status, param)
+    wait_until_idle(port)
+
+
+def test_a_client_that_hangs_up_frees_its_slot(port):
+    for stream in (True, False):
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        body = {"prompt": [5], "max_tokens": 60, "n": 40, "stream": stream}
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        answer = connection.getresponse() if stream else None
+        assert answer is None or answer.read(10)
+        while call(port, "/health")[1]["running"] < 4:
+            time.sleep(0.01)
+        if answer:
+            answer.close()
+        connection.close()
+        wait_until_idle(port)
+
+
+def test_streams_are_the_whole_answer(port):
+    message = [{"role": "user", "content": "hello"}]
+    body = {"messages": message, "max_completion_tokens": 40, "seed": 3, "n": 2, "logprobs": True}
+    _, whole = call(port, "/v1/chat/completions", body)
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}))
+    with connection.getresponse() as answer:
+        lines = answer.read().decode().split("\n\n")
+    connection.close()
+    assert lines[-2:] == ["data: [DONE]", ""]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    for index, choice in enumerate(whole["choices"]):
+        parts = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
+        assert "".join(p["delta"]["content"] for p in parts) == choice["message"]["content"]
+        assert parts[-1]["finish_reason"] == choice["finish_reason"]
+        streamed = [x for p in parts for x in p["logprobs"]["content"]]
+        assert streamed == choice["logprobs"]["content"]
+    assert len(events) > 2
+
+
+def test_too_many_waiting_are_turned_away(port):
+    body = {"prompt": [5], "max_tokens": 60, "n": 64, "stream": True}
+    connections = []
+    for _ in range(6):
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("POST", "/v1/completions", json.dumps(body))
+        connections.append(connection)
+    answers = [connection.getresponse() for connection in connections]
+    statuses = [a.status for a in answers]
+    assert statuses.count(429) >= 1
+    assert statuses.count(200) >= 3
+    for connection, answer in zip(connections, answers, strict=True):
+        answer.close()
+        connection.close()
+    wait_until_idle(port)
+
+
+def test_models_are_listed(port):
+    assert call(port, "/v1/models")[1]["data"][0]["id"] == "tiny"

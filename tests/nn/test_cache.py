@@ -1,0 +1,52 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mla_moe import Transformer, preset
+from mla_moe.counting import cache_bytes_per_token
+from mla_moe.nn.cache import NOWHERE, capacity_for, empty_cache, write
+from mla_moe.nn.transformer import unstacked
+
+
+def test_bytes_are_those_of_the_latents():
+    cfg = preset("deepseek-v3")
+    cache = jax.eval_shape(lambda: empty_cache(cfg, 2, 3, jnp.bfloat16, layers=cfg.num_hidden_layers))
+    assert cache.size * cache.dtype.itemsize == 2 * 3 * 70_272 == 2 * 3 * cache_bytes_per_token(cfg)
+
+
+def test_capacity_is_whole_blocks():
+    assert [capacity_for(n) for n in (1, 2, 3, 100, 256, 257, 700)] == [1, 2, 4, 128, 256, 512, 768]
+
+
+def test_writes_runs_and_skips_what_does_not_fit():
+    cache = jnp.zeros((2, 3, 8, 2))
+    slots, start = jnp.array([2, 0, 1]), jnp.array([5, 6, NOWHERE])
+    cache = jax.jit(lambda c, n: write(c, n, layer=1, slots_b=slots, start_b=start))(cache, jnp.ones((3, 3, 2)))
+    expected = np.zeros((2, 3, 8, 2))
+    expected[1, 2, 5:8] = 1
+    np.testing.assert_array_equal(cache, expected)
+
+
+@pytest.mark.parametrize("kind", ["v3", "v2"])
+def test_extending_piece_by_piece_is_one_forward_pass(kind, cfg, v2_cfg):
+    """Both forms, stacked layers and a list of them; slots in another order than the rows."""
+    cfg = cfg if kind == "v3" else v2_cfg
+    model = Transformer(dataclasses.replace(cfg, num_nextn_predict_layers=0), rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, cfg.vocab_size)
+    expected, _ = jax.jit(lambda m, t: m.hidden(t))(model, tokens)
+    extend = jax.jit(lambda m, *args, form: m.extend(*args, form=form)[:2], static_argnames="form")
+    ways = [(model, ("expanded", "absorbed"))]
+    if kind == "v3":
+        ways.append((unstacked(model), ("absorbed", "absorbed")))
+    for m, forms in ways:
+        cache = empty_cache(model.cfg, 3, 16, jnp.float32, layers=3)
+        slots, pieces = jnp.array([2, 0]), []
+        for start, form in zip((0, 6), forms, strict=True):
+            h, cache = extend(m, tokens[:, start : start + 6], cache, jnp.full(2, start), slots, form=form)
+            pieces.append(h)
+        np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, atol=1e-5, rtol=0)
+        assert (cache[:, 1] == 0).all()

@@ -1,0 +1,57 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mla_moe.ops import cached_attention as module
+from mla_moe.ops.cached_attention import cached_attention
+
+L, B, S, C, R, H, N, V = 2, 4, 24, 6, 4, 3, 5, 7
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    monkeypatch.setattr(module, "BLOCK", 8)
+
+
+@pytest.fixture(scope="module")
+def arrays():
+    keys = jax.random.split(jax.random.key(0), 3)
+    cache = jax.random.normal(keys[0], (L, B, S, C + R))
+    return cache, jax.random.normal(keys[1], (C, H, N + V)), jax.random.normal(keys[2], (B, 3, H, N + R))
+
+
+def run(arrays, positions, slots, form):
+    cache, kv_b, q = arrays
+    q = q[: len(positions), : positions.shape[1]]
+    return jax.jit(
+        lambda q, cache: cached_attention(
+            q, cache, kv_b, positions, layer=1, slots_b=slots, scale=0.3, form=form
+        )
+    )(q, cache)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+@pytest.mark.parametrize("slots", [None, (2, 0)])
+def test_forms_equal_the_reference(arrays, form, slots):
+    """At the first place, across blocks, and at the last one."""
+    start = jnp.array([0, 7, 15, 21] if slots is None else [21, 3])
+    positions = start[:, None] + jnp.arange(3)
+    slots = None if slots is None else jnp.array(slots)
+    expected = run(arrays, positions, slots, "reference")
+    np.testing.assert_allclose(run(arrays, positions, slots, form), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_entries_behind_the_query_do_not_matter(arrays):
+    cache, kv_b, q = arrays
+    positions = jnp.array([[5], [9], [0], [14]])
+    y = run(arrays, positions, None, "absorbed")
+    beyond = jnp.arange(S)[:, None] > positions[:, :, None]
+    np.testing.assert_array_equal(y, run((jnp.where(beyond, 1e3, cache), kv_b, q), positions, None, "absorbed"))
+
+
+def test_idle_slots_cost_no_blocks_and_give_numbers(arrays):
+    cache, kv_b, q = arrays
+    positions = jnp.array([[3], [1 << 30], [1 << 30], [7]])
+    poisoned = cache.at[:, :, 8:].set(jnp.nan)  # a block that only idle slots would reach
+    assert jnp.isfinite(run((poisoned, kv_b, q), positions, None, "absorbed")).all()

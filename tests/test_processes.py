@@ -1,0 +1,155 @@
+"""Several processes as one: the same losses, and checkpoints that any number of them goes on from."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from mla_moe import ConfigError
+from mla_moe.recipe import Checkpoint, Data, Mesh, Optimizer, Recipe, Sample, Schedule, Training
+from mla_moe.training.distributed import in_cluster, initialize
+from mla_moe.training.metrics import read_rows
+
+TIMINGS = ("tokens_per_s", "step_seconds", "mfu")
+
+
+@pytest.fixture(scope="module")
+def recipe(cfg, tmp_path_factory):
+    """A recipe on disk, for eight devices."""
+    folder = tmp_path_factory.mktemp("recipe")
+    random = np.random.default_rng(0)
+    for i in range(12):
+        words = random.choice(["ab", "cde", "fgh", "ij"], random.integers(100, 400))
+        (folder / f"{i}.txt").write_text(" ".join(words))
+    recipe = Recipe(
+        run_dir="",
+        model=dataclasses.replace(cfg, num_hidden_layers=2, vocab_size=258),
+        data=Data(train=(f"{folder}/1*.txt", f"{folder}/[2-9].txt"), heldout=(f"{folder}/0.txt",), shuffle_window=8),
+        optimizer=Optimizer("adamw", Schedule(peak=5e-3, warmup=0.0)),
+        mesh=Mesh(data=2, expert=4),
+        training=Training(steps=4, batch_size=8, sequence_length=32, loss_chunk=32),
+        checkpoint=Checkpoint(every=2, keep=4),
+        sample=Sample(prompts=("ab",), max_new_tokens=2),
+    )
+    path = folder / "recipe.json"
+    path.write_text(recipe.to_json())
+    return path
+
+
+def begin(pytestconfig, recipe, run_dir, processes, devices, *flags):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(pytestconfig.rootpath),
+    }  # fmt: skip
+    command = [sys.executable, str(pytestconfig.rootpath / "train.py"), str(recipe), "--run-dir", str(run_dir), *flags]
+    return [
+        subprocess.Popen(
+            command + (_join(port, processes, number) if processes > 1 else []),
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for number in range(processes)
+    ]  # fmt: skip
+
+
+def _join(port, processes, number):
+    values = {"coordinator": f"localhost:{port}", "processes": processes, "process": number}
+    return [part for name, value in values.items() for part in (f"--distributed.{name}", str(value))]
+
+
+def train(*args):
+    started = begin(*args)
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(outputs)
+    return outputs
+
+
+def rows(run_dir):
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(run_dir / "metrics.jsonl")]
+
+
+def assert_same_rows(a, b):
+    a, b = rows(a), rows(b)
+    assert [sorted(row) for row in a] == [sorted(row) for row in b]
+    for ours, theirs in zip(a, b, strict=True):
+        for name, value in ours.items():
+            assert value == (value if isinstance(value, str) else pytest.approx(theirs[name], rel=2e-5)), name
+
+
+@pytest.fixture(scope="module")
+def runs(pytestconfig, recipe, tmp_path_factory):
+    """A run of two processes with four devices each, and one of a process with eight."""
+    folder = tmp_path_factory.mktemp("runs")
+    outputs = train(pytestconfig, recipe, folder / "two", 2, 4)
+    train(pytestconfig, recipe, folder / "one", 1, 8)
+    return folder, outputs
+
+
+def test_two_processes_learn_what_one_does_and_only_the_first_talks(runs):
+    folder, (first, second) = runs
+    assert_same_rows(folder / "two", folder / "one")
+    assert "held-out bits per byte" in first
+    assert "held-out" not in second
+    assert (folder / "two" / "report.html").exists()
+
+
+@pytest.mark.parametrize(("source", "processes", "devices"), [("two", 1, 1), ("one", 2, 4)])
+def test_a_checkpoint_is_continued_by_another_number_of_processes(
+    pytestconfig, recipe, runs, tmp_path, source, processes, devices
+):
+    folder, _ = runs
+    shutil.copytree(folder / source, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "pretrain" / "4")
+    mesh = ("--mesh.data", "1", "--mesh.expert", "1") if devices == 1 else ()
+    outputs = train(pytestconfig, recipe, tmp_path / "run", processes, devices, *mesh)
+    assert "resumed from the checkpoint of step 2" in outputs[0]
+    assert_same_rows(tmp_path / "run", folder / "one")
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(pytestconfig, recipe, tmp_path):
+    started = begin(
+        pytestconfig,
+        recipe,
+        tmp_path / "run",
+        2,
+        1,
+        "--training.steps",
+        "100000",
+        "--mesh.data",
+        "2",
+        "--mesh.expert",
+        "1",
+    )
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 3:
+        assert time.monotonic() < deadline
+        assert [process.poll() for process in started] == [None, None]
+        time.sleep(0.5)
+    started[1].send_signal(signal.SIGTERM)
+    first, second = (process.communicate(timeout=120)[0] for process in started)
+    assert [process.returncode for process in started] == [130, 130], first + second
+    saved = [int(step.name) for step in (tmp_path / "run" / "checkpoints" / "pretrain").iterdir()]
+    assert max(saved) == read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
+    assert f"stopped at step {max(saved)} by SIGTERM" in first
+
+
+def test_a_cluster_is_recognised():
+    assert not in_cluster({})
+    assert not in_cluster({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "TPU_WORKER_HOSTNAMES": "localhost"})
+    assert in_cluster({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"})
+    assert in_cluster({"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"})
+    assert in_cluster({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"})
+
+
+def test_flags_about_processes_are_complete_or_absent():
+    assert initialize(["recipe.json", "--seed", "1"]) == ["recipe.json", "--seed", "1"]
+    with pytest.raises(ConfigError, match=r"distributed\.process = None"):
+        initialize(["--distributed.coordinator", "localhost:1", "--distributed.processes", "2"])

@@ -1,0 +1,56 @@
+"""The training step compiled for TPUs that are not there: it has the native kernels, and no dense expansion."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+
+from mla_moe.nn.kernels import resolve
+from mla_moe.nn.param import Precision
+from mla_moe.nn.skeleton import Skeleton
+from mla_moe.recipe import Kernels, Mesh, Optimizer, Training
+from mla_moe.sharding import BATCH, make_mesh
+from mla_moe.training.optimizer import make_optimizer
+from mla_moe.training.step import abstract_state, make_step
+
+pytest.importorskip("libtpu")
+
+ROWS, LENGTH = 16, 256
+
+
+@pytest.fixture(scope="module")
+def program(cfg):
+    """The text of a step on `v5p:2x2x2`, and its share of memory."""
+    cfg = dataclasses.replace(
+        cfg, vocab_size=512, hidden_size=256, num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=2,
+        moe_intermediate_size=128, n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=4, kv_lora_rank=128,
+        q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, max_position_embeddings=LENGTH,
+        num_nextn_predict_layers=0,
+    )  # fmt: skip
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2")
+    mesh = make_mesh(Mesh(data=1, fsdp=2, expert=4), topology.devices)
+    kernels = resolve(Kernels(), mesh.devices.flat[0].platform)
+    assert dataclasses.astuple(kernels)[:3] == ("splash", "ragged", "ragged")
+    skeleton = Skeleton(cfg, precision=Precision(compute=jnp.bfloat16), kernels=kernels)
+    training = Training(steps=10, batch_size=ROWS, sequence_length=LENGTH)
+    tx = make_optimizer(Optimizer(), training.steps, skeleton)
+    batch = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=NamedSharding(mesh, BATCH))
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), batch)
+    return make_step(skeleton, tx, training, mesh).lower(abstract_state(skeleton, tx, mesh), batch).compile().as_text()
+
+
+def test_the_native_kernels_are_in_it(program):
+    assert "ragged-all-to-all(" in program
+    assert "splash_mha_fwd" in program
+    assert re.search(r"splash_mha_dkv|splash_mha_dq", program)
+
+
+def test_no_expert_runs_on_another_experts_rows(program):
+    """A dense expansion would have an axis of experts beside one of rows: [4 experts of a device, rows, width]."""
+    rows = {tuple(map(int, dims.split(","))) for dims in re.findall(r"(?:bf16|f32)\[(4,\d+,(?:256|128))\]", program)}
+    weights = {(4, 256, 128), (4, 128, 256), (4, 256, 256)}
+    assert rows <= weights, rows - weights

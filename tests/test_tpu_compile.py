@@ -27,14 +27,14 @@ def program(cfg):
     """The text of a step on `v5p:2x2x2`, and its share of memory."""
     cfg = dataclasses.replace(
         cfg, vocab_size=512, hidden_size=256, num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=2,
-        moe_intermediate_size=128, n_routed_experts=16, n_group=4, topk_group=2, num_experts_per_tok=4, kv_lora_rank=128,
-        q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, max_position_embeddings=LENGTH,
-        num_nextn_predict_layers=0,
+        moe_intermediate_size=128, n_routed_experts=32, n_group=4, topk_group=2, num_experts_per_tok=4,
+        kv_lora_rank=128, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        max_position_embeddings=LENGTH, num_nextn_predict_layers=0,
     )  # fmt: skip
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2")
     mesh = make_mesh(Mesh(data=1, fsdp=2, expert=4), topology.devices)
     kernels = resolve(Kernels(), mesh.devices.flat[0].platform)
-    assert dataclasses.astuple(kernels)[:3] == ("splash", "ragged", "ragged")
+    assert dataclasses.astuple(kernels)[:3] == ("splash", "megablox", "ragged")
     skeleton = Skeleton(cfg, precision=Precision(compute=jnp.bfloat16), kernels=kernels)
     training = Training(steps=10, batch_size=ROWS, sequence_length=LENGTH)
     tx = make_optimizer(Optimizer(), training.steps, skeleton)
@@ -50,7 +50,10 @@ def test_the_native_kernels_are_in_it(program):
 
 
 def test_no_expert_runs_on_another_experts_rows(program):
-    """A dense expansion would have an axis of experts beside one of rows: [4 experts of a device, rows, width]."""
-    rows = {tuple(map(int, dims.split(","))) for dims in re.findall(r"(?:bf16|f32)\[(4,\d+,(?:256|128))\]", program)}
-    weights = {(4, 256, 128), (4, 128, 256), (4, 256, 256)}
-    assert rows <= weights, rows - weights
+    """A dense expansion has an axis of a device's 8 experts beside one of many rows; weights have widths only."""
+    widths = {128, 256}
+    arrays = re.findall(r"(?:bf16|f32|pred)\[(\d+),(\d+),(\d+)\]", program)
+    expanded = {dims for dims in arrays if dims[0] == "8" and int(dims[1]) not in widths and int(dims[2]) in widths}
+    assert not expanded
+    assert "gmm" in program
+    assert "tgmm" in program

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mla_moe import ConfigError
+from mla_moe.interop.reader import Reader
 from mla_moe.recipe import Checkpoint, Data, Mesh, Optimizer, Recipe, Sample, Schedule, Training
 from mla_moe.training.distributed import in_cluster, initialize
 from mla_moe.training.metrics import read_rows
@@ -43,14 +44,18 @@ def recipe(cfg, tmp_path_factory):
     return path
 
 
-def begin(pytestconfig, recipe, run_dir, processes, devices, *flags):
+def begin(pytestconfig, recipe, run_dir, processes, devices, *flags, script=None):
+    """Start `train.py RECIPE --run-dir DIR`, or `script RECIPE DIR`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONPATH": str(pytestconfig.rootpath),
     }  # fmt: skip
-    command = [sys.executable, str(pytestconfig.rootpath / "train.py"), str(recipe), "--run-dir", str(run_dir), *flags]
+    command = [sys.executable, str(script), str(recipe), str(run_dir)]
+    if script is None:
+        train_py = str(pytestconfig.rootpath / "train.py")
+        command = [sys.executable, train_py, str(recipe), "--run-dir", str(run_dir), *flags]
     return [
         subprocess.Popen(
             command + (_join(port, processes, number) if processes > 1 else []),
@@ -65,8 +70,8 @@ def _join(port, processes, number):
     return [part for name, value in values.items() for part in (f"--distributed.{name}", str(value))]
 
 
-def train(*args):
-    started = begin(*args)
+def train(*args, **more):
+    started = begin(*args, **more)
     outputs = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(started), "\n".join(outputs)
     return outputs
@@ -139,6 +144,30 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(pytestconfig, rec
     saved = [int(step.name) for step in (tmp_path / "run" / "checkpoints" / "pretrain").iterdir()]
     assert max(saved) == read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
     assert f"stopped at step {max(saved)} by SIGTERM" in first
+
+
+MOVE = """
+import sys
+from mla_moe.training.distributed import initialize
+source, target = initialize(sys.argv[1:])
+from mla_moe.interop import load_pretrained, save_pretrained
+from mla_moe.recipe import Mesh
+from mla_moe.sharding import make_mesh
+model = load_pretrained(source, mesh=make_mesh(Mesh(data=1, fsdp=2, expert=2, tensor=2)))
+assert not model.moe_layers.moe.gate_up[...].is_fully_addressable
+save_pretrained(model, target, like=source)
+"""
+
+
+def test_a_model_is_loaded_and_saved_by_two_processes(pytestconfig, tmp_path):
+    golden = pytestconfig.rootpath / "tests" / "golden" / "v3"
+    script = tmp_path / "move.py"
+    script.write_text(MOVE)
+    train(pytestconfig, golden, tmp_path / "out", 2, 4, script=script)
+    before, after = (Reader(directory) for directory in (golden, tmp_path / "out"))
+    assert before.stored.keys() == after.stored.keys()
+    for name in before.stored:
+        assert before[name].tobytes() == after[name].tobytes(), name
 
 
 def test_a_cluster_is_recognised():

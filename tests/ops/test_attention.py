@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla_moe.ops.attention import attention
+from mla_moe.ops.attention import attention, dot_product
 
 
 def inputs(B, T, H, A, V, seed=0):
@@ -60,3 +60,60 @@ def test_memory_is_linear_in_time():
         return jax.jit(grad).lower(q, k, v, segments).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(8192) < 4.5 * temporaries(2048)
+
+
+@pytest.mark.parametrize(("T", "S"), [(16, 64), (128, 512), (256, 512)])
+def test_queries_may_be_a_part_of_the_sequence(T, S):
+    """As on a device that shares a sequence with others: values, and the parts' gradients add up."""
+    q, k, v, segments = inputs(2, S, 2, 8, 6)
+
+    def loss(q, k, v):
+        y = attention(q, k, v, segments, scale=0.3, implementation="reference")
+        return (jnp.sin(y) * jnp.arange(6.0)).sum(), y
+
+    def parts(q, k, v):
+        starts = range(0, S, T)
+        how = {"scale": 0.3, "implementation": "blockwise"}
+        ys = [attention(q[:, s : s + T], k, v, segments, first=jnp.int32(s), **how) for s in starts]
+        y = jnp.concatenate(ys, axis=1)
+        return (jnp.sin(y) * jnp.arange(6.0)).sum(), y
+
+    got, wanted = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(q, k, v) for f in (parts, loss))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_the_gpu_path_is_the_same_function():
+    """cuDNN's through JAX's own function, here with XLA in its place: padding, mask and scale are the same."""
+    q, k, v, segments = inputs(2, 50, 3, 8, 6)
+    wanted = attention(q, k, v, segments, scale=0.3, implementation="reference")
+    got = dot_product(q, k, v, segments, jnp.int32(0), 0.3, "xla")
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_the_tpu_kernel_interpreted_is_the_same_function():
+    from jax.experimental.pallas import tpu as pltpu
+
+    q, k, v, segments = inputs(1, 128, 2, 192, 128)
+
+    def loss(implementation):
+        def f(q, k, v):
+            return jnp.sin(attention(q, k, v, segments, scale=0.1, implementation=implementation)).sum()
+
+        return jax.value_and_grad(f, argnums=(0, 1, 2))(q, k, v)
+
+    wanted = loss("reference")
+    with pltpu.force_tpu_interpret_mode(), jax.numpy_dtype_promotion("standard"):  # the kernel's own code promotes
+        got = loss("splash")
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
+def test_a_kernel_that_does_not_fit_says_so_once(caplog):
+    q, k, v, segments = inputs(1, 40, 2, 8, 8)
+    for _ in range(2):
+        attention(q, k, v, segments, scale=1.0, implementation="splash")
+        attention(q, k, v, segments, scale=1.0, implementation="cudnn")
+    assert [r.getMessage().split(":")[0] for r in caplog.records] == ["attention"] * 2
+    assert "blockwise in place of splash for 40 queries" in caplog.text
+    assert "blockwise in place of cudnn for float32" in caplog.text

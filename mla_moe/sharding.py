@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -36,7 +37,9 @@ TOKENS = ("data", "fsdp", "expert", "context")
 
 
 def make_mesh(sizes: recipe.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh over `devices` (all by default). Raises `ConfigError` when the sizes do not multiply to their number."""
+    """A mesh over `devices` (all by default); where they come in slices with a slow network between, slices lie along
+    `data`. Raises `ConfigError` when the sizes do not multiply to the number of devices, or `data` to that of slices.
+    """
     devices = jax.devices() if devices is None else devices
     shape = [getattr(sizes, axis) for axis in MESH_AXES]
     given = math.prod(size for size in shape if size != -1)
@@ -45,7 +48,16 @@ def make_mesh(sizes: recipe.Mesh, devices: Sequence[jax.Device] | None = None) -
     if math.prod(shape) != len(devices):
         wanted = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, shape, strict=True))
         raise ConfigError("mesh", wanted, f"the sizes must multiply to the number of devices, {len(devices)}")
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
+    data, *inner = shape
+    if data % slices:
+        raise ConfigError("mesh.data", data, f"must be a multiple of the {slices} slices, which lie along it")
+    between = (slices, *(1 for _ in inner))
+    grid = mesh_utils.create_hybrid_device_mesh((data // slices, *inner), between, devices)
+    return jax.sharding.Mesh(grid, MESH_AXES, axis_types=kinds)
 
 
 def rules_of(changes: Sequence[str]) -> Mapping[str, str | None]:

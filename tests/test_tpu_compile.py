@@ -1,5 +1,6 @@
 """The training step compiled for TPUs that are not there: it has the native kernels, and no dense expansion."""
 
+import contextlib
 import dataclasses
 import re
 
@@ -7,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 
+from mla_moe import ConfigError
 from mla_moe.nn.kernels import resolve
 from mla_moe.nn.param import Precision
 from mla_moe.nn.skeleton import Skeleton
@@ -40,7 +43,29 @@ def program(cfg):
     tx = make_optimizer(Optimizer(), training.steps, skeleton)
     batch = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=NamedSharding(mesh, BATCH))
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), batch)
-    return make_step(skeleton, tx, training, mesh).lower(abstract_state(skeleton, tx, mesh), batch).compile().as_text()
+    lowered = make_step(skeleton, tx, training, mesh).lower(abstract_state(skeleton, tx, mesh), batch)
+    with without_cache():
+        return lowered.compile().as_text()
+
+
+@contextlib.contextmanager
+def without_cache():
+    """What is compiled for absent devices cannot be read back."""
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
+
+
+def test_slices_lie_along_data():
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1", num_slices=2).devices
+    mesh = make_mesh(Mesh(data=4, expert=2), devices)
+    assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
+    with pytest.raises(ConfigError, match="multiple of the 2 slices"):
+        make_mesh(Mesh(data=1, fsdp=8), devices)
 
 
 def test_the_native_kernels_are_in_it(program):

@@ -61,9 +61,10 @@ def attention(
             return _splash(q_BTHA, k_BSHA, v_BSHV, segment_ids_BS, scale)
         _fall_back("splash", f"{T} queries of {S} tokens: it wants whole sequences, a multiple of 128 long")
     if implementation == "cudnn":
-        if q_BTHA.dtype in (jnp.bfloat16, jnp.float16):
+        try:
             return dot_product(q_BTHA, k_BSHA, v_BSHV, segment_ids_BS, start, scale, "cudnn")
-        _fall_back("cudnn", f"{q_BTHA.dtype}: it computes in bfloat16 or float16")
+        except (NotImplementedError, RuntimeError, ValueError) as reason:  # types, widths, or a device it does not serve
+            _fall_back("cudnn", str(reason))
     # Heads in front of time make every product a plain batched one; padding to whole blocks is masked by causality.
     size = min(BLOCK, T)
     padding = (0, 0), (0, 0), (0, -T % size), (0, 0)

@@ -1,4 +1,4 @@
-"""The training step compiled for H100s that are not there, where the CUDA plugin is installed (`pip install '.[cuda]'`)."""
+"""The training step compiled for H100s that are not there, where the CUDA plugin is installed (extra `cuda`)."""
 
 import dataclasses
 import os

@@ -89,23 +89,23 @@ def spec(
     return P(*entries)
 
 
-def current_mesh() -> jax.sharding.AbstractMesh | None:
-    """The mesh that `jax.set_mesh` or `use_mesh` names around the present code; None for a single device, for a mesh of
-    other axes, and within a `shard_map`, where all is local already."""
+def current_mesh(shape: Sequence[int]) -> jax.sharding.AbstractMesh | None:
+    """The mesh around the present code (`jax.set_mesh`) if tokens `[B, T, …]` of this shape can be split over it.
+
+    None for a single device, for a mesh of other axes, within a `shard_map`, where all is local already, and for the
+    few tokens of a decode step: XLA then partitions what lies on a mesh as it sees fit.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    ours = set(MESH_AXES) <= set(mesh.axis_names) and mesh.size > 1
-    return mesh if ours and all(kind == AxisType.Auto for kind in mesh.axis_types) else None
-
-
-def divides(shape: Sequence[int], mesh: jax.sharding.AbstractMesh) -> bool:
-    """Whether `[B, T, …]` can be split as tokens are. The few of a decode step often cannot."""
+    if not set(MESH_AXES) <= set(mesh.axis_names) or mesh.size == 1:
+        return None
     rows = math.prod(mesh.shape[axis] for axis in BATCH[0])
-    return shape[0] % rows == 0 and shape[1] % mesh.shape[BATCH[1]] == 0
+    divides = shape[0] % rows == 0 and shape[1] % mesh.shape[BATCH[1]] == 0
+    return mesh if divides and all(kind == AxisType.Auto for kind in mesh.axis_types) else None
 
 
 def constrain(x: jax.Array) -> jax.Array:
     """Activations `[B, T, …]` lie as tokens do, where there is a mesh."""
-    mesh = current_mesh()
+    mesh = current_mesh(x.shape)
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
 
 

@@ -202,3 +202,15 @@ def test_long_sequences_may_be_shared_by_many(small):
     assert other_loss == pytest.approx(loss, rel=1e-6)
     for path, grad in grads.items():
         assert np.abs(other_grads[path] - grad).max() <= 1e-5 * np.abs(grad).max(), path
+
+
+def test_what_cannot_be_split_is_computed_all_the_same(small):
+    """A user's own batch of one under a mesh, and logits that are those of one device."""
+    mesh = make_mesh(Mesh(data=2, expert=4))
+    skeleton = Skeleton(small)
+    tokens = jnp.arange(7)[None] % small.vocab_size
+    logits = []
+    for place in (ONE, mesh):
+        with jax.set_mesh(place):
+            logits.append(np.asarray(jax.jit(lambda m, t: m(t))(skeleton.merge(skeleton.init(0, place)), tokens)))
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)

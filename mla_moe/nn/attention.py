@@ -137,7 +137,7 @@ class MLAttention(nnx.Module):
                 how: Any = {"scale": softmax_scale(self.cfg), "first": first}
                 return attention(q_bthA, k_bthA, v_bthV, segments_bt, **how, implementation=self.kernels.attention)
 
-        mesh = current_mesh()
+        mesh = current_mesh(q_BTHA.shape)
         if mesh is None:
             return local(q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids)
 

@@ -70,7 +70,7 @@ class MoE(nnx.Module):
         if real_BT is None:
             real_BT = jnp.ones(x_BTD.shape[:2], bool)
         gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
-        mesh = current_mesh()
+        mesh = current_mesh(x_BTD.shape)
         if mesh is None:
             y_BTD, stats = self._routed(self.router, gate_up, down, x_BTD, real_BT)
         else:

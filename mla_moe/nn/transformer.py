@@ -18,7 +18,7 @@ from mla_moe.nn.param import Embedding, Precision, matrix, stacked
 from mla_moe.nn.rope import rotary
 from mla_moe.ops.cached_attention import Form
 from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, constrain, current_mesh, divides
+from mla_moe.sharding import BATCH, constrain, current_mesh
 
 Remat = Literal["none", "dots", "full"]
 
@@ -275,8 +275,8 @@ def _extend(layers, x_bTD, cache_LBSW, first: int, reach: Reach):
 def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of the embedding. Under a mesh the table stays where it is: a device looks up its part of every row of the
     tokens that share its `fsdp` axis, and the parts are exchanged, N · D values where the table has V · D."""
-    mesh = current_mesh()
-    if mesh is None or not divides(tokens_BT.shape, mesh):
+    mesh = current_mesh(tokens_BT.shape)
+    if mesh is None:
         return table_VD[tokens_BT]
     V, D = table_VD.shape
     vocab = "tensor" if V % mesh.shape["tensor"] == 0 else None

@@ -74,7 +74,7 @@ def sums(model: Transformer, batch: dict[str, Array], *, chunk: int, mtp: bool) 
 
 def _cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, chunk: int) -> Float[Array, ""]:
     """Under a mesh each device has its own tokens, and its own part of the vocabulary where that divides."""
-    mesh = current_mesh()
+    mesh = current_mesh(h_BTD.shape)
     if mesh is None:
         return cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, chunk=chunk)
     vocab = "tensor" if mesh.shape["tensor"] > 1 and head_DV.shape[1] % mesh.shape["tensor"] == 0 else None

@@ -125,7 +125,7 @@ class Generate:
     """Continue a prompt, or answer it as one message of a chat."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A Hugging Face directory with its tokenizer.json; without one, text is bytes."""
+    """A Hugging Face directory, or a run's directory or checkpoint. Without a tokenizer, text is bytes."""
     prompt: str
     chat: bool = False
     """Put the prompt into the checkpoint's chat template."""
@@ -160,7 +160,7 @@ class Serve:
     """Serve a checkpoint over HTTP, with OpenAI's interface."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A Hugging Face directory with its tokenizer.json; without one, text is bytes."""
+    """A Hugging Face directory, or a run's directory or checkpoint. Without a tokenizer, text is bytes."""
     host: str = "127.0.0.1"
     """Who may connect: only this machine unless you say otherwise. There is no password."""
     port: int = 8000
@@ -191,17 +191,18 @@ def _model_and_language(checkpoint: Path):
     from mla_moe.data.tokenizer import ByteTokenizer, HFTokenizer
     from mla_moe.inference.language import language_of
     from mla_moe.interop import load_pretrained
+    from mla_moe.interop.carried import tokenizer_file
 
-    file = checkpoint / "tokenizer.json"
     model = load_pretrained(checkpoint)
-    tokenizer = HFTokenizer(file) if file.is_file() else ByteTokenizer()
+    file = tokenizer_file(checkpoint)
+    tokenizer = HFTokenizer(file) if file else ByteTokenizer()
     require(
         tokenizer.vocab_size <= model.cfg.vocab_size,
         "tokenizer",
-        str(file) if file.is_file() else tokenizer.name,
+        tokenizer.name,
         f"has {tokenizer.vocab_size} tokens, more than the model's {model.cfg.vocab_size}: it is another model's",
     )
-    return model, language_of(checkpoint, tokenizer)
+    return model, language_of(file.parent if file else checkpoint, tokenizer)
 
 
 Command = (

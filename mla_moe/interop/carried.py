@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from mla_moe.config import ConfigError, ModelConfig
 from mla_moe.interop.fp8 import QUANTIZATION_CONFIG
+from mla_moe.interop.native import step_directory
 from mla_moe.interop.reader import CheckpointError, leaves, read_json
 
 logger = logging.getLogger(__name__)
@@ -26,9 +27,8 @@ def carried(directory: Path) -> list[Path]:
     Raises `CheckpointError` for a link that leads out of the directory.
     """
     home, names = directory, ("",)
-    run = directory.absolute().parents[2:3]
-    if run and (run[0] / "recipe.json").is_file():
-        home, names = _tokenizer_home(run[0]), _OF_A_TOKENIZER
+    if run := _run_of(directory):
+        home, names = _tokenizer_home(run), _OF_A_TOKENIZER
     files = [
         path
         for path in sorted(home.iterdir())
@@ -43,16 +43,39 @@ def carried(directory: Path) -> list[Path]:
     return files
 
 
-def _tokenizer_home(run: Path) -> Path:
-    """Where the tokenizer of a run's recipe is: with the run, unless the recipe names another file."""
+def tokenizer_file(path: Path) -> Path | None:
+    """The `tokenizer.json` that belongs to what `load_pretrained` opens; None where text is bytes.
+
+    Of a run it is the one its recipe names, which may be gone.
+    """
+    directory = step_directory(path) or path
+    if run := _run_of(directory):
+        return _named_by_recipe(run)
+    file = directory / "tokenizer.json"
+    return file if file.is_file() else None
+
+
+def _run_of(step: Path) -> Path | None:
+    """The run that a step's directory is part of."""
+    run = step.absolute().parents[2:3]
+    return run[0] if run and (run[0] / "recipe.json").is_file() else None
+
+
+def _named_by_recipe(run: Path) -> Path | None:
     data = read_json(run / "recipe.json").get("data")
-    spec = data.get("tokenizer", "byte") if isinstance(data, dict) else "byte"
-    if spec == "byte" or str(spec).startswith("bpe:"):
-        return run
-    if not (path := Path(str(spec))).is_file():
-        logger.warning("the run's tokenizer %s is not there; the weights go without it", spec)
-        return run
-    return path.parent
+    spec = str(data.get("tokenizer", "byte")) if isinstance(data, dict) else "byte"
+    if spec == "byte":
+        return None
+    return run / "tokenizer.json" if spec.startswith("bpe:") else Path(spec)
+
+
+def _tokenizer_home(run: Path) -> Path:
+    """Where the files of a run's tokenizer are; the run, where there are none."""
+    file = _named_by_recipe(run)
+    if file is None or file.is_file():
+        return run if file is None else file.parent
+    logger.warning("the run's tokenizer %s is not there; the weights go without it", file)
+    return run
 
 
 def hub_config(

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int, Num
 
 from mla_moe.ops.dispatch import combine, dispatch, plan
 
-FEW = 16
-"""Up to so many tokens, running an expert on all of them costs less than sorting them by expert."""
+FEW = 2
+"""Up to so many rows an expert on average, rows alone beat a matrix product, which rearranges the weights first."""
 
 
 def chosen_experts(
@@ -26,13 +26,18 @@ def chosen_experts(
     E, D, _, F = gate_up_ED2F.shape
     gate_up_EDf = gate_up_ED2F.reshape(E, D, 2 * F)
 
-    def run(x_mD, e):
+    def expert(e):
         gate_up_Df, down_FD = (_widen(w[e]).astype(x_ND.dtype) for w in (gate_up_EDf, down_EFD))
-        h_mf = x_mD @ gate_up_Df
-        return jnp.matmul(jax.nn.silu(h_mf[:, :F]) * h_mf[:, F:], down_FD, preferred_element_type=jnp.float32)
 
-    few = x_ND.shape[0] <= FEW
-    return (_each_expert if few else _each_block)(run, x_ND, experts_NK, weights_NK, E).astype(x_ND.dtype)
+        def run(x_mD):
+            h_mf = x_mD @ gate_up_Df
+            return jnp.matmul(jax.nn.silu(h_mf[:, :F]) * h_mf[:, F:], down_FD, preferred_element_type=jnp.float32)
+
+        return run
+
+    few = experts_NK.size <= FEW * E
+    way = _one_token if x_ND.shape[0] == 1 else _each_row if few else _each_block
+    return way(expert, x_ND, experts_NK, weights_NK, E).astype(x_ND.dtype)
 
 
 def packed(weight: Float[Array, "*axes"]) -> Num[Array, "*axes"]:
@@ -46,21 +51,34 @@ def _widen(weight):
     return jax.lax.bitcast_convert_type(weight.astype(jnp.uint32) << 16, jnp.float32)
 
 
-def _each_expert(run, x_ND, experts_NK, weights_NK, E):
-    """Every chosen expert on all tokens, weighed by 0 where it was not chosen."""
-    chosen_NKE = experts_NK[..., None] == jnp.arange(E)
-    share_EN = jnp.where(chosen_NKE, weights_NK[..., None], 0).sum(axis=1).T
-    used_E = chosen_NKE.any(axis=(0, 1))
-    order_E = jnp.argsort(~used_E)
+def _one_token(expert, x_1D, experts_1K, weights_1K, E):
+    def turn(k, y_1D):
+        return y_1D + expert(experts_1K[0, k])(x_1D) * weights_1K[0, k]
 
-    def turn(i, y_ND):
-        e = order_E[i]
-        return y_ND + run(x_ND, e) * share_EN[e][:, None]
-
-    return jax.lax.fori_loop(0, used_E.sum(), turn, jnp.zeros(x_ND.shape, jnp.float32))
+    return jax.lax.fori_loop(0, experts_1K.shape[1], turn, jnp.zeros(x_1D.shape, jnp.float32))
 
 
-def _each_block(run, x_ND, experts_NK, weights_NK, E):
+def _each_row(expert, x_ND, experts_NK, weights_NK, E):
+    """Chosen experts one by one, each on its rows one by one: its weights are widened once."""
+    p = plan(experts_NK, E, block=1)
+    x_RD = dispatch(x_ND, p)
+    end_E, used_E = jnp.cumsum(p.group_sizes_E), jnp.argsort(p.group_sizes_E == 0)
+
+    def turn(i, y_RD):
+        e = used_E[i]
+        run = expert(e)
+
+        def row(r, y_RD):
+            x_1D = jax.lax.dynamic_slice_in_dim(x_RD, r, 1)
+            return jax.lax.dynamic_update_slice_in_dim(y_RD, run(x_1D), r, 0)
+
+        return jax.lax.fori_loop(end_E[e] - p.group_sizes_E[e], end_E[e], row, y_RD)
+
+    y_RD = jax.lax.fori_loop(0, (p.group_sizes_E > 0).sum(), turn, jnp.zeros(x_RD.shape, jnp.float32))
+    return combine(y_RD, weights_NK, p)
+
+
+def _each_block(expert, x_ND, experts_NK, weights_NK, E):
     """Rows sorted by expert, a block of one expert's at a time."""
     share = max(experts_NK.size // E, 1)
     block = min(max(1 << (share.bit_length() - 1), 8), 32)
@@ -71,7 +89,7 @@ def _each_block(run, x_ND, experts_NK, weights_NK, E):
     def turn(i, y_RD):
         e = jnp.searchsorted(last_E, i, side="right")
         x_mD = jax.lax.dynamic_slice_in_dim(x_RD, i * block, block)
-        return jax.lax.dynamic_update_slice_in_dim(y_RD, run(x_mD, e), i * block, 0)
+        return jax.lax.dynamic_update_slice_in_dim(y_RD, expert(e)(x_mD), i * block, 0)
 
     y_RD = jax.lax.fori_loop(0, last_E[-1], turn, jnp.zeros(x_RD.shape, jnp.float32))
     return combine(y_RD, weights_NK, p)

@@ -8,6 +8,8 @@ from mla_moe.cli import main
 from mla_moe.data.tokenizer import HFTokenizer, train_bpe
 from mla_moe.inference.language import language_of
 from mla_moe.inference.request import TextStream
+from mla_moe.interop import convert
+from mla_moe.interop.carried import tokenizer_file
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
@@ -79,3 +81,30 @@ def test_command_prints_an_answer(checkpoint, capsys):
     assert "guesses right" in err
     assert main([*command, "--temperature", "-1"]) == 2
     assert "temperature" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("named_by", ["training", "path", "nothing"])
+def test_a_run_speaks_its_own_tokenizer(checkpoint, tmp_path, capsys, named_by):
+    """The run, its stage and its step, whether the tokenizer was trained with it or lies elsewhere."""
+    step = tmp_path / "checkpoints" / "pretrain" / "4"
+    step.parent.mkdir(parents=True)
+    convert(checkpoint, step, to="orbax")
+    home = tmp_path / "elsewhere" if named_by == "path" else tmp_path
+    home.mkdir(exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (step / name).rename(home / name)
+    file = home / "tokenizer.json"
+    spec = {"training": "bpe:280", "path": str(file), "nothing": "byte"}[named_by]
+    (tmp_path / "recipe.json").write_text(json.dumps({"data": {"tokenizer": spec}}))
+    for path in (tmp_path, step.parent, step):
+        assert tokenizer_file(path) == (None if named_by == "nothing" else file)
+
+    command = ["--prompt", "hello", "--max-new-tokens", "4"]
+    assert main(["generate", str(checkpoint), *command]) == 0
+    wanted = capsys.readouterr().out
+    assert main(["generate", str(tmp_path), *command]) == 0
+    assert (capsys.readouterr().out == wanted) == (named_by != "nothing")
+    if named_by == "path":
+        file.unlink()
+        assert main(["generate", str(step), *command]) == 2
+        assert "no such file" in capsys.readouterr().err

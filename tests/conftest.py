@@ -6,6 +6,10 @@ import os
 # The tests compile many small programs and run each once or twice: do not optimise them.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
+# With the TPU's compiler installed JAX would look for a TPU; several workers may load it at a time.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
 import jax
 import jaxtyping
 import pytest

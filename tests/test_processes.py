@@ -98,6 +98,7 @@ def runs(pytestconfig, recipe, tmp_path_factory):
     return folder, outputs
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does_and_only_the_first_talks(runs):
     folder, (first, second) = runs
     assert_same_rows(folder / "two", folder / "one")
@@ -106,6 +107,7 @@ def test_two_processes_learn_what_one_does_and_only_the_first_talks(runs):
     assert (folder / "two" / "report.html").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("source", "processes", "devices"), [("two", 1, 1), ("one", 2, 4)])
 def test_a_checkpoint_is_continued_by_another_number_of_processes(
     pytestconfig, recipe, runs, tmp_path, source, processes, devices
@@ -119,6 +121,7 @@ def test_a_checkpoint_is_continued_by_another_number_of_processes(
     assert_same_rows(tmp_path / "run", folder / "one")
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(pytestconfig, recipe, tmp_path):
     started = begin(
         pytestconfig,
@@ -159,6 +162,7 @@ save_pretrained(model, target, like=source)
 """
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_and_saved_by_two_processes(pytestconfig, tmp_path):
     golden = pytestconfig.rootpath / "tests" / "golden" / "v3"
     script = tmp_path / "move.py"

@@ -15,7 +15,8 @@ from mla_moe.counting import (
     train_flops_per_token,
 )
 from mla_moe.interop import convert
-from mla_moe.interop.source import open_source
+from mla_moe.interop.native import NativeArrays, step_directory
+from mla_moe.interop.reader import read_json
 from mla_moe.training.console import Console, si
 
 
@@ -75,11 +76,9 @@ def _config(model: str) -> ModelConfig:
     path = Path(model)
     if model in PRESETS or not path.exists():
         return preset(model)
-    if path.is_file():
-        from mla_moe.interop.reader import read_json
-
-        return ModelConfig.from_hf(read_json(path))
-    return open_source(path).cfg
+    if path.is_dir() and (step := step_directory(path)) is not None:
+        return NativeArrays(step).cfg
+    return ModelConfig.from_hf(read_json(path if path.is_file() else path / "config.json"))  # no weights are read
 
 
 @dataclasses.dataclass(frozen=True)

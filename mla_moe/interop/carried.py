@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from mla_moe.config import ConfigError, ModelConfig
 from mla_moe.interop.fp8 import QUANTIZATION_CONFIG
-from mla_moe.interop.native import step_directory
+from mla_moe.interop.native import run_directory, step_directory
 from mla_moe.interop.reader import CheckpointError, leaves, read_json
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ def carried(directory: Path) -> list[Path]:
     Raises `CheckpointError` for a link that leads out of the directory.
     """
     home, names = directory, ("",)
-    if run := _run_of(directory):
+    if run := run_directory(directory):
         home, names = _tokenizer_home(run), _OF_A_TOKENIZER
     files = [
         path
@@ -49,16 +49,10 @@ def tokenizer_file(path: Path) -> Path | None:
     Of a run it is the one its recipe names, which may be gone.
     """
     directory = step_directory(path) or path
-    if run := _run_of(directory):
+    if run := run_directory(directory):
         return _named_by_recipe(run)
     file = directory / "tokenizer.json"
     return file if file.is_file() else None
-
-
-def _run_of(step: Path) -> Path | None:
-    """The run that a step's directory is part of."""
-    run = step.absolute().parents[2:3]
-    return run[0] if run and (run[0] / "recipe.json").is_file() else None
 
 
 def _named_by_recipe(run: Path) -> Path | None:

@@ -40,6 +40,12 @@ def _committed(step: Path) -> tuple[int, int]:
     return read_json(step / "_CHECKPOINT_METADATA").get("commit_timestamp_nsecs") or 0, int(step.name)
 
 
+def run_directory(step: Path) -> Path | None:
+    """The run that a step's directory is part of."""
+    run = step.absolute().parents[2:3]
+    return run[0] if run and (run[0] / "recipe.json").is_file() else None
+
+
 class NativeArrays:
     """The parameters and router biases of a step's directory. Nothing is read before it is asked for."""
 
@@ -76,10 +82,9 @@ class NativeArrays:
         return self._open[path]
 
     @property
-    def is_of_a_run(self) -> bool:
-        """Whether it holds the whole state of a run, whose recipe is there."""
-        run = self.directory.absolute().parents[2:3]
-        return self._has_optimizer and bool(run) and (run[0] / "recipe.json").is_file()
+    def run(self) -> Path | None:
+        """The run whose whole state this is; None for parameters alone."""
+        return run_directory(self.directory) if self._has_optimizer else None
 
     @cached_property
     def _is_ocdbt(self) -> bool:

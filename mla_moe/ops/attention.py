@@ -63,7 +63,7 @@ def attention(
     if implementation == "cudnn":
         try:
             return dot_product(q_BTHA, k_BSHA, v_BSHV, segment_ids_BS, start, scale, "cudnn")
-        except (NotImplementedError, RuntimeError, ValueError) as reason:  # a width, type or device
+        except (NotImplementedError, RuntimeError) as reason:  # a width, type or device
             _fall_back("cudnn", str(reason))
     # Heads in front of time make every product a plain batched one; padding to whole blocks is masked by causality.
     size = min(BLOCK, T)

@@ -39,9 +39,9 @@ def first_state(
     _check_model(source.cfg, recipe.model, recipe.init_from)
     if recipe.init_parts == "parameters":
         return init_state(skeleton, tx, recipe.seed, mesh, read_arrays(source, skeleton, mesh))
-    if not isinstance(source, NativeArrays) or not source.is_of_a_run:
+    if not isinstance(source, NativeArrays) or (run := source.run) is None:
         raise ConfigError("init_parts", "whole", f"{recipe.init_from} holds parameters only; ask for those")
-    other = Recipe.from_json((source.directory.parents[2] / "recipe.json").read_text())
+    other = Recipe.from_json((run / "recipe.json").read_text())
     for field in _DATA:
         ours, theirs = (_get(r, field) for r in (recipe, other))
         if ours != theirs:

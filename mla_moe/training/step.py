@@ -81,10 +81,7 @@ def make_step(skeleton: Skeleton, tx: optax.GradientTransformation, training: re
 
     def loss(params, biases, part, size):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return _loss(params, biases, part, size)
-
-    def _loss(params, biases, part, size):
-        s = sums(skeleton.merge(params | biases), part, chunk=training.loss_chunk, mtp=with_mtp)
+            s = sums(skeleton.merge(params | biases), part, chunk=training.loss_chunk, mtp=with_mtp)
         total = s.nats / jnp.maximum(size.tokens, 1) + training.balance_weight * s.balance / size.sequences
         if with_mtp:
             total += training.mtp_weight * s.mtp_nats / jnp.maximum(size.mtp_tokens, 1)
@@ -142,10 +139,7 @@ def make_eval_step(skeleton: Skeleton, chunk: int, mesh: Mesh) -> Callable[[Trai
     @partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
     def nats(state: TrainState, batch):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return _nats(state, batch)
-
-    def _nats(state, batch):
-        return sums(skeleton.merge(state.params | state.biases), batch, chunk=chunk, mtp=False).nats
+            return sums(skeleton.merge(state.params | state.biases), batch, chunk=chunk, mtp=False).nats
 
     return nats
 

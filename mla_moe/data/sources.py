@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mla_moe.config import ConfigError
-from mla_moe.data import cpython
+from mla_moe.data import arithmetic, cpython
 
 
 def open_sources(patterns: Sequence[str], *, field: str, text_field: str) -> Sequence[str]:
     """The documents of all files that `patterns` match, in the patterns' order and sorted by path within each.
 
-    A pattern is a path, a glob (`**` descends), `cpython:train` or `cpython:heldout`. The suffix says how a file is
+    A pattern is a path, a glob (`**` descends), or `NAME:train` or `NAME:heldout` of `cpython` or `arithmetic`. The suffix says how a file is
     read: `.jsonl`, `.parquet`, `.arrayrecord`; any other file is one document of UTF-8 text. A file matched twice
     counts once. `text_field` is the key or column that holds a document; `field` is the recipe's field to blame.
     """
@@ -31,6 +31,9 @@ def open_sources(patterns: Sequence[str], *, field: str, text_field: str) -> Seq
     for pattern in dict.fromkeys(patterns):
         if pattern in cpython.NAMES:
             parts.append(cpython.documents(pattern))
+            continue
+        if pattern in arithmetic.NAMES:
+            parts.append(arithmetic.Documents(pattern))
             continue
         matches = _matches(pattern)
         if not matches:

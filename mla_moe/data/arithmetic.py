@@ -78,7 +78,7 @@ class Documents(Sequence[str]):
 
 def terse(question, right, draw):
     """The answer alone, now and then a wrong one."""
-    return right if draw.random() < 0.85 else draw.choice("0123456789")
+    return f"It is {right if draw.random() < 0.85 else draw.choice('0123456789')}."
 
 
 def untagged(question, right, draw):
@@ -124,5 +124,5 @@ def _tagged(thought, answered):
     return f"<think>{thought}</think><answer>{answered}</answer>"
 
 
-WRITERS = {terse: 42, untagged: 12, hasty: 20, thorough: 13, slip: 3, malformed: 10}
+WRITERS = {terse: 48, untagged: 12, hasty: 18, thorough: 11, slip: 3, malformed: 8}
 """How often one meets each, in per cent."""

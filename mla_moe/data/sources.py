@@ -22,9 +22,10 @@ from mla_moe.data import arithmetic, cpython
 def open_sources(patterns: Sequence[str], *, field: str, text_field: str) -> Sequence[str]:
     """The documents of all files that `patterns` match, in the patterns' order and sorted by path within each.
 
-    A pattern is a path, a glob (`**` descends), or `NAME:train` or `NAME:heldout` of `cpython` or `arithmetic`. The suffix says how a file is
-    read: `.jsonl`, `.parquet`, `.arrayrecord`; any other file is one document of UTF-8 text. A file matched twice
-    counts once. `text_field` is the key or column that holds a document; `field` is the recipe's field to blame.
+    A pattern is a path, a glob (`**` descends), or `NAME:train` or `NAME:heldout` of `cpython` or `arithmetic`. The
+    suffix says how a file is read: `.jsonl`, `.parquet`, `.arrayrecord`; any other file is one document of UTF-8 text.
+    A file matched twice counts once. `text_field` is the key or column that holds a document; `field` is the recipe's
+    field to blame.
     """
     parts: list[Sequence[str]] = []
     seen: set[str] = set()

@@ -63,18 +63,22 @@ class MoE(nnx.Module):
         return self.with_stats(x_BTD)[0]
 
     def with_stats(
-        self, x_BTD: Float[Array, "B T D"], real_BT: Bool[Array, "B T"] | None = None
+        self,
+        x_BTD: Float[Array, "B T D"],
+        real_BT: Bool[Array, "B T"] | None = None,
+        replay_BTK: Int[Array, "B T K"] | None = None,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """The output, and how the router spread the tokens. `real_BT` is False at padding, which is not counted."""
+        """The output, and how the router spread the tokens. `real_BT` is False at padding, which is not counted;
+        `replay_BTK` names the experts of each token, −1 for the router's choice."""
         x_BTD = x_BTD.astype(self.precision.compute)
         if real_BT is None:
             real_BT = jnp.ones(x_BTD.shape[:2], bool)
         gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
         mesh = current_mesh(x_BTD.shape)
         if mesh is None:
-            y_BTD, stats = self._routed(self.router, gate_up, down, x_BTD, real_BT)
+            y_BTD, stats = self._routed(self.router, gate_up, down, x_BTD, real_BT, replay_BTK)
         else:
-            y_BTD, stats = self._over(mesh, gate_up, down, x_BTD, real_BT)
+            y_BTD, stats = self._over(mesh, gate_up, down, x_BTD, real_BT, replay_BTK)
         if self.cfg.n_shared_experts:
             with jax.named_scope("shared"):
                 y_BTD += self.shared(x_BTD)
@@ -98,24 +102,24 @@ class MoE(nnx.Module):
                 y_ND += self.shared(x_ND[None])[0]
         return y_ND.reshape(B, T, D), routing.experts_NK.reshape(B, T, -1)
 
-    def _over(self, mesh: AbstractMesh, gate_up, down, x_BTD, real_BT):
+    def _over(self, mesh: AbstractMesh, gate_up, down, x_BTD, real_BT, replay_BTK):
         """Each device routes its own tokens. Experts lie over `expert`, and their hidden width over `tensor`."""
         graph, router = nnx.split(self.router)
 
-        def local(router, gate_up, down, x_btD, real_bt):
-            return self._routed(nnx.merge(graph, router), gate_up, down, x_btD, real_bt, mesh)
+        def local(router, gate_up, down, x_btD, real_bt, replay_btK):
+            return self._routed(nnx.merge(graph, router), gate_up, down, x_btD, real_bt, replay_btK, mesh)
 
         tokens = P(*BATCH)
-        inputs = P(), P("expert", None, None, "tensor"), P("expert", "tensor"), tokens, tokens
+        inputs = P(), P("expert", None, None, "tensor"), P("expert", "tensor"), tokens, tokens, tokens
         return jax.shard_map(local, in_specs=inputs, out_specs=(tokens, P()), check_vma=False)(
-            router, gate_up, down, x_BTD, real_BT
+            router, gate_up, down, x_BTD, real_BT, replay_BTK
         )
 
-    def _routed(self, router: Router, gate_up, down, x_BTD, real_BT, mesh: AbstractMesh | None = None):
+    def _routed(self, router: Router, gate_up, down, x_BTD, real_BT, replay_BTK, mesh: AbstractMesh | None = None):
         B, T, D = x_BTD.shape
         x_ND = x_BTD.reshape(B * T, D)
         with jax.named_scope("route"):
-            routing = router(x_ND)
+            routing = router(x_ND, None if replay_BTK is None else replay_BTK.reshape(B * T, -1))
             stats = router_stats(self.cfg, routing, real_BT, mesh)
         dropped = jnp.int32(0)
         with jax.named_scope("experts"):

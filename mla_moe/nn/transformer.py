@@ -34,6 +34,8 @@ class Context(NamedTuple):
 
     segment_ids_BT: Int[Array, "B T"] | None
     positions_BT: Int[Array, "B T"]
+    replay_BTK: Int[Array, "B T K"] | None = None
+    """Experts that the tokens go to, −1 for the router's choice; None leaves all to the router."""
 
     @property
     def real_BT(self):
@@ -60,7 +62,10 @@ class Block(nnx.Module):
             )
         with jax.named_scope("mlp"):
             h_BTD = self.mlp_norm(x_BTD)
-            y_BTD, stats = self.moe.with_stats(h_BTD, context.real_BT) if self.experts else (self.mlp(h_BTD), None)
+            if self.experts:
+                y_BTD, stats = self.moe.with_stats(h_BTD, context.real_BT, context.replay_BTK)
+            else:
+                y_BTD, stats = self.mlp(h_BTD), None
             return constrain(x_BTD + y_BTD), stats
 
     def extend(self, x_bTD, cache_LBSW, layer, reach: Reach):
@@ -163,14 +168,18 @@ class Transformer(nnx.Module):
         h_BTD, _ = self.hidden(tokens, segment_ids, positions)
         return self.logits(h_BTD)
 
-    def hidden(self, tokens, segment_ids=None, positions=None) -> tuple[Float[Array, "B T D"], RouterStats | None]:
-        """Hidden states after the final norm, and the expert layers' routing, stacked."""
+    def hidden(
+        self, tokens, segment_ids=None, positions=None, replay: Int[Array, "B T l K"] | None = None
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+        """Hidden states after the final norm, and the expert layers' routing, stacked. `replay` names the experts of
+        each token in each expert layer, −1 for the router's choice: routing replay (arXiv 2507.18071, section 5.3)."""
         context = _context(tokens, segment_ids, positions)
         x_BTD, stats = self.embedding(tokens), None
         if self.cfg.first_k_dense_replace:
             x_BTD, _ = self._scan(self.dense_layers, x_BTD, context)
         if self.cfg.num_moe_layers:
-            x_BTD, stats = self._scan(self.moe_layers, x_BTD, context)
+            replay_lBTK = None if replay is None else jnp.moveaxis(replay, 2, 0)
+            x_BTD, stats = self._scan(self.moe_layers, x_BTD, context, replay_lBTK)
         return self.norm(x_BTD), stats
 
     def mtp_hidden(self, h_BTD, next_tokens, segment_ids=None, positions=None):
@@ -229,13 +238,14 @@ class Transformer(nnx.Module):
         logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head_DV, preferred_element_type=jnp.float32)
         return logits_BTV.astype(self.precision.output)
 
-    def _scan(self, layers: Block, x_BTD, context):
+    def _scan(self, layers: Block, x_BTD, context: Context, replay_lBTK=None):
         graph, state = nnx.split(layers)
 
-        def body(x_BTD, layer_state):
-            return nnx.merge(graph, layer_state)(x_BTD, context)
+        def body(x_BTD, layer):
+            layer_state, replay_BTK = layer
+            return nnx.merge(graph, layer_state)(x_BTD, context._replace(replay_BTK=replay_BTK))
 
-        return jax.lax.scan(_REMAT[self.remat](body), x_BTD, state)
+        return jax.lax.scan(_REMAT[self.remat](body), x_BTD, (state, replay_lBTK))
 
 
 def unstacked(model: Transformer) -> Transformer:

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,34 +17,25 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from mla_moe import data
-from mla_moe.config import ConfigError
 from mla_moe.counting import (
     cache_bytes_per_token,
-    count_parameters,
     multi_head_cache_bytes_per_token,
     peak_flops,
     train_flops_per_token,
 )
-from mla_moe.data import Tokenizer
 from mla_moe.inference.generate import generate
-from mla_moe.nn.kernels import resolve
-from mla_moe.nn.param import Precision
-from mla_moe.nn.skeleton import Skeleton
 from mla_moe.recipe import Recipe
-from mla_moe.sharding import BATCH, check_divisible, make_mesh, rules_of
+from mla_moe.sharding import BATCH
 from mla_moe.training.begin import first_state
 from mla_moe.training.checkpoint import Checkpoints
 from mla_moe.training.console import Console, Progress, bytes_, duration, si
 from mla_moe.training.metrics import MetricsWriter
 from mla_moe.training.optimizer import learning_rate, make_optimizer
 from mla_moe.training.run import Signals, write_atomically
+from mla_moe.training.setup import Interrupted, Setup, training_text
 from mla_moe.training.step import TrainState, abstract_state, make_eval_step, make_step
 
 STAGE = "pretrain"
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and its state is saved."""
 
 
 def pretrain(recipe: Recipe, run_dir: Path, console: Console) -> None:
@@ -52,15 +43,9 @@ def pretrain(recipe: Recipe, run_dir: Path, console: Console) -> None:
 
     Raises `ConfigError` before anything compiles, and `Interrupted` after a signal, when the state is saved.
     """
-    mesh = make_mesh(recipe.mesh)
-    check_divisible(recipe, mesh)
-    train_text = data.open_sources(recipe.data.train, field="data.train", text_field=recipe.data.text_field)
-    tokenizer = data.load_tokenizer(recipe.data.tokenizer, run_dir, train_text)
-    if tokenizer.vocab_size > recipe.model.vocab_size:
-        fix = f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens; give the model as many or more"
-        raise ConfigError("model.vocab_size", recipe.model.vocab_size, fix)
-    stage = Stage(recipe, run_dir, console, mesh, tokenizer)
-    batches = _open_batches(recipe, mesh, train_text, tokenizer)
+    setup = Setup.of(recipe, run_dir, console)
+    stage, mesh = Stage(setup), setup.mesh
+    batches = _open_batches(setup)
     with contextlib.closing(batches), Checkpoints(run_dir, STAGE, recipe.checkpoint) as checkpoints:
         start = checkpoints.latest
         if start == recipe.training.steps and (run_dir / "summary.json").exists():
@@ -68,25 +53,26 @@ def pretrain(recipe: Recipe, run_dir: Path, console: Console) -> None:
             return
         console.startup_table(recipe.run_dir, stage.describe())
         if start is None:
-            state = first_state(recipe, stage.skeleton, stage.optimizer, mesh, batches)
+            state = first_state(recipe, setup.skeleton, stage.optimizer, mesh, batches)
             start = int(state.step) or None
             if recipe.init_from:
                 console.say(f"started from {recipe.init_from}" + (f", step {start}" if start else ""))
         else:
-            state = checkpoints.restore(abstract_state(stage.skeleton, stage.optimizer, mesh), batches)
+            state = checkpoints.restore(abstract_state(setup.skeleton, stage.optimizer, mesh), batches)
             console.say(f"resumed from the checkpoint of step {start}")
         stage.train(state, batches, checkpoints, start)
 
 
-def _open_batches(recipe: Recipe, mesh: jax.sharding.Mesh, text: Sequence[str], tokenizer: Tokenizer) -> data.Batches:
+def _open_batches(setup: Setup) -> data.Batches:
     """The training batches, of which this process reads the rows that its devices hold."""
+    recipe, text = setup.recipe, training_text(setup.recipe)
     rows, length = recipe.training.batch_size, recipe.training.sequence_length
     streams = data.stream_count(recipe.data.streams, rows)
-    place = NamedSharding(mesh, BATCH).addressable_devices_indices_map((rows, length))
+    place = NamedSharding(setup.mesh, BATCH).addressable_devices_indices_map((rows, length))
 
     def stream(number: int) -> grain.DatasetIterator[data.Batch]:
-        size = {"batch_size": rows // streams, "sequence_length": length}
-        return data.train_batches(recipe.data, text, tokenizer, **size, seed=recipe.seed, shard=number, shards=streams)
+        size = {"batch_size": rows // streams, "sequence_length": length, "shard": number, "shards": streams}
+        return data.train_batches(recipe.data, text, setup.tokenizer, **size, seed=recipe.seed)
 
     return data.Batches(stream, data.rows_of(place.values(), rows), rows, streams)
 
@@ -95,78 +81,55 @@ def _open_batches(recipe: Recipe, mesh: jax.sharding.Mesh, text: Sequence[str], 
 class Stage:
     """What the parts of the stage share."""
 
-    recipe: Recipe
-    run_dir: Path
-    console: Console
-    mesh: jax.sharding.Mesh
-    tokenizer: Tokenizer
-
-    @cached_property
-    def skeleton(self) -> Skeleton:
-        training = self.recipe.training
-        chosen = {} if training.compute_dtype == "auto" else {"compute": jnp.dtype(training.compute_dtype)}
-        precision = Precision(**chosen) if chosen else Precision.default()
-        kernels = resolve(self.recipe.kernels, self.mesh.devices.flat[0].platform)
-        rules = rules_of(self.recipe.mesh.rules)
-        return Skeleton(self.recipe.model, precision=precision, kernels=kernels, remat=training.remat, rules=rules)
+    setup: Setup
 
     @cached_property
     def optimizer(self):
-        return make_optimizer(self.recipe.optimizer, self.recipe.training.steps, self.skeleton)
+        return make_optimizer(self.setup.recipe.optimizer, self.setup.recipe.training.steps, self.setup.skeleton)
 
     @cached_property
     def heldout(self) -> tuple[list[data.Batch], int, float] | None:
         """Batches, bytes, and what gzip makes of them."""
-        patterns = self.recipe.data.heldout
+        patterns = self.setup.recipe.data.heldout
         if not patterns:
             return None
-        text = data.open_sources(patterns, field="data.heldout", text_field=self.recipe.data.text_field)
-        training = self.recipe.training
+        text = data.open_sources(patterns, field="data.heldout", text_field=self.setup.recipe.data.text_field)
+        training = self.setup.recipe.training
         rows = training.batch_size // training.accumulation
         batches, size = data.heldout_batches(
-            text, self.tokenizer, batch_size=rows, sequence_length=training.sequence_length
+            text, self.setup.tokenizer, batch_size=rows, sequence_length=training.sequence_length
         )
         return batches, size, data.gzip_bits_per_byte(text)
 
     def describe(self) -> list[tuple[str, str]]:
         """The start-up table."""
-        cfg, training = self.recipe.model, self.recipe.training
-        count = count_parameters(cfg)
-        item = jnp.dtype(self.skeleton.precision.compute).itemsize
-        latent, multi_head = cache_bytes_per_token(cfg, item), multi_head_cache_bytes_per_token(cfg, item)
-        state = abstract_state(self.skeleton, self.optimizer, self.mesh)
-        parts = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
-        axes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
-        device = jax.devices()[0]
+        setup, training = self.setup, self.setup.recipe.training
+        item = jnp.dtype(setup.skeleton.precision.compute).itemsize
+        latent = cache_bytes_per_token(setup.recipe.model, item)
+        multi_head = multi_head_cache_bytes_per_token(setup.recipe.model, item)
         heldout = self.heldout  # here, so that files that are missing are missed before anything compiles
         text = f"{bytes_(heldout[1])}; gzip -9 needs {heldout[2]:.3f} bits a byte" if heldout else "none"
-        module = f", {si(count.mtp)} in the prediction module" if count.mtp else ""
         return [
-            ("parameters", f"{si(count.total)}, {si(count.active)} active a token{module}"),
-            ("experts", f"{cfg.num_experts_per_tok} of {cfg.n_routed_experts} and {cfg.n_shared_experts} shared"),
+            *setup.describe(abstract_state(setup.skeleton, self.optimizer, setup.mesh)),
             ("KV cache a token", f"{bytes_(latent)}; multi-head {bytes_(multi_head)} ({multi_head / latent:.1f} x)"),
             ("FLOPs a token", f"{si(self._flops_per_token)} to train on {training.sequence_length} tokens"),
             ("tokens a step", f"{training.batch_size * training.sequence_length:,} in {training.batch_size} rows"),
-            ("mesh", " x ".join(f"{a} {n}" for a, n in axes.items()) or f"one device ({device.device_kind})"),
-            ("state a device", f"{bytes_(sum(parts))}: parameters and optimizer"),
-            ("compute", f"{jnp.dtype(self.skeleton.precision.compute).name} on {device.platform}"),
-            ("tokenizer", f"{self.tokenizer.name}, {self.tokenizer.vocab_size} tokens"),
             ("held-out text", text),
         ]
 
     def train(self, state: TrainState, batches: data.Batches, checkpoints: Checkpoints, start: int | None):
         """Step to the end. Figures of a step are fetched after the next one is under way, so the device never waits."""
-        training = self.recipe.training
+        training = self.setup.recipe.training
         first, last = start or 0, training.steps
         step = self._compile(state)
         with (
             Signals() as signals,
-            MetricsWriter(self.run_dir, start, STAGE) if jax.process_index() == 0 else _Silence() as writer,
-            self.console.progress(STAGE, last, first) as progress,
+            MetricsWriter(self.setup.run_dir, start, STAGE) if jax.process_index() == 0 else _Silence() as writer,
+            self.setup.console.progress(STAGE, last, first) as progress,
         ):
             meter = _Meter(self, writer, progress)
             for number in range(first + 1, last + 1):
-                state, metrics = step(state, self._put(next(batches), training.batch_size, batches.rows.start))
+                state, metrics = step(state, self.setup.put(next(batches), training.batch_size, batches.rows.start))
                 meter.record(number, metrics)
                 is_last = number == last
                 if is_last or (training.eval_every and number % training.eval_every == 0):
@@ -176,49 +139,35 @@ class Stage:
                     meter.restart()
                 if is_last:
                     self._finish(state, writer, scores, meter)
-                if is_last or number % self.recipe.checkpoint.every == 0 or signals.stop(number):
+                if is_last or number % self.setup.recipe.checkpoint.every == 0 or signals.stop(number):
                     meter.flush()
-                    checkpoints.save(number, state, batches, self.skeleton)
+                    checkpoints.save(number, state, batches, self.setup.skeleton)
                     meter.restart()
                 if signals.stop(number) and not is_last:
                     raise Interrupted(f"stopped at step {number} by {signals.name}; state saved")
 
     def _compile(self, state: TrainState):
-        training = self.recipe.training
-        shape, place = (training.batch_size, training.sequence_length), NamedSharding(self.mesh, BATCH)
+        training = self.setup.recipe.training
+        shape, place = (training.batch_size, training.sequence_length), NamedSharding(self.setup.mesh, BATCH)
         fields = ("tokens", "targets", "segment_ids", "positions")
         batch = dict.fromkeys(fields, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place))
         began = time.monotonic()
-        step = make_step(self.skeleton, self.optimizer, training, self.mesh).lower(state, batch).compile()
+        step = make_step(self.setup.skeleton, self.optimizer, training, self.setup.mesh).lower(state, batch).compile()
         memory = step.memory_analysis()
         temporaries = f", {bytes_(memory.temp_size_in_bytes)} of temporaries a device" if memory else ""
-        self.console.say(f"compiled in {time.monotonic() - began:.1f} s{temporaries}")
+        self.setup.console.say(f"compiled in {time.monotonic() - began:.1f} s{temporaries}")
         return step
-
-    def _put(self, batch: data.Batch, rows: int, first: int = 0) -> dict[str, jax.Array]:
-        """A global batch of `rows` rows, of which `batch` holds those from `first` on."""
-        place = NamedSharding(self.mesh, BATCH)
-
-        def put(values: np.ndarray) -> jax.Array:
-            def part(index: tuple[slice, ...] | None) -> np.ndarray:
-                assert index is not None
-                start, stop, _ = index[0].indices(rows)
-                return values[start - first : stop - first, index[1]]
-
-            return jax.make_array_from_callback((rows, values.shape[1]), place, part)
-
-        return {key: put(values) for key, values in batch.items()}
 
     @cached_property
     def _eval_step(self):
-        return make_eval_step(self.skeleton, self.recipe.training.loss_chunk, self.mesh)
+        return make_eval_step(self.setup.skeleton, self.setup.recipe.training.loss_chunk, self.setup.mesh)
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss and bits per byte of all held-out text, and what gzip -9 needs for it."""
         if self.heldout is None:
             return {}
         batches, size, gzip_bits = self.heldout
-        nats = sum(float(self._eval_step(state, self._put(batch, len(batch["tokens"])))) for batch in batches)
+        nats = sum(float(self._eval_step(state, self.setup.put(batch, len(batch["tokens"])))) for batch in batches)
         tokens = sum(int((batch["segment_ids"] != 0).sum()) for batch in batches)
         bits = nats / math.log(2) / size
         return {"eval/loss": nats / tokens, "eval/bits_per_byte": bits, "eval/gzip_bits_per_byte": gzip_bits}
@@ -226,38 +175,38 @@ class Stage:
     def _finish(self, state: TrainState, writer, scores: Mapping[str, float], meter: "_Meter") -> None:
         """Sampled text, and a summary for the report and the terminal."""
         samples = self._sample(state)
-        writer.append_samples({"step": self.recipe.training.steps, **sample} for sample in samples)
-        rows = {"steps": f"{self.recipe.training.steps}", "train loss": f"{meter.loss:.3f} nats a token"}
+        writer.append_samples({"step": self.setup.recipe.training.steps, **sample} for sample in samples)
+        rows = {"steps": f"{self.setup.recipe.training.steps}", "train loss": f"{meter.loss:.3f} nats a token"}
         if scores:
             bits, gzip_bits = scores["eval/bits_per_byte"], scores["eval/gzip_bits_per_byte"]
             rows |= {"held-out bits per byte": f"{bits:.3f}", "gzip -9 of the same files": f"{gzip_bits:.3f}"}
         rows |= {"busiest expert / mean, last tenth": f"{meter.load_last_tenth:.2f}"}
         rows |= {"time in steps": duration(meter.seconds)}
         if jax.process_index() == 0:
-            write_atomically(self.run_dir / "summary.json", json.dumps(rows, indent=2) + "\n")
-        self.console.result_table("result", list(rows.items()))
+            write_atomically(self.setup.run_dir / "summary.json", json.dumps(rows, indent=2) + "\n")
+        self.setup.console.result_table("result", list(rows.items()))
         for sample in samples:
-            self.console.say(f"\n--- {sample['prompt']!r}\n{sample['prompt']}{sample['completion']}")
+            self.setup.console.say(f"\n--- {sample['prompt']!r}\n{sample['prompt']}{sample['completion']}")
 
     def _sample(self, state: TrainState) -> list[dict[str, str]]:
-        wanted = self.recipe.sample
+        wanted = self.setup.recipe.sample
         if not wanted.prompts:
             return []
-        model = self.skeleton.merge(state.params | state.biases)
+        model = self.setup.skeleton.merge(state.params | state.biases)
         new = generate(
             model,
-            [[self.tokenizer.bos_id, *self.tokenizer.encode(prompt).tolist()] for prompt in wanted.prompts],
+            [[self.setup.tokenizer.bos_id, *self.setup.tokenizer.encode(prompt).tolist()] for prompt in wanted.prompts],
             max_new_tokens=wanted.max_new_tokens,
             temperature=wanted.temperature,
-            seed=self.recipe.seed,
-            eos_id=self.tokenizer.eos_id,
+            seed=self.setup.recipe.seed,
+            eos_id=self.setup.tokenizer.eos_id,
         )
         pairs = zip(wanted.prompts, new, strict=True)
-        return [{"prompt": prompt, "completion": self.tokenizer.decode(tokens)} for prompt, tokens in pairs]
+        return [{"prompt": prompt, "completion": self.setup.tokenizer.decode(tokens)} for prompt, tokens in pairs]
 
     @cached_property
     def _flops_per_token(self) -> float:
-        return train_flops_per_token(self.recipe.model, self.recipe.training.sequence_length)
+        return train_flops_per_token(self.setup.recipe.model, self.setup.recipe.training.sequence_length)
 
 
 class _Meter:
@@ -266,7 +215,7 @@ class _Meter:
     LOAD_ROWS = 200  # of the heat map over a whole run
 
     def __init__(self, stage: Stage, writer, progress: Progress):
-        recipe = stage.recipe
+        recipe = stage.setup.recipe
         self._recipe, self._writer, self._progress = recipe, writer, progress
         self._rate = learning_rate(recipe.optimizer.schedule, recipe.training.steps)
         self._flops = stage._flops_per_token

@@ -1,0 +1,93 @@
+"""What the stages of a run share: its recipe, mesh and tokenizer, the model without its arrays, and how batches are put
+on devices."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from mla_moe import data
+from mla_moe.config import ConfigError
+from mla_moe.counting import count_parameters
+from mla_moe.data import Tokenizer
+from mla_moe.nn.kernels import resolve
+from mla_moe.nn.param import Precision
+from mla_moe.nn.skeleton import Skeleton
+from mla_moe.recipe import Recipe
+from mla_moe.sharding import BATCH, check_divisible, make_mesh, rules_of
+from mla_moe.training.console import Console, bytes_, si
+from mla_moe.training.step import TrainState
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and its state is saved."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    recipe: Recipe
+    run_dir: Path
+    console: Console
+    mesh: jax.sharding.Mesh
+    tokenizer: Tokenizer
+
+    @classmethod
+    def of(cls, recipe: Recipe, run_dir: Path, console: Console) -> "Setup":
+        """Raises `ConfigError` for a mesh, a text or a tokenizer that do not go with the recipe's model."""
+        mesh = make_mesh(recipe.mesh)
+        check_divisible(recipe, mesh)
+        text = training_text(recipe) if recipe.training.steps or recipe.data.tokenizer.startswith("bpe:") else ()
+        tokenizer = data.load_tokenizer(recipe.data.tokenizer, run_dir, text)
+        if tokenizer.vocab_size > recipe.model.vocab_size:
+            fix = f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens; give the model as many or more"
+            raise ConfigError("model.vocab_size", recipe.model.vocab_size, fix)
+        return cls(recipe, run_dir, console, mesh, tokenizer)
+
+    @cached_property
+    def skeleton(self) -> Skeleton:
+        training = self.recipe.training
+        chosen = {} if training.compute_dtype == "auto" else {"compute": jnp.dtype(training.compute_dtype)}
+        precision = Precision(**chosen) if chosen else Precision.default()
+        kernels = resolve(self.recipe.kernels, self.mesh.devices.flat[0].platform)
+        rules = rules_of(self.recipe.mesh.rules)
+        return Skeleton(self.recipe.model, precision=precision, kernels=kernels, remat=training.remat, rules=rules)
+
+    def put(self, batch: Mapping[str, np.ndarray], rows: int, first: int = 0) -> dict[str, jax.Array]:
+        """A global batch of `rows` rows, of which `batch` holds those from `first` on, each on its device."""
+        place = NamedSharding(self.mesh, BATCH)
+
+        def put(values: np.ndarray) -> jax.Array:
+            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+                assert index is not None
+                start, stop, _ = index[0].indices(rows)
+                return values[start - first : stop - first, index[1]]
+
+            return jax.make_array_from_callback((rows, *values.shape[1:]), place, part)
+
+        return {key: put(values) for key, values in batch.items()}
+
+    def describe(self, state: TrainState) -> list[tuple[str, str]]:
+        """Rows of the start-up table that every stage has; `state` may be abstract."""
+        cfg, device = self.recipe.model, jax.devices()[0]
+        count = count_parameters(cfg)
+        module = f", {si(count.mtp)} in the prediction module" if count.mtp else ""
+        parts = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+        axes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
+        return [
+            ("parameters", f"{si(count.total)}, {si(count.active)} active a token{module}"),
+            ("experts", f"{cfg.num_experts_per_tok} of {cfg.n_routed_experts} and {cfg.n_shared_experts} shared"),
+            ("mesh", " x ".join(f"{a} {n}" for a, n in axes.items()) or f"one device ({device.device_kind})"),
+            ("state a device", f"{bytes_(sum(parts))}: parameters and optimizer"),
+            ("compute", f"{jnp.dtype(self.skeleton.precision.compute).name} on {device.platform}"),
+            ("tokenizer", f"{self.tokenizer.name}, {self.tokenizer.vocab_size} tokens"),
+        ]
+
+
+def training_text(recipe: Recipe) -> Sequence[str]:
+    return data.open_sources(recipe.data.train, field="data.train", text_field=recipe.data.text_field)

@@ -46,6 +46,7 @@ def run(recipe: recipes.Recipe) -> int:
     from mla_moe.training.compile_cache import enable_compile_cache
     from mla_moe.training.console import Console
     from mla_moe.training.pretrain import Interrupted, pretrain
+    from mla_moe.rl.stage import reinforce
     from mla_moe.training.run import open_run
 
     enable_compile_cache()
@@ -54,6 +55,8 @@ def run(recipe: recipes.Recipe) -> int:
     try:
         if recipe.training.steps:
             pretrain(recipe, run_dir, console)
+        if recipe.rl.steps:
+            reinforce(recipe, run_dir, console)
     except Interrupted as stop:
         console.say(f"{stop}. The same command goes on from there.")
         return 130

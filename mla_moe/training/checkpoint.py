@@ -1,19 +1,35 @@
 """Checkpoints of a stage: `checkpoints/STAGE/STEP`, written by Orbax in the background, the newest N kept."""
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple, Protocol, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from mla_moe import recipe
-from mla_moe.data import Batches
 from mla_moe.nn.param import logical_axes
 from mla_moe.nn.skeleton import Skeleton
-from mla_moe.training.step import TrainState
 
 _CHUNK_BYTES = 64 << 20
 """Larger arrays are stored in parts, so that another mesh, or a conversion, reads no more than it needs."""
+
+
+class Place(Protocol):
+    """How far the data have been read: `data.Batches` over text, or a count of the questions that were asked."""
+
+    def states(self) -> Mapping[int, str]:
+        """As JSON, one for each stream of data."""
+        ...
+
+    def restore(self, read: Callable[[int], str]) -> None:
+        """Go to where `states` was called, given how to read a stream's place."""
+        ...
+
+
+State = TypeVar("State", bound=NamedTuple)
+"""A `TrainState`, or one with more in it."""
 
 
 class Checkpoints:
@@ -36,7 +52,7 @@ class Checkpoints:
         """The newest complete checkpoint's step."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, data: Batches, skeleton: Skeleton) -> None:
+    def save(self, step: int, state: NamedTuple, data: Place, skeleton: Skeleton) -> None:
         """Begin to save; returns once the arrays are copied. A step that is saved already is left as it is."""
         if step == self.latest:
             return
@@ -47,24 +63,24 @@ class Checkpoints:
         )
         self._manager.save(step, args=items)
 
-    def restore(self, abstract: TrainState, data: Batches) -> TrainState:
+    def restore(self, abstract: State, data: Place) -> State:
         """The newest checkpoint, each array straight into its sharding; `data` is moved to its place."""
         return _restore(self._manager, self.latest, abstract, data)
 
 
-def restore_step(directory: Path, abstract: TrainState, data: Batches) -> TrainState:
+def restore_step(directory: Path, abstract: State, data: Place) -> State:
     """The same from the directory of one step, of whatever run."""
     options = ocp.CheckpointManagerOptions(read_only=True)
     with ocp.CheckpointManager(directory.parent.absolute(), options=options) as manager:
         return _restore(manager, int(directory.name), abstract, data)
 
 
-def _restore(manager, step: int | None, abstract: TrainState, data: Batches) -> TrainState:
+def _restore(manager, step: int | None, abstract: State, data: Place) -> State:
     items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), data=StreamsRestore(data))
-    return TrainState(**manager.restore(step, args=items)["state"])
+    return type(abstract)(**manager.restore(step, args=items)["state"])
 
 
-def _save_args(state: TrainState, skeleton: Skeleton):
+def _save_args(state: NamedTuple, skeleton: Skeleton):
     """How arrays are cut for storage: first by layer and by expert."""
 
     def args(keys, x: jax.Array) -> ocp.SaveArgs:
@@ -93,10 +109,10 @@ class StreamsHandler(ocp.CheckpointHandler):
 @ocp.args.register_with_handler(StreamsHandler, for_save=True)
 @dataclasses.dataclass
 class StreamsSave(ocp.args.CheckpointArgs):
-    item: Batches
+    item: Place
 
 
 @ocp.args.register_with_handler(StreamsHandler, for_restore=True)
 @dataclasses.dataclass
 class StreamsRestore(ocp.args.CheckpointArgs):
-    item: Batches
+    item: Place

@@ -245,6 +245,8 @@ class RL:
     """Answers to each question."""
     minibatches: int = 1
     """Updates a step, each on its share of the groups."""
+    max_prompt_tokens: int = 512
+    """Questions with a longer prompt are passed over, and counted."""
     max_new_tokens: int = 1024
     temperature: float = 1.0
     clip_low: float | None = None
@@ -281,7 +283,16 @@ class RL:
     """Answers sampled to each question, for pass@k and the majority's; greedy answers come on top."""
 
     def __post_init__(self):
-        for name in ("prompts", "group_size", "minibatches", "max_new_tokens", "rows", "slots", "eval_prompts"):
+        for name in (
+            "prompts",
+            "group_size",
+            "minibatches",
+            "max_prompt_tokens",
+            "max_new_tokens",
+            "rows",
+            "slots",
+            "eval_prompts",
+        ):
             require(getattr(self, name) >= 1, f"rl.{name}", getattr(self, name), "at least 1")
         for name in ("steps", "kl", "reference_every", "overlong", "bias_update", "row_tokens", "eval_samples"):
             require(getattr(self, name) >= 0, f"rl.{name}", getattr(self, name), "0 or more")

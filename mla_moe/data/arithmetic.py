@@ -111,8 +111,8 @@ def malformed(question, right, draw):
         f"<think>{thought}</think>{right}",
         f"<think>{thought}<answer>{right}</answer>",
         f"<answer>{right}</answer><think>{thought}</think>",
-        f"<answer>{right}</answer>",
-        f"<think>{right}</think>",
+        f"It is <answer>{right}</answer>",
+        f"{thought}</think><answer>{right}</answer>",
     ])  # fmt: skip
 
 
@@ -124,5 +124,5 @@ def _tagged(thought, answered):
     return f"<think>{thought}</think><answer>{answered}</answer>"
 
 
-WRITERS = {terse: 48, untagged: 12, hasty: 18, thorough: 11, slip: 3, malformed: 8}
+WRITERS = {terse: 48, untagged: 11, hasty: 17, thorough: 15, slip: 2, malformed: 7}
 """How often one meets each, in per cent."""

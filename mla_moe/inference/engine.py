@@ -82,6 +82,8 @@ class Engine:
         require(not speculative or self.cfg.num_nextn_predict_layers > 0, "speculative", speculative, fix)
         self._places = capacity_for(capacity + speculative)
         self.capacity = self._places - speculative  # the last place is for a guess
+        self._held = np.full((slots, self._places), -1, np.int32)  # the tokens whose entries are in the cache
+        self._used = np.zeros(slots, np.int64)  # when a slot was last given away
         self.load_weights(model)
         self._mesh = mesh_of(model)
         self._place = None if self._mesh is None else cache_sharding(self._mesh, slots)
@@ -93,8 +95,6 @@ class Engine:
         self._reading: list[_Reading] = []
         self._followers: list[_Reading] = []
         self._running: list[Completion | None] = [None] * slots
-        self._used = np.zeros(slots, np.int64)  # when a slot was last given away
-        self._held = np.full((slots, self._places), -1, np.int32)  # the tokens whose entries are in the cache
         self._experts = None
         if record_experts and self.cfg.num_moe_layers:
             shape = slots, self._places, self.cfg.num_moe_layers, self.cfg.num_experts_per_tok
@@ -119,8 +119,7 @@ class Engine:
     def load_weights(self, model: Transformer) -> None:
         """Go on with other weights of the same model. What slots hold was read with the old ones, and is forgotten."""
         self._structure, self._state = for_inference(model)
-        if hasattr(self, "_held"):
-            self._held[:] = -1
+        self._held[:], self._used[:] = -1, 0
 
     @property
     def slots(self) -> int:

@@ -63,4 +63,6 @@ def pack(answers: Sequence[Sampled], length: int, multiple: int) -> Rows:
 
 def parts(rows: Rows, size: int) -> list[Rows]:
     """The rows, `size` at a time."""
-    return [{name: x[start : start + size] for name, x in rows.items()} for start in range(0, len(rows["tokens"]), size)]
+    return [
+        {name: x[start : start + size] for name, x in rows.items()} for start in range(0, len(rows["tokens"]), size)
+    ]

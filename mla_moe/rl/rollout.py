@@ -1,17 +1,27 @@
-"""Groups of answers to questions, sampled by the engine and judged."""
+"""Asking: questions become prompts, the engine answers them, and rewards judge the answers."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
+from mla_moe.data.arithmetic import Split
 from mla_moe.inference.engine import Engine
+from mla_moe.inference.language import Language
 from mla_moe.inference.request import Completion, Request
 from mla_moe.nn.transformer import Transformer
 from mla_moe.recipe import RL
+from mla_moe.rl import rewards
+from mla_moe.rl.judge_worker import Example
 from mla_moe.rl.packing import Sampled
-from mla_moe.rl.rewards import Scores
-from mla_moe.rl.tasks import Example
+from mla_moe.rl.prompts import prompt_of
+from mla_moe.rl.rewards import Reward, Score
+from mla_moe.rl.tasks import Task
+
+OPENING = "<think>"
+"""What is put into a model's mouth to see how well it thinks when it does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,25 +32,24 @@ class Question:
     prompt: Sequence[int]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Answer:
-    """One answer to a question, as text and tokens, and what it was worth."""
+    """One answer to a question, and what it was worth."""
 
     question: Question
     completion: Completion
     text: str
-    scores: Scores
-    overlong: float
-    """Penalty for its length, 0 or below."""
+    score: Score
 
     @property
-    def reward(self) -> float:
-        return self.scores.total + self.overlong
+    def length(self) -> int:
+        """Tokens, with the one that ends it."""
+        return len(self.completion.tokens)
 
     @property
-    def given(self):
-        from mla_moe.rl.rewards import parse
-        return parse(self.text)[1]
+    def truncated(self) -> bool:
+        """Whether it ran out of tokens."""
+        return self.completion.finish == "length"
 
     @property
     def sampled(self) -> Sampled:
@@ -48,41 +57,82 @@ class Answer:
         return Sampled(done.request.prompt, done.tokens, done.logprobs, done.experts_TlK)
 
 
-class Sampler:
-    """An engine that follows the trainer's weights."""
+class Rollout:
+    """A task, the engine that answers it with the trainer's weights, and the reward."""
 
-    def __init__(self, rl: RL, capacity: int, stop_ids: tuple[int, ...]):
-        self._rl, self._capacity, self._stop_ids = rl, capacity, stop_ids
+    def __init__(self, rl: RL, template: str, task: Task, reward: Reward, language: Language):
+        self._rl, self._template = rl, template
+        self._task, self._reward, self._language = task, reward, language
         self._engine: Engine | None = None
+        self.too_long = 0
+        """Questions passed over, whose prompt was longer than `max_prompt_tokens`."""
 
     def load_weights(self, model: Transformer) -> None:
         if self._engine is None:
-            record = self._rl.routing_replay
-            self._engine = Engine(model, slots=self._rl.slots, capacity=self._capacity, record_experts=record)
+            rl = self._rl
+            capacity = rl.max_prompt_tokens + rl.max_new_tokens
+            self._engine = Engine(model, slots=rl.slots, capacity=capacity, record_experts=rl.routing_replay)
         else:
             self._engine.load_weights(model)
 
-    def sample(
+    def questions(self, split: Split, start: int, count: int) -> tuple[list[Question], int]:
+        """The next `count` questions of a split from number `start` on, and the number after the last one."""
+        found: list[Question] = []
+        while len(found) < count:
+            example = self._task.example(split, start)
+            prompt = prompt_of(self._template, example.question, self._language)
+            start += 1
+            if len(prompt) + len(self._opening) <= self._rl.max_prompt_tokens:
+                found.append(Question(example, prompt))
+            else:
+                self.too_long += 1
+        return found, start
+
+    def answers(
         self,
-        prompts: Sequence[Sequence[int]],
+        questions: Sequence[Question],
+        each: int = 1,
         *,
         seed: int,
         first: int = 0,
         temperature: float | None = None,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[Completion]:
-        """A completion for each prompt, in order. `first` numbers the first one: an answer's randomness comes from its
-        number and the seed. A temperature of None is the recipe's."""
-        assert self._engine is not None
-        temperature = self._rl.temperature if temperature is None else temperature
-        done = [
-            self._engine.submit(
-                Request(prompt, self._rl.max_new_tokens, temperature, seed=seed, number=n, stop_ids=self._stop_ids)
-            )
-            for n, prompt in enumerate(prompts, first)
-        ]
-        while self._engine.busy:
-            self._engine.step()
+        opened: bool = False,
+        progress: Callable[[str], None] | None = None,
+    ) -> list[list[Answer]]:
+        """`each` answers to every question. Their randomness comes from the seed and their numbers, `first` and on; a
+        temperature of None is the recipe's. `opened` answers continue `<think>`."""
+        engine = self._engine
+        assert engine is not None, "load weights first"
+        rl, temperature = self._rl, self._rl.temperature if temperature is None else temperature
+        asked = [question for question in questions for _ in range(each)]
+        done: list[Completion] = []
+        for number, question in enumerate(asked, first):
+            prompt = [*question.prompt, *self._opening] if opened else question.prompt
+            how = {"seed": seed, "number": number, "stop_ids": self._language.stop_ids}
+            done.append(engine.submit(Request(prompt, rl.max_new_tokens, temperature, **how)))
+        while engine.busy:
+            engine.step()
             if progress is not None:
-                progress(sum(completion.finish is not None for completion in done))
-        return done
+                progress(f"{sum(c.finish is not None for c in done)} of {len(done)} answers")
+        texts = [(OPENING if opened else "") + self._language.decode(c.tokens) for c in done]
+        scores = self._judged(asked, texts)
+        answers = [Answer(*parts) for parts in zip(asked, done, texts, scores, strict=True)]
+        return [answers[i : i + each] for i in range(0, len(answers), each)]
+
+    @property
+    def _opening(self) -> list[int]:
+        return self._language.encode(OPENING)[1:]  # without bos
+
+    def _judged(self, questions: Sequence[Question], texts: Sequence[str]) -> list[Score]:
+        """The first process judges for all: a time limit need not fall alike in two."""
+        if jax.process_index() > 0:
+            width = 1 + len(self._reward.names)
+            table = multihost_utils.broadcast_one_to_all(np.zeros((len(texts), width), np.float32))
+            return [Score(row[0], dict(zip(self._reward.names, row[1:], strict=True)), ()) for row in table.tolist()]
+        prompts = [self._language.decode(question.prompt) for question in questions]
+        asked = zip(prompts, texts, (question.example for question in questions), strict=True)
+        scores = self._reward([rewards.Completion(*one) for one in asked])
+        if jax.process_count() > 1:
+            table = [[score.total, *score.parts.values()] for score in scores]
+            multihost_utils.broadcast_one_to_all(np.array(table, np.float32))
+        return scores

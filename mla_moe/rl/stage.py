@@ -1,236 +1,210 @@
 """The stage of reinforcement learning: ask, sample, judge, compare, learn, and ask again (DeepSeek-R1, section 2.2)."""
 
-import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mla_moe.config import ConfigError
+from mla_moe.config import require
 from mla_moe.interop.pretrained import read_arrays
 from mla_moe.interop.source import open_source
 from mla_moe.nn.skeleton import Arrays
+from mla_moe.nn.transformer import Transformer
 from mla_moe.recipe import Recipe
-from mla_moe.rl import evaluate, objective
-from mla_moe.rl.packing import pack, parts
-from mla_moe.rl.prompts import prompt_of
-from mla_moe.rl.rewards import judge, parse
-from mla_moe.rl.rollout import Answer, Question, Sampler
-from mla_moe.rl.tasks import Example, open_task
+from mla_moe.rl.evaluate import evaluate
+from mla_moe.rl.groups import Groups, collect
+from mla_moe.rl.rewards import Reward
+from mla_moe.rl.rollout import Rollout
+from mla_moe.rl.tasks import open_task
 from mla_moe.rl.update import Updater
 from mla_moe.training.checkpoint import Checkpoints
 from mla_moe.training.console import Console, duration
-from mla_moe.training.metrics import MetricsWriter
+from mla_moe.training.metrics import MetricsWriter, Silence, read_rows
 from mla_moe.training.optimizer import learning_rate, make_optimizer
-from mla_moe.training.run import Signals, write_atomically
+from mla_moe.training.run import Signals, add_summary
 from mla_moe.training.setup import Interrupted, Setup
 from mla_moe.training.step import TrainState, abstract_state, init_state
 
 STAGE = "rl"
-MAX_PROMPT = 512
 
 
 class State(NamedTuple):
+    """A `TrainState`, and what the divergence is measured from."""
+
     step: jax.Array
+    """Updates done."""
     params: Arrays
     biases: Arrays
     optimizer: optax.OptState
     reference: Arrays
-    """Parameters that the divergence is measured from; empty where it weighs nothing."""
+    """Parameters of an earlier time; empty where the divergence weighs nothing."""
+
+    @property
+    def training(self) -> TrainState:
+        return TrainState(self.step, self.params, self.biases, self.optimizer)
 
 
 class Asked:
-    """How many questions have been asked."""
+    """How far the training questions have been asked."""
 
     def __init__(self):
-        self.count = 0
+        self.next = 0
 
     def states(self) -> Mapping[int, str]:
-        return {0: json.dumps(self.count)}
+        return {0: json.dumps(self.next)}
 
     def restore(self, read: Callable[[int], str]) -> None:
-        self.count = json.loads(read(0))
+        self.next = json.loads(read(0))
 
 
 def reinforce(recipe: Recipe, run_dir: Path, console: Console) -> None:
+    """Learn to `recipe.rl.steps`, from the newest checkpoint if there is one, else from this run's pretraining or from
+    `init_from`.
+
+    Raises `ConfigError` before anything compiles, and `Interrupted` after a signal, when the state is saved.
+    """
     setup = Setup.of(recipe, run_dir, console)
-    stage = Stage(setup)
-    asked = Asked()
-    with Checkpoints(run_dir, STAGE, recipe.checkpoint) as checkpoints:
-        start = checkpoints.latest
+    task = open_task(recipe.task)
+    with Reward(recipe.task, task) as reward, Checkpoints(run_dir, STAGE, recipe.checkpoint) as checkpoints:
+        rollout = Rollout(recipe.rl, recipe.task.template, task, reward, setup.language)
+        stage, asked, start = Stage(setup, rollout), Asked(), checkpoints.latest
         if start == recipe.rl.steps:
             console.say(f"{STAGE}: all {start} steps are done already")
             return
-        abstract = stage.abstract_state()
+        rollout.questions("train", 0, 1)  # here, so that what is wrong with them is said before anything compiles
+        rollout.questions(recipe.rl.eval_split, 0, recipe.rl.eval_prompts)
+        console.startup_table(recipe.run_dir, stage.describe())
         if start is None:
             state = stage.first_state()
         else:
-            state = checkpoints.restore(abstract, asked)
+            state = checkpoints.restore(stage.abstract_state(), asked)
             console.say(f"resumed from the checkpoint of step {start}")
         stage.train(state, asked, checkpoints, start)
 
 
 @dataclass(frozen=True)
 class Stage:
+    """What the parts of the stage share."""
+
     setup: Setup
+    rollout: Rollout
 
     @cached_property
-    def task(self):
-        return open_task(self.setup.recipe.task)
-
-    @cached_property
-    def optimizer(self):
+    def updater(self) -> Updater:
         rl = self.setup.recipe.rl
-        return make_optimizer(rl.optimizer, rl.steps * rl.minibatches, self.setup.skeleton)
+        tx = make_optimizer(rl.optimizer, rl.steps * rl.minibatches, self.setup.skeleton)
+        return Updater(self.setup, tx)
 
-    @cached_property
-    def updater(self):
-        return Updater(self.setup, self.optimizer, self.setup.recipe.rl)
-
-    @cached_property
-    def sampler(self):
-        rl = self.setup.recipe.rl
-        return Sampler(rl, self.row_tokens, (self.setup.tokenizer.eos_id,))
-
-    @property
-    def row_tokens(self) -> int:
-        rl = self.setup.recipe.rl
-        return rl.row_tokens or MAX_PROMPT + rl.max_new_tokens
+    def describe(self) -> list[tuple[str, str]]:
+        """The start-up table."""
+        task, rl = self.setup.recipe.task, self.setup.recipe.rl
+        divergence = f"{rl.kl:g} x divergence" if rl.kl else "no divergence"
+        return [
+            *self.setup.describe(abstract_state(self.setup.skeleton, self.updater.tx, self.setup.mesh)),
+            ("task", " ".join((task.name, *task.options))),
+            ("objective", f"{rl.objective}, {divergence}, {rl.minibatches} updates a step"),
+            ("answers a step", f"{rl.prompts * rl.group_size}: {rl.group_size} to each of {rl.prompts} questions"),
+        ]
 
     def abstract_state(self) -> State:
-        state = abstract_state(self.setup.skeleton, self.optimizer, self.setup.mesh)
+        state = abstract_state(self.setup.skeleton, self.updater.tx, self.setup.mesh)
         return State(*state, reference=state.params if self.setup.recipe.rl.kl else {})
 
     def first_state(self) -> State:
         setup, recipe = self.setup, self.setup.recipe
-        source = open_source(setup.run_dir if recipe.training.steps else recipe.init_from)
-        arrays = read_arrays(source, setup.skeleton, setup.mesh)
-        state = init_state(setup.skeleton, self.optimizer, recipe.seed, setup.mesh, arrays)
+        path = setup.run_dir if recipe.training.steps else recipe.init_from
+        require(path is not None, "init_from", path, "name a checkpoint, or pretrain (training.steps)")
+        arrays = read_arrays(open_source(str(path)), setup.skeleton, setup.mesh)
+        state = init_state(setup.skeleton, self.updater.tx, recipe.seed, setup.mesh, arrays)
+        self.setup.console.say(f"started from {path}")
         return State(*state, reference=_copy(state.params) if recipe.rl.kl else {})
 
-    def model(self, state):
+    def model(self, state: State) -> Transformer:
         return self.setup.skeleton.merge(state.params | state.biases)
 
-    def question(self, split, number: int) -> Question:
-        example = self.task.example(split, number)
-        return Question(example, prompt_of(self.setup.recipe.task.template, example.question, self.setup.tokenizer))
-
-    def answers(self, questions: Sequence[Question], completions, opening: str = "") -> list[Answer]:
-        decode, recipe = self.setup.tokenizer.decode, self.setup.recipe
-        texts = [opening + decode(c.tokens) for c in completions]
-        scores = judge(self.task, [("", t, q.example) for t, q in zip(texts, questions, strict=True)])
-        return [
-            Answer(q, c, t, s, 0.0) for q, c, t, s in zip(questions, completions, texts, scores, strict=True)
-        ]
-
-    def collect(self, asked: Asked) -> list[list[Answer]]:
-        rl, seed = self.setup.recipe.rl, self.setup.recipe.seed
-        questions = [self.question("train", asked.count + i) for i in range(rl.prompts)]
-        each = [q for q in questions for _ in range(rl.group_size)]
-        done = self.sampler.sample([q.prompt for q in each], seed=seed, first=asked.count * rl.group_size)
-        asked.count += rl.prompts
-        answers = self.answers(each, done)
-        return [list(group) for group in itertools.batched(answers, rl.group_size)] if hasattr(itertools, "batched") else [answers[i:i+rl.group_size] for i in range(0, len(answers), rl.group_size)]
-
-    def minibatch(self, groups):
-        rl = self.setup.recipe.rl
-        reward_GS = np.array([[a.reward for a in g] for g in groups])
-        adv = objective.advantages(reward_GS, rl.objective).ravel()
-        answers = [a for g in groups for a in g]
-        rows = pack([a.sampled for a in answers], self.row_tokens, rl.rows)
-        lens = np.array([len(a.completion.tokens) for a in answers])
-        idx = rows["answer"]
-        rows["advantage"] = np.where(idx >= 0, adv[idx], 0).astype(np.float32)
-        w = 1 / (len(answers) * lens) if rl.objective in ("grpo", "gspo") else np.full(len(answers), 1 / lens.sum())
-        rows["weight"] = np.where(idx >= 0, w[idx], 0).astype(np.float32)
-        return [self.setup.put(p, rl.rows) for p in parts(rows, rl.rows)]
-
-    def learn(self, state: State, groups):
-        rl = self.setup.recipe.rl
-        size = rl.prompts // rl.minibatches
-        batches = [self.minibatch(groups[i : i + size]) for i in range(0, rl.prompts, size)]
-        if rl.minibatches > 1:
-            for b in batches:
-                for p in b:
-                    p["old_logprob"] = self.updater.logprobs(state.params, state.biases, p)
-        if rl.kl:
-            for b in batches:
-                for p in b:
-                    p["reference_logprob"] = self.updater.logprobs(state.reference, state.biases, p)
-        inner, out = TrainState(*state[:4]), []
-        for b in batches:
-            inner, m = self.updater.update(inner, b)
-            out.append(m)
-        return State(*inner, reference=state.reference), jax.device_get(out)
-
-    def evaluate(self, state):
-        rl, seed = self.setup.recipe.rl, self.setup.recipe.seed
-        qs = [self.question(rl.eval_split, i) for i in range(rl.eval_prompts)]
-        greedy = self.answers(qs, self.sampler.sample([q.prompt for q in qs], seed=seed, temperature=0.0))
-        open_ = self.setup.tokenizer.encode("<think>").tolist()
-        forced = self.answers(qs, self.sampler.sample([[*q.prompt, *open_] for q in qs], seed=seed, temperature=0.0), "<think>")
-        each = [q for q in qs for _ in range(rl.eval_samples)]
-        sampled = self.answers(each, self.sampler.sample([q.prompt for q in each], seed=seed + 1))
-        k = rl.eval_samples
-        return evaluate.Evaluation(greedy, forced, [sampled[i : i + k] for i in range(0, len(sampled), k)])
-
-    def train(self, state: State, asked: Asked, checkpoints, start):
-        rl = self.setup.recipe.rl
+    def train(self, state: State, asked: Asked, checkpoints: Checkpoints, start: int | None) -> None:
+        """Step to the end."""
+        setup, rl = self.setup, self.setup.recipe.rl
         first, last = start or 0, rl.steps
-        rate = learning_rate(rl.optimizer.schedule, rl.steps)
-        with Signals() as signals, MetricsWriter(self.setup.run_dir, start, STAGE) as writer, self.setup.console.progress(STAGE, last, first) as progress:
-            def ev(number, state):
-                t = time.monotonic()
-                e = self.evaluate(state)
-                m = e.metrics()
-                writer.write(number, m)
-                writer.append_samples(evaluate.rows(number, e))
-                self.setup.console.say(f"step {number}: " + "  ".join(f"{k[5:]} {v:.3f}" for k, v in m.items()) + f" ({time.monotonic()-t:.1f}s)")
-            self.sampler.load_weights(self.model(state))
+        rate = learning_rate(rl.optimizer.schedule, rl.steps * rl.minibatches)
+        with (
+            Signals() as signals,
+            MetricsWriter(setup.run_dir, start, STAGE) if jax.process_index() == 0 else Silence() as writer,
+            setup.console.progress(STAGE, last, first) as progress,
+        ):
             if start is None:
-                ev(0, state)
+                self._evaluate(0, state, writer)
+            seconds = 0.0
             for number in range(first + 1, last + 1):
-                t0 = time.monotonic()
-                groups = self.collect(asked)
-                t1 = time.monotonic()
-                state, ms = self.learn(state, groups)
-                self.sampler.load_weights(self.model(state))
-                t2 = time.monotonic()
-                answers = [a for g in groups for a in g]
-                tokens = sum(m["tokens"] for m in ms)
-                row = {
-                    "loss": sum(m["loss"] for m in ms), "lr": float(rate(number - 1)),
-                    "reward": np.mean([a.reward for a in answers]),
-                    "accuracy": np.mean([a.scores.values["accuracy"] for a in answers]),
-                    "format_rate": np.mean([a.scores.values["format"] for a in answers]),
-                    "response_length": np.mean([len(a.completion.tokens) for a in answers]),
-                    **{k: sum(m[k] for m in ms) / tokens for k in ("kl", "entropy", "clipped", "mismatch")},
-                    "grad_norm": np.mean([m["grad_norm"] for m in ms]), "skipped": sum(m["skipped"] for m in ms),
-                    "sample_seconds": t1 - t0, "update_seconds": t2 - t1, "step_seconds": t2 - t0,
-                    "tokens_per_s": tokens / (t2 - t0),
-                }
-                load = sum(m["load_LE"] for m in ms)
+                began = time.monotonic()
+                self.rollout.load_weights(self.model(state))
+                groups = collect(self.rollout, rl, setup.recipe.seed, asked.next, progress.note)
+                asked.next = groups.next_question
+                sampled = time.monotonic()
+                training, learned = self.updater.learn(state.training, state.reference, groups)
+                state = State(*training, reference=state.reference)
+                if rl.kl and rl.reference_every and number % rl.reference_every == 0:
+                    state = state._replace(reference=_copy(state.params))
+                step_seconds = time.monotonic() - began
+                seconds += step_seconds
+                row = groups.metrics() | learned.metrics | {
+                    "lr": float(np.asarray(rate(number * rl.minibatches - 1))),
+                    "tokens_per_s": groups.tokens / step_seconds,
+                    "sample_seconds": sampled - began,
+                    "step_seconds": step_seconds,
+                }  # fmt: skip
                 writer.write(number, row)
-                writer.write_load(number, load)
+                if learned.load_LE.size:
+                    writer.write_load(number, learned.load_LE)
                 progress.update(number, row)
-                if number % 5 == 0: self.setup.console.say(" ".join(f"{k} {float(v):.3g}" for k, v in row.items()))
                 is_last = number == last
                 if is_last or (rl.eval_every and number % rl.eval_every == 0):
-                    ev(number, state)
-                if is_last or number % self.setup.recipe.checkpoint.every == 0 or signals.stop(number):
-                    checkpoints.save(number, state, asked, self.setup.skeleton)
+                    self._evaluate(number, state, writer)
+                if is_last or number % setup.recipe.checkpoint.every == 0 or signals.stop(number):
+                    checkpoints.save(number, state, asked, setup.skeleton)
                 if signals.stop(number) and not is_last:
                     raise Interrupted(f"stopped at step {number} by {signals.name}; state saved")
+            self._finish(seconds)
+
+    def _evaluate(self, number: int, state: State, writer) -> None:
+        rl = self.setup.recipe.rl
+        self.rollout.load_weights(self.model(state))
+        found = evaluate(self.rollout, rl.eval_split, rl.eval_prompts, rl.eval_samples, self.setup.recipe.seed + 1)
+        metrics = found.metrics()
+        writer.write(number, metrics)
+        writer.append_samples(found.rows(number))
+        texts = (f"{name.strip()} {metrics[key]:{form}}" for name, key, form in _SHOWN if key in metrics)
+        self.setup.console.say(f"step {number}: {', '.join(texts)}")
+
+    def _finish(self, seconds: float) -> None:
+        """A summary for the report and the terminal: held-out questions before and after."""
+        if jax.process_index() > 0:
+            return
+        rows = [r for r in read_rows(self.setup.run_dir / "metrics.jsonl") if r["stage"] == STAGE and _SHOWN[0][1] in r]
+        table = {
+            name: f"{rows[0][key]:{form}} -> {rows[-1][key]:{form}}" for name, key, form in _SHOWN if key in rows[0]
+        }
+        table |= {"time in RL steps": duration(seconds)}
+        add_summary(self.setup.run_dir, table)
+        self.setup.console.result_table("held-out questions, before and after", list(table.items()))
+
+
+_SHOWN = (
+    ("right answers", "eval/accuracy", ".1%"),
+    ("  opened with <think>", "eval/forced_accuracy", ".1%"),
+    ("right form", "eval/format_rate", ".1%"),
+    ("tokens of a sampled answer", "eval/response_length", ".1f"),
+)
 
 
 @jax.jit
-def _copy(tree):
-    return jax.tree.map(jnp.copy, tree)
+def _copy(params: Arrays) -> Arrays:
+    return jax.tree.map(jnp.copy, params)

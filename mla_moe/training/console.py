@@ -78,6 +78,11 @@ class Progress:
             self._last_line = now
             self._console.print(log_line(step, self._total, metrics, left), markup=False, soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        """Show what is under way within a long step; a log has no room for it."""
+        if self._bar is not None:
+            self._bar.update(self._task, description=text)
+
     def _seconds_left(self, step: int, now: float) -> float | None:
         """From the pace since the first update, since the first step also compiles; None until there is a pace."""
         if self._first is None:

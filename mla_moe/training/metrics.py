@@ -67,6 +67,21 @@ class MetricsWriter:
             self._samples.append({"step": row["step"], "stage": self._stage, **row})
 
 
+class Silence:
+    """The writer of processes other than the first."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def write(self, *_):
+        return None
+
+    write_load = append_samples = write
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file, none if there is no file. A last line cut short by a kill is left out."""
     return [row for _, row in _lines(path)] if path.exists() else []

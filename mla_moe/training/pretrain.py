@@ -1,7 +1,6 @@
 """The pretraining stage: text in, a model and its curves out."""
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -29,9 +28,9 @@ from mla_moe.sharding import BATCH
 from mla_moe.training.begin import first_state
 from mla_moe.training.checkpoint import Checkpoints
 from mla_moe.training.console import Console, Progress, bytes_, duration, si
-from mla_moe.training.metrics import MetricsWriter
+from mla_moe.training.metrics import MetricsWriter, Silence
 from mla_moe.training.optimizer import learning_rate, make_optimizer
-from mla_moe.training.run import Signals, write_atomically
+from mla_moe.training.run import Signals, add_summary
 from mla_moe.training.setup import Interrupted, Setup, training_text
 from mla_moe.training.step import TrainState, abstract_state, make_eval_step, make_step
 
@@ -124,7 +123,7 @@ class Stage:
         step = self._compile(state)
         with (
             Signals() as signals,
-            MetricsWriter(self.setup.run_dir, start, STAGE) if jax.process_index() == 0 else _Silence() as writer,
+            MetricsWriter(self.setup.run_dir, start, STAGE) if jax.process_index() == 0 else Silence() as writer,
             self.setup.console.progress(STAGE, last, first) as progress,
         ):
             meter = _Meter(self, writer, progress)
@@ -183,7 +182,7 @@ class Stage:
         rows |= {"busiest expert / mean, last tenth": f"{meter.load_last_tenth:.2f}"}
         rows |= {"time in steps": duration(meter.seconds)}
         if jax.process_index() == 0:
-            write_atomically(self.setup.run_dir / "summary.json", json.dumps(rows, indent=2) + "\n")
+            add_summary(self.setup.run_dir, rows)
         self.setup.console.result_table("result", list(rows.items()))
         for sample in samples:
             self.setup.console.say(f"\n--- {sample['prompt']!r}\n{sample['prompt']}{sample['completion']}")
@@ -269,18 +268,3 @@ class _Meter:
     def load_last_tenth(self) -> float:
         tail = self._loads[-max(self._recipe.training.steps // 10, 1) :]
         return float(np.mean(tail)) if tail else math.nan
-
-
-class _Silence:
-    """The writer of processes other than the first."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        return None
-
-    def write(self, *_):
-        return None
-
-    write_load = append_samples = write

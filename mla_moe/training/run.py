@@ -1,8 +1,10 @@
 """A run's directory: its recipe, and the signals that end it early."""
 
 import dataclasses
+import json
 import os
 import signal
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,6 +58,13 @@ def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def add_summary(run_dir: Path, rows: Mapping[str, str]) -> None:
+    """Put names and figures into `summary.json`, with which the report begins."""
+    path = run_dir / "summary.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    write_atomically(path, json.dumps(before | dict(rows), indent=2) + "\n")
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from mla_moe import data
 from mla_moe.config import ConfigError
 from mla_moe.counting import count_parameters
 from mla_moe.data import Tokenizer
+from mla_moe.inference.language import Language, language_of
 from mla_moe.nn.kernels import resolve
 from mla_moe.nn.param import Precision
 from mla_moe.nn.skeleton import Skeleton
@@ -57,6 +58,12 @@ class Setup:
         kernels = resolve(self.recipe.kernels, self.mesh.devices.flat[0].platform)
         rules = rules_of(self.recipe.mesh.rules)
         return Skeleton(self.recipe.model, precision=precision, kernels=kernels, remat=training.remat, rules=rules)
+
+    @cached_property
+    def language(self) -> Language:
+        spec = self.recipe.data.tokenizer
+        named = spec != "byte" and not spec.startswith("bpe:")
+        return language_of(Path(spec).parent if named else self.run_dir, self.tokenizer)
 
     def put(self, batch: Mapping[str, np.ndarray], rows: int, first: int = 0) -> dict[str, jax.Array]:
         """A global batch of `rows` rows, of which `batch` holds those from `first` on, each on its device."""

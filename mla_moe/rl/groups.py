@@ -1,0 +1,80 @@
+"""A step's answers, several to each question, and what they were worth."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from mla_moe.recipe import RL
+from mla_moe.rl.objective import informative, overlong_penalty
+from mla_moe.rl.rollout import Answer, Rollout
+
+ROUNDS = 8
+"""How often questions are asked anew where a group has nothing to tell, before it is taken as it is."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    answers: Sequence[Sequence[Answer]]
+    reward_GS: np.ndarray
+    """Float [questions, answers]: the score, less the penalty for length."""
+    next_question: int
+    left_out: int
+    """Groups that were sampled and not used, because all their answers were right or all were wrong."""
+    too_long: int
+    """Questions passed over for the length of their prompt."""
+
+    @property
+    def tokens(self) -> int:
+        return sum(answer.length for group in self.answers for answer in group)
+
+    def metrics(self) -> dict[str, float]:
+        """What a row of `metrics.jsonl` says of them. Lengths are in tokens; parts of the reward are unweighted."""
+        answers = [answer for group in self.answers for answer in group]
+        parts = {name: _mean(answer.score.parts[name] for answer in answers) for name in answers[0].score.parts}
+        failed = collections.Counter(failure.kind for answer in answers for failure in answer.score.failures)
+        return {
+            "reward": float(self.reward_GS.mean()),
+            "reward_std": float(self.reward_GS.std(axis=1).mean()),
+            "accuracy": parts.pop("accuracy"),
+            "format_rate": parts.pop("format"),
+            **{f"reward/{name}": value for name, value in parts.items()},
+            "response_length": _mean(answer.length for answer in answers),
+            "truncated": _mean(answer.truncated for answer in answers),
+            "groups_left_out": self.left_out,
+            "prompts_too_long": self.too_long,
+            **{f"judge/{kind}": count for kind, count in failed.items()},
+        }
+
+
+def collect(
+    rollout: Rollout, rl: RL, seed: int, question: int, note: Callable[[str], None] = lambda text: None
+) -> Groups:
+    """The answers of a step, from training question number `question` on. DAPO asks on until every group can tell
+    something (arXiv 2503.14476, section 3.2), within `ROUNDS` rounds."""
+    kept: list[list[Answer]] = []
+    idle: list[list[Answer]] = []
+    before = rollout.too_long
+    for _ in range(ROUNDS if rl.objective == "dapo" else 1):
+        questions, after = rollout.questions("train", question, rl.prompts - len(kept))
+        groups = rollout.answers(questions, rl.group_size, seed=seed, first=question * rl.group_size, progress=note)
+        question = after
+        for group in groups:
+            useful = rl.objective != "dapo" or informative([answer.score.parts["accuracy"] for answer in group])
+            (kept if useful else idle).append(group)
+        if len(kept) == rl.prompts:
+            break
+    missing = rl.prompts - len(kept)
+    chosen = [*kept, *idle[:missing]]
+    reward_GS = np.array([[_reward(answer, rl) for answer in group] for group in chosen])
+    return Groups(chosen, reward_GS, question, len(idle) - missing, rollout.too_long - before)
+
+
+def _reward(answer: Answer, rl: RL) -> float:
+    penalty = overlong_penalty(answer.length, rl.max_new_tokens, rl.overlong) if rl.overlong else 0.0
+    return answer.score.total + penalty
+
+
+def _mean(values) -> float:
+    return float(np.mean(list(values)))

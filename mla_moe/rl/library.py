@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import enum
 import functools
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -18,6 +19,16 @@ _PREFIX = "reasoning_gym:"
 _SIZE = 4096  # questions of one of the library's datasets; some prepare them all
 _STRIDE: dict[Split, int] = {"train": 8, "validation": 64, "test": 64}  # enough that the next of a split is within it
 _PATIENCE = 1000  # questions in a row of other splits, or that could not be made
+
+_HASHED = {
+    "isomorphic_strings",
+    "knight_swap",
+    "list_functions",
+    "polynomial_multiplication",
+    "ransom_note",
+    "word_ladder",
+}
+"""Tasks of reasoning-gym 0.1.25 that walk through sets of texts, whose order is another in each Python process."""
 
 
 def names() -> list[str]:
@@ -44,6 +55,9 @@ class Library:
         if name not in DATASETS:
             near = difflib.get_close_matches(name, DATASETS, n=3, cutoff=0.5) or sorted(DATASETS)
             raise ConfigError("task.name", self._name, f"no such task; there are {', '.join(near)}")
+        fixed = name not in _HASHED or os.environ.get("PYTHONHASHSEED", "random") != "random"
+        fix = "asks other questions in each process unless you set the variable PYTHONHASHSEED=0 for all of them"
+        require(fixed, "task.name", self._name, fix)
         self._make, config = DATASETS[name]
         self._config = functools.partial(config, **_typed(config, options))
         self._seed = self._config.keywords.get("seed") or 0

@@ -149,7 +149,7 @@ class File(_Checked):
     once, as it stands first. Each epoch of training has an order of its own, the same in every run.
     """
 
-    verifier = ("math",)
+    verifier: Spec | None = ("math",)
 
     def __init__(self, path: str):
         require(Path(path).is_file(), "task.name", path, "no such file")

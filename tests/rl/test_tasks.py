@@ -142,6 +142,14 @@ def test_training_questions_are_found_at_once():
     assert len(found) == 4
 
 
+def test_questions_that_hang_on_the_process_are_refused(monkeypatch):
+    monkeypatch.delenv("PYTHONHASHSEED", raising=False)
+    with pytest.raises(ConfigError, match=r"ransom_note'.*PYTHONHASHSEED=0"):
+        task("reasoning_gym:ransom_note")
+    monkeypatch.setenv("PYTHONHASHSEED", "0")
+    assert task("reasoning_gym:ransom_note").example("train", 0).answer in ("True", "False")
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -1,0 +1,110 @@
+"""What a completion is worth: form, right answer, and a function of the user's."""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from mla_moe import recipe
+from mla_moe.config import require
+from mla_moe.rl.judge import Call, Failure, Judges
+from mla_moe.rl.judge_worker import Example, Spec
+from mla_moe.rl.tasks import Task
+
+_TAG = re.compile(r"(</?(?:think|answer)>)")
+_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+
+
+def parse(completion: str) -> tuple[bool, str | None]:
+    """Whether the form is right, and the answer.
+
+    The form: `<think>…</think><answer>…</answer>`, in this order, each tag once, something in the answer, and nothing
+    but white space before, between and after. The answer is judged on its own, as R1 does: it is what the last complete
+    pair of answer tags holds, stripped, whatever stands around it; None where there is no pair, or nothing in it.
+    """
+    pieces = _TAG.split(completion)  # text, tag, text, …
+    form = pieces[1::2] == ["<think>", "</think>", "<answer>", "</answer>"]
+    form = form and not "".join(pieces[0:9:4]).strip() and pieces[6].strip() != ""
+    answers = _ANSWER.findall(completion)
+    return form, (answers[-1].strip() or None) if answers else None
+
+
+class Completion(NamedTuple):
+    """A prompt, what the model made of it, and the question behind it."""
+
+    prompt: str
+    text: str
+    example: Example
+
+
+class Score(NamedTuple):
+    """What a completion is worth."""
+
+    total: float
+    """The parts' sum, each times its weight."""
+    parts: dict[str, float]
+    """Unweighted, by name: `format` and `accuracy`, in 0 … 1, and the user's function under its own name."""
+    failures: tuple[Failure, ...]
+    """What went wrong in judging it; a part that failed is 0."""
+
+
+class Reward:
+    """The reward that a recipe's `task` describes.
+
+    Form, and the answer where the task says that its check cannot hang, are judged in place; everything else in worker
+    processes, which start with the object and end with `close`. Raises `ConfigError` on `task.function` where the
+    function cannot be imported or called.
+    """
+
+    def __init__(self, settings: recipe.Task, task: Task, workers: int | None = None):
+        self._task = task
+        self._weights = {"format": settings.format, "accuracy": settings.accuracy}
+        self._name = None
+        judges: dict[str, Spec] = {}
+        if task.verifier is not None:
+            judges["task.name"] = task.verifier
+        if settings.function is not None:
+            source, _, name = settings.function.rpartition(":")
+            fix = "write module:name or path.py:name"
+            require(bool(source) and name.isidentifier(), "task.function", settings.function, fix)
+            require(name not in self._weights, "task.function", settings.function, f"{name} is taken; rename it")
+            judges["task.function"] = ("function", settings.function)
+            self._weights[name], self._name = settings.function_weight, name
+        self.names = tuple(self._weights)
+        """The parts of a score."""
+        self._judges = Judges(judges, settings.timeout, workers) if judges else None
+
+    def __call__(self, completions: Sequence[Completion]) -> list[Score]:
+        """The scores, in order."""
+        parts, calls, owners = [], [], []
+        for number, completion in enumerate(completions):
+            form, answer = parse(completion.text)
+            parts.append(dict.fromkeys(self.names, 0.0) | {"format": float(form)})
+            if answer is not None and self._task.verifier is None:
+                parts[-1]["accuracy"] = self._task.score(completion.example, answer)
+            elif answer is not None:
+                calls.append(Call("task.name", (answer,), completion.example))
+                owners.append((number, "accuracy"))
+            if self._name is not None:
+                calls.append(Call("task.function", (completion.prompt, completion.text), completion.example))
+                owners.append((number, self._name))
+        failures: list[list[Failure]] = [[] for _ in completions]
+        for (number, name), result in zip(owners, self._judges(calls) if self._judges else (), strict=True):
+            if isinstance(result, Failure):
+                failures[number].append(result)
+            else:
+                parts[number][name] = result
+        return [
+            Score(sum(self._weights[name] * value for name, value in part.items()), part, tuple(failed))
+            for part, failed in zip(parts, failures, strict=True)
+        ]
+
+    def close(self) -> None:
+        """End the worker processes."""
+        if self._judges:
+            self._judges.close()
+
+    def __enter__(self) -> "Reward":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -6,6 +6,9 @@ from mla_moe import ConfigError, recipe
 from mla_moe.data.arithmetic import problem, split_of
 from mla_moe.rl.tasks import open_task
 
+for library in ("reasoning_gym", "math_verify"):
+    pytest.importorskip(library, reason="pip install 'mla_moe[rl]'")
+
 SPLITS = ("train", "validation", "test")
 
 

@@ -282,6 +282,11 @@ class RL:
     eval_samples: int = 4
     """Answers sampled to each question, for pass@k and the majority's; greedy answers come on top."""
 
+    @property
+    def row_length(self) -> int:
+        """Tokens of a row for an update."""
+        return self.row_tokens or self.max_prompt_tokens + self.max_new_tokens
+
     def __post_init__(self):
         for name in (
             "prompts",
@@ -304,6 +309,9 @@ class RL:
         require(self.prompts % self.minibatches == 0, "rl.minibatches", self.minibatches, fix)
         fix = f"must be below rl.max_new_tokens = {self.max_new_tokens}"
         require(self.overlong < self.max_new_tokens, "rl.overlong", self.overlong, fix)
+        fix = "an answer and its prompt must fit a row: max_prompt_tokens + max_new_tokens, or 0"
+        longest = self.max_prompt_tokens + self.max_new_tokens
+        require(self.row_length >= longest, "rl.row_tokens", self.row_tokens, fix)
         for name in ("clip_low", "clip_high", "off_policy_limit", "importance_limit"):
             value = getattr(self, name)
             require(value is None or value > 0, f"rl.{name}", value, "a positive number, or None")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mla_moe.recipe import RL
-from mla_moe.rl.objective import informative, overlong_penalty
+from mla_moe.rl.objective import overlong_penalty
 from mla_moe.rl.rollout import Answer, Rollout
 
 ROUNDS = 8
@@ -61,7 +61,7 @@ def collect(
         groups = rollout.answers(questions, rl.group_size, seed=seed, first=question * rl.group_size, progress=note)
         question = after
         for group in groups:
-            useful = rl.objective != "dapo" or informative([answer.score.parts["accuracy"] for answer in group])
+            useful = rl.objective != "dapo" or len({answer.score.parts["accuracy"] for answer in group}) > 1
             (kept if useful else idle).append(group)
         if len(kept) == rl.prompts:
             break
@@ -72,8 +72,7 @@ def collect(
 
 
 def _reward(answer: Answer, rl: RL) -> float:
-    penalty = overlong_penalty(answer.length, rl.max_new_tokens, rl.overlong) if rl.overlong else 0.0
-    return answer.score.total + penalty
+    return answer.score.total + overlong_penalty(answer.length, rl.max_new_tokens, rl.overlong)
 
 
 def _mean(values) -> float:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 Rows = dict[str, np.ndarray]
-"""`tokens`, `targets`, `segment_ids`, `positions` and `answer` [R, T] int32; `sampler_logprob` [R, T] float32; `replay`
-[R, T, l, K] int16 where experts were recorded. Segments count from 1, 0 is padding. `answer` is the index of the answer
+"""`tokens`, `targets`, `segment_ids`, `positions` and `answer_BT` [R, T] int32; `sampler_logprob_BT` [R, T] float32; `replay`
+[R, T, l, K] int16 where experts were recorded. Segments count from 1, 0 is padding. `answer_BT` is the index of the answer
 that a target is a token of, −1 for prompts and padding; `replay` is −1 for padding."""
 
 
@@ -43,8 +43,8 @@ def pack(answers: Sequence[Sampled], length: int, multiple: int) -> Rows:
     count = -(-len(free) // multiple) * multiple
     shape = count, length
     rows: Rows = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
-    rows["answer"] = np.full(shape, -1, np.int32)
-    rows["sampler_logprob"] = np.zeros(shape, np.float32)
+    rows["answer_BT"] = np.full(shape, -1, np.int32)
+    rows["sampler_logprob_BT"] = np.zeros(shape, np.float32)
     experts = answers[0].experts_TlK
     if experts is not None:
         rows["replay"] = np.full((*shape, *experts.shape[1:]), -1, np.int16)
@@ -55,7 +55,7 @@ def pack(answers: Sequence[Sampled], length: int, multiple: int) -> Rows:
         segments[row] += 1
         rows["tokens"][row, part], rows["targets"][row, part] = whole[:-1], whole[1:]
         rows["segment_ids"][row, part], rows["positions"][row, part] = segments[row], np.arange(answer.size)
-        rows["answer"][row, new], rows["sampler_logprob"][row, new] = index, answer.logprobs
+        rows["answer_BT"][row, new], rows["sampler_logprob_BT"][row, new] = index, answer.logprobs
         if answer.experts_TlK is not None:
             rows["replay"][row, part] = answer.experts_TlK
     return rows

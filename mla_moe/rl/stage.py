@@ -21,6 +21,7 @@ from mla_moe.nn.transformer import Transformer
 from mla_moe.recipe import Recipe
 from mla_moe.rl.evaluate import evaluate
 from mla_moe.rl.groups import Groups, collect
+from mla_moe.rl.objective import beta
 from mla_moe.rl.rewards import Reward
 from mla_moe.rl.rollout import Rollout
 from mla_moe.rl.tasks import open_task
@@ -106,7 +107,7 @@ class Stage:
     def describe(self) -> list[tuple[str, str]]:
         """The start-up table."""
         task, rl = self.setup.recipe.task, self.setup.recipe.rl
-        divergence = f"{rl.kl:g} x divergence" if rl.kl else "no divergence"
+        divergence = f"{beta(rl):g} x divergence" if beta(rl) else "no divergence"
         return [
             *self.setup.describe(abstract_state(self.setup.skeleton, self.updater.tx, self.setup.mesh)),
             ("task", " ".join((task.name, *task.options))),
@@ -116,7 +117,7 @@ class Stage:
 
     def abstract_state(self) -> State:
         state = abstract_state(self.setup.skeleton, self.updater.tx, self.setup.mesh)
-        return State(*state, reference=state.params if self.setup.recipe.rl.kl else {})
+        return State(*state, reference=state.params if beta(self.setup.recipe.rl) else {})
 
     def first_state(self) -> State:
         setup, recipe = self.setup, self.setup.recipe
@@ -125,7 +126,7 @@ class Stage:
         arrays = read_arrays(open_source(str(path)), setup.skeleton, setup.mesh)
         state = init_state(setup.skeleton, self.updater.tx, recipe.seed, setup.mesh, arrays)
         self.setup.console.say(f"started from {path}")
-        return State(*state, reference=_copy(state.params) if recipe.rl.kl else {})
+        return State(*state, reference=_copy(state.params) if beta(recipe.rl) else {})
 
     def model(self, state: State) -> Transformer:
         return self.setup.skeleton.merge(state.params | state.biases)
@@ -151,7 +152,7 @@ class Stage:
                 sampled = time.monotonic()
                 training, learned = self.updater.learn(state.training, state.reference, groups)
                 state = State(*training, reference=state.reference)
-                if rl.kl and rl.reference_every and number % rl.reference_every == 0:
+                if beta(rl) and rl.reference_every and number % rl.reference_every == 0:
                     state = state._replace(reference=_copy(state.params))
                 step_seconds = time.monotonic() - began
                 seconds += step_seconds

@@ -1,108 +1,203 @@
-"""From judged answers to new parameters: log-probabilities, gradients part by part, one optimizer update."""
+"""From judged answers to new parameters: log-probabilities, gradients part by part, and an optimizer's updates."""
 
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
 
 from mla_moe.nn.skeleton import Arrays
-from mla_moe.recipe import RL
-from mla_moe.rl.objective import objective
-from mla_moe.training.loss import token_logprobs
+from mla_moe.rl import objective
+from mla_moe.rl.groups import Groups
+from mla_moe.rl.logprobs import token_logprobs
+from mla_moe.rl.objective import Sums, Tokens
+from mla_moe.rl.packing import pack, parts
 from mla_moe.training.setup import Setup
-from mla_moe.training.step import TrainState, move_biases
+from mla_moe.training.step import TrainState, move_biases, shardings
 
 Part = dict[str, jax.Array]
-"""Rows of `packing.Rows` on their devices, with `advantage` and `weight` [R, T] of each token, and the log-probabilities
-`old_logprob` and `reference_logprob` where the objective wants them."""
+"""Some rows of a minibatch on their devices, with what `Tokens` names."""
+
+
+class Total(NamedTuple):
+    """What adds up over the parts of a minibatch."""
+
+    gradient: Arrays
+    sums: Sums
+    load_LE: Int[Array, "L E"]
+    dropped: Int[Array, ""]
+
+
+class Learned(NamedTuple):
+    """What a step has to say of its updates. Shares are of the answers' tokens."""
+
+    metrics: dict[str, float]
+    load_LE: Int[np.ndarray, "L E"]
 
 
 class Updater:
-    """The compiled programs of the stage. A part has a fixed shape, so each compiles once however many answers there
-    are; gradients add up over the parts of a minibatch."""
+    """The compiled programs of the stage. Rows come in parts of one shape, so each program compiles once, however many
+    answers there are and however long."""
 
-    def __init__(self, setup: Setup, tx: optax.GradientTransformation, rl: RL):
-        self._setup, self._tx, self._rl = setup, tx, rl
+    def __init__(self, setup: Setup, tx: optax.GradientTransformation):
+        self.setup, self.tx, self.rl = setup, tx, setup.recipe.rl
+        self.answers = self.rl.prompts * self.rl.group_size // self.rl.minibatches
 
-    def logprobs(self, params: Arrays, biases: Arrays, part: Part) -> jax.Array:
-        """Of every target under these parameters, with the sampler's routing if that is replayed."""
-        return self._logprobs(params, biases, part)
+    def learn(self, state: TrainState, reference: Arrays, groups: Groups) -> tuple[TrainState, Learned]:
+        """One update for each minibatch of groups; the state passed in is given up."""
+        size = self.rl.prompts // self.rl.minibatches
+        minibatches = [self._minibatch(groups, slice(i, i + size)) for i in range(0, self.rl.prompts, size)]
+        for part in (part for minibatch in minibatches for part in minibatch):
+            # With one minibatch the present parameters are those that sampled: the update finds these out itself.
+            if self.rl.minibatches > 1:
+                part["old_logprob_BT"] = self.logprobs(state.params, state.biases, part)
+            if objective.beta(self.rl):
+                part["reference_logprob_BT"] = self.logprobs(reference, state.biases, part)
+        found = []
+        for minibatch in minibatches:
+            state, metrics = self.update(state, minibatch)
+            found.append(metrics)
+        return state, self._learned(jax.device_get(found))
 
     def update(self, state: TrainState, minibatch: Sequence[Part]) -> tuple[TrainState, dict[str, Any]]:
-        """One optimizer update on a minibatch; the state passed in is given up. Metrics are sums over its tokens."""
-        total = self._nothing(state, minibatch[0])
+        total = self._nothing(state.params, state.biases, minibatch[0])
         for part in minibatch:
-            total = self._gradient(state.params, state.biases, part, total)
+            total = self._add(state.params, state.biases, part, total)
         return self._apply(state, total)
 
-    def _nothing(self, state: TrainState, part: Part):
-        """Zeros to which the parts of a minibatch are added."""
-        shapes = jax.eval_shape(self._sums, state.params, state.biases, part)
-        return jax.jit(lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))()
+    def _minibatch(self, groups: Groups, which: slice) -> list[Part]:
+        answers = [answer.sampled for group in groups.answers[which] for answer in group]
+        rows = pack(answers, self.rl.row_length, self.rl.rows)
+        advantage_N = objective.advantages(groups.reward_GS[which], self.rl.objective).ravel()
+        answer_BT = rows["answer_BT"]
+        rows["advantage_BT"] = np.where(answer_BT >= 0, advantage_N[answer_BT], 0).astype(np.float32)
+        rows["weight_BT"] = np.asarray(objective.token_weights(self.rl, answer_BT, len(answers)))
+        return [self.setup.put(part, self.rl.rows) for part in parts(rows, self.rl.rows)]
 
-    def _model(self, params, biases):
-        return self._setup.skeleton.merge(params | biases)
-
-    def _token_logprobs(self, params, biases, part):
-        """Log-probabilities and entropies [R, T], and the routing."""
-        with jax.sharding.use_abstract_mesh(self._setup.mesh.abstract_mesh):
-            model = self._model(params, biases)
+    def _token_logprobs(self, params: Arrays, biases: Arrays, part: Part):
+        """Log-probability of each target, entropy where it stands, and the routing."""
+        with jax.sharding.use_abstract_mesh(self.setup.mesh.abstract_mesh):
+            model = self.setup.skeleton.merge(params | biases)
             replay = part["replay"].astype(jnp.int32) if "replay" in part else None
             h_BTD, stats = model.hidden(part["tokens"], part["segment_ids"], part["positions"], replay)
-            chunk, temperature = self._setup.recipe.training.loss_chunk, self._rl.temperature
-            return *token_logprobs(model, h_BTD, part["targets"], chunk=chunk, temperature=temperature), stats
+            chunk = self.setup.recipe.training.loss_chunk
+            head_DV = model.head[...].astype(model.precision.compute)
+            return *token_logprobs(h_BTD, head_DV, part["targets"], chunk=chunk), stats
 
     @cached_property
-    def _logprobs(self):
+    def logprobs(self):
+        """`(params, biases, part) -> Float[B, T]`, log-probability of each target."""
+
         @jax.jit
-        def run(params, biases, part):
+        def logprobs(params: Arrays, biases: Arrays, part: Part) -> Float[Array, "B T"]:
             return self._token_logprobs(params, biases, part)[0]
 
-        return run
+        return logprobs
 
-    def _sums(self, params, biases, part):
-        """The gradient, and sums over the tokens of a part."""
-
+    def _total(self, params: Arrays, biases: Arrays, part: Part) -> Total:
         def loss(params):
             logprob_BT, entropy_BT, stats = self._token_logprobs(params, biases, part)
-            value, sums = objective(self._rl, logprob_BT, entropy_BT, part)
-            load_LE = jnp.zeros((0, 1), jnp.int32) if stats is None else stats.load_E
-            dropped = jnp.int32(0) if stats is None else stats.dropped.sum()
-            return value, sums | {"loss": value, "load_LE": load_LE, "dropped": dropped}
+            tokens = Tokens(
+                part["answer_BT"],
+                part["weight_BT"],
+                part["advantage_BT"],
+                part.get("old_logprob_BT", jax.lax.stop_gradient(logprob_BT)),
+                part["sampler_logprob_BT"],
+                part.get("reference_logprob_BT"),
+            )
+            sums = objective.sums(logprob_BT, entropy_BT, tokens, self.rl, self.answers)
+            return sums.loss, (sums, stats)
 
-        return jax.grad(loss, has_aux=True)(params)
+        gradient, (sums, stats) = jax.grad(loss, has_aux=True)(params)
+        if stats is None:
+            return Total(gradient, sums, jnp.zeros((0, 0), jnp.int32), jnp.int32(0))
+        return Total(gradient, sums, stats.load_E, stats.dropped.sum())
 
     @cached_property
-    def _gradient(self):
-        @partial(jax.jit, donate_argnums=3)
-        def run(params, biases, part, total):
-            return jax.tree.map(jnp.add, total, self._sums(params, biases, part))
+    def _add(self):
+        @partial(jax.jit, donate_argnums=3, out_shardings=self._places)
+        def add(params: Arrays, biases: Arrays, part: Part, before: Total) -> Total:
+            new = self._total(params, biases, part)
+            added = jax.tree.map(jnp.add, before, new)
+            return added._replace(sums=objective.add(before.sums, new.sums))
 
-        return run
+        return add
+
+    @cached_property
+    def _nothing(self):
+        """Zeros, to which a minibatch's parts are added."""
+
+        @partial(jax.jit, out_shardings=self._places)
+        def nothing(params: Arrays, biases: Arrays, part: Part) -> Total:
+            shapes = jax.eval_shape(self._total, params, biases, part)
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        return nothing
 
     @cached_property
     def _apply(self):
-        everywhere = NamedSharding(self._setup.mesh, P())
-
-        @partial(jax.jit, donate_argnums=(0, 1))
-        def run(state: TrainState, total):
-            grads, sums = total
-            norm = optax.tree.norm(grads)
-            finite = jnp.isfinite(norm)
+        @partial(
+            jax.jit,
+            donate_argnums=(0, 1),
+            out_shardings=(shardings(self.setup.skeleton, self.tx, self.setup.mesh), self._whole),
+        )
+        def apply(state: TrainState, total: Total):
+            norm = optax.tree.norm(total.gradient)
+            finite = jnp.isfinite(norm) & jnp.isfinite(total.sums.loss)
 
             def step(_):
-                updates, optimizer = self._tx.update(grads, state.optimizer, state.params)
-                biases = move_biases(state.biases, sums["load_LE"], self._rl.bias_update)
+                updates, optimizer = self.tx.update(total.gradient, state.optimizer, state.params)
+                biases = move_biases(state.biases, total.load_LE, self.rl.bias_update)
                 return optax.apply_updates(state.params, updates), biases, optimizer
 
-            new = jax.lax.cond(finite, step, lambda _: (state.params, state.biases, state.optimizer), None)
-            metrics: dict[str, Array] = sums | {"grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
-            return TrainState(state.step + 1, *new), jax.lax.with_sharding_constraint(metrics, everywhere)
+            kept = state.params, state.biases, state.optimizer
+            new = jax.lax.cond(finite, step, lambda _: kept, None)
+            metrics = total._asdict() | {"grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
+            del metrics["gradient"]
+            return TrainState(state.step + 1, *new), metrics
 
-        return run
+        return apply
+
+    @cached_property
+    def _whole(self):
+        """What the host reads is whole on every process."""
+        return NamedSharding(self.setup.mesh, P())
+
+    @cached_property
+    def _places(self) -> Any:
+        places = self.setup.skeleton.shardings(self.setup.mesh)
+        gradient = {path: places[path] for path in self.setup.skeleton.param_paths}
+        return Total(gradient, *(self._whole for _ in Total._fields[1:]))
+
+    def _learned(self, updates: Sequence[dict[str, Any]]) -> Learned:
+        sums = [update["sums"] for update in updates]
+        tokens = sum(int(s.tokens) for s in sums)
+
+        def per_token(name: str) -> float:
+            return sum(float(getattr(s, name)) for s in sums) / max(tokens, 1)
+
+        load_LE = np.sum([update["load_LE"] for update in updates], axis=0)
+        metrics = {
+            "loss": float(np.mean([s.loss for s in sums])),
+            "grad_norm": float(np.mean([update["grad_norm"] for update in updates])),
+            "skipped": sum(int(update["skipped"]) for update in updates),
+            "kl": per_token("kl"),
+            "entropy": per_token("entropy"),
+            "clip_low": per_token("clipped_low"),
+            "clip_high": per_token("clipped_high"),
+            "mismatch": per_token("mismatch"),
+            "mismatch_max": float(max(s.mismatch_max for s in sums)),
+            "importance": per_token("importance"),
+            "importance_truncated": per_token("truncated"),
+            "off_policy_answers": sum(int(s.off_policy) for s in sums),
+        }
+        if load_LE.size:
+            metrics["moe/load_max"] = float((load_LE.max(axis=1) / np.maximum(load_LE.mean(axis=1), 1e-9)).max())
+            metrics["moe/dropped"] = sum(int(update["dropped"]) for update in updates)
+        return Learned(metrics, load_LE)

@@ -85,10 +85,3 @@ def _cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, chunk: int) -> Float[
     tokens = P(*BATCH)
     inputs = tokens, P(None, vocab), tokens, tokens
     return jax.shard_map(local, in_specs=inputs, out_specs=P(), check_vma=False)(h_BTD, head_DV, targets_BT, weights_BT)
-
-
-def token_logprobs(model, h_BTD, targets_BT, *, chunk, temperature=1.0):
-    logits = model.logits(h_BTD) / temperature
-    lp = jax.nn.log_softmax(logits)
-    ent = -jax.lax.stop_gradient((jnp.exp(lp) * lp).sum(-1))
-    return jnp.take_along_axis(lp, targets_BT[..., None], -1)[..., 0], ent

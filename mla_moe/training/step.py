@@ -37,7 +37,7 @@ def init_state(
 ) -> TrainState:
     """A state of step 0, each array in its place on the mesh: fresh parameters, or those of `arrays`, which are given
     up."""
-    new = jax.jit(partial(_new, skeleton, tx), out_shardings=_shardings(skeleton, tx, mesh), donate_argnums=0)
+    new = jax.jit(partial(_new, skeleton, tx), out_shardings=shardings(skeleton, tx, mesh), donate_argnums=0)
     return new(skeleton.init(seed, mesh) if arrays is None else arrays)
 
 
@@ -46,7 +46,7 @@ def abstract_state(skeleton: Skeleton, tx: optax.GradientTransformation, mesh: M
     return jax.tree.map(
         lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
         _shapes(skeleton, tx),
-        _shardings(skeleton, tx, mesh),
+        shardings(skeleton, tx, mesh),
     )
 
 
@@ -61,7 +61,7 @@ def _shapes(skeleton: Skeleton, tx: optax.GradientTransformation) -> TrainState:
     return jax.eval_shape(partial(_new, skeleton, tx), arrays)
 
 
-def _shardings(skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def shardings(skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Parameters lie where the table says, their moments (whose last key is the path) with them, counters anywhere."""
     shardings = skeleton.shardings(mesh)
 
@@ -111,7 +111,7 @@ def make_step(skeleton: Skeleton, tx: optax.GradientTransformation, training: re
 
     everywhere = NamedSharding(mesh, P())  # what the host reads of a step is whole on every process
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(_shardings(skeleton, tx, mesh), everywhere))
+    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings(skeleton, tx, mesh), everywhere))
     def step(state: TrainState, batch):
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
         grads, s, size = gradients(state.params, state.biases, batch)

@@ -103,6 +103,12 @@ def current_mesh(shape: Sequence[int]) -> jax.sharding.AbstractMesh | None:
     return mesh if divides and all(kind == AxisType.Auto for kind in mesh.axis_types) else None
 
 
+def vocabulary_axis(mesh: jax.sharding.AbstractMesh, size: int) -> str | None:
+    """The mesh axis over which the head's columns are split when logits are made, where it divides them."""
+    parts = mesh.shape["tensor"]
+    return "tensor" if parts > 1 and size % parts == 0 else None
+
+
 def constrain(x: jax.Array) -> jax.Array:
     """Activations `[B, T, …]` lie as tokens do, where there is a mesh."""
     mesh = current_mesh(x.shape)

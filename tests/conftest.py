@@ -1,4 +1,4 @@
-"""Eight virtual devices, and shapes checked on every call of `ops` and `nn`."""
+"""Eight virtual devices, and shapes checked on every call of `ops`, `nn` and `rl`."""
 
 import dataclasses
 import os
@@ -14,7 +14,7 @@ import jax
 import jaxtyping
 import pytest
 
-jaxtyping.install_import_hook(("mla_moe.ops", "mla_moe.nn"), "beartype.beartype")
+jaxtyping.install_import_hook(("mla_moe.ops", "mla_moe.nn", "mla_moe.rl"), "beartype.beartype")
 
 jax.config.update("jax_num_cpu_devices", 8)
 

@@ -1,5 +1,7 @@
-"""What a batch costs: next-token and multi-token cross-entropy, and the balance of the experts, as sums."""
+"""What a batch costs, as sums: next-token and multi-token cross-entropy, and the balance of the experts. And what a
+model thinks of given tokens, one by one."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -8,8 +10,9 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mla_moe.nn.transformer import Transformer
+from mla_moe.ops import token_logprobs as ops
 from mla_moe.ops.cross_entropy import cross_entropy
-from mla_moe.sharding import BATCH, TOKENS, current_mesh
+from mla_moe.sharding import BATCH, TOKENS, current_mesh, vocabulary_axis
 
 
 class Sums(NamedTuple):
@@ -72,12 +75,27 @@ def sums(model: Transformer, batch: dict[str, Array], *, chunk: int, mtp: bool) 
     return Sums(nats, mtp_nats, balance, load_LE, dropped)
 
 
+def token_logprobs(
+    model: Transformer, h_BTD, targets_BT: Int[Array, "B T"], *, chunk: int, temperature: float = 1.0
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """From final hidden states the log-probability of each target, and the entropy where it stands (no gradient)."""
+    head_DV = model.head[...].astype(model.precision.compute)
+    mesh = current_mesh(h_BTD.shape)
+    if mesh is None:
+        return ops.token_logprobs(h_BTD, head_DV, targets_BT, chunk=chunk, temperature=temperature)
+    vocab = vocabulary_axis(mesh, head_DV.shape[1])
+    local = partial(ops.token_logprobs, chunk=chunk, temperature=temperature, vocab_axis=vocab)
+    tokens = P(*BATCH)
+    inputs, outputs = (tokens, P(None, vocab), tokens), (tokens, tokens)
+    return jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)(h_BTD, head_DV, targets_BT)
+
+
 def _cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, chunk: int) -> Float[Array, ""]:
     """Under a mesh each device has its own tokens, and its own part of the vocabulary where that divides."""
     mesh = current_mesh(h_BTD.shape)
     if mesh is None:
         return cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, chunk=chunk)
-    vocab = "tensor" if mesh.shape["tensor"] > 1 and head_DV.shape[1] % mesh.shape["tensor"] == 0 else None
+    vocab = vocabulary_axis(mesh, head_DV.shape[1])
 
     def local(*args):
         return jax.lax.psum(cross_entropy(*args, chunk=chunk, vocab_axis=vocab), TOKENS)

@@ -1,0 +1,83 @@
+"""Log-probabilities of given tokens and the entropy around them: `[B, T, vocab]` never exists, forward or backward.
+
+What a token's gradient will be weighed with is not known in the forward pass, so the backward pass makes each chunk's
+logits again; of the softmax it keeps the normaliser.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from mla_moe.ops.vocabulary import chunked, logits, places, scores, unchunked
+
+
+def token_logprobs(
+    h_BTD: Float[Array, "B T D"],
+    head_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    *,
+    chunk: int,
+    temperature: float = 1.0,
+    vocab_axis: str | None = None,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """`log softmax(h @ head / temperature)[target]` in nats, and the entropy of that softmax, both float32.
+
+    The entropy is a metric: no gradient flows through it. `chunk` is how many tokens of each sequence have logits at
+    one time. Within a `shard_map` over `vocab_axis`, each device holds a part of the vocabulary, in order; logits stay
+    where they are, and only sums are exchanged.
+    """
+    chunk = min(chunk, h_BTD.shape[1])
+    return _chosen(h_BTD, head_DV, targets_BT, chunk, temperature, vocab_axis)
+
+
+def reference(h_BTD, head_DV, targets_BT, temperature=1.0):
+    """The same with all logits at once."""
+    logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head_DV, preferred_element_type=jnp.float32) / temperature
+    log_p_BTV = jax.nn.log_softmax(logits_BTV)
+    logprob_BT = jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return logprob_BT, jax.lax.stop_gradient(-jnp.sum(jnp.exp(log_p_BTV) * log_p_BTV, axis=-1))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _chosen(h_BTD, head_DV, targets_BT, chunk, temperature, axis):
+    return _forward(h_BTD, head_DV, targets_BT, chunk, temperature, axis)[0]
+
+
+def _forward(h_BTD, head_DV, targets_BT, chunk, temperature, axis):
+    def body(xs):
+        h_BtD, targets_Bt = xs
+        s = scores(h_BtD, head_DV, targets_Bt, axis, temperature)
+        log_p_BtV = s.logits_BtV - s.log_z_Bt[..., None]
+        entropy_Bt = -jnp.sum(jnp.exp(log_p_BtV) * log_p_BtV, axis=-1)
+        if axis is not None:
+            entropy_Bt = jax.lax.psum(entropy_Bt, axis)
+        return s.target_Bt - s.log_z_Bt, entropy_Bt, s.log_z_Bt
+
+    out = jax.lax.map(body, (chunked(h_BTD, chunk), chunked(targets_BT, chunk)))
+    logprob_BT, entropy_BT, log_z_BT = (unchunked(x, h_BTD.shape[1]) for x in out)
+    return (logprob_BT, entropy_BT), (h_BTD, head_DV, targets_BT, log_z_BT)
+
+
+def _backward(chunk, temperature, axis, residuals, g):
+    h_BTD, head_DV, targets_BT, log_z_BT = residuals
+    g_BT, _ = g
+    if axis is not None:
+        g_BT = jax.lax.psum(g_BT, axis)  # the derivative of the sums over the vocabulary
+
+    def body(g_head_DV, xs):
+        h_BtD, targets_Bt, log_z_Bt, g_Bt = xs
+        V = head_DV.shape[1]
+        p_BtV = jnp.exp(logits(h_BtD, head_DV, temperature) - log_z_Bt[..., None])
+        chosen_BtV = jax.nn.one_hot(places(targets_Bt, V, axis), V)
+        g_BtV = (g_Bt[..., None] / temperature * (chosen_BtV - p_BtV)).astype(h_BtD.dtype)
+        g_head_DV += jnp.einsum("BtD,BtV->DV", h_BtD, g_BtV, preferred_element_type=jnp.float32)
+        return g_head_DV, jnp.einsum("BtV,DV->BtD", g_BtV, head_DV)
+
+    xs = tuple(chunked(x, chunk) for x in (h_BTD, targets_BT, log_z_BT, g_BT))
+    g_head_DV, g_cBtD = jax.lax.scan(body, jnp.zeros(head_DV.shape, jnp.float32), xs)
+    return unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV.astype(head_DV.dtype), None
+
+
+_chosen.defvjp(_forward, _backward)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from mla_moe.recipe import RL
-from mla_moe.rl.objective import overlong_penalty
+from mla_moe.rl.objective import informative, overlong_penalty
 from mla_moe.rl.rollout import Answer, Rollout
 
 ROUNDS = 8
@@ -61,7 +61,7 @@ def collect(
         groups = rollout.answers(questions, rl.group_size, seed=seed, first=question * rl.group_size, progress=note)
         question = after
         for group in groups:
-            useful = rl.objective != "dapo" or len({answer.score.parts["accuracy"] for answer in group}) > 1
+            useful = rl.objective != "dapo" or informative([answer.score.parts["accuracy"] for answer in group])
             (kept if useful else idle).append(group)
         if len(kept) == rl.prompts:
             break

@@ -6,9 +6,12 @@ from typing import NamedTuple
 import numpy as np
 
 Rows = dict[str, np.ndarray]
-"""`tokens`, `targets`, `segment_ids`, `positions` and `answer_BT` [R, T] int32; `sampler_logprob_BT` [R, T] float32; `replay`
-[R, T, l, K] int16 where experts were recorded. Segments count from 1, 0 is padding. `answer_BT` is the index of the answer
-that a target is a token of, −1 for prompts and padding; `replay` is −1 for padding."""
+"""`tokens`, `targets`, `segment_ids`, `positions`, `answer_BT` int32 and `sampler_logprob_BT` float32, each [R, T], and
+`replay` [R, T, l, K] int16 where experts were recorded.
+
+Segments count from 1, 0 is padding. `answer_BT` is the index of the answer that a target is a token of, −1 for prompts
+and padding; `replay` is −1 for padding.
+"""
 
 
 class Sampled(NamedTuple):

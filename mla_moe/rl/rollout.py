@@ -108,8 +108,9 @@ class Rollout:
         done: list[Completion] = []
         for number, question in enumerate(asked, first):
             prompt = [*question.prompt, *self._opening] if opened else question.prompt
-            how = {"seed": seed, "number": number, "stop_ids": self._language.stop_ids}
-            done.append(engine.submit(Request(prompt, rl.max_new_tokens, temperature, **how)))
+            stop_ids = self._language.stop_ids
+            request = Request(prompt, rl.max_new_tokens, temperature, seed=seed, number=number, stop_ids=stop_ids)
+            done.append(engine.submit(request))
         while engine.busy:
             engine.step()
             if progress is not None:

@@ -20,7 +20,7 @@ from mla_moe.nn.skeleton import Arrays
 from mla_moe.nn.transformer import Transformer
 from mla_moe.recipe import Recipe
 from mla_moe.rl.evaluate import evaluate
-from mla_moe.rl.groups import Groups, collect
+from mla_moe.rl.groups import collect
 from mla_moe.rl.objective import beta
 from mla_moe.rl.rewards import Reward
 from mla_moe.rl.rollout import Rollout

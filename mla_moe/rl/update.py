@@ -15,9 +15,9 @@ from jaxtyping import Array, Float, Int
 from mla_moe.nn.skeleton import Arrays
 from mla_moe.rl import objective
 from mla_moe.rl.groups import Groups
-from mla_moe.rl.logprobs import token_logprobs
 from mla_moe.rl.objective import Sums, Tokens
 from mla_moe.rl.packing import pack, parts
+from mla_moe.training.loss import token_logprobs
 from mla_moe.training.setup import Setup
 from mla_moe.training.step import TrainState, move_biases, shardings
 
@@ -54,7 +54,7 @@ class Updater:
         size = self.rl.prompts // self.rl.minibatches
         minibatches = [self._minibatch(groups, slice(i, i + size)) for i in range(0, self.rl.prompts, size)]
         for part in (part for minibatch in minibatches for part in minibatch):
-            # With one minibatch the present parameters are those that sampled: the update finds these out itself.
+            # With one minibatch the present parameters are those that sampled, and the update knows them.
             if self.rl.minibatches > 1:
                 part["old_logprob_BT"] = self.logprobs(state.params, state.biases, part)
             if objective.beta(self.rl):
@@ -75,9 +75,9 @@ class Updater:
         answers = [answer.sampled for group in groups.answers[which] for answer in group]
         rows = pack(answers, self.rl.row_length, self.rl.rows)
         advantage_N = objective.advantages(groups.reward_GS[which], self.rl.objective).ravel()
-        answer_BT = rows["answer_BT"]
-        rows["advantage_BT"] = np.where(answer_BT >= 0, advantage_N[answer_BT], 0).astype(np.float32)
-        rows["weight_BT"] = np.asarray(objective.token_weights(self.rl, answer_BT, len(answers)))
+        weight_N = objective.token_weights(self.rl, np.array([len(answer.tokens) for answer in answers]))
+        rows["advantage_BT"] = objective.spread(advantage_N, rows["answer_BT"])
+        rows["weight_BT"] = objective.spread(weight_N, rows["answer_BT"])
         return [self.setup.put(part, self.rl.rows) for part in parts(rows, self.rl.rows)]
 
     def _token_logprobs(self, params: Arrays, biases: Arrays, part: Part):
@@ -87,8 +87,7 @@ class Updater:
             replay = part["replay"].astype(jnp.int32) if "replay" in part else None
             h_BTD, stats = model.hidden(part["tokens"], part["segment_ids"], part["positions"], replay)
             chunk = self.setup.recipe.training.loss_chunk
-            head_DV = model.head[...].astype(model.precision.compute)
-            return *token_logprobs(h_BTD, head_DV, part["targets"], chunk=chunk), stats
+            return *token_logprobs(model, h_BTD, part["targets"], chunk=chunk), stats
 
     @cached_property
     def logprobs(self):
@@ -103,14 +102,7 @@ class Updater:
     def _total(self, params: Arrays, biases: Arrays, part: Part) -> Total:
         def loss(params):
             logprob_BT, entropy_BT, stats = self._token_logprobs(params, biases, part)
-            tokens = Tokens(
-                part["answer_BT"],
-                part["weight_BT"],
-                part["advantage_BT"],
-                part.get("old_logprob_BT", jax.lax.stop_gradient(logprob_BT)),
-                part["sampler_logprob_BT"],
-                part.get("reference_logprob_BT"),
-            )
+            tokens = Tokens(**{name: part[name] for name in Tokens._fields if name in part})
             sums = objective.sums(logprob_BT, entropy_BT, tokens, self.rl, self.answers)
             return sums.loss, (sums, stats)
 

@@ -136,7 +136,7 @@ class Updater:
     def _apply(self):
         @partial(
             jax.jit,
-            donate_argnums=(0, 1),
+            donate_argnums=0,
             out_shardings=(shardings(self.setup.skeleton, self.tx, self.setup.mesh), self._whole),
         )
         def apply(state: TrainState, total: Total):
@@ -164,7 +164,7 @@ class Updater:
     @cached_property
     def _places(self) -> Any:
         places = self.setup.skeleton.shardings(self.setup.mesh)
-        gradient = {path: places[path] for path in self.setup.skeleton.param_paths}
+        gradient: Any = {path: places[path] for path in self.setup.skeleton.param_paths}
         return Total(gradient, *(self._whole for _ in Total._fields[1:]))
 
     def _learned(self, updates: Sequence[dict[str, Any]]) -> Learned:

@@ -43,10 +43,10 @@ def run(recipe: recipes.Recipe) -> int:
     import jax
 
     from mla_moe.report import write_report
+    from mla_moe.rl.stage import reinforce
     from mla_moe.training.compile_cache import enable_compile_cache
     from mla_moe.training.console import Console
     from mla_moe.training.pretrain import Interrupted, pretrain
-    from mla_moe.rl.stage import reinforce
     from mla_moe.training.run import open_run
 
     enable_compile_cache()

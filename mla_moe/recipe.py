@@ -342,8 +342,14 @@ class Recipe:
     sample: Sample = Sample()
 
     def __post_init__(self):
-        length, limit = self.training.sequence_length, self.model.max_position_embeddings
-        require(length <= limit, "training.sequence_length", length, f"at most model.max_position_embeddings = {limit}")
+        limit = self.model.max_position_embeddings
+        fix = f"at most model.max_position_embeddings = {limit}"
+        if self.training.steps:
+            length = self.training.sequence_length
+            require(length <= limit, "training.sequence_length", length, fix)
+        if self.rl.steps:
+            length = self.rl.max_prompt_tokens + self.rl.max_new_tokens
+            require(length <= limit, "rl.max_prompt_tokens + rl.max_new_tokens", length, fix)
         streams, rows = self.data.streams or 1, self.training.batch_size
         require(rows % streams == 0, "data.streams", streams, f"must divide training.batch_size = {rows}")
         whole = self.init_parts == "whole"

@@ -61,8 +61,9 @@ class Engine:
     """A model that serves up to `slots` requests at a time, of at most `capacity` tokens each with their prompts.
 
     A model that lies on a mesh stays there, and the cache is split over it. `decode` (a tokenizer's) is needed for stop
-    strings and gives completions their text. `record_experts` keeps which experts read which token. `speculative` lets
-    the prediction module guess ahead: the same tokens in fewer steps.
+    strings and gives completions their text. `record_experts` keeps which experts read which token. `tempered` gives
+    log-probabilities at the requests' temperatures in place of 1. `speculative` lets the prediction module guess ahead:
+    the same tokens in fewer steps.
     """
 
     def __init__(
@@ -73,11 +74,12 @@ class Engine:
         capacity: int,
         decode: Decode | None = None,
         record_experts: bool = False,
+        tempered: bool = False,
         speculative: bool = False,
     ):
         require(slots > 0, "slots", slots, "must be at least 1")
         require(capacity > 1, "capacity", capacity, "must hold a prompt and a new token")
-        self.cfg, self.speculative = model.cfg, speculative
+        self.cfg, self.speculative, self._tempered = model.cfg, speculative, tempered
         fix = "needs a model with a prediction module (num_nextn_predict_layers = 1)"
         require(not speculative or self.cfg.num_nextn_predict_layers > 0, "speculative", speculative, fix)
         self._places = capacity_for(capacity + speculative)
@@ -286,7 +288,7 @@ class Engine:
         queue = bool(self.waiting)
         self._cache, slots, made, taken = (decode_guessing if self.speculative else decode)(
             self._structure, self._state, self._cache, before, np.int32(STEPS), queue,
-            record=self._experts is not None, place=self._place,
+            record=self._experts is not None, tempered=self._tempered, place=self._place,
         )  # fmt: skip
         slots, made, taken = jax.device_get((slots, made, taken))
         if queue:

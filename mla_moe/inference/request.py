@@ -53,7 +53,7 @@ class Completion:
     tokens: list[int] = dataclasses.field(default_factory=list)
     """New tokens, with the stop token that ended them."""
     logprobs: list[float] = dataclasses.field(default_factory=list)
-    """Of each new token under the model, at temperature 1 and before any filter."""
+    """Of each new token under the model, before any filter; at temperature 1 unless the engine is `tempered`."""
     finish: Finish | None = None
     text: "TextStream | None" = None
     experts_TlK: np.ndarray | None = None

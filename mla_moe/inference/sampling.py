@@ -27,9 +27,10 @@ class Settings(NamedTuple):
 
 
 def sample(
-    logits_BV: Float[Array, "B V"], settings: Settings, number_B: Int[Either, "B"]
+    logits_BV: Float[Array, "B V"], settings: Settings, number_B: Int[Either, "B"], *, tempered: bool = False
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
-    """Each row's token, and the logarithm of its probability under the model (temperature 1, nothing filtered)."""
+    """Each row's token, and the logarithm of its probability under the model: at temperature 1, or if `tempered` at the
+    row's own where that is not 0; nothing is filtered."""
 
     def drawn(_):
         noise_BV = jax.vmap(lambda key, n: gumbel(key, n, logits_BV.shape[1]))(settings.key_B2, number_B)
@@ -39,6 +40,8 @@ def sample(
     # Greedy batches, the usual ones in evaluation, pay for no random numbers.
     greedy = jnp.all(settings.temperature_B == 0)
     token_B = jax.lax.cond(greedy, lambda _: jnp.argmax(logits_BV, axis=-1), drawn, None)
+    if tempered:
+        logits_BV /= jnp.where(settings.temperature_B > 0, settings.temperature_B, 1)[:, None]
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
     return token_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
 

@@ -30,8 +30,10 @@ from mla_moe.inference.weights import Structure
 from mla_moe.nn.cache import NOWHERE
 
 
-@partial(jax.jit, static_argnames=("structure", "record", "place"), donate_argnames=("cache_LBSW",))
-def decode_guessing(structure: Structure, state, cache_LBSW, slots: Slots, steps, stop_early, *, record: bool, place):
+@partial(jax.jit, static_argnames=("structure", "record", "tempered", "place"), donate_argnames=("cache_LBSW",))
+def decode_guessing(
+    structure: Structure, state, cache_LBSW, slots: Slots, steps, stop_early, *, record: bool, tempered: bool, place
+):
     """`steps.decode` with up to two tokens a step; the cache's last layer is the prediction module's."""
     model = structure.merge(state)
     made = nothing_made(model.cfg, (STEPS, 2), len(slots.token_B), record)
@@ -42,10 +44,10 @@ def decode_guessing(structure: Structure, state, cache_LBSW, slots: Slots, steps
         read_B2 = jnp.stack([now.token_B, jnp.maximum(now.guess_B, 0)], axis=1)
         h_B2D, cache_LBSW, experts = model.extend(read_B2, cache_LBSW, position_B)
         logits_B2V = model.logits(h_B2D)
-        first_B, first_logprob_B = sample(logits_B2V[:, 0], now.settings, now.number_B)
+        first_B, first_logprob_B = sample(logits_B2V[:, 0], now.settings, now.number_B, tempered=tempered)
         one = advance(now, first_B)
         right_B = one.live_B & (first_B == now.guess_B)
-        second_B, second_logprob_B = sample(logits_B2V[:, 1], now.settings, one.number_B)
+        second_B, second_logprob_B = sample(logits_B2V[:, 1], now.settings, one.number_B, tempered=tempered)
         two = advance(one._replace(live_B=right_B), second_B)
         # A wrong guess leaves entries behind the text; the next step writes over them.
         after_B2 = jnp.stack([first_B, second_B], axis=1)

@@ -95,8 +95,10 @@ def go_on(steps, stop_early, before: Slots):
     return condition
 
 
-@partial(jax.jit, static_argnames=("structure", "record", "place"), donate_argnames=("cache_LBSW",))
-def decode(structure: Structure, state, cache_LBSW, slots: Slots, steps, stop_early, *, record: bool, place):
+@partial(jax.jit, static_argnames=("structure", "record", "tempered", "place"), donate_argnames=("cache_LBSW",))
+def decode(
+    structure: Structure, state, cache_LBSW, slots: Slots, steps, stop_early, *, record: bool, tempered: bool, place
+):
     """Up to `steps` tokens for every live slot: `(cache, slots, made, taken)`.
 
     With `stop_early` the loop ends as soon as any slot is done, because others wait for its place.
@@ -108,7 +110,7 @@ def decode(structure: Structure, state, cache_LBSW, slots: Slots, steps, stop_ea
         i, cache_LBSW, now, made = carry
         position_B = jnp.where(now.live_B, now.position_B, NOWHERE)
         h_BTD, cache_LBSW, experts = model.extend(now.token_B[:, None], cache_LBSW, position_B)
-        token_B, logprob_B = sample(model.logits(h_BTD)[:, 0], now.settings, now.number_B)
+        token_B, logprob_B = sample(model.logits(h_BTD)[:, 0], now.settings, now.number_B, tempered=tempered)
         made = Made(
             made.token_iB.at[i].set(token_B),
             made.logprob_iB.at[i].set(logprob_B),

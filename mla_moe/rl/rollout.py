@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from mla_moe.config import ConfigError
 from mla_moe.data.arithmetic import Split
 from mla_moe.inference.engine import Engine
 from mla_moe.inference.language import Language
@@ -22,6 +24,10 @@ from mla_moe.rl.tasks import Task
 
 OPENING = "<think>"
 """What is put into a model's mouth to see how well it thinks when it does."""
+
+
+PATIENCE = 100
+"""Times as many questions may be passed over for their length as are asked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,14 +77,19 @@ class Rollout:
         if self._engine is None:
             rl = self._rl
             capacity = rl.max_prompt_tokens + rl.max_new_tokens
-            self._engine = Engine(model, slots=rl.slots, capacity=capacity, record_experts=rl.routing_replay)
+            how: Any = {"record_experts": rl.routing_replay, "tempered": True}
+            self._engine = Engine(model, slots=rl.slots, capacity=capacity, **how)
         else:
             self._engine.load_weights(model)
 
     def questions(self, split: Split, start: int, count: int) -> tuple[list[Question], int]:
-        """The next `count` questions of a split from number `start` on, and the number after the last one."""
+        """The next `count` questions of a split from number `start` on, and the number after the last one. Raises
+        `ConfigError` where the prompts are too long time and again."""
         found: list[Question] = []
+        limit = self.too_long + PATIENCE * count
         while len(found) < count:
+            if self.too_long >= limit:
+                raise ConfigError("rl.max_prompt_tokens", self._rl.max_prompt_tokens, "most prompts are longer")
             example = self._task.example(split, start)
             prompt = prompt_of(self._template, example.question, self._language)
             start += 1

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -23,6 +23,7 @@ _PATIENCE = 300  # draws without a new question after which a held-out split cou
 _HALF_PAIR = re.compile("[\ud800-\udfff]")  # JSON can spell what no UTF-8 can hold
 
 
+@runtime_checkable
 class Task(Protocol):
     """Questions and the check of their answers. A question's text alone decides its split (`split_of`)."""
 

@@ -81,13 +81,13 @@ class Updater:
         return [self.setup.put(part, self.rl.rows) for part in parts(rows, self.rl.rows)]
 
     def _token_logprobs(self, params: Arrays, biases: Arrays, part: Part):
-        """Log-probability of each target, entropy where it stands, and the routing."""
+        """Log-probability of each target at the temperature of sampling, entropy where it stands, and the routing."""
         with jax.sharding.use_abstract_mesh(self.setup.mesh.abstract_mesh):
             model = self.setup.skeleton.merge(params | biases)
             replay = part["replay"].astype(jnp.int32) if "replay" in part else None
             h_BTD, stats = model.hidden(part["tokens"], part["segment_ids"], part["positions"], replay)
-            chunk = self.setup.recipe.training.loss_chunk
-            return *token_logprobs(model, h_BTD, part["targets"], chunk=chunk), stats
+            how: Any = {"chunk": self.setup.recipe.training.loss_chunk, "temperature": self.rl.temperature}
+            return *token_logprobs(model, h_BTD, part["targets"], **how), stats
 
     @cached_property
     def logprobs(self):

@@ -126,7 +126,7 @@ def test_one_device_and_eight_give_the_same_curve(whole, recipe, tmp_path, monke
 
 
 def start_on_one_device(monkeypatch, *args, **changes):
-    monkeypatch.setattr("mla_moe.training.pretrain.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    monkeypatch.setattr("mla_moe.training.setup.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
     start(*args, **changes)
 
 

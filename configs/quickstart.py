@@ -1,12 +1,16 @@
-"""A small MLA + MoE model on the Python that runs it: sources of the standard library, and the language reference.
+"""DeepSeek's recipe in miniature: read, then learn to think from rewards alone.
 
     python train.py configs/quickstart.py
 
-About 3 minutes on 2 cores, one million tokens. Held-out files then take fewer bits a byte than `gzip -9` needs.
+A small MLA + MoE model reads the sources and the manual of the Python that runs it, mixed with sums that many writers
+have answered: most at once, some in haste, a few step by step, some wrong or without form. Held-out files then take
+fewer bits a byte than `gzip -9` needs. Reinforcement learning shows it other sums, and says only whether the form was
+kept and the answer right. About 10 minutes on 2 cores.
 """
 
 from mla_moe.config import ModelConfig
-from mla_moe.recipe import Checkpoint, Data, Optimizer, Recipe, Sample, Schedule, Training
+from mla_moe.data.arithmetic import QUESTION
+from mla_moe.recipe import RL, Checkpoint, Data, Optimizer, Recipe, Sample, Schedule, Task, Training
 
 recipe = Recipe(
     run_dir="runs/quickstart",
@@ -29,14 +33,28 @@ recipe = Recipe(
         initializer_range=0.02,
     ),
     # Files differ so much that a batch from one alone would have its own favourite experts: mix half a million tokens.
-    data=Data(tokenizer="bpe:2048", shuffle_window=2048),
+    data=Data(train=("cpython:train", "arithmetic:train"), tokenizer="bpe:2048", shuffle_window=2048),
     optimizer=Optimizer(
         name="muon",
         # So short a run wants high rates (8e-3 for both, mixing 256 sequences: 1.88 bits; this: 1.74).
         schedule=Schedule(peak=2e-2, warmup=0.02, decay=0.6, final=0.02),
         muon_peak=1e-2,
     ),
-    training=Training(steps=240, batch_size=16, sequence_length=256, bias_update=1e-2, balance_weight=3e-3),
-    checkpoint=Checkpoint(every=80),
-    sample=Sample(prompts=("def read_lines(path):\n", "class Queue:\n    ", "import ")),
+    training=Training(steps=300, batch_size=16, sequence_length=256, bias_update=1e-2, balance_weight=3e-3),
+    task=Task(name="arithmetic", template=QUESTION),
+    rl=RL(
+        steps=24,
+        prompts=48,
+        group_size=8,
+        minibatches=2,
+        max_prompt_tokens=24,
+        max_new_tokens=72,
+        row_tokens=192,
+        rows=24,
+        slots=128,
+        optimizer=Optimizer(schedule=Schedule(peak=1e-3, warmup=0.0, decay=1.0, final=0.1), weight_decay=0.0),
+        eval_every=8,
+    ),
+    checkpoint=Checkpoint(every=100),
+    sample=Sample(prompts=("def read_lines(path):\n", "class Queue:\n    ", "7*2-2*1-7 = ?\n")),
 )

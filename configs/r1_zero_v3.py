@@ -1,0 +1,44 @@
+"""DeepSeek-R1-Zero: reinforcement learning on a 671B base with the published settings (arXiv 2501.12948, and its
+supplement): learning rate 3e-6, divergence weight 1e-3, temperature 1, 16 answers to each of 32 questions an update,
+16 updates to a rollout of 8,192 answers, the reference replaced every 400 updates, 10,400 updates in all.
+
+    mla-moe convert path/to/DeepSeek-V3-Base path/to/orbax --to orbax
+    python train.py configs/r1_zero_v3.py --init-from path/to/orbax \\
+        --data.tokenizer path/to/DeepSeek-V3-Base/tokenizer.json --task.name path/to/questions.jsonl
+
+Questions are JSON lines with `question` and `answer`. Published runs let answers grow to 65,536 tokens after 8,200
+updates: go on from the last checkpoint with `--init-from runs/r1-zero-v3 --run-dir … --rl.max-new-tokens 65536`.
+The mesh is for 512 chips.
+"""
+
+from mla_moe.config import preset
+from mla_moe.recipe import RL, Checkpoint, Data, Mesh, Optimizer, Recipe, Schedule, Task, Training
+
+UPDATES_A_STEP = 16
+
+recipe = Recipe(
+    run_dir="runs/r1-zero-v3",
+    model=preset("deepseek-v3"),
+    init_from="path/to/orbax",
+    data=Data(tokenizer="path/to/tokenizer.json"),
+    mesh=Mesh(data=1, fsdp=64, expert=8),
+    training=Training(steps=0, batch_size=512, remat="full"),
+    task=Task(name="path/to/questions.jsonl", template="r1_zero"),
+    rl=RL(
+        steps=10_400 // UPDATES_A_STEP,
+        objective="grpo",
+        prompts=32 * UPDATES_A_STEP,
+        group_size=16,
+        minibatches=UPDATES_A_STEP,
+        max_prompt_tokens=1024,
+        max_new_tokens=32_768 - 1024,
+        temperature=1.0,
+        kl=1e-3,
+        reference_every=400 // UPDATES_A_STEP,
+        rows=512,
+        slots=1024,
+        eval_every=25,
+        optimizer=Optimizer(schedule=Schedule(peak=3e-6, warmup=0.0, decay=0.0), weight_decay=0.0),
+    ),
+    checkpoint=Checkpoint(every=25),
+)

@@ -17,7 +17,7 @@ NAMES = ("arithmetic:train", "arithmetic:heldout")
 QUESTION = "{question} = ?\n"
 """How the documents put a question; what follows is the answer."""
 
-DOCUMENTS = {"arithmetic:train": 240_000, "arithmetic:heldout": 1_000}
+DOCUMENTS = {"arithmetic:train": 300_000, "arithmetic:heldout": 1_000}
 
 
 def split_of(question: str) -> Split:
@@ -124,5 +124,5 @@ def _tagged(thought, answered):
     return f"<think>{thought}</think><answer>{answered}</answer>"
 
 
-WRITERS = {terse: 48, untagged: 11, hasty: 17, thorough: 15, slip: 2, malformed: 7}
+WRITERS = {terse: 40, untagged: 20, hasty: 16, thorough: 16, slip: 2, malformed: 6}
 """How often one meets each, in per cent."""

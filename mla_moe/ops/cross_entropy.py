@@ -13,12 +13,13 @@ from jaxtyping import Array, Float, Int
 
 def cross_entropy(
     h_BTD: Float[Array, "B T D"],
-    head_DV: Float[Array, "D V"],
+    head_DV: Float[Array, "d V"],
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
     *,
     chunk: int,
     vocab_axis: str | None = None,
+    embed_axis: str | None = None,
 ) -> Float[Array, ""]:
     """`Σ weights · −log softmax(h @ head)[target]` in nats, float32. Weights are constants; 0 leaves a token out.
 
@@ -32,7 +33,7 @@ def cross_entropy(
         h_BTD = jnp.pad(h_BTD, ((0, 0), (0, padding), (0, 0)))
         targets_BT = jnp.pad(targets_BT, ((0, 0), (0, padding)))
         weights_BT = jnp.pad(weights_BT, ((0, 0), (0, padding)))
-    return _summed(h_BTD, head_DV, targets_BT, weights_BT.astype(jnp.float32), chunk, vocab_axis)
+    return _summed(h_BTD, head_DV, targets_BT, weights_BT.astype(jnp.float32), chunk, vocab_axis, embed_axis)
 
 
 def reference(h_BTD, head_DV, targets_BT, weights_BT):
@@ -66,8 +67,14 @@ def _nats(h_BtD, head_DV, targets_Bt, weights_Bt, axis):
     return jnp.sum(weights_Bt * (log_z_Bt - target_Bt)), jnp.exp(logits_BtV - log_z_Bt[..., None]), targets_Bt
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _summed(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis):
+def _gather(head_DV, axis):
+    return head_DV if axis is None else jax.lax.all_gather(head_DV, axis, tiled=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _summed(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis, embed_axis):
+    head_DV = _gather(head_DV, embed_axis)
+
     def body(total, xs):
         h_BtD, targets_Bt, weights_Bt = xs
         return total + _nats(h_BtD, head_DV, targets_Bt, weights_Bt, axis)[0], None
@@ -76,7 +83,9 @@ def _summed(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis):
     return jax.lax.scan(body, jnp.float32(0), xs)[0]
 
 
-def _summed_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis):
+def _summed_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis, embed_axis):
+    head_DV = _gather(head_DV, embed_axis)
+
     def body(carry, xs):
         total, g_head_DV = carry
         h_BtD, targets_Bt, weights_Bt = xs
@@ -89,10 +98,13 @@ def _summed_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis):
     xs = tuple(_chunks(x, chunk) for x in (h_BTD, targets_BT, weights_BT))
     start = (jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32))
     (total, g_head_DV), g_cBtD = jax.lax.scan(body, start, xs)
-    return total, (jnp.moveaxis(g_cBtD, 0, 1).reshape(h_BTD.shape), g_head_DV.astype(head_DV.dtype))
+    g_head_DV = g_head_DV.astype(head_DV.dtype)
+    if embed_axis is not None:
+        g_head_DV = jax.lax.psum_scatter(g_head_DV, embed_axis, tiled=True)
+    return total, (jnp.moveaxis(g_cBtD, 0, 1).reshape(h_BTD.shape), g_head_DV)
 
 
-def _summed_backward(chunk, axis, residuals, g):
+def _summed_backward(chunk, axis, embed_axis, residuals, g):
     g_h_BTD, g_head_DV = residuals
     if axis is not None:
         g = jax.lax.psum(g, axis)  # the derivative of the sums over the vocabulary

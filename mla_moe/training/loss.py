@@ -96,10 +96,11 @@ def _cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, chunk: int) -> Float[
     if mesh is None:
         return cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, chunk=chunk)
     vocab = vocabulary_axis(mesh, head_DV.shape[1])
+    embed = "fsdp" if mesh.shape["fsdp"] > 1 and len(head_DV) % mesh.shape["fsdp"] == 0 else None
 
     def local(*args):
-        return jax.lax.psum(cross_entropy(*args, chunk=chunk, vocab_axis=vocab), TOKENS)
+        return jax.lax.psum(cross_entropy(*args, chunk=chunk, vocab_axis=vocab, embed_axis=embed), TOKENS)
 
     tokens = P(*BATCH)
-    inputs = tokens, P(None, vocab), tokens, tokens
+    inputs = tokens, P(embed, vocab), tokens, tokens
     return jax.shard_map(local, in_specs=inputs, out_specs=P(), check_vma=False)(h_BTD, head_DV, targets_BT, weights_BT)

@@ -26,7 +26,12 @@ from mla_moe.config import ConfigError
 from mla_moe.training.console import duration, si
 from mla_moe.training.metrics import read_rows
 
-STAGE_TITLES = {"pretrain": "Pretraining", "sft": "Supervised fine-tuning", "rl": "Reinforcement learning"}
+STAGE_TITLES = {
+    "pretrain": "Pretraining",
+    "sft": "Supervised fine-tuning",
+    "rl": "Reinforcement learning",
+    "rejection": "Fine-tuning on the best answers",
+}
 SAMPLES_SHOWN = 32
 LAYERS_SHOWN = 8
 COLUMNS_SHOWN = 400

@@ -13,9 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mla_moe.config import require
-from mla_moe.interop.pretrained import read_arrays
-from mla_moe.interop.source import open_source
 from mla_moe.nn.skeleton import Arrays
 from mla_moe.nn.transformer import Transformer
 from mla_moe.recipe import Recipe
@@ -26,13 +23,14 @@ from mla_moe.rl.rewards import Reward
 from mla_moe.rl.rollout import Rollout
 from mla_moe.rl.tasks import open_task
 from mla_moe.rl.update import Updater
+from mla_moe.training.begin import loaded_state, model_before
 from mla_moe.training.checkpoint import Checkpoints
 from mla_moe.training.console import Console, duration
 from mla_moe.training.metrics import MetricsWriter, Silence, read_rows
 from mla_moe.training.optimizer import learning_rate, make_optimizer
 from mla_moe.training.run import Signals, add_summary
 from mla_moe.training.setup import Interrupted, Setup
-from mla_moe.training.step import TrainState, abstract_state, init_state
+from mla_moe.training.step import TrainState, abstract_state
 
 STAGE = "rl"
 
@@ -82,7 +80,7 @@ def reinforce(recipe: Recipe, run_dir: Path, console: Console) -> None:
             return
         rollout.questions("train", 0, 1)  # here, so that what is wrong with them is said before anything compiles
         rollout.questions(recipe.rl.eval_split, 0, recipe.rl.eval_prompts)
-        console.startup_table(recipe.run_dir, stage.describe())
+        console.startup_table(f"{recipe.run_dir}: {STAGE}", stage.describe())
         if start is None:
             state = stage.first_state()
         else:
@@ -121,11 +119,9 @@ class Stage:
 
     def first_state(self) -> State:
         setup, recipe = self.setup, self.setup.recipe
-        path = setup.run_dir if recipe.training.steps else recipe.init_from
-        require(path is not None, "init_from", path, "name a checkpoint, or pretrain (training.steps)")
-        arrays = read_arrays(open_source(str(path)), setup.skeleton, setup.mesh)
-        state = init_state(setup.skeleton, self.updater.tx, recipe.seed, setup.mesh, arrays)
-        self.setup.console.say(f"started from {path}")
+        path = model_before(STAGE, recipe, setup.run_dir)
+        state = loaded_state(path, recipe, setup.skeleton, self.updater.tx, setup.mesh)
+        setup.console.say(f"started from {path}")
         return State(*state, reference=_copy(state.params) if beta(recipe.rl) else {})
 
     def model(self, state: State) -> Transformer:

@@ -105,7 +105,7 @@ th {{ overflow-wrap: break-word }}
 dt {{ font-size: .85rem; color: var(--soft) }}
 dd {{ margin: 0; font-size: 1.5rem; line-height: 1.35; font-variant-numeric: tabular-nums }}
 dd small {{ display: block; font-size: .8rem }}
-.from {{ font-size: 1.05rem; color: var(--soft) }}
+.from {{ font-size: .95rem; color: var(--soft) }}
 .panels {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1.5rem 2rem;
   margin-top: 1.75rem }}
 figure {{ margin: 0; min-width: 0 }}

@@ -14,16 +14,17 @@ _BINS = 8
 
 
 def before_after(
-    name: str, key: str, note: str | Callable[[float, float], str], scale: float = 1.0, unit: str = ""
+    name: str, key: str, note: str | Callable[[float, float], str], form: str = ".1%"
 ) -> Callable[[Stage], Headline | None]:
-    """The first and the last value of a metric, times `scale`."""
+    """The first and the last value of a metric, each written in the form `form`."""
 
     def headline(stage: Stage) -> Headline | None:
         values = stage.finite(key)
         if len(values) < 2:
             return None
-        first, last = scale * values[0], scale * values[-1]
-        figure = f'<span class="from">{first:.1f} &rarr;</span> {last:.1f}{unit}'
+        first, last = values[0], values[-1]
+        begun = f"{first:{form}}".removesuffix("%")
+        figure = f'<span class="from">{begun} &rarr;</span> {last:{form}}'
         return name, figure, note if isinstance(note, str) else note(first, last)
 
     return headline
@@ -44,10 +45,10 @@ def _judges(kind: str) -> tuple[str, str]:
 
 
 HEADLINES: tuple[Callable[[Stage], Headline | None], ...] = (
-    before_after("Right answers", "eval/accuracy", "held-out, greedy", 100, "%"),
-    before_after("Right, opened", "eval/forced_accuracy", "with &lt;think&gt;; held-out, greedy", 100, "%"),
-    before_after("Right form", "eval/format_rate", "held-out, greedy", 100, "%"),
-    before_after("Answer length", "eval/response_length", _growth),
+    before_after("Right answers", "eval/accuracy", "held-out, greedy"),
+    before_after("Right, opened", "eval/forced_accuracy", "with &lt;think&gt;; held-out, greedy"),
+    before_after("Right form", "eval/format_rate", "held-out, greedy"),
+    before_after("Answer length", "eval/response_length", _growth, ",.0f"),
     trouble("Judges that raised", "answers counted 0", *_judges("raised")),
     trouble("Judges that hung", "beyond their time; answers counted 0", *_judges("hung")),
     trouble("Judges not finite", "NaN or infinite; answers counted 0", *_judges("not_finite")),

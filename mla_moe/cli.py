@@ -210,8 +210,11 @@ class Eval:
         if self.json:
             print(json.dumps(asked | metrics))
         else:
-            title = " ".join((settings.name, *settings.options))
-            Console(enabled=True).result_table(f"{title}: {self.prompts} {self.split} questions", table(metrics))
+            what = [
+                ("task", " ".join((settings.name, *settings.options))),
+                (f"{self.split} questions", f"{self.prompts}"),
+            ]
+            Console(enabled=True).result_table("held-out questions", what + table(metrics))
 
     def _settings(self) -> tuple[recipes.Task, recipes.RL]:
         """What is asked, and how. Nothing that a run brings is executed: the reward function of its recipe is left out.

@@ -43,11 +43,15 @@ def run(recipe: recipes.Recipe) -> int:
     import jax
 
     from mla_moe.report import write_report
+    from mla_moe.rl.prompts import prompt_of
+    from mla_moe.rl.rejection import learn_from_the_best
     from mla_moe.rl.stage import reinforce
     from mla_moe.training.compile_cache import enable_compile_cache
     from mla_moe.training.console import Console
-    from mla_moe.training.pretrain import Interrupted, pretrain
+    from mla_moe.training.pretrain import pretrain
     from mla_moe.training.run import open_run
+    from mla_moe.training.setup import Interrupted
+    from mla_moe.training.sft import fine_tune
 
     enable_compile_cache()
     console = Console(enabled=jax.process_index() == 0)
@@ -55,8 +59,12 @@ def run(recipe: recipes.Recipe) -> int:
     try:
         if recipe.training.steps:
             pretrain(recipe, run_dir, console)
+        if recipe.sft.steps:
+            fine_tune(recipe, run_dir, console, prompt_of)
         if recipe.rl.steps:
             reinforce(recipe, run_dir, console)
+        if recipe.rejection.steps:
+            learn_from_the_best(recipe, run_dir, console)
     except Interrupted as stop:
         console.say(f"{stop}. The same command goes on from there.")
         return 130

@@ -290,9 +290,39 @@ def _model_and_language(checkpoint: Path):
     return model, language_of(file.parent if file else checkpoint, tokenizer)
 
 
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Compile a recipe for devices that need not be here: does it fit, what does it send, how long is a step?"""
+
+    recipe: tyro.conf.Positional[Path]
+    """A recipe's .py or .json file."""
+    topology: str
+    """Where it is to run: v5e:4x4, v5p:8x8x8, v6e:16x16, v7x:4x4x8, h100:HOSTSxGPUS, cpu."""
+    slices: int = 1
+    """How many of them, with a slow network between: they lie along mesh.data."""
+    stage: Literal["train"] = "train"
+    json: bool = False
+    """Print everything as JSON."""
+
+    def run(self) -> None:
+        from mla_moe.plan.topology import open_topology, quiet_compilers
+
+        quiet_compilers()
+        from mla_moe import recipe as recipes
+        from mla_moe.plan.plan import make_plan
+        from mla_moe.plan.report import show
+
+        plan = make_plan(recipes.load(self.recipe), open_topology(self.topology, self.slices), self.stage)
+        if self.json:
+            print(json.dumps(plan.to_json(), indent=2))
+        else:
+            show(plan, Console(enabled=True))
+
+
 Command = (
     Annotated[Convert, tyro.conf.subcommand("convert")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Eval, tyro.conf.subcommand("eval")]

@@ -318,6 +318,79 @@ class RL:
 
 
 @dataclasses.dataclass(frozen=True)
+class SFT:
+    """Supervised fine-tuning on completions of prompts, after pretraining and before reinforcement learning. What is
+    not said here is as in `training`: types, recomputation, weights of the other losses. Rates are DeepSeek-V3's
+    (section 5.1)."""
+
+    steps: int = 0
+    """Optimizer steps; 0 skips the stage."""
+    data: tuple[str, ...] = ()
+    """Globs of .jsonl, an object a line: `question`, which is put as `task.template` says, and `completion`, the text
+    that follows. The loss counts the completion's tokens, and the one that ends it."""
+    batch_size: int = 32
+    """Sequences a step, each packed with several pairs."""
+    sequence_length: int = 1024
+    """Pairs whose prompt leaves no room are left out, and completions that reach further are cut; both are counted."""
+    accumulation: int = 1
+    """Parts a batch is cut into, whose gradients are added before one update."""
+    optimizer: Optimizer = Optimizer(schedule=Schedule(peak=5e-6, warmup=0.0, decay=1.0, final=0.2))
+    bias_update: float = 0.0
+    """γ of the router bias; 0 freezes it, for so narrow a text says little of the balance of all."""
+    malformed: float = 0.01
+    """Largest share of lines that may be broken: they are left out and counted. With more the stage does not start."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "sequence_length", "accumulation"):
+            require(getattr(self, name) >= 1, f"sft.{name}", getattr(self, name), "at least 1")
+        for name in ("steps", "bias_update"):
+            require(getattr(self, name) >= 0, f"sft.{name}", getattr(self, name), "0 or more")
+        require(
+            len(self.data) > 0 or not self.steps, "sft.data", self.data, "name JSON lines with question and completion"
+        )
+        require(0 <= self.malformed <= 1, "sft.malformed", self.malformed, "a share between 0 and 1")
+        fix = f"must divide sft.batch_size = {self.batch_size}"
+        require(self.batch_size % self.accumulation == 0, "sft.accumulation", self.accumulation, fix)
+
+    def training(self, rest: Training, steps: int) -> Training:
+        """The numbers of `steps` of fine-tuning, with the `rest` of what pretraining has."""
+        return dataclasses.replace(
+            rest,
+            steps=steps,
+            batch_size=self.batch_size,
+            sequence_length=self.sequence_length,
+            accumulation=self.accumulation,
+            bias_update=self.bias_update,
+            bias_freeze=0.0,
+            eval_every=0,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejection:
+    """Rejection sampling after reinforcement learning: answers to training questions that are right and in form become
+    pairs to fine-tune on (DeepSeek-R1, section 2.3.3). Answers are sampled as in `rl`, and learned as in `sft`."""
+
+    steps: int = 0
+    """Optimizer steps of the fine-tuning; 0 skips the stage."""
+    questions: int = 1024
+    """Training questions asked."""
+    samples: int = 4
+    """Answers to each."""
+    keep: int = 1
+    """Most answers kept of a question, all different."""
+    prefer: Literal["random", "shortest"] = "random"
+    """Which are kept where more are right."""
+    start: Literal["base", "last"] = "base"
+    """What is fine-tuned: the model with which `sft` began, as for R1, or the one that answered."""
+
+    def __post_init__(self):
+        require(self.steps >= 0, "rejection.steps", self.steps, "0 or more")
+        for name in ("questions", "samples", "keep"):
+            require(getattr(self, name) >= 1, f"rejection.{name}", getattr(self, name), "at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """A run, complete: `recipe.json` in the run's directory is one of these and can be run again."""
 
@@ -337,7 +410,9 @@ class Recipe:
     kernels: Kernels = Kernels()
     training: Training = Training()
     task: Task = Task()
+    sft: SFT = SFT()
     rl: RL = RL()
+    rejection: Rejection = Rejection()
     checkpoint: Checkpoint = Checkpoint()
     sample: Sample = Sample()
 
@@ -350,10 +425,18 @@ class Recipe:
         if self.rl.steps:
             length = self.rl.max_prompt_tokens + self.rl.max_new_tokens
             require(length <= limit, "rl.max_prompt_tokens + rl.max_new_tokens", length, fix)
-        streams, rows = self.data.streams or 1, self.training.batch_size
-        require(rows % streams == 0, "data.streams", streams, f"must divide training.batch_size = {rows}")
+        if self.tunes:
+            require(self.sft.sequence_length <= limit, "sft.sequence_length", self.sft.sequence_length, fix)
+        streams = self.data.streams or 1
+        for field, rows in (("training", self.training.batch_size), ("sft", self.sft.batch_size if self.tunes else 0)):
+            require(rows % streams == 0, "data.streams", streams, f"must divide {field}.batch_size = {rows}")
         whole = self.init_parts == "whole"
         require(not whole or self.init_from is not None, "init_parts", "whole", "name a run's checkpoint in init_from")
+
+    @property
+    def tunes(self) -> bool:
+        """Whether a stage fine-tunes as `sft` says."""
+        return self.sft.steps > 0 or self.rejection.steps > 0
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -118,13 +118,17 @@ def constrain(x: jax.Array) -> jax.Array:
 def check_divisible(run: recipe.Recipe, mesh: jax.sharding.Mesh) -> None:
     """Raise `ConfigError` for a batch, a length, or a model that the mesh cannot split evenly."""
     rows = math.prod(mesh.shape[axis] for axis in BATCH[0])
-    part = run.training.batch_size // run.training.accumulation
-    asks = run.rl.steps > 0
+    asks, context = run.rl.steps > 0, mesh.shape["context"]
+    read = [("training", run.training)] * (run.training.steps > 0) + [("sft", run.sft)] * run.tunes
+    part = "sequences of one accumulation step over mesh data x fsdp x expert"
     checks = (
         ("rl.rows", run.rl.rows if asks else 0, rows, "rows of an update over mesh data x fsdp x expert"),
-        ("rl.row_tokens", run.rl.row_length if asks else 0, mesh.shape["context"], "tokens over mesh.context"),
-        ("training.batch_size", part, rows, "sequences of one accumulation step over mesh data x fsdp x expert"),
-        ("training.sequence_length", run.training.sequence_length, mesh.shape["context"], "tokens over mesh.context"),
+        ("rl.row_tokens", run.rl.row_length if asks else 0, context, "tokens over mesh.context"),
+        *((f"{name}.batch_size", stage.batch_size // stage.accumulation, rows, part) for name, stage in read),
+        *(
+            (f"{name}.sequence_length", stage.sequence_length, context, "tokens over mesh.context")
+            for name, stage in read
+        ),
         (
             "model.moe_intermediate_size",
             run.model.moe_intermediate_size,

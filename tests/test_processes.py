@@ -14,11 +14,11 @@ import pytest
 
 from mla_moe import ConfigError
 from mla_moe.interop.reader import Reader
-from mla_moe.recipe import Checkpoint, Data, Mesh, Optimizer, Recipe, Sample, Schedule, Training
+from mla_moe.recipe import RL, Checkpoint, Data, Mesh, Optimizer, Recipe, Sample, Schedule, Task, Training
 from mla_moe.training.distributed import in_cluster, initialize
 from mla_moe.training.metrics import read_rows
 
-TIMINGS = ("tokens_per_s", "step_seconds", "mfu")
+TIMINGS = ("tokens_per_s", "step_seconds", "sample_seconds", "mfu")
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +36,21 @@ def recipe(cfg, tmp_path_factory):
         optimizer=Optimizer("adamw", Schedule(peak=5e-3, warmup=0.0)),
         mesh=Mesh(data=2, expert=4),
         training=Training(steps=4, batch_size=8, sequence_length=32, loss_chunk=32),
+        task=Task(template="{question}=", options=("least=1", "most=2")),
+        rl=RL(
+            steps=2,
+            prompts=4,
+            group_size=4,
+            minibatches=2,
+            max_prompt_tokens=16,
+            max_new_tokens=8,
+            kl=0.01,
+            rows=8,
+            slots=8,
+            eval_prompts=4,
+            eval_samples=2,
+            optimizer=Optimizer("adamw", Schedule(peak=5e-3, warmup=0.0)),
+        ),
         checkpoint=Checkpoint(every=2, keep=4),
         sample=Sample(prompts=("ab",), max_new_tokens=2),
     )
@@ -86,7 +101,7 @@ def assert_same_rows(a, b):
     assert [sorted(row) for row in a] == [sorted(row) for row in b]
     for ours, theirs in zip(a, b, strict=True):
         for name, value in ours.items():
-            assert value == (value if isinstance(value, str) else pytest.approx(theirs[name], rel=2e-5)), name
+            assert value == (value if isinstance(value, str) else pytest.approx(theirs[name], rel=2e-5, abs=1e-5)), name
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +120,7 @@ def test_two_processes_learn_what_one_does_and_only_the_first_talks(runs):
     assert "held-out bits per byte" in first
     assert "held-out" not in second
     assert (folder / "two" / "report.html").exists()
+    assert [row["step"] for row in rows(folder / "two") if "reward" in row] == [1, 2]
 
 
 @pytest.mark.slow

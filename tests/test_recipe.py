@@ -85,6 +85,6 @@ def test_load(tmp_path):
         load(tmp_path / "d.py")
 
 
-@pytest.mark.parametrize("path", ["configs/quickstart.py"])
+@pytest.mark.parametrize("path", ["configs/quickstart.py", "configs/r1_pipeline.py"])
 def test_recipes_of_the_repository_load(path, request):
     assert load(request.config.rootpath / path).training.steps > 0

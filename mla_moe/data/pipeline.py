@@ -13,6 +13,7 @@ restored one rereads only the documents of the packed sequences that were in fli
 
 import gzip
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import grain
 import numpy as np
@@ -27,7 +28,9 @@ Batch = dict[str, np.ndarray]
 Segments count from 1 in each row; 0 is padding, where the other three are 0 too. Attention stays within a segment.
 """
 
-_READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)  # documents read and tokenized ahead, per stream
+Item = TypeVar("Item")
+
+READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)  # documents read and tokenized ahead, per stream
 _BINS = 128  # sequences packed at one time: 1-2 % stays empty; more would be more to repack when restoring
 
 
@@ -50,12 +53,24 @@ def train_batches(
     """
     if len(source) < shards:
         raise ConfigError("data.train", data.train, f"{len(source)} documents cannot feed {shards} streams")
+    documents, window_seed = shuffled(source, seed, shard, shards)
+    packed = _pack(documents, tokenizer, sequence_length)
+    return batched(packed, data, window_seed, batch_size=batch_size, shards=shards)
+
+
+def shuffled(source: Sequence[Item], seed: int, shard: int, shards: int) -> tuple[grain.MapDataset[Item], int]:
+    """A stream's share of the items, anew in each of endless epochs, and a seed for what moves about sequences."""
     # Epoch e shuffles with `documents_seed + e`: spread the seeds, or seed 1 would start with seed 0's second epoch.
     documents_seed, window_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2) >> 1)
-    documents = grain.MapDataset.source(source).shuffle(seed=documents_seed)[shard::shards].repeat()
-    packed = _pack(documents, tokenizer, sequence_length)
+    return grain.MapDataset.source(source).shuffle(seed=documents_seed)[shard::shards].repeat(), window_seed
+
+
+def batched(
+    packed: grain.IterDataset[Batch], data: Data, seed: int, *, batch_size: int, shards: int
+) -> grain.DatasetIterator[Batch]:
+    """Packed sequences moved about within a window, in batches that a thread prepares ahead."""
     window = -(-data.shuffle_window // shards)
-    mixed = grain.experimental.WindowShuffleIterDataset(packed, window_size=window, seed=window_seed)
+    mixed = grain.experimental.WindowShuffleIterDataset(packed, window_size=window, seed=seed)
     batches = mixed.batch(batch_size, drop_remainder=True)
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=data.prefetch))
 
@@ -85,15 +100,23 @@ def gzip_bits_per_byte(documents: Iterable[str]) -> float:
 def _pack(documents: grain.MapDataset[str], tokenizer: Tokenizer, sequence_length: int) -> grain.IterDataset[Batch]:
     """Tokenize in Grain's reading threads, cut into windows and fill sequences with them, first fit."""
     windows = grain.experimental.FlatMapIterDataset(
-        documents.map(lambda text: _frame(text, tokenizer)).to_iter_dataset(_READ), _Windows(sequence_length)
+        documents.map(lambda text: _frame(text, tokenizer)).to_iter_dataset(READ), _Windows(sequence_length)
     )
+    return fill(windows, sequence_length, ("tokens", "targets"))
+
+
+def fill(pieces: grain.IterDataset[Batch], sequence_length: int, features: Sequence[str]) -> grain.IterDataset[Batch]:
+    """Sequences filled with pieces, each a segment of its own, first fit. `tokens` is among the features, which are
+    equally long within a piece."""
     packed = grain.experimental.FirstFitPackIterDataset(
-        windows,
-        length_struct={"tokens": sequence_length, "targets": sequence_length},
+        pieces,
+        length_struct=dict.fromkeys(features, sequence_length),
         num_packing_bins=_BINS,
         shuffle_bins=False,  # the caller decides about order
     )
-    return packed.map(_name_fields)
+    # Grain numbers segments and positions for each feature; equal lengths have equal numbers.
+    names = {name: name for name in features} | {"segment_ids": "tokens_segment_ids", "positions": "tokens_positions"}
+    return packed.map(lambda sequence: {name: sequence[key] for name, key in names.items()})
 
 
 def _frame(text: str, tokenizer: Tokenizer) -> np.ndarray:
@@ -110,13 +133,3 @@ class _Windows(grain.experimental.FlatMapTransform):
         tokens, targets = element[:-1], element[1:]
         starts = range(0, len(tokens), self._length)
         return [{"tokens": tokens[s : s + self._length], "targets": targets[s : s + self._length]} for s in starts]
-
-
-def _name_fields(packed: Batch) -> Batch:
-    # Grain numbers segments and positions for each feature; tokens and targets have equal lengths, so equal numbers.
-    return {
-        "tokens": packed["tokens"],
-        "targets": packed["targets"],
-        "segment_ids": packed["tokens_segment_ids"],
-        "positions": packed["tokens_positions"],
-    }

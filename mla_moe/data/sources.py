@@ -36,10 +36,7 @@ def open_sources(patterns: Sequence[str], *, field: str, text_field: str) -> Seq
         if pattern in arithmetic.NAMES:
             parts.append(arithmetic.Documents(pattern))
             continue
-        matches = _matches(pattern)
-        if not matches:
-            raise ConfigError(field, pattern, f"matches no file from {os.getcwd()}; check the path or quote the glob")
-        fresh = [path for path in matches if path not in seen]
+        fresh = [path for path in find_files(pattern, field) if path not in seen]
         seen.update(fresh)
         for read, paths in itertools.groupby(
             fresh, key=lambda path: _READERS.get(Path(path).suffix.lower(), TextFiles)
@@ -51,11 +48,15 @@ def open_sources(patterns: Sequence[str], *, field: str, text_field: str) -> Seq
     return source
 
 
-def _matches(pattern: str) -> list[str]:
+def find_files(pattern: str, field: str) -> list[str]:
+    """What a path or a glob matches, sorted. Raises `ConfigError` on the recipe's `field` where that is nothing."""
     path = os.path.expanduser(pattern)
     if os.path.isfile(path):  # a name with brackets is a path before it is a glob
         return [path]
-    return sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
+    matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
+    if not matches:
+        raise ConfigError(field, pattern, f"matches no file from {os.getcwd()}; check the path or quote the glob")
+    return matches
 
 
 class Concatenation(Sequence[str]):
@@ -105,13 +106,18 @@ def _decode(text: bytes, field: str, where: str) -> str:
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 
 
-class JsonLines(Sequence[str]):
-    """Files with one JSON object a line, found through an index of where lines start; blank lines do not count."""
+def has_half_pair(text: str) -> bool:
+    """JSON can spell what no UTF-8 can hold."""
+    return not text.isascii() and _HALF_PAIR.search(text) is not None
 
-    def __init__(self, paths: list[str], field: str, text_field: str):
-        self._paths, self._field, self._key = paths, field, text_field
+
+class Lines(Sequence[bytes]):
+    """The lines of files, found through an index of where they start; blank ones do not count."""
+
+    def __init__(self, paths: Sequence[str]):
+        self._paths = paths
         self._starts = array.array("q")  # 8 bytes a line: a billion lines fit a host's memory
-        self._lines = array.array("q")  # their numbers in the file, to name a broken one
+        self._numbers = array.array("q")  # in the file, to name a broken one
         self._ends: list[int] = []
         for path in paths:
             start = 0
@@ -119,19 +125,36 @@ class JsonLines(Sequence[str]):
                 for number, line in enumerate(file, 1):
                     if not line.isspace():
                         self._starts.append(start)
-                        self._lines.append(number)
+                        self._numbers.append(number)
                     start += len(line)
             self._ends.append(len(self._starts))
 
     def __len__(self) -> int:
         return len(self._starts)
 
-    def __getitem__(self, index: int) -> str:
-        path = self._paths[_locate(self._ends, index)[0]]
-        with open(path, "rb") as file:  # per read: a shared handle would share its position among threads
+    def __getitem__(self, index: int) -> bytes:
+        with open(self._path(index), "rb") as file:  # per read: a shared handle would share its position among threads
             file.seek(self._starts[index])
-            line = file.readline()
-        where = f"{path}, line {self._lines[index]}"
+            return file.readline()
+
+    def where(self, index: int) -> str:
+        return f"{self._path(index)}, line {self._numbers[index]}"
+
+    def _path(self, index: int) -> str:
+        return self._paths[_locate(self._ends, index)[0]]
+
+
+class JsonLines(Sequence[str]):
+    """Files with one JSON object a line."""
+
+    def __init__(self, paths: list[str], field: str, text_field: str):
+        self._lines, self._field, self._key = Lines(paths), field, text_field
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def __getitem__(self, index: int) -> str:
+        line, where = self._lines[index], self._lines.where(index)
         try:
             value = json.loads(line)
         except ValueError as error:
@@ -139,7 +162,7 @@ class JsonLines(Sequence[str]):
         text = value.get(self._key) if isinstance(value, dict) else None
         if not isinstance(text, str):
             raise ConfigError(self._field, where, f"needs an object with text under {self._key!r} (data.text_field)")
-        if not text.isascii() and _HALF_PAIR.search(text):  # JSON can spell what no UTF-8 can hold
+        if has_half_pair(text):
             raise ConfigError(self._field, where, "has half of a surrogate pair, which is no character")
         return text
 

@@ -141,7 +141,11 @@ class MLAttention(nnx.Module):
         if mesh is None:
             return local(q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids)
 
+        fsdp = "fsdp" if len(kv_b) % mesh.shape["fsdp"] == 0 else None
+
         def shared(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt):
+            if fsdp:
+                kv_b = jax.lax.all_gather(kv_b, fsdp, tiled=True)
             if mesh.shape["context"] == 1:
                 return local(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt)
             first = jax.lax.axis_index("context") * q_bthA.shape[1]
@@ -153,7 +157,7 @@ class MLAttention(nnx.Module):
         tokens = P(*BATCH)
         return jax.shard_map(
             shared,
-            in_specs=(P(*BATCH, "tensor"), tokens, tokens, P(None, "tensor"), tokens),
+            in_specs=(P(*BATCH, "tensor"), tokens, tokens, P(fsdp, "tensor"), tokens),
             out_specs=P(*BATCH, "tensor"),
             check_vma=False,
         )(q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids)

@@ -105,12 +105,17 @@ class MoE(nnx.Module):
     def _over(self, mesh: AbstractMesh, gate_up, down, x_BTD, real_BT, replay_BTK):
         """Each device routes its own tokens. Experts lie over `expert`, and their hidden width over `tensor`."""
         graph, router = nnx.split(self.router)
+        fsdp = "fsdp" if x_BTD.shape[2] % mesh.shape["fsdp"] == 0 else None
 
         def local(router, gate_up, down, x_btD, real_bt, replay_btK):
+            if fsdp:  # in the type of computation, and so that their gradient is scattered
+                gate_up = jax.lax.all_gather(gate_up, fsdp, axis=1, tiled=True)
+                down = jax.lax.all_gather(down, fsdp, axis=2, tiled=True)
             return self._routed(nnx.merge(graph, router), gate_up, down, x_btD, real_bt, replay_btK, mesh)
 
         tokens = P(*BATCH)
-        inputs = P(), P("expert", None, None, "tensor"), P("expert", "tensor"), tokens, tokens, tokens
+        experts = P("expert", fsdp, None, "tensor"), P("expert", "tensor", fsdp)
+        inputs = P(), *experts, tokens, tokens, tokens
         return jax.shard_map(local, in_specs=inputs, out_specs=(tokens, P()), check_vma=False)(
             router, gate_up, down, x_BTD, real_BT, replay_BTK
         )

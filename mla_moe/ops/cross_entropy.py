@@ -15,12 +15,13 @@ from mla_moe.ops.vocabulary import chunked, scores, unchunked
 
 def cross_entropy(
     h_BTD: Float[Array, "B T D"],
-    head_DV: Float[Array, "D V"],
+    head_DV: Float[Array, "d V"],
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
     *,
     chunk: int,
     vocab_axis: str | None = None,
+    embed_axis: str | None = None,
 ) -> Float[Array, ""]:
     """`Σ weights · −log softmax(h @ head)[target]` in nats, float32. Weights are constants; 0 leaves a token out.
 
@@ -28,7 +29,7 @@ def cross_entropy(
     device holds a part of the vocabulary, in order; logits stay where they are, and only sums are exchanged.
     """
     chunk = min(chunk, h_BTD.shape[1])
-    return _summed(h_BTD, head_DV, targets_BT, weights_BT.astype(jnp.float32), chunk, vocab_axis)
+    return _summed(h_BTD, head_DV, targets_BT, weights_BT.astype(jnp.float32), chunk, vocab_axis, embed_axis)
 
 
 def reference(h_BTD, head_DV, targets_BT, weights_BT):
@@ -38,8 +39,14 @@ def reference(h_BTD, head_DV, targets_BT, weights_BT):
     return -jnp.sum(weights_BT * jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0])
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _summed(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis):
+def _gather(head_DV, axis):
+    return head_DV if axis is None else jax.lax.all_gather(head_DV, axis, tiled=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _summed(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis, embed_axis):
+    head_DV = _gather(head_DV, embed_axis)
+
     def body(total, xs):
         h_BtD, targets_Bt, weights_Bt = xs
         s = scores(h_BtD, head_DV, targets_Bt, axis)
@@ -49,7 +56,9 @@ def _summed(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis):
     return jax.lax.scan(body, jnp.float32(0), xs)[0]
 
 
-def _summed_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis):
+def _summed_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis, embed_axis):
+    head_DV = _gather(head_DV, embed_axis)
+
     def body(carry, xs):
         total, g_head_DV = carry
         h_BtD, targets_Bt, weights_Bt = xs
@@ -64,10 +73,13 @@ def _summed_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis):
     xs = tuple(chunked(x, chunk) for x in (h_BTD, targets_BT, weights_BT))
     start = (jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32))
     (total, g_head_DV), g_cBtD = jax.lax.scan(body, start, xs)
-    return total, (unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV.astype(head_DV.dtype))
+    g_head_DV = g_head_DV.astype(head_DV.dtype)
+    if embed_axis is not None:
+        g_head_DV = jax.lax.psum_scatter(g_head_DV, embed_axis, tiled=True)
+    return total, (unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV)
 
 
-def _summed_backward(chunk, axis, residuals, g):
+def _summed_backward(chunk, axis, embed_axis, residuals, g):
     g_h_BTD, g_head_DV = residuals
     if axis is not None:
         g = jax.lax.psum(g, axis)  # the derivative of the sums over the vocabulary

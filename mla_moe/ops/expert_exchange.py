@@ -1,10 +1,10 @@
 """Experts spread over devices: send a token once to each device that has one of its experts, and get one row back.
 
 Every device of the group (the mesh axis `expert`) holds its own tokens and its own E / P experts. Where a token's
-experts sit is known to all after gathering the choices, which are small. The rows then go in rounds of one fixed size,
-`capacity` for each pair of devices, for as many rounds as the busiest pair needs: an even routing takes as many as
-`schedule` foresees, an uneven one takes more. So nothing is dropped, the buffer is bounded whatever the routing, and
-the bytes moved are those of the rows.
+experts sit is known to all after gathering the choices, which are small. The rows then go in rounds of bounded size,
+for as many rounds as the busiest pair of devices needs: an even routing takes as many as `schedule` foresees, an uneven
+one takes more. So nothing is dropped, the buffers are bounded whatever the routing, and the bytes moved are those of
+the rows.
 
 A round sends, runs the experts, and returns; nothing of it outlives it. The derivative goes through the rounds again,
 sending the gradients beside the tokens. All of this runs inside `jax.shard_map`.
@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mla_moe.config import ModelConfig
 from mla_moe.ops import grouped_matmul
+from mla_moe.ops.dispatch import running_sum
 from mla_moe.ops.experts import experts
 
 Exchange = Literal["all_to_all", "ragged"]
@@ -31,17 +32,32 @@ def default_exchange(platform: str | None = None) -> Exchange:
     return "ragged" if (platform or jax.default_backend()) in ("tpu", "gpu", "cuda") else "all_to_all"
 
 
+ROUND = 1 << 15
+"""Choices of a device's tokens that go in one round of a ragged exchange, if the routing is even."""
+
+
 class Schedule(NamedTuple):
     """What is fixed before the routing is known."""
 
     num_experts: int
     devices: int
+    local: int
+    """Most choices that a token can have on one device."""
     capacity: int
     """Rows that a device sends to another in a round."""
+    unit: int
+    """Choices that a row counts as, if it has fewer: a round is full at `unit · capacity` of them."""
+    rounds: int
+    """How many an even routing takes."""
     limit: int | None
     """Rows that a device sends to another at all, if tokens may be dropped."""
     exchange: Exchange
     multiply: grouped_matmul.Implementation | None
+
+    @property
+    def most(self) -> int:
+        """Choices that a round can bring to a device."""
+        return self.devices * (self.unit * self.capacity + self.local - self.unit)
 
 
 def schedule(
@@ -53,18 +69,25 @@ def schedule(
     exchange: Exchange | None,
     multiply: grouped_matmul.Implementation | None,
 ) -> Schedule:
-    """A round for `tokens` tokens a device whose expert rows, in the worst case, are about those of an even routing.
+    """Rounds for `tokens` tokens a device whose expert rows, in the worst case, are about those of an even routing.
 
-    `buffer` is how many times its even share a device may send to another before tokens are dropped; None drops none.
+    Where rows alone are moved, a round is full when it has enough work for the experts; where whole buffers are, when
+    they are full, whose rows may bring `local` times the work. `buffer` is how many times its even share a device may
+    send to another before tokens are dropped; None drops none.
     """
+    exchange = exchange or default_exchange()
     share = tokens * chance(cfg, devices)  # rows for one device, if the routing is even
-    # Three standard deviations of a random routing, so that it seldom takes another round.
-    slack = min(1 + 3 / math.sqrt(max(share, 1)), 1.25)
     local = min(cfg.num_experts_per_tok, cfg.n_routed_experts // devices)
-    rounds = max(math.ceil(devices * chance(cfg, devices) * local / cfg.num_experts_per_tok), 1)
-    capacity = min(math.ceil(slack * share / rounds), tokens)
+    if exchange == "ragged":
+        unit, slack, even = 1, 1.25, tokens * cfg.num_experts_per_tok / devices
+        rounds = max(round(tokens * cfg.num_experts_per_tok / ROUND), 1)
+    else:
+        # Three standard deviations of a random routing, so that it seldom takes another round.
+        unit, slack, even = local, min(1 + 3 / math.sqrt(max(share, 1)), 1.25), share
+        rounds = max(math.ceil(devices * chance(cfg, devices) * local / cfg.num_experts_per_tok), 1)
+    capacity = min(math.ceil(slack * even / rounds), tokens)
     limit = None if buffer is None else math.ceil(buffer * share)
-    return Schedule(cfg.n_routed_experts, devices, capacity, limit, exchange or default_exchange(), multiply)
+    return Schedule(cfg.n_routed_experts, devices, local, capacity, unit, rounds, limit, exchange, multiply)
 
 
 def chance(cfg: ModelConfig, devices: int) -> float:
@@ -91,11 +114,12 @@ class Routes(NamedTuple):
     """Who sends what to whom. P counts devices, n the tokens of each."""
 
     token_Pn: Int[Array, "P n"]
-    """Our tokens in the order in which they go to each device; the first `count_P` go."""
-    count_P: Int[Array, "P"]
+    """Our tokens in the order in which they go to each device."""
+    round_Pn: Int[Array, "P n"]
+    """The round in which they go: beyond all rounds for those that do not."""
     from_Pn: Int[Array, "P n"]
-    """Tokens of each device in the order in which they come to us; the first `from_count_P` come."""
-    from_count_P: Int[Array, "P"]
+    """Tokens of each device in the order in which they come to us."""
+    from_round_Pn: Int[Array, "P n"]
     expert_PnK: Int[Array, "P n K"]
     """Choices of each device's tokens as numbers of our experts; `E / P` where the expert is elsewhere."""
     rounds: Int[Array, ""]
@@ -103,37 +127,41 @@ class Routes(NamedTuple):
     """Choices of our tokens beyond the limit."""
 
 
+NEVER = 1 << 30
+
+
 def routes(experts_nK: Int[Array, "n K"], s: Schedule, axis: str) -> Routes:
     here = s.num_experts // s.devices
     me = jax.lax.axis_index(axis)
     all_PnK = jax.lax.all_gather(experts_nK, axis)
     device_PnK = all_PnK // here
-    needs_PnQ = (device_PnK[..., None] == jnp.arange(s.devices)).any(axis=2)
-    count_PQ = needs_PnQ.sum(axis=1)
-    ours_Qn, theirs_Pn = needs_PnQ[me].T, needs_PnQ[:, :, me]
+    choices_nPQ = jnp.moveaxis((device_PnK[..., None] == jnp.arange(s.devices)).sum(axis=2, dtype=jnp.int32), 1, 0)
+    needs_nPQ = choices_nPQ > 0
     dropped = jnp.int32(0)
     if s.limit is not None:
-        rank_nQ = jnp.cumsum(needs_PnQ[me], axis=0) - 1
-        late_nQ = rank_nQ >= s.limit
-        dropped = jnp.take_along_axis(late_nQ, device_PnK[me], axis=1).sum(dtype=jnp.int32)
-        count_PQ = jnp.minimum(count_PQ, s.limit)
-    return Routes(
-        token_Pn=_chosen_first(ours_Qn),
-        count_P=count_PQ[me],
-        from_Pn=_chosen_first(theirs_Pn),
-        from_count_P=count_PQ[:, me],
-        expert_PnK=jnp.where(device_PnK == me, all_PnK - me * here, here),
-        rounds=-(-count_PQ.max() // s.capacity),
-        dropped=dropped,
-    )
+        late_nPQ = running_sum(needs_nPQ) >= s.limit
+        needs_nPQ &= ~late_nPQ
+        dropped = jnp.take_along_axis(late_nPQ[:, me], device_PnK[me], axis=1).sum(dtype=jnp.int32)
+    work_nPQ = jnp.where(needs_nPQ, jnp.maximum(choices_nPQ, s.unit), 0)
+    round_nPQ = jnp.where(needs_nPQ, running_sum(work_nPQ) // (s.unit * s.capacity), NEVER)
+    last = jnp.max(jnp.where(needs_nPQ, round_nPQ, -1))
+    token_Pn, round_Pn = _in_order(round_nPQ[:, me])
+    from_Pn, from_round_Pn = _in_order(round_nPQ[:, :, me])
+    expert_PnK = jnp.where(device_PnK == me, all_PnK - me * here, here)
+    return Routes(token_Pn, round_Pn, from_Pn, from_round_Pn, expert_PnK, last + 1, dropped)
 
 
-def _chosen_first(chosen_Pn: Bool[Array, "P n"]) -> Int[Array, "P n"]:
-    """The numbers of what is chosen, in order; then anything. (A sort would do, and takes TPUs' compiler seconds.)"""
-    P, n = chosen_Pn.shape
-    place_Pn = jnp.where(chosen_Pn, jnp.cumsum(chosen_Pn, axis=1) - 1, n)
-    number_Pn = jnp.broadcast_to(jnp.arange(n), (P, n))
-    return jnp.zeros((P, n), jnp.int32).at[jnp.arange(P)[:, None], place_Pn].set(number_Pn, mode="drop")
+def _in_order(round_nP: Int[Array, "n P"]) -> tuple[Int[Array, "P n"], Int[Array, "P n"]]:
+    """The numbers of the tokens that go, in order, and their rounds. (A sort takes TPUs' compiler 40 seconds.)"""
+    n, P = round_nP.shape
+    goes_nP = round_nP != NEVER
+    place_nP = jnp.where(goes_nP, running_sum(goes_nP), n)
+    number_nP = jnp.broadcast_to(jnp.arange(n)[:, None], (n, P))
+
+    def put(x_nP, rest):
+        return jnp.full((P, n), rest, jnp.int32).at[jnp.arange(P), place_nP].set(x_nP, mode="drop")
+
+    return put(number_nP, 0), put(round_nP, NEVER)
 
 
 def exchanged_experts(
@@ -203,11 +231,12 @@ def _exchanged_backward(s: Schedule, axis: str, residuals, g_nD):
         x_MD, g_MD = rows
         _, derivative = jax.vjp(step.run, x_MD, step.arrived(weights_PnK), gate_up_eD2F, down_eFD)
         g_x_MD, g_weights_MK, *g_more = derivative(g_MD)
-        g_experts = [total + g.astype(jnp.float32) for total, g in zip(g_experts, g_more, strict=True)]
+        g_experts = [total + g for total, g in zip(g_experts, g_more, strict=True)]
         return step.add_back(g_x_nD, g_x_MD), step.put_arrived(g_weights_PnK, g_weights_MK), *g_experts
 
-    like = x_nD, weights_PnK, gate_up_eD2F, down_eFD
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in like)
+    # The experts' gradient is as large as the experts: it stays in their type, as the sum over devices that follows.
+    wide, own = (x_nD, weights_PnK), (gate_up_eD2F, down_eFD)
+    zeros = *(jnp.zeros(x.shape, jnp.float32) for x in wide), *map(jnp.zeros_like, own)
     g_x_nD, g_weights_PnK, *g_experts = _rounds(turn, (x_nD, g_nD), zeros, r, s, axis)
     g_weights_nK = jax.lax.psum_scatter(g_weights_PnK, axis)
     grads = g_x_nD, g_weights_nK, *g_experts
@@ -223,13 +252,15 @@ class _Round:
 
     def __init__(self, number: Int[Array, ""] | int, r: Routes, s: Schedule, axis: str):
         self.r, self.s, self.axis = r, s, axis
-        place_c = number * s.capacity + jnp.arange(s.capacity)
-        n = r.token_Pn.shape[1]
-        clipped_c = jnp.minimum(place_c, n - 1)
-        self.sent_Pc = place_c < r.count_P[:, None]
-        self.token_Pc = r.token_Pn[:, clipped_c]
-        self.here_Pc = place_c < r.from_count_P[:, None]
-        self.from_Pc = r.from_Pn[:, clipped_c]
+        self.sent_Pc, self.token_Pc = self._part(r.round_Pn, r.token_Pn, number)
+        self.here_Pc, self.from_Pc = self._part(r.from_round_Pn, r.from_Pn, number)
+
+    def _part(self, round_Pn, token_Pn, number):
+        """The tokens of this round, and which of the `capacity` places have one."""
+        start_P, end_P = ((round_Pn < bound).sum(axis=1, dtype=jnp.int32) for bound in (number, number + 1))
+        place_Pc = start_P[:, None] + jnp.arange(self.s.capacity)
+        clipped_Pc = jnp.minimum(place_Pc, token_Pn.shape[1] - 1)
+        return place_Pc < end_P[:, None], jnp.take_along_axis(token_Pn, clipped_Pc, axis=1)
 
     def send(self, x_nD: Float[Array, "n D"]) -> Float[Array, "M D"]:
         """Rows of all devices for our experts; zeros where a device has none left."""
@@ -255,11 +286,9 @@ class _Round:
 
     def run(self, x_MD, weights_MK, gate_up_eD2F, down_eFD) -> Float[Array, "M D"]:
         """Our experts on the rows that came."""
-        e = len(down_eFD)
-        K = weights_MK.shape[1]
-        experts_MK = jnp.where(self.here_Pc.reshape(-1, 1), self.arrived(self.r.expert_PnK), e)
-        most = len(x_MD) * min(K, e)
-        return experts(x_MD, experts_MK, weights_MK, gate_up_eD2F, down_eFD, most=most, implementation=self.s.multiply)
+        experts_MK = jnp.where(self.here_Pc.reshape(-1, 1), self.arrived(self.r.expert_PnK), len(down_eFD))
+        how = {"most": self.s.most, "implementation": self.s.multiply}
+        return experts(x_MD, experts_MK, weights_MK, gate_up_eD2F, down_eFD, **how)
 
     def _exchange(self, x_PcD, sent_Pc: Bool[Array, "P c"], came_Pc: Bool[Array, "P c"]):
         """The part for each device there, and the part of each device here."""

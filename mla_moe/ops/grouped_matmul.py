@@ -8,7 +8,8 @@ Four implementations of one function:
 - `megablox`: JAX's Pallas kernels for TPU, which do the chosen work alone in both directions.
 """
 
-from typing import Literal
+import functools
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +42,7 @@ def grouped_matmul(
     if implementation == "ragged":
         return jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E)
     if implementation == "megablox":
-        return _megablox(x_RD, w_EDF, group_sizes_E)
+        return _megablox(x_RD, w_EDF, group_sizes_E, block)
     if x_RD.shape[0] % block:
         raise ValueError(f"rows = {x_RD.shape[0]} must be a multiple of block = {block}")
     return _blocks(x_RD, w_EDF, _expert_of_block(group_sizes_E, block, x_RD.shape[0] // block))
@@ -54,15 +55,20 @@ def _reference(x_RD, w_EDF, group_sizes_E):
     return jnp.einsum("RD,EDF,RE->RF", x_RD, w_EDF, chosen_RE)
 
 
-def _megablox(x_RD, w_EDF, group_sizes_E):
+def _megablox(x_RD, w_EDF, group_sizes_E, block):
     from jax.experimental.pallas.ops.tpu.megablox import gmm
 
     R = len(x_RD)
     x_RD = jnp.pad(x_RD, ((0, -R % 128), (0, 0)))  # the kernel wants whole tiles
-    rows = next(size for size in (512, 256, 128) if len(x_RD) % size == 0)
-    _, D, F = w_EDF.shape
-    tiling = rows, min(D, 1024), min(F, 1024)
+    rows = next(size for size in (block, 512, 256, 128) if size >= 128 and len(x_RD) % size == 0)  # no tile of two
+    tiling: Any = _tiling(rows)  # a function too, though the annotation of `gmm` knows tuples alone
     return gmm(x_RD, w_EDF, group_sizes_E.astype(jnp.int32), x_RD.dtype, tiling)[:R]
+
+
+@functools.cache
+def _tiling(rows: int):
+    """Asked for each product, forward and derivative, whose depths and widths differ."""
+    return lambda _, depth, width: (rows, min(depth, 1024), min(width, 1024))
 
 
 def _expert_of_block(group_sizes_E, block, num_blocks):

@@ -20,7 +20,7 @@ STAGE_TITLES = {
     "pretrain": "Pretraining",
     "sft": "Supervised fine-tuning",
     "rl": "Reinforcement learning",
-    "rejection": "Fine-tuning on the best of its own answers",
+    "rejection": "Fine-tuning on the best answers",
 }
 
 

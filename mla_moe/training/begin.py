@@ -1,6 +1,8 @@
-"""Where a run begins: fresh parameters, those of a checkpoint, or the whole state of another run."""
+"""Where a run begins: fresh parameters, those of a checkpoint, or the whole state of another run. And where its later
+stages do."""
 
 import dataclasses
+from pathlib import Path
 
 import optax
 from jax.sharding import Mesh
@@ -35,10 +37,10 @@ def first_state(
     """
     if recipe.init_from is None:
         return init_state(skeleton, tx, recipe.seed, mesh)
+    if recipe.init_parts == "parameters":
+        return loaded_state(recipe.init_from, recipe, skeleton, tx, mesh)
     source = open_source(recipe.init_from)
     _check_model(source.cfg, recipe.model, recipe.init_from)
-    if recipe.init_parts == "parameters":
-        return init_state(skeleton, tx, recipe.seed, mesh, read_arrays(source, skeleton, mesh))
     if not isinstance(source, NativeArrays) or (run := source.run) is None:
         raise ConfigError("init_parts", "whole", f"{recipe.init_from} holds parameters only; ask for those")
     other = Recipe.from_json((run / "recipe.json").read_text())
@@ -51,6 +53,30 @@ def first_state(
     if int(state.step) >= recipe.training.steps:
         raise ConfigError("training.steps", recipe.training.steps, f"{recipe.init_from} has done {state.step} already")
     return state
+
+
+def model_before(stage: str, recipe: Recipe, run_dir: Path) -> Path:
+    """Where a stage after pretraining finds its model: with the last stage before it that the run has, else at
+    `recipe.init_from`. Raises `ConfigError` where there is neither."""
+    steps = {"pretrain": recipe.training.steps, "sft": recipe.sft.steps, "rl": recipe.rl.steps, "rejection": 0}
+    order = list(steps)
+    for earlier in reversed(order[: order.index(stage)]):
+        if steps[earlier]:
+            return run_dir / "checkpoints" / earlier
+    if recipe.init_from is None:
+        raise ConfigError(
+            "init_from", None, f"name a checkpoint for {stage} to begin with, or pretrain (training.steps)"
+        )
+    return Path(recipe.init_from)
+
+
+def loaded_state(
+    path: str | Path, recipe: Recipe, skeleton: Skeleton, tx: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """A state of step 0 with a checkpoint's parameters and biases. Raises `ConfigError` for one of another model."""
+    source = open_source(path)
+    _check_model(source.cfg, recipe.model, str(path))
+    return init_state(skeleton, tx, recipe.seed, mesh, read_arrays(source, skeleton, mesh))
 
 
 def _check_model(theirs: ModelConfig, ours: ModelConfig, path: str) -> None:

@@ -32,32 +32,42 @@ class Sizes(NamedTuple):
     """What the sums are divided by: counted over the whole batch."""
 
     tokens: Int[Array, ""]
+    """Targets that count."""
     mtp_tokens: Int[Array, ""]
     sequences: int
+    read: Int[Array, ""]
+    """Tokens that are not padding."""
 
 
 def sizes(batch: dict[str, Array]) -> Sizes:
-    return Sizes(real(batch).sum(), has_second_target(batch).sum(), batch["tokens"].shape[0])
+    read = (batch["segment_ids"] != 0).sum()
+    return Sizes(has_target(batch).sum(), has_second_target(batch).sum(), batch["tokens"].shape[0], read)
 
 
-def real(batch):
-    """Where a token is not padding."""
-    return batch["segment_ids"] != 0
+def has_target(batch):
+    """Where the next token counts: not in padding, nor where the batch has `learned` and it is 0."""
+    real_BT = batch["segment_ids"] != 0
+    return real_BT & (batch["learned"] != 0) if "learned" in batch else real_BT
 
 
 def has_second_target(batch):
-    """Where the token after the next belongs to the same document (trap 9: boundaries are masked)."""
+    """Where the token after the next counts and belongs to the same document (trap 9: boundaries are masked)."""
     segment_BT = batch["segment_ids"]
-    following_BT = jnp.pad(segment_BT[:, 1:], ((0, 0), (0, 1)))
-    return (following_BT == segment_BT) & real(batch)
+    return (_following(segment_BT) == segment_BT) & _following(has_target(batch))
+
+
+def _following(x_BT):
+    """What stands one place later, and 0 at the end."""
+    return jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
 
 
 def sums(model: Transformer, batch: dict[str, Array], *, chunk: int, mtp: bool) -> Sums:
-    """Run the model on a batch `{tokens, targets, segment_ids, positions}`; with `mtp` its prediction module too."""
+    """Run the model on a batch `{tokens, targets, segment_ids, positions}`, all [B, T], which may have `learned` too: 0
+    where a target does not count, as a prompt's. With `mtp` its prediction module too."""
     place = batch["segment_ids"], batch["positions"]
     compute = model.precision.compute
     h_BTD, stats = model.hidden(batch["tokens"], *place)
-    weights_BT = real(batch).astype(jnp.float32)
+    weights_BT = has_target(batch).astype(jnp.float32)
     nats = _cross_entropy(h_BTD, model.head[...].astype(compute), batch["targets"], weights_BT, chunk)
     loads = [] if stats is None else [stats.load_E]
     balance = jnp.float32(0) if stats is None else stats.balance.sum()
@@ -65,7 +75,7 @@ def sums(model: Transformer, batch: dict[str, Array], *, chunk: int, mtp: bool) 
     mtp_nats = jnp.float32(0)
     if mtp:
         h_BTD, stats = model.mtp_hidden(h_BTD, batch["targets"], *place)
-        second_BT = jnp.pad(batch["targets"][:, 1:], ((0, 0), (0, 1)))
+        second_BT = _following(batch["targets"])
         weights_BT = has_second_target(batch).astype(jnp.float32)
         mtp_nats = _cross_entropy(h_BTD, model.mtp_head[...].astype(compute), second_BT, weights_BT, chunk)
         loads.append(stats.load_E[None])
@@ -96,10 +106,11 @@ def _cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, chunk: int) -> Float[
     if mesh is None:
         return cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, chunk=chunk)
     vocab = vocabulary_axis(mesh, head_DV.shape[1])
+    embed = "fsdp" if mesh.shape["fsdp"] > 1 and len(head_DV) % mesh.shape["fsdp"] == 0 else None
 
     def local(*args):
-        return jax.lax.psum(cross_entropy(*args, chunk=chunk, vocab_axis=vocab), TOKENS)
+        return jax.lax.psum(cross_entropy(*args, chunk=chunk, vocab_axis=vocab, embed_axis=embed), TOKENS)
 
     tokens = P(*BATCH)
-    inputs = tokens, P(None, vocab), tokens, tokens
+    inputs = tokens, P(embed, vocab), tokens, tokens
     return jax.shard_map(local, in_specs=inputs, out_specs=P(), check_vma=False)(h_BTD, head_DV, targets_BT, weights_BT)

@@ -150,7 +150,7 @@ def _parts(x, count):
 
 def _metrics(s: Sums, size, norm) -> dict[str, Array]:
     tokens = jnp.maximum(size.tokens, 1)
-    metrics = {"loss": s.nats / tokens, "grad_norm": norm, "tokens": size.tokens, "load_LE": s.load_LE}
+    metrics = {"loss": s.nats / tokens, "grad_norm": norm, "tokens": size.read, "load_LE": s.load_LE}
     metrics["balance_loss"] = s.balance / (size.sequences * max(s.load_LE.shape[0], 1))
     metrics["dropped"] = s.dropped
     metrics["mtp_loss"] = s.mtp_nats / jnp.maximum(size.mtp_tokens, 1)

@@ -12,8 +12,9 @@ from mla_moe.recipe import Checkpoint, Data, Mesh, Optimizer, Recipe, Sample, Sc
 from mla_moe.sharding import make_mesh
 from mla_moe.training.console import Console
 from mla_moe.training.metrics import read_rows
-from mla_moe.training.pretrain import Interrupted, pretrain
+from mla_moe.training.pretrain import pretrain
 from mla_moe.training.run import Signals, open_run
+from mla_moe.training.setup import Interrupted
 
 STEPS = 8
 TIMES = ("tokens_per_s", "step_seconds", "mfu")
@@ -83,10 +84,10 @@ def test_a_run_leaves_what_it_promises(whole, recipe):
 @pytest.mark.smoke
 def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeypatch):
     """A signal after step 2, an end at step 5 that saves nothing, and the rest: the same rows, bit for bit."""
-    import mla_moe.training.pretrain as stage
+    import mla_moe.training.loop as stage
 
     def stop_at(step):
-        record = stage._Meter.record
+        record = stage.Meter.record
 
         def then_stop(self, number, metrics):
             record(self, number, metrics)
@@ -96,11 +97,11 @@ def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeyp
         return then_stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage._Meter, "record", stop_at(2))
+        patch.setattr(stage.Meter, "record", stop_at(2))
         with pytest.raises(Interrupted, match="stopped at step 2 by SIGTERM"):
             start(recipe, tmp_path)
     with monkeypatch.context() as patch:  # as a kill would: rows of steps 3 to 5, and nothing saved of 4 and 5
-        patch.setattr(stage._Meter, "record", stop_at(5))
+        patch.setattr(stage.Meter, "record", stop_at(5))
         save = stage.Checkpoints.save
         patch.setattr(stage.Checkpoints, "save", lambda self, step, *a: save(self, step, *a) if step < 5 else None)
         with pytest.raises(Interrupted):

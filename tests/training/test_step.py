@@ -38,13 +38,18 @@ def skeleton(cfg):
     return Skeleton(cfg)
 
 
-def run(skeleton, training=TRAINING, mesh_sizes=None, batches=(0,), optimizer=OPTIMIZER):
+def with_prompts(batch):
+    """The same batch, of which about half the targets count."""
+    return batch | {"learned": jnp.asarray(np.random.default_rng(1).integers(0, 2, batch["tokens"].shape), jnp.int32)}
+
+
+def run(skeleton, training=TRAINING, mesh_sizes=None, batches=(0,), optimizer=OPTIMIZER, change=lambda batch: batch):
     mesh = make_mesh(mesh_sizes) if mesh_sizes else make_mesh(Mesh(), jax.devices()[:1])
     tx = make_optimizer(optimizer, training.steps, skeleton)
     state = init_state(skeleton, tx, 0, mesh)
     step = make_step(skeleton, tx, training, mesh)
     for seed in batches:
-        state, metrics = step(state, packed_batch(seed=seed))
+        state, metrics = step(state, change(packed_batch(seed=seed)))
     return state, metrics
 
 
@@ -78,6 +83,55 @@ def test_sums_are_the_plain_losses(cfg, skeleton):
                 nats, count = nats - log_p[b, i, batch["targets"][b, i + 1]], count + 1
     assert int(size.mtp_tokens) == count == int(has_second_target(batch).sum())
     assert float(s.mtp_nats) == pytest.approx(nats, rel=1e-4)
+
+
+def test_targets_that_are_not_learned_do_not_count(cfg, skeleton):
+    model = skeleton.merge(skeleton.init(0, make_mesh(Mesh(), jax.devices()[:1])))
+    batch = with_prompts(packed_batch())
+    size, s = sizes(batch), jax.jit(lambda m, b: sums(m, b, chunk=4, mtp=True))(model, batch)
+    place = batch["segment_ids"], batch["positions"]
+    h, _ = jax.jit(lambda m, *b: m.hidden(*b))(model, batch["tokens"], *place)
+    h2, _ = jax.jit(lambda m, *b: m.mtp_hidden(*b))(model, h, batch["targets"], *place)
+    log_p, log_p2 = (np.asarray(jax.nn.log_softmax(model.logits(x))) for x in (h, h2))
+    segments, targets, learned = (np.asarray(batch[key]) for key in ("segment_ids", "targets", "learned"))
+    nats = np.zeros(2)
+    count = np.zeros(2, int)
+    for b, t in np.ndindex(segments.shape):
+        if segments[b, t] and learned[b, t]:
+            nats[0], count[0] = nats[0] - log_p[b, t, targets[b, t]], count[0] + 1
+        if t + 1 < segments.shape[1] and segments[b, t] == segments[b, t + 1] != 0 and learned[b, t + 1]:
+            nats[1], count[1] = nats[1] - log_p2[b, t, targets[b, t + 1]], count[1] + 1
+    assert 0 < count[0] < int(size.read) == int((segments > 0).sum())
+    assert (int(size.tokens), int(size.mtp_tokens)) == tuple(count)
+    np.testing.assert_allclose((s.nats, s.mtp_nats), nats, rtol=1e-4)
+
+
+def test_prompts_give_no_gradient(skeleton):
+    """Other targets where they do not count change no loss and no gradient. (The prediction module reads them.)"""
+    arrays = skeleton.init(0, make_mesh(Mesh(), jax.devices()[:1]))
+    batch = with_prompts(packed_batch())
+    other = batch | {"targets": jnp.where(batch["learned"] != 0, batch["targets"], (batch["targets"] + 7) % 64)}
+    params = {path: arrays[path] for path in skeleton.param_paths}
+
+    @jax.jit
+    def grad(params, batch):
+        def loss(params):
+            return sums(skeleton.merge(arrays | params), batch, chunk=8, mtp=False).nats
+
+        return jax.value_and_grad(loss)(params)
+
+    for a, b in zip(*(jax.tree.leaves(grad(params, b)) for b in (batch, other)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    "how", [{"training": dataclasses.replace(TRAINING, accumulation=2)}, {"mesh_sizes": Mesh(data=1, fsdp=4, tensor=2)}]
+)
+def test_learned_targets_add_up_over_parts_and_devices(skeleton, how):
+    _, m = run(skeleton, change=with_prompts)
+    _, n = run(skeleton, change=with_prompts, **how)
+    for name in ("loss", "mtp_loss", "grad_norm", "tokens", "load_LE"):
+        np.testing.assert_allclose(m[name], n[name], rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.smoke

@@ -1,0 +1,62 @@
+"""DeepSeek-R1's four stages in miniature: a cold start, reinforcement learning, rejection sampling, fine-tuning again.
+
+    python train.py configs/r1_pipeline.py
+
+A small model reads what many writers say of sums, most of them in haste. Forty pairs, worked out
+step by step, then show it the form (sft). Rewards teach it to use that (rl). At last it answers training questions, and
+the model that came out of reading is fine-tuned on the right answers alone (rejection): it should know at once what
+reinforcement learning had to find.
+"""
+
+from pathlib import Path
+
+from mla_moe.config import ModelConfig
+from mla_moe.data.arithmetic import QUESTION
+from mla_moe.recipe import RL, SFT, Checkpoint, Data, Optimizer, Recipe, Rejection, Schedule, Task, Training
+
+recipe = Recipe(
+    run_dir="runs/r1_pipeline",
+    model=ModelConfig(
+        vocab_size=258,
+        hidden_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=288,
+        moe_intermediate_size=72,
+        n_routed_experts=8,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+        kv_lora_rank=32,
+        q_lora_rank=48,
+        qk_nope_head_dim=24,
+        qk_rope_head_dim=16,
+        v_head_dim=24,
+        max_position_embeddings=256,
+        initializer_range=0.02,
+    ),
+    data=Data(train=("arithmetic:train",), heldout=("arithmetic:heldout",), tokenizer="byte"),
+    optimizer=Optimizer(name="muon", schedule=Schedule(peak=2e-2, warmup=0.02, decay=0.6, final=0.02), muon_peak=1e-2),
+    training=Training(steps=200, batch_size=16, sequence_length=192, bias_update=1e-2, balance_weight=3e-3),
+    task=Task(name="arithmetic", template=QUESTION),
+    sft=SFT(
+        steps=12,
+        data=(str(Path(__file__).with_suffix(".jsonl")),),
+        batch_size=8,
+        sequence_length=192,
+        optimizer=Optimizer(schedule=Schedule(peak=5e-4, warmup=0.1, decay=0.9, final=0.1), weight_decay=0.0),
+    ),
+    rl=RL(
+        steps=12,
+        prompts=48,
+        group_size=8,
+        minibatches=2,
+        max_prompt_tokens=32,
+        max_new_tokens=96,
+        row_tokens=192,
+        rows=24,
+        slots=128,
+        optimizer=Optimizer(schedule=Schedule(peak=1e-3, warmup=0.0, decay=1.0, final=0.1), weight_decay=0.0),
+    ),
+    rejection=Rejection(steps=60, questions=512, samples=4, keep=1, start="base"),
+    checkpoint=Checkpoint(every=100),
+)

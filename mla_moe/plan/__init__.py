@@ -1,0 +1,6 @@
+"""Compile a recipe for a named topology without the hardware, and say whether and how it runs there."""
+
+from mla_moe.plan.plan import Plan, make_plan
+from mla_moe.plan.topology import Topology, open_topology
+
+__all__ = ["Plan", "Topology", "make_plan", "open_topology"]

@@ -1,0 +1,111 @@
+"""FLOPs of a traced function: its matrix products, each as often as it runs.
+
+Elementwise work is not counted: it takes time, but not the matrix units'. Kernels written in Pallas are black boxes to
+XLA, so theirs come from formulas. What lies outside a `shard_map` is taken as evenly split over all devices.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr
+from jax.interpreters import partial_eval
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What depends on the data, as expected of an even routing."""
+
+    rounds: float = 1.0
+    """Runs of an expert exchange's loop."""
+    rows: float | None = None
+    """Rows of a device's experts in one run, padding included; None takes the whole buffer."""
+
+
+def count_flops(closed: ClosedJaxpr, devices: int = 1, expected: Expected = Expected()) -> dict[str, float]:
+    """FLOPs of one device: `products`, and `attention` and `experts` of Pallas kernels."""
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    total: dict[str, float] = defaultdict(float)
+    _count(jaxpr, 1 / devices, None, expected, total)
+    return dict(total)
+
+
+def _count(jaxpr: Any, times: float, around: float | None, expected: Expected, total: dict[str, float]) -> None:
+    """Add to `total`; `around` is the length of the loop around."""
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            depth = math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+            total["products"] += times * 2 * math.prod(eqn.outvars[0].aval.shape) * depth
+        elif name in ("ragged_dot", "ragged_dot_general"):
+            rows, depth = eqn.invars[0].aval.shape
+            total["products"] += times * 2 * (expected.rows or rows) * depth * eqn.outvars[0].aval.shape[-1]
+        elif name == "pallas_call":
+            kind, flops = _kernel(eqn, expected)
+            total[kind] += times * flops
+        elif name == "scan":
+            length = eqn.params["length"]
+            _count(eqn.params["jaxpr"].jaxpr, times * length, length, expected, total)
+        elif name == "while":
+            body = eqn.params["body_jaxpr"].jaxpr
+            _count(body, times * _trips(eqn, body, around, expected), around, expected, total)
+        elif name == "cond":
+            branches: list[dict[str, float]] = []
+            for branch in eqn.params["branches"]:
+                branches.append(defaultdict(float))
+                _count(branch.jaxpr, times, around, expected, branches[-1])
+            for kind, flops in max(branches, key=lambda counted: sum(counted.values())).items():
+                total[kind] += flops
+        elif name == "shard_map":
+            mesh = eqn.params["mesh"]
+            _count(eqn.params["jaxpr"], times * mesh.size, around, expected, total)
+        else:
+            for inner in _inner(eqn):
+                _count(inner, times, around, expected, total)
+
+
+def _inner(eqn) -> Iterator[Any]:
+    """The one function that a call, a checkpoint or a custom derivative runs."""
+    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if key in eqn.params:
+            inner = eqn.params[key]
+            yield inner.jaxpr if hasattr(inner, "jaxpr") else inner
+            return
+
+
+def _trips(eqn, body, around: float | None, expected: Expected) -> float:
+    """How often a loop runs whose end is not in its type: an exchange as expected, and half of the loop around for one
+    of causal attention, which goes from the diagonal to one side."""
+    if any("all_to_all" in name for name in _names(body)):
+        return expected.rounds
+    return around / 2 if around else 1.0
+
+
+def _names(jaxpr) -> Iterator[str]:
+    for eqn in jaxpr.eqns:
+        yield eqn.primitive.name
+        for inner in _inner(eqn):
+            yield from _names(inner)
+
+
+def _kernel(eqn, expected: Expected) -> tuple[str, float]:
+    """What a Pallas kernel is for, and its FLOPs."""
+    name = str(eqn.params.get("name") or "")
+    shapes = [v.aval.shape for v in eqn.invars if hasattr(v.aval, "shape")]
+    if name.startswith("splash_mha"):
+        q, _, v = [shape for shape in shapes if len(shape) == 4][:3]
+        *rows, T, A = q
+        V = v[-1]
+        # Forward: scores and values. Derivative: scores again and the weights' gradient in each of two kernels, then
+        # one product (queries) or two (keys and values).
+        depth = 2 * A + 2 * V if "dkv" in name else 2 * A + V if "dq" in name else A + V
+        block = next((size for size in (512, 256, 128) if T % size == 0), T)
+        return "attention", 2 * math.prod(rows) * T * (T + block) / 2 * depth
+    estimate = eqn.params.get("cost_estimate")
+    if estimate is None:
+        raise NotImplementedError(f"no formula for the kernel {name!r}")
+    rows = next(shape for shape in shapes if len(shape) == 2)[0]
+    return "experts", estimate.flops * (expected.rows or rows) / rows

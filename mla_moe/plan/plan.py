@@ -1,0 +1,146 @@
+"""Compile a stage of a recipe for a topology, and say what it takes."""
+
+import dataclasses
+import re
+import resource
+import sys
+import time
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from mla_moe.config import ConfigError
+from mla_moe.plan import stages
+from mla_moe.plan.costs import Traffic, traffic
+from mla_moe.plan.flops import count_flops
+from mla_moe.plan.program import Program
+from mla_moe.plan.topology import Topology
+from mla_moe.recipe import Recipe
+
+STAGES = {"train": stages.train}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a stage takes on one device of a topology, unless it says otherwise. Bytes, FLOPs, seconds."""
+
+    stage: str
+    topology: str
+    devices: int
+    mesh: dict[str, int]
+    fits: bool
+    capacity_bytes: float | None
+    """None where it is not known: a CPU's is the machine's."""
+    argument_bytes: float
+    temp_bytes: float
+    """Beside the arguments, whose memory the results take over. Where the compiler refuses the program: what it
+    would need, if it says so."""
+    memory: dict[str, float]
+    """Of what is known without compiling: parameters, optimizer, and of the temporaries gradients, layer inputs."""
+    flops: float
+    flops_by_kind: dict[str, float]
+    useful_flops_share: float
+    """FLOPs that the mathematics needs, of those that run."""
+    useful_or_recomputed_flops_share: float
+    """Counting what rematerialisation does again on purpose as useful."""
+    collectives: list[Traffic]
+    memory_traffic_bytes: float
+    compute_seconds: float | None
+    memory_seconds: float | None
+    network_seconds: float | None
+    step_seconds: float | None
+    """The longest of the three: what is possible if they overlap. Their sum is what it takes if they never do."""
+    mfu: float | None
+    """Useful FLOPs in that time, of the peak."""
+    tokens: int
+    """Of all devices in one run."""
+    compile_seconds: float
+    compile_memory_bytes: float
+    refusal: str | None = None
+    """The compiler's words, where it does."""
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def make_plan(recipe: Recipe, topology: Topology, stage: str = "train") -> Plan:
+    """Compile `stage` of a recipe. Raises `ConfigError` for a mesh that the topology cannot have."""
+    program = STAGES[stage](recipe, topology)
+    flops = count_flops(program.traced.jaxpr, program.mesh.size, program.expected)
+    start = time.perf_counter()
+    refusal, text, argument, temp = None, "", 0.0, 0.0
+    try:
+        with _no_cache():
+            compiled = program.traced.lower(lowering_platforms=(topology.platform,)).compile()
+        memory, text = compiled.memory_analysis(), compiled.as_text() or ""
+        argument = float(memory.argument_size_in_bytes)
+        # Results that do not take over an argument's memory are new memory.
+        temp = float(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    except jax.errors.JaxRuntimeError as error:
+        refusal, argument, temp = _refused(str(error), program.kinds)
+    seconds = time.perf_counter() - start
+    compiled_program = Program(text, lambda scope: program.expected.rounds) if text else None
+    runs = traffic(
+        compiled_program.collectives() if compiled_program else (), program.mesh, topology, program.row_share
+    )
+    moved = compiled_program.memory_traffic() if compiled_program else 0.0
+    chip, total = topology.chip, sum(flops.values())
+    times = None if chip is None else (total / chip.flops, moved / chip.hbm_bandwidth, sum(t.seconds for t in runs))
+    step = None if times is None or refusal else max(times)
+    capacity = None if chip is None else chip.hbm_bytes
+    return Plan(
+        stage=stage,
+        topology=topology.name,
+        devices=program.mesh.size,
+        mesh=dict(program.mesh.shape),
+        fits=refusal is None and (capacity is None or argument + temp <= capacity),
+        capacity_bytes=capacity,
+        argument_bytes=argument,
+        temp_bytes=temp,
+        memory=program.kinds,
+        flops=total,
+        flops_by_kind=flops,
+        useful_flops_share=program.useful / total,
+        useful_or_recomputed_flops_share=(program.useful + program.recomputed) / total,
+        collectives=runs,
+        memory_traffic_bytes=moved,
+        compute_seconds=times and times[0],
+        memory_seconds=times and times[1],
+        network_seconds=times and times[2],
+        step_seconds=step,
+        mfu=program.useful / (step * chip.flops) if step and chip else None,
+        tokens=program.tokens,
+        compile_seconds=seconds,
+        compile_memory_bytes=_peak_memory(),
+        refusal=refusal,
+    )
+
+
+def _refused(error: str, kinds: dict[str, float]) -> tuple[str, float, float]:
+    """The compiler's refusal for want of memory: its words, and the bytes of arguments and temporaries."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of", error)
+    if found is None:
+        raise ConfigError("topology", "compiler", error.splitlines()[0])
+    used = float(found.group(1)) * 1024.0 ** (1 + "KMGT".index(found.group(2)))
+    argument = kinds["parameters"] + kinds["optimizer"] + kinds["batch"]
+    return error.splitlines()[0], argument, max(used - argument, 0.0)
+
+
+def _peak_memory() -> float:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+@contextmanager
+def _no_cache():
+    """What is compiled for absent devices cannot be read back from JAX's cache."""
+    before = jax.config.values["jax_enable_compilation_cache"]
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

@@ -1,0 +1,141 @@
+"""The way through a stage that trains on batches: restore or begin, step, measure, save, and stop when asked to."""
+
+import abc
+import contextlib
+import time
+from collections.abc import Mapping
+from functools import cached_property
+
+import grain
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+
+from mla_moe import data, recipe
+from mla_moe.sharding import BATCH
+from mla_moe.training.checkpoint import Checkpoints
+from mla_moe.training.console import bytes_
+from mla_moe.training.meter import Meter
+from mla_moe.training.metrics import MetricsWriter, Silence
+from mla_moe.training.optimizer import learning_rate, make_optimizer
+from mla_moe.training.run import Signals
+from mla_moe.training.setup import Interrupted, Setup
+from mla_moe.training.step import TrainState, abstract_state, make_step
+
+
+class Stage(abc.ABC):
+    """What every such stage has. A kind of stage says where it begins, what it reads, how it is measured, and what it
+    leaves behind."""
+
+    fields: tuple[str, ...] = ("tokens", "targets", "segment_ids", "positions")
+    """Arrays of a batch."""
+
+    def __init__(self, name: str, setup: Setup, training: recipe.Training, optimizer: recipe.Optimizer):
+        """`name` is that of its rows and checkpoints. `training` and `optimizer` are the numbers it trains with."""
+        self.name, self.setup, self.training, self._optimizer = name, setup, training, optimizer
+
+    @abc.abstractmethod
+    def first_state(self, batches: data.Batches) -> TrainState:
+        """Where there is no checkpoint yet. May move `batches` to its place."""
+
+    @abc.abstractmethod
+    def stream(self, *, batch_size: int, shard: int, shards: int) -> grain.DatasetIterator[data.Batch]:
+        """One of `shards` streams of the batches, `batch_size` rows each."""
+
+    @abc.abstractmethod
+    def describe(self) -> list[tuple[str, str]]:
+        """The start-up table's own rows. What is missing is missed here, before anything compiles."""
+
+    @abc.abstractmethod
+    def finish(self, state: TrainState, scores: Mapping[str, float], meter: Meter, writer) -> None:
+        """What is left at the end, given the last evaluation's scores."""
+
+    def evaluate(self, state: TrainState) -> dict[str, float]:
+        """Rows of `metrics.jsonl`, at the end and every `eval_every` steps."""
+        return {}
+
+    @cached_property
+    def tx(self) -> optax.GradientTransformation:
+        return make_optimizer(self._optimizer, self.training.steps, self.setup.skeleton)
+
+    @cached_property
+    def abstract_state(self) -> TrainState:
+        return abstract_state(self.setup.skeleton, self.tx, self.setup.mesh)
+
+    def run(self) -> None:
+        """Train to the last step, from the newest checkpoint if there is one.
+
+        Raises `ConfigError` before anything compiles, and `Interrupted` after a signal, when the state is saved.
+        """
+        setup, say = self.setup, self.setup.console.say
+        with Checkpoints(setup.run_dir, self.name, setup.recipe.checkpoint) as checkpoints:
+            start = checkpoints.latest
+            if start == self.training.steps:
+                say(f"{self.name}: all {start} steps are done already")
+                return
+            with contextlib.closing(self._open_batches()) as batches:
+                rows = self.describe()
+                setup.console.startup_table(
+                    f"{setup.recipe.run_dir}: {self.name}", [*setup.describe(self.abstract_state), *rows]
+                )
+                if start is None:
+                    state = self.first_state(batches)
+                    start = int(state.step) or None
+                else:
+                    state = checkpoints.restore(self.abstract_state, batches)
+                    say(f"resumed from the checkpoint of step {start}")
+                self._train(state, batches, checkpoints, start)
+
+    def _open_batches(self) -> data.Batches:
+        """Of which this process reads the rows that its devices hold."""
+        rows, length = self.training.batch_size, self.training.sequence_length
+        streams = data.stream_count(self.setup.recipe.data.streams, rows)
+        place = NamedSharding(self.setup.mesh, BATCH).addressable_devices_indices_map((rows, length))
+
+        def stream(number: int) -> grain.DatasetIterator[data.Batch]:
+            return self.stream(batch_size=rows // streams, shard=number, shards=streams)
+
+        return data.Batches(stream, data.rows_of(place.values(), rows), rows, streams)
+
+    def _train(self, state: TrainState, batches: data.Batches, checkpoints: Checkpoints, start: int | None) -> None:
+        """Step to the end. Figures of a step are fetched after the next one is under way, so the device never waits."""
+        setup, training = self.setup, self.training
+        first, last = start or 0, training.steps
+        step = self._compile(state)
+        rate = learning_rate(self._optimizer.schedule, last)
+        with (
+            Signals() as signals,
+            MetricsWriter(setup.run_dir, start, self.name) if jax.process_index() == 0 else Silence() as writer,
+            setup.console.progress(self.name, last, first) as progress,
+        ):
+            meter = Meter(setup.recipe.model, training, rate, writer, progress)
+            for number in range(first + 1, last + 1):
+                state, metrics = step(state, setup.put(next(batches), training.batch_size, batches.rows.start))
+                meter.record(number, metrics)
+                is_last = number == last
+                if is_last or (training.eval_every and number % training.eval_every == 0):
+                    meter.flush()
+                    scores = self.evaluate(state)
+                    if scores:
+                        writer.write(number, scores)
+                    meter.restart()
+                if is_last:
+                    self.finish(state, scores, meter, writer)
+                if is_last or number % setup.recipe.checkpoint.every == 0 or signals.stop(number):
+                    meter.flush()
+                    checkpoints.save(number, state, batches, setup.skeleton)
+                    meter.restart()
+                if signals.stop(number) and not is_last:
+                    raise Interrupted(f"stopped at step {number} by {signals.name}; state saved")
+
+    def _compile(self, state: TrainState):
+        shape = self.training.batch_size, self.training.sequence_length
+        place = NamedSharding(self.setup.mesh, BATCH)
+        batch = dict.fromkeys(self.fields, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place))
+        began = time.monotonic()
+        step = make_step(self.setup.skeleton, self.tx, self.training, self.setup.mesh).lower(state, batch).compile()
+        memory = step.memory_analysis()
+        temporaries = f", {bytes_(memory.temp_size_in_bytes)} of temporaries a device" if memory else ""
+        self.setup.console.say(f"compiled in {time.monotonic() - began:.1f} s{temporaries}")
+        return step

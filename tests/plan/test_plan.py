@@ -1,0 +1,58 @@
+"""Plans of the quickstart: for TPUs that are not there, and for this machine."""
+
+import dataclasses
+import json
+
+import pytest
+
+from mla_moe import ConfigError, recipe
+from mla_moe.cli import main
+from mla_moe.plan import make_plan, open_topology
+
+QUICKSTART = "configs/quickstart.py"
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("v9:1", "write v5e:4x4"),
+        ("v5p", "give the shape"),
+        ("h100:8", "HOSTSxGPUS|CUDA compiler: pip install"),
+        ("cpu:1024", "xla_force_host_platform_device_count=1024"),
+    ],
+)
+def test_an_unknown_topology_is_one_line_with_the_choices(name, fix, capsys):
+    assert main(["plan", QUICKSTART, "--topology", name]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: topology = '{name}'")
+    assert line.count("\n") == 1
+    with pytest.raises(ConfigError, match=fix):
+        open_topology(name)
+
+
+def test_without_a_compiler_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'mla_moe\[plan\]'"):
+        open_topology("v5p:2x2x1")
+    with pytest.raises(ConfigError, match=r"pip install 'mla_moe\[cuda\]'"):
+        open_topology("h100:1x8")
+
+
+def test_a_mesh_that_does_not_divide_the_topology():
+    quickstart = recipe.load(QUICKSTART)
+    quickstart = dataclasses.replace(quickstart, mesh=recipe.Mesh(data=3))
+    with pytest.raises(ConfigError, match="number of devices, 8"):
+        make_plan(quickstart, open_topology("cpu:8"))
+
+
+def test_the_quickstart_on_a_small_pod(capsys):
+    pytest.importorskip("libtpu")
+    assert main(["plan", QUICKSTART, "--topology", "v5p:2x2x1", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"]
+    assert plan["devices"] == 4
+    assert plan["argument_bytes"] + plan["temp_bytes"] < 0.02 * plan["capacity_bytes"]
+    assert 0.4 < plan["useful_flops_share"] < 1
+    assert 0 < plan["mfu"] < plan["useful_flops_share"] + 1e-9
+    assert plan["step_seconds"] == max(plan[f"{term}_seconds"] for term in ("compute", "memory", "network"))
+    assert {c["axes"] for c in plan["collectives"]} == {"data"}

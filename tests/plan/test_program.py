@@ -1,0 +1,79 @@
+"""What is read from compiled programs whose loops and collectives are known."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mla_moe.plan.costs import mesh_axes
+from mla_moe.plan.program import Program, first_group
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+
+
+def text_of(f, mesh: Mesh, *specs):
+    x = [jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, spec)) for spec in specs]
+    return jax.jit(f).lower(*x).compile().as_text()
+
+
+def test_a_collective_in_a_loop_counts_as_often_as_it_runs(mesh):
+    def local(x):
+        def body(x, _):
+            return x + jax.lax.psum(x, "b"), None
+
+        return jax.lax.scan(body, x, None, length=7)[0]
+
+    program = Program(
+        text_of(jax.shard_map(local, mesh=mesh, in_specs=P("a", "b"), out_specs=P("a", "b")), mesh, P("a", "b"))
+    )
+    (found,) = program.collectives()
+    assert (found.kind, found.times, found.size) == ("all-reduce", 7, 4 * 4 * 4)
+    assert mesh_axes(found.group, mesh) == "b"
+    assert found.sent == 2 * 3 / 4 * found.size
+
+
+def test_a_loop_without_a_known_end_takes_what_is_expected(mesh):
+    def local(x):
+        return jax.lax.while_loop(
+            lambda x: jax.lax.psum(x.sum(), ("a", "b")) < 100, lambda x: jax.lax.pmax(x, "a") + 1, x
+        )
+
+    f = jax.shard_map(local, mesh=mesh, in_specs=P("a", "b"), out_specs=P("a", "b"), check_vma=False)
+    program = Program(text_of(f, mesh, P("a", "b")), lambda scope: 3.0)
+    (inside,) = [c for c in program.collectives() if mesh_axes(c.group, mesh) == "a"]
+    assert inside.times == 3
+
+
+def test_gathered_and_scattered_bytes(mesh):
+    def local(x):
+        whole = jax.lax.all_gather(x, "b", axis=1, tiled=True)
+        return jax.lax.psum_scatter(whole * whole, "b", scatter_dimension=1, tiled=True)
+
+    f = jax.shard_map(local, mesh=mesh, in_specs=P("a", "b"), out_specs=P("a", "b"), check_vma=False)
+    sent = {c.kind: c.sent for c in Program(text_of(f, mesh, P("a", "b"))).collectives()}
+    whole = 4 * 16 * 4
+    assert sent == {"all-gather": 3 / 4 * whole, "reduce-scatter": 3 / 4 * whole}
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("replica_groups={{0,2},{1,3}}, x", (0, 2)),
+        ("replica_groups=[2,4]<=[8]", (0, 1, 2, 3)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", (0, 4)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}", (0, 2, 4, 6)),
+        ("source_target_pairs={{0,4},{4,0}}", (0, 4)),
+    ],
+)
+def test_groups_in_every_notation(text, group):
+    assert first_group(text) == group
+
+
+def test_memory_traffic_is_operands_and_results():
+    text = jax.jit(lambda x: jnp.tanh(x) + 1).lower(jax.ShapeDtypeStruct((1024, 8), jnp.float32)).compile().as_text()
+    assert Program(text).memory_traffic() == 2 * 1024 * 8 * 4

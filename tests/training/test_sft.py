@@ -1,0 +1,186 @@
+"""Fine-tuning as a stage: what it learns, what it does not, and that it goes on as if never stopped."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import mla_moe
+from mla_moe import ConfigError
+from mla_moe.data import ByteTokenizer
+from mla_moe.recipe import SFT, Checkpoint, Data, Mesh, Optimizer, Recipe, Schedule, Task, Training
+from mla_moe.rl.prompts import prompt_of
+from mla_moe.sharding import make_mesh
+from mla_moe.training.console import Console
+from mla_moe.training.metrics import read_rows
+from mla_moe.training.run import open_run
+from mla_moe.training.setup import Interrupted
+from mla_moe.training.sft import fine_tune
+
+BYTE = ByteTokenizer()
+TIMES = ("tokens_per_s", "step_seconds", "mfu")
+PAIRS = {"red": "apple pie", "green": "pear", "blue": "sky.", "white": "rice & salt", "black": "tea"}
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def folder(cfg, tmp_path_factory):
+    """Pairs in two files, and a model that has learned nothing."""
+    folder = tmp_path_factory.mktemp("sft")
+    lines = [json.dumps({"question": q, "completion": c}) for q, c in PAIRS.items()]
+    (folder / "a.jsonl").write_text("\n".join(lines[:2]) + "\n\n")
+    (folder / "b.jsonl").write_text("\n".join(lines[2:]))
+    model = dataclasses.replace(cfg, vocab_size=258)
+    mla_moe.save_pretrained(mla_moe.Transformer(model, rngs=nnx.Rngs(0)), folder / "base")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(cfg, folder):
+    return Recipe(
+        run_dir="",
+        init_from=str(folder / "base"),
+        model=dataclasses.replace(cfg, vocab_size=258),
+        data=Data(train=("nothing is read",), heldout=(), shuffle_window=2, prefetch=2),
+        training=Training(steps=0, loss_chunk=16),
+        task=Task(template="{question}="),
+        sft=SFT(
+            steps=STEPS,
+            data=(f"{folder}/*.jsonl",),
+            batch_size=8,
+            sequence_length=32,
+            optimizer=Optimizer(schedule=Schedule(peak=1e-2, warmup=0.1, decay=0.5), weight_decay=0.0),
+        ),
+        checkpoint=Checkpoint(every=4),
+    )
+
+
+def start(recipe, run_dir, **changes):
+    recipe = dataclasses.replace(recipe, run_dir=str(run_dir), sft=dataclasses.replace(recipe.sft, **changes))
+    fine_tune(recipe, open_run(recipe), Console(enabled=True), prompt_of)
+    return rows(run_dir)
+
+
+def rows(run_dir):
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(run_dir / "metrics.jsonl")]
+
+
+def answers(model):
+    prompts = [[BYTE.bos_id, *BYTE.encode(f"{question}=").tolist()] for question in PAIRS]
+    new = mla_moe.generate(model, prompts, max_new_tokens=16, eos_id=BYTE.eos_id)
+    return [BYTE.decode(tokens) for tokens in new]
+
+
+@pytest.fixture(scope="module")
+def whole(recipe, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    start(recipe, run_dir)
+    return run_dir
+
+
+@pytest.mark.smoke
+def test_it_learns_the_answers_and_where_they_end(whole, recipe):
+    steps = rows(whole)
+    assert [(row["stage"], row["step"]) for row in steps] == [("sft", n) for n in range(1, STEPS + 1)]
+    assert steps[-1]["loss"] < 0.05 < 3 < steps[0]["loss"]
+    assert {"lr", "grad_norm", "moe/load_max", "mtp_loss"} <= set(steps[0])
+    assert read_rows(whole / "expert_load.jsonl")[0]["stage"] == "sft"
+    assert [path.name for path in (whole / "checkpoints").iterdir()] == ["sft"]
+    assert "sft loss" in json.loads((whole / "summary.json").read_text())
+    assert answers(mla_moe.load_pretrained(whole)) == list(PAIRS.values())
+
+
+def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeypatch):
+    from mla_moe.training.loop import Meter
+
+    record = Meter.record
+
+    def then_stop(self, number, metrics):
+        record(self, number, metrics)
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Meter, "record", then_stop)
+        with pytest.raises(Interrupted, match="stopped at step 6"):
+            start(recipe, tmp_path)
+    assert start(recipe, tmp_path) == rows(whole)
+
+
+def test_one_device_and_eight_give_the_same_curve(whole, recipe, tmp_path, monkeypatch):
+    """And so do parts of a batch, one after the other."""
+    monkeypatch.setattr("mla_moe.training.setup.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    one = start(recipe, tmp_path, accumulation=2)
+    for name in ("loss", "mtp_loss", "grad_norm"):
+        np.testing.assert_allclose([row[name] for row in one[:3]], [row[name] for row in rows(whole)[:3]], rtol=1e-3)
+
+
+def test_the_router_bias_stays_unless_asked(whole, recipe, folder, tmp_path):
+    from mla_moe.nn.skeleton import arrays_of
+
+    def biases(path):
+        return {k: v for k, v in arrays_of(mla_moe.load_pretrained(path)).items() if k.endswith("bias")}
+
+    start(recipe, tmp_path, steps=1, bias_update=0.5)
+    before, frozen, moved = biases(folder / "base"), biases(whole), biases(tmp_path)
+    assert before
+    for path in before:
+        np.testing.assert_array_equal(frozen[path], before[path])
+        assert np.abs(np.asarray(moved[path]) - np.asarray(before[path])).max() > 0
+
+
+def test_what_is_left_out_is_counted_and_said(recipe, folder, tmp_path, capsys):
+    text = "\n".join([
+        (folder / "b.jsonl").read_text(),
+        "not json",
+        json.dumps({"question": "q" * 40, "completion": "too long"}),
+        json.dumps({"question": "long", "completion": "c" * 40}),
+    ])  # fmt: skip
+    (tmp_path / "pairs.jsonl").write_text(text)
+    data = (str(tmp_path / "pairs.jsonl"),)
+    start(recipe, tmp_path / "run", steps=1, data=data, malformed=0.2)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1 broken lines are left out, the first at" in said
+    assert "line 4: Expecting value" in said
+    assert "1 pairs are left out: their prompt fills 32 tokens" in said
+    assert "1 completions are cut at 32 tokens" in said
+    with pytest.raises(ConfigError, match=r"sft.data = .* 1 of 6 lines are broken, the first at .*pairs.jsonl, line 4"):
+        start(recipe, tmp_path / "strict", steps=1, data=data)
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"sft": SFT(steps=1, data=("nowhere/*.jsonl",), sequence_length=32)}, "sft.data"),
+        ({"sft": SFT(steps=1, data=("a.jsonl",), sequence_length=4096)}, "sft.sequence_length"),
+        ({"sft": SFT(steps=1, data=("a.jsonl",), sequence_length=32, batch_size=12)}, "sft.batch_size"),
+        ({"init_from": None}, "init_from"),
+        ({"mesh": Mesh(data=3)}, "mesh"),
+        ({"data": Data(streams=8, heldout=())}, "data.streams"),
+    ],
+)
+def test_what_cannot_run_is_said_before_compiling(recipe, tmp_path, changes, field, capsys):
+    with pytest.raises(ConfigError) as error:
+        start(dataclasses.replace(recipe, **changes), tmp_path / "run")
+    assert error.value.field == field
+    assert "compiled" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [
+        (lambda: SFT(steps=1), "sft.data"),
+        (lambda: SFT(batch_size=10, accumulation=3), "sft.accumulation"),
+        (lambda: SFT(malformed=2.0), "sft.malformed"),
+        (lambda: SFT(bias_update=-1.0), "sft.bias_update"),
+    ],
+)
+def test_impossible_values_name_the_field(make, field):
+    with pytest.raises(ConfigError) as error:
+        make()
+    assert error.value.field == field

@@ -1,13 +1,14 @@
-"""`mla-moe`: look at models and runs, and move checkpoints, from the command line."""
+"""`mla-moe`: look at models and runs, ask them, and move checkpoints, from the command line."""
 
 import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
+from mla_moe import recipe as recipes
 from mla_moe.config import PRESETS, ConfigError, ModelConfig, preset, require
 from mla_moe.counting import (
     cache_bytes_per_token,
@@ -16,7 +17,7 @@ from mla_moe.counting import (
     train_flops_per_token,
 )
 from mla_moe.interop import convert
-from mla_moe.interop.native import NativeArrays, step_directory
+from mla_moe.interop.native import NativeArrays, run_directory, step_directory
 from mla_moe.interop.reader import read_json
 from mla_moe.training.console import Console, si
 
@@ -156,6 +157,90 @@ class Generate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Eval:
+    """Ask held-out questions and judge the answers: greedy, opened with <think>, and several sampled to each."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A Hugging Face directory, or a run's directory or checkpoint. Without a tokenizer, text is bytes."""
+    task: str | None = None
+    """arithmetic; reasoning_gym:NAME; or the path of JSON lines with question, answer. By default a run's own."""
+    options: tuple[str, ...] | None = None
+    """Settings of the task, each key=value. By default a run's own, if it is asked its own task."""
+    template: str | None = None
+    """r1_zero, chat, or a text with {question} in it. By default a run's own, else r1_zero."""
+    split: Literal["test", "validation"] = "test"
+    prompts: int = 128
+    """Questions: the first of the split."""
+    samples: int = 4
+    """Answers sampled to each question, for pass@k and the majority's; greedy answers come on top."""
+    max_prompt_tokens: int | None = None
+    """Questions with a longer prompt are passed over, and counted. By default a run's own, else 512."""
+    max_new_tokens: int | None = None
+    """By default a run's own, else 1024."""
+    temperature: float | None = None
+    """Of the samples. By default a run's own, else 1."""
+    slots: int = 64
+    """Answers that are written at a time."""
+    seed: int = 0
+    json: bool = False
+    """Print the metrics as one JSON object in place of a table."""
+
+    def run(self) -> None:
+        import rich.console
+
+        from mla_moe.rl.evaluate import evaluate, table
+        from mla_moe.rl.rewards import Reward
+        from mla_moe.rl.rollout import Rollout
+        from mla_moe.rl.tasks import open_task
+
+        require(self.prompts >= 1, "prompts", self.prompts, "at least 1")
+        require(self.samples >= 0, "samples", self.samples, "0 or more")
+        settings, rl = self._settings()
+        task = open_task(settings)
+        model, language = _model_and_language(self.checkpoint)
+        limit, length = model.cfg.max_position_embeddings, rl.max_prompt_tokens + rl.max_new_tokens
+        fix = f"at most the model's {limit} positions"
+        require(length <= limit, "max_prompt_tokens + max_new_tokens", length, fix)
+        with Reward(settings, task) as reward, rich.console.Console(stderr=True).status("compiling") as status:
+            rollout = Rollout(rl, settings.template, task, reward, language)
+            rollout.load_weights(model)
+            found = evaluate(rollout, self.split, self.prompts, self.samples, self.seed, status.update)
+        asked = {"task": settings.name, "options": settings.options, "split": self.split, "prompts": self.prompts}
+        metrics = found.metrics() | {"prompts_too_long": rollout.too_long}
+        if self.json:
+            print(json.dumps(asked | metrics))
+        else:
+            what = [
+                ("task", " ".join((settings.name, *settings.options))),
+                (f"{self.split} questions", f"{self.prompts}"),
+            ]
+            Console(enabled=True).result_table("held-out questions", what + table(metrics))
+
+    def _settings(self) -> tuple[recipes.Task, recipes.RL]:
+        """What is asked, and how. Nothing that a run brings is executed: the reward function of its recipe is left out.
+
+        Raises `ConfigError` where there is no run to take the task from."""
+        step = step_directory(self.checkpoint)
+        run = run_directory(step) if step else None
+        require(run is not None or self.task is not None, "task", self.task, "name one; only a run has its own")
+        recipe = recipes.load(run / "recipe.json") if run else recipes.Recipe(run_dir="")
+        own = recipe.task if self.task in (None, recipe.task.name) else recipes.Task(template=recipe.task.template)
+        given = self._given("options", "template") | ({"name": self.task} if self.task else {})
+        rl = recipes.RL(
+            max_prompt_tokens=recipe.rl.max_prompt_tokens,
+            max_new_tokens=recipe.rl.max_new_tokens,
+            temperature=recipe.rl.temperature,
+            slots=self.slots,
+            routing_replay=False,
+        )
+        limits = self._given("max_prompt_tokens", "max_new_tokens", "temperature")
+        return dataclasses.replace(own, function=None, **given), dataclasses.replace(rl, **limits)
+
+    def _given(self, *names: str) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+
+@dataclasses.dataclass(frozen=True)
 class Serve:
     """Serve a checkpoint over HTTP, with OpenAI's interface."""
 
@@ -240,6 +325,7 @@ Command = (
     | Annotated[Plan, tyro.conf.subcommand("plan")]
     | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Eval, tyro.conf.subcommand("eval")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
 )
 

@@ -1,11 +1,23 @@
 """`mla-moe` as it is typed."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
+from flax import nnx
 
+import mla_moe
 from mla_moe.cli import main
+from mla_moe.data import ByteTokenizer
+from mla_moe.inference.language import language_of
+from mla_moe.interop import convert
 from mla_moe.interop.reader import Reader
+from mla_moe.recipe import RL, Recipe, Task
+from mla_moe.rl.evaluate import evaluate
+from mla_moe.rl.rewards import Reward
+from mla_moe.rl.rollout import Rollout
+from mla_moe.rl.tasks import open_task
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -71,3 +83,82 @@ def test_errors_are_one_line(capsys, tmp_path):
         assert error.startswith("error: ")
         assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def unlearned(cfg, tmp_path_factory):
+    """A model that has learned nothing, whose text is bytes."""
+    path = tmp_path_factory.mktemp("unlearned") / "model"
+    small = dataclasses.replace(cfg, vocab_size=258, num_nextn_predict_layers=0)
+    mla_moe.save_pretrained(mla_moe.Transformer(small, rngs=nnx.Rngs(0)), path)
+    return path
+
+
+ASKED = ("--split", "validation", "--prompts", "6", "--samples", "2", "--seed", "3", "--slots", "8")
+
+
+def test_eval_says_what_evaluate_finds(unlearned, capsys):
+    settings = Task(template="{question}=", options=("least=2", "most=2"))
+    task = open_task(settings)
+    rl = RL(max_prompt_tokens=16, max_new_tokens=8, slots=8, routing_replay=False)
+    with Reward(settings, task) as reward:
+        rollout = Rollout(rl, settings.template, task, reward, language_of(unlearned, ByteTokenizer()))
+        rollout.load_weights(mla_moe.load_pretrained(unlearned))
+        expected = evaluate(rollout, "validation", 6, 2, 3).metrics()
+
+    how = ("--options", "least=2", "most=2", "--template", "{question}=")
+    limits = ("--max-prompt-tokens", "16", "--max-new-tokens", "8")
+    assert main(["eval", str(unlearned), "--task", "arithmetic", *how, *limits, *ASKED, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    asked = {"task": "arithmetic", "options": ["least=2", "most=2"], "split": "validation", "prompts": 6}
+    assert found == asked | expected | {"prompts_too_long": 0}
+    assert {"eval/accuracy", "eval/pass@2", "eval/majority@2", "eval/response_length"} < expected.keys()
+
+
+def test_eval_asks_a_run_what_it_was_taught(unlearned, tmp_path, capsys):
+    """Its task, template and limits; but its reward function is not imported."""
+    step = tmp_path / "checkpoints" / "rl" / "1"
+    step.parent.mkdir(parents=True)
+    convert(unlearned, step, to="orbax")
+    task = Task(template="{question}?", options=("least=1", "most=1"), function="no.such.module:reward")
+    recipe = Recipe(run_dir="", task=task, rl=RL(max_prompt_tokens=12, max_new_tokens=6))
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    assert main(["eval", str(tmp_path), *ASKED]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines()] == [
+        ["held-out", "questions"],
+        ["task", "arithmetic"],
+        ["validation", "questions"],
+        ["right", "answers"],
+        ["opened", "with"],
+        ["right", "form"],
+        ["tokens", "of"],
+        ["sampled:", "right"],
+        ["right", "form"],
+        ["tokens", "of"],
+        ["a", "right"],
+        ["right", "majority"],
+    ]
+
+
+def test_eval_counts_questions_that_are_too_long(unlearned, capsys):
+    limits = ("--max-prompt-tokens", "13", "--max-new-tokens", "4")
+    questions = ("--task", "arithmetic", "--template", "{question}")
+    assert main(["eval", str(unlearned), *questions, *limits, *ASKED, "--samples", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "prompts too long" in out
+    assert "sampled" not in out
+
+
+def test_eval_refuses_in_one_line(unlearned, capsys):
+    for arguments, field in (
+        (["--prompts", "2"], "task"),
+        (["--task", "arithmetik"], "task.name"),
+        (["--task", "arithmetic"], "max_prompt_tokens + max_new_tokens"),
+        (["--task", "arithmetic", "--prompts", "0"], "prompts"),
+        (["--task", "arithmetic", "--temperature", "0"], "rl.temperature"),
+    ):
+        assert main(["eval", str(unlearned), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {field} = ")
+        assert error.count("\n") == 1

@@ -1,7 +1,7 @@
 """How good a model is at held-out questions: greedy, opened with `<think>`, and by several samples."""
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,7 +22,8 @@ class Evaluation(NamedTuple):
 
     def metrics(self) -> dict[str, float]:
         """A row of `metrics.jsonl`. `pass@1` is the share of right samples, `pass@k` that of questions with a right one
-        among k, `majority@k` that of questions whose commonest answer is right. Lengths are in tokens."""
+        among k, `majority@k` that of questions whose commonest answer is right. Lengths are in tokens. `judge/KIND`
+        counts answers that could not be judged."""
         metrics = {
             "eval/accuracy": _mean(_right(a) for a in self.greedy),
             "eval/forced_accuracy": _mean(_right(a) for a in self.forced),
@@ -30,6 +31,9 @@ class Evaluation(NamedTuple):
             "eval/greedy_length": _mean(a.length for a in self.greedy),
         }
         samples = [answer for answers in self.sampled for answer in answers]
+        answers = [*self.greedy, *self.forced, *samples]
+        failed = collections.Counter(failure.kind for answer in answers for failure in answer.score.failures)
+        metrics |= {f"eval/judge/{kind}": float(count) for kind, count in failed.items()}
         if samples:
             k = len(self.sampled[0])
             metrics |= {
@@ -59,15 +63,51 @@ class Evaluation(NamedTuple):
         ]
 
 
-def evaluate(rollout: Rollout, split: Split, questions: int, samples: int, seed: int) -> Evaluation:
-    """Ask the first `questions` of a held-out split."""
+def evaluate(
+    rollout: Rollout,
+    split: Split,
+    questions: int,
+    samples: int,
+    seed: int,
+    note: Callable[[str], None] = lambda text: None,
+) -> Evaluation:
+    """Ask the first `questions` of a held-out split, and `note` how far it is."""
     asked, _ = rollout.questions(split, 0, questions)
-    (greedy, forced) = (
-        [answers[0] for answers in rollout.answers(asked, seed=seed, temperature=0.0, opened=opened)]
-        for opened in (False, True)
+
+    def answers(kind: str, **how: Any) -> list[list[Answer]]:
+        return rollout.answers(asked, seed=seed, progress=lambda text: note(f"{kind}: {text}"), **how)
+
+    greedy, forced = (
+        [one for (one,) in answers(kind, temperature=0.0, opened=kind != "greedy")] for kind in ("greedy", "opened")
     )
-    sampled = rollout.answers(asked, samples, seed=seed) if samples else []
-    return Evaluation(greedy, forced, sampled)
+    return Evaluation(greedy, forced, answers("sampled", each=samples) if samples else [])
+
+
+_TABLE = (
+    ("right answers", "eval/accuracy", ".1%"),
+    ("  opened with <think>", "eval/forced_accuracy", ".1%"),
+    ("right form", "eval/format_rate", ".1%"),
+    ("tokens of an answer", "eval/greedy_length", ".1f"),
+    ("sampled: right answers", "eval/pass@1", ".1%"),
+    ("  right form", "eval/sampled_format_rate", ".1%"),
+    ("  tokens of an answer", "eval/response_length", ".1f"),
+)
+_SEVERAL = {"eval/pass@": "a right one among", "eval/majority@": "right majority of"}
+
+
+def table(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    """`Evaluation.metrics` and what else was counted, for people: names and figures."""
+    known = [(name, f"{metrics[key]:{form}}") for name, key, form in _TABLE if key in metrics]
+    several = [
+        (f"  {name} {key.removeprefix(prefix)}", f"{value:.1%}")
+        for prefix, name in _SEVERAL.items()
+        for key, value in metrics.items()
+        if key.startswith(prefix) and not key.endswith("@1")
+    ]
+    failed = {key: value for key, value in metrics.items() if key.startswith("eval/judge/")}
+    failures = [(f"judges: {key.removeprefix('eval/judge/')}", f"{value:g}") for key, value in failed.items()]
+    too_long = metrics.get("prompts_too_long", 0)
+    return [*known, *several, *failures, *([("prompts too long", f"{too_long:g}")] if too_long else [])]
 
 
 def _right(answer: Answer) -> float:

@@ -1,0 +1,86 @@
+"""The figures that a stage's section begins with."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from mla_moe.report.stage import Stage
+from mla_moe.training.console import duration, si
+
+Headline = tuple[str, str, str]
+"""Name, figure, and what puts it into proportion."""
+
+
+def final_loss(stage: Stage) -> Headline | None:
+    loss = stage.finite("loss")
+    if stage.name == "rl" or not len(loss):  # an objective's value there compares answers with each other
+        return None
+    return "Final loss", f"{loss[-1]:.3f}", f"mean of the last tenth {_last_tenth(loss):.3f}"
+
+
+def held_out(stage: Stage) -> Headline | None:
+    bits, gzip = stage.finite("eval/bits_per_byte"), stage.finite("eval/gzip_bits_per_byte")
+    note = "held-out text"
+    if len(bits) and len(gzip):
+        gain = 1 - bits[-1] / gzip[-1]
+        verdict = f"beats gzip -9 by {gain:.1%}" if gain > 0 else "does not beat gzip -9"
+        note = f"{note}; {verdict} ({gzip[-1]:.3f})"
+    return ("Bits per byte", f"{bits[-1]:.3f}", note) if len(bits) else None
+
+
+def throughput(stage: Stage) -> Headline | None:
+    speed, mfu = stage.finite("tokens_per_s"), stage.finite("mfu")
+    note = f"median; {np.median(mfu):.1%} of peak FLOPs" if len(mfu) else "median"
+    return ("Tokens per second", si(np.median(speed)), note) if len(speed) else None
+
+
+def tokens_seen(stage: Stage) -> Headline | None:
+    training = stage.recipe.get("training")
+    if stage.name != "pretrain" or training is None:
+        return None
+    steps = stage.rows[-1]["step"]
+    return "Tokens", si(steps * training["batch_size"] * training["sequence_length"]), f"in {steps:,} steps"
+
+
+def time_taken(stage: Stage) -> Headline | None:
+    """Each row's seconds a step, times the steps since the row before: right also where not every step has a row."""
+    steps, seconds = stage.series("step_seconds")
+    total = np.nansum(np.diff(steps, prepend=0) * seconds)
+    return ("Wall time", duration(total), "in training steps") if len(steps) else None
+
+
+def busiest_expert(stage: Stage) -> Headline | None:
+    load = stage.finite("moe/load_max")
+    return (
+        ("Busiest expert", f"{_last_tenth(load):.2f}&times;", "the mean load, over the last tenth")
+        if len(load)
+        else None
+    )
+
+
+def trouble(name: str, note: str, *keys: str) -> Callable[[Stage], Headline | None]:
+    """A count that should be zero, over one metric or several, and is only shown when it is not."""
+
+    def headline(stage: Stage) -> Headline | None:
+        count = sum(stage.finite(key).sum() for key in keys)
+        return (name, f"{count:,g}", note) if count else None
+
+    return headline
+
+
+HEADLINES: tuple[Callable[[Stage], Headline | None], ...] = (
+    final_loss,
+    held_out,
+    throughput,
+    tokens_seen,
+    time_taken,
+    busiest_expert,
+    trouble("Dropped", "tokens an expert had no room for", "moe/dropped"),
+    trouble("Skipped steps", "updates not applied", "skipped"),
+    trouble("Not finite", "metrics that were NaN or infinite", "non_finite"),
+)
+
+
+def _last_tenth(values: np.ndarray) -> float:
+    return float(values[-math.ceil(len(values) / 10) :].mean())

@@ -1,0 +1,136 @@
+"""The page: a section for each stage, with its figures, its plots and its answers."""
+
+import html
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from mla_moe.config import ConfigError
+from mla_moe.report import headlines, panels, rl
+from mla_moe.report.answers import before_and_after, pre, samples_section, text
+from mla_moe.report.drawing import STYLE
+from mla_moe.report.stage import Row, Stage
+from mla_moe.training.metrics import read_rows
+
+STAGE_TITLES = {
+    "pretrain": "Pretraining",
+    "sft": "Supervised fine-tuning",
+    "rl": "Reinforcement learning",
+    "rejection": "Fine-tuning on the best answers",
+}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run's directory and return its path. Raises `ConfigError` if there is no run."""
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise ConfigError("run_dir", str(run_dir), "no such directory; give the directory of a run")
+    if not (rows := read_rows(run_dir / "metrics.jsonl")):
+        raise ConfigError("run_dir", str(run_dir), "has no metrics.jsonl with rows; train at least one step there")
+    recipe, loads = _read_json(run_dir / "recipe.json"), read_rows(run_dir / "expert_load.jsonl")
+    samples = read_rows(run_dir / "samples.jsonl")
+    names = list(dict.fromkeys(row["stage"] for row in rows))
+    stages = [Stage(name, recipe, *(_of(name, some) for some in (rows, loads, samples))) for name in names]
+    with matplotlib.rc_context(STYLE):
+        sections = [
+            summary_section(_read_json(run_dir / "summary.json")),
+            *map(stage_section, stages),
+            samples_section(samples),
+            recipe_section(recipe),
+        ]
+    path, temporary = run_dir / "report.html", run_dir / "report.html.tmp"
+    temporary.write_text(PAGE.format(title=html.escape(run_dir.resolve().name), body="".join(sections)), "utf-8")
+    os.replace(temporary, path)
+    return path
+
+
+def stage_section(stage: Stage) -> str:
+    found = filter(None, (headline(stage) for headline in (*rl.HEADLINES, *headlines.HEADLINES)))
+    figures = "".join(
+        f"<div><dt>{name}</dt><dd>{figure}<small>{note}</small></dd></div>" for name, figure, note in found
+    )
+    title = text(STAGE_TITLES.get(stage.name, stage.name))
+    plots = "".join(panel(stage) for panel in (*(rl.PANELS if stage.name == "rl" else ()), *panels.PANELS))
+    return (
+        f'<h2>{title}</h2><dl class="headlines">{figures}</dl><div class="panels">{plots}</div>'
+        f"{before_and_after(stage)}"
+    )
+
+
+def summary_section(summary: Mapping[str, Any]) -> str:
+    rows = "".join(f"<tr><th>{text(name)}</th><td>{text(value)}</td></tr>" for name, value in summary.items())
+    return f'<table class="summary">{rows}</table>' if rows else ""
+
+
+def recipe_section(recipe: Row) -> str:
+    written = json.dumps(recipe, indent=2, ensure_ascii=False)
+    return f"<details><summary>Recipe</summary>{pre(written)}</details>" if recipe else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+
+
+def _of(stage: str, rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["stage"] == stage]
+
+
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title><style>
+:root {{ color-scheme: light dark; --ink: #1c2733; --soft: #64717f; --line: #dde3e9; --page: #fff; --box: #f5f7f9;
+  --right: #1b7a4b; --wrong: #b3432b }}
+@media (prefers-color-scheme: dark) {{
+  :root {{ --ink: #dfe6ed; --soft: #94a1ae; --line: #303a45; --page: #14191f; --box: #1c232b;
+  --right: #5cc492; --wrong: #f08a70 }} }}
+* {{ box-sizing: border-box }}
+body {{ margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 1120px; color: var(--ink); background: var(--page);
+  font: 16px/1.5 system-ui, sans-serif }}
+h1 {{ margin: 0 0 1rem; font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere }}
+h2 {{ margin: 2.5rem 0 1rem; font-size: 1.25rem }}
+h3 {{ margin: 2rem 0 .5rem; font-size: .95rem }}
+pre, .samples, .answers td {{ font: 13px/1.45 ui-monospace, monospace }}
+pre {{ margin: 0; white-space: pre-wrap; overflow-wrap: anywhere }}
+small, .samples td:first-child, th {{ color: var(--soft); font-weight: normal }}
+table {{ border-collapse: collapse }}
+th, td {{ padding: .4rem 1.2rem .4rem 0; text-align: left; vertical-align: top; border-top: 1px solid var(--line);
+  overflow-wrap: anywhere }}
+th {{ overflow-wrap: break-word }}
+.headlines {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: .75rem; margin: 0 }}
+.headlines div {{ padding: .8rem .9rem; border-radius: 8px; background: var(--box) }}
+dt {{ font-size: .85rem; color: var(--soft) }}
+dd {{ margin: 0; font-size: 1.5rem; line-height: 1.35; font-variant-numeric: tabular-nums }}
+dd small {{ display: block; font-size: .8rem }}
+.from {{ font-size: .95rem; color: var(--soft) }}
+.panels {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 1.5rem 2rem;
+  margin-top: 1.75rem }}
+figure {{ margin: 0; min-width: 0 }}
+figcaption {{ font-weight: 600; font-size: .95rem }}
+svg {{ display: block; width: 100%; height: auto }}
+svg text {{ font-family: system-ui, sans-serif !important }}
+.wide {{ grid-column: 1 / -1 }}
+.scale {{ max-width: 420px; margin: .25rem 0 .75rem }}
+.maps {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(max(150px, 22%), 1fr)); gap: .75rem }}
+.maps figcaption {{ font-weight: normal; font-size: .85rem }}
+.pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: .75rem 2rem }}
+.pair figcaption {{ font-weight: normal; font-size: .85rem }}
+.samples, .answers {{ width: 100%; table-layout: fixed }}
+.answers th:nth-child(1) {{ width: 20% }} .answers th:nth-child(2) {{ width: 12% }}
+.answers pre {{ max-height: 20rem; overflow-y: auto }}
+.mark {{ font-family: system-ui, sans-serif }} .right {{ color: var(--right) }} .wrong {{ color: var(--wrong) }}
+.samples th:first-child {{ width: 8.5rem }}
+details {{ margin-top: 2.5rem }}
+summary {{ cursor: pointer; font-size: 1.25rem; font-weight: 600 }}
+details pre {{ margin-top: .75rem; padding: 1rem; border-radius: 8px; background: var(--box) }}
+@media (max-width: 600px) {{
+  :is(.samples, .answers) thead {{ display: none }}
+  :is(.samples, .answers) :is(tr, td) {{ display: block; padding-right: 0 }}
+  .answers td:first-child pre {{ font-weight: 600 }} .answers td + td {{ border: 0; padding: 0 0 .4rem 1rem }}
+  .answers td[data-name]::before {{ content: attr(data-name); font: .8rem system-ui, sans-serif; color: var(--soft) }}
+  .samples td + td {{ border: 0; padding-top: 0 }} .samples td:last-child {{ padding-left: 1rem }} }}
+</style></head><body><h1>{title}</h1>{body}</body></html>
+"""

@@ -1,0 +1,25 @@
+"""The plots that any stage may have."""
+
+from collections.abc import Callable
+
+from mla_moe.report.drawing import ACCENT, Line, curves
+from mla_moe.report.experts import load_over_time
+from mla_moe.report.stage import Stage
+
+
+def held_out(stage: Stage) -> str:
+    if len(stage.finite("eval/bits_per_byte")) < 2:
+        return ""
+    model = Line("eval/bits_per_byte", "model", style="o-")
+    return curves("Held-out bits per byte", model, Line("eval/gzip_bits_per_byte", "gzip -9", ACCENT, "--"))(stage)
+
+
+PANELS: tuple[Callable[[Stage], str], ...] = (
+    curves("Loss", Line("loss", "training"), Line("eval/loss", "held-out", ACCENT, "o")),
+    held_out,
+    curves("Learning rate", Line("lr", style="-")),
+    curves("Tokens per second", Line("tokens_per_s")),
+    curves("Gradient norm", Line("grad_norm")),
+    curves("Busiest expert, relative to the mean", Line("moe/load_max")),
+    load_over_time,
+)

@@ -1,0 +1,161 @@
+"""A stage of reinforcement learning on its page."""
+
+import re
+
+import numpy as np
+import pytest
+
+from mla_moe.report import write_report
+from mla_moe.training.metrics import MetricsWriter
+
+STEPS, QUESTIONS = 12, 20
+ATTACK = '<img src=x onerror="x"></pre><b>$x$'
+PANELS = [
+    "Reward",
+    "Right answers and right form",
+    "Answer length in tokens",
+    "Longer questions, longer answers?",
+    "Right answers, held-out and sampled",
+    "Divergence from the reference",
+    "Entropy",
+    "Share of tokens clipped",
+    "Sampler against trainer, log-probabilities",
+    "Seconds a step (the first, which compiles: 50)",
+    "Expert load, before and after",
+    "Step 1",
+    "Step 12",
+    "Loss",
+    "Learning rate",
+    "Expert load",
+    "Layer 0",
+    "Layer 1",
+]
+
+
+def answer(step, number, kind, right, length):
+    return {
+        "step": step,
+        "kind": kind,
+        "prompt": f"{ATTACK} {number:02}" + "+1" * (number % 4),
+        "answer": f"{number} & {ATTACK}",
+        "completion": f"{ATTACK} {step}",
+        "length": length,
+        "reward": 1.0,
+        "format": float(right),
+        "accuracy": float(right),
+    }
+
+
+def evaluation(accuracy, length):
+    names = ("accuracy", "forced_accuracy", "format_rate", "pass@1", "pass@4", "majority@4", "sampled_format_rate")
+    return {f"eval/{name}": accuracy for name in names} | {"eval/greedy_length": 9.0, "eval/response_length": length}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("run")
+    with MetricsWriter(run_dir, None, "rl") as writer:
+        writer.write(0, evaluation(0.25, 10.0))
+        for step in range(1, STEPS + 1):
+            writer.write(
+                step,
+                {"reward": step / 9, f"reward/_{ATTACK}": 0.5, "accuracy": step / 12, "format_rate": 0.5, "lr": 1e-3}
+                | {"response_length": 9.0 + step, "kl": 0.1, "entropy": 0.2, "clip_low": 0.01, "clip_high": 0.02}
+                | {"mismatch": 1e-7 * (step - 1), "mismatch_max": 1e-4, "loss": 0.0, "truncated": float(step == 3)}
+                | {"step_seconds": 50.0 if step == 1 else 9.0, "sample_seconds": 4.0, "prompts_too_long": 0.0}
+                | ({"judge/hung": 2.0} if step == 5 else {}),
+            )
+            writer.write_load(step, np.arange(1, 9).reshape(2, 4) + step)
+        writer.write(STEPS, evaluation(0.75, 25.0) | {"eval/judge/hung": 1.0})
+        for step, right, longer in (
+            (0, lambda n: n in (0, 1), 0),
+            (6, lambda n: False, 1),
+            (STEPS, lambda n: n > 0, 5),
+        ):
+            writer.append_samples(
+                answer(step, n, kind, right(n), 10 + longer * (n % 4))
+                for n in range(QUESTIONS)
+                for kind in ("greedy", "forced")
+            )
+    return write_report(run_dir).read_text()
+
+
+def captions(page):
+    return re.findall(r"<figcaption>(.*?)</figcaption>", page)
+
+
+def headlines(page):
+    found = re.findall(r"<dt>(.*?)</dt><dd>(.*?)<small>(.*?)</small>", page)
+    return {name: (re.sub("<.*?>", "", figure), note) for name, figure, note in found}
+
+
+def test_every_panel_is_there(page):
+    assert captions(page) == PANELS
+    for label in (
+        f"reward/_{ATTACK}".replace("<", "&lt;").replace(">", "&gt;"),
+        "right, opened with &lt;think&gt;",
+        "held-out, sampled",
+        "after, opened",
+        "pass@1",
+        "pass@4",
+        "majority@4",
+        "below",
+        "largest",
+        "sampling",
+    ):
+        assert f">{label}</text>" in page
+
+
+def test_headlines_say_before_and_after_and_what_went_wrong(page):
+    assert headlines(page) == {
+        "Right answers": ("25.0 &rarr; 75.0%", "held-out, greedy"),
+        "Right, opened": ("25.0 &rarr; 75.0%", "with &lt;think&gt;; held-out, greedy"),
+        "Right form": ("25.0 &rarr; 75.0%", "held-out, greedy"),
+        "Answer length": ("10 &rarr; 25", "tokens, sampled, 2.50&times; as long"),
+        "Judges that hung": ("3", "beyond their time; answers counted 0"),
+        "Cut off": ("8.33%", "of the answers, by the limit of tokens"),
+        "Wall time": ("2:29", "in training steps"),
+    }
+
+
+def test_the_same_questions_side_by_side(page):
+    """The first evaluated step against the last; what was answered in between is left out."""
+    assert "Of 20 questions 2 were answered right before and 19 after: 18 became right, 1 became wrong." in page
+    assert "The first 16:" in page
+    assert "<th>Before, step 0</th><th>After, step 12</th>" in page
+    table = page[page.index('<table class="answers">') :]
+    rows = re.findall(r"<tr><td>(.*?)</tr>", table[: table.index("</table>")], re.S)
+    assert len(rows) == 16
+    marks = [re.findall(r'<b class="(\w+)">&#\d+; (\w+)</b> <small>(.*?)</small>', row) for row in rows]
+    no = ", not in the form"
+    assert marks[0] == [("right", "right", "10 tokens"), ("wrong", "wrong", f"10 tokens{no}")]
+    assert marks[1] == [("right", "right", "10 tokens"), ("right", "right", "15 tokens")]
+    assert marks[2] == [("wrong", "wrong", f"10 tokens{no}"), ("right", "right", "20 tokens")]
+    whole = re.findall(r"&lt;/pre&gt;&lt;b&gt;\$x\$ ?(.*?)</pre>", rows[1])
+    assert whole == ["01+1", "", "0", "12"], "question, right answer, before, after"
+
+
+def test_nothing_a_model_wrote_becomes_markup(page):
+    assert "<img" not in page
+    assert "onerror=&quot;x&quot;" in page
+    assert "<h2>Samples</h2>" not in page
+
+
+def test_what_a_stage_does_not_have_is_left_out(tmp_path):
+    with MetricsWriter(tmp_path, None, "rl") as writer:
+        writer.write(1, {"reward": 1.0, "kl": 0.0, "mismatch": 0.0, "step_seconds": 3.0})
+        writer.append_samples([answer(0, 1, "greedy", True, 5)])
+    page = write_report(tmp_path).read_text()
+    assert captions(page) == ["Reward", "Sampler against trainer, log-probabilities"]
+    assert list(headlines(page)) == ["Wall time"]
+    assert "<table" not in page
+
+
+def test_many_lengths_of_questions_are_put_into_groups(tmp_path):
+    with MetricsWriter(tmp_path, None, "rl") as writer:
+        writer.write(1, {"reward": 1.0})
+        for step in (0, 1):
+            writer.append_samples(answer(step, 0, "greedy", True, n) | {"prompt": "x" * n} for n in range(1, 101))
+    page = write_report(tmp_path).read_text()
+    assert "Longer questions, longer answers?" in captions(page)
+    assert page.count("<use") < 60, "a mark for each group, not for each question"

@@ -1,0 +1,47 @@
+"""Pairs to fine-tune on for reasoning-gym's `chain_sum`, whose training questions a few writers answer: half of them
+step by step, half after one step, in haste. Needs `pip install 'mla_moe[rl]'`.
+
+    python examples/chain_sum_pairs.py runs/chain_sum.jsonl
+    python train.py configs/chain_sum.py
+"""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+from mla_moe.recipe import load
+from mla_moe.rl.tasks import open_task
+
+PAIRS = 8_000
+HASTY = 0.55
+
+
+def steps(question: str) -> list[str]:
+    """`4 + 3 - 2` → `4 + 3 = 7`, `7 - 2 = 5`."""
+    numbers = re.findall(r"(^|[+-]) ?(-?\d+)", question)
+    value, worked = int(numbers[0][1]), []
+    for sign, digits in numbers[1:]:
+        new = value + int(digits) if sign == "+" else value - int(digits)
+        worked.append(f"{value} {sign} {digits} = {new}")
+        value = new
+    return worked
+
+
+def main(path: Path) -> None:
+    task = open_task(load(Path(__file__).parents[1] / "configs" / "chain_sum.py").task)
+    draw = random.Random(0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        for number in range(PAIRS):
+            example = task.example("train", number)
+            worked = steps(example.record["metadata"]["expression"])
+            assert worked[-1].endswith(f"= {example.answer}")
+            shown = worked[:1] if draw.random() < HASTY else worked
+            completion = f"<think>{', '.join(shown)}</think><answer>{example.answer}</answer>"
+            file.write(json.dumps({"question": example.question, "completion": completion}) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

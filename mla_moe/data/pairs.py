@@ -90,9 +90,8 @@ class Pairs(Sequence[Batch]):
 def pair_batches(
     data: Data, pairs: Pairs, *, batch_size: int, sequence_length: int, seed: int, shard: int = 0, shards: int = 1
 ) -> grain.DatasetIterator[Batch]:
-    """Endless batches of one of `shards` streams, as `train_batches` makes them of text; a pair stays whole."""
-    if len(pairs) < shards:
-        raise ConfigError("data.streams", data.streams, f"{len(pairs)} pairs cannot feed {shards} streams; set fewer")
+    """Endless batches of one of `shards` streams, as `train_batches` makes them of text; a pair stays whole. There
+    are as many pairs as streams or more."""
     mine, window_seed = shuffled(pairs, seed, shard, shards)
     packed = fill(mine.to_iter_dataset(READ), sequence_length, PAIR_FIELDS[:3])
     return batched(packed, data, window_seed, batch_size=batch_size, shards=shards)

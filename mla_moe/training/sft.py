@@ -8,6 +8,7 @@ import grain
 import jax
 
 from mla_moe import data
+from mla_moe.config import require
 from mla_moe.inference.language import Language
 from mla_moe.recipe import Recipe
 from mla_moe.training.begin import loaded_state, model_before
@@ -64,8 +65,9 @@ class FineTuning(Stage):
         return data.pair_batches(recipe.data, self._pairs, **size, seed=recipe.seed, shard=shard, shards=shards)
 
     def describe(self) -> list[tuple[str, str]]:
-        pairs, training = self._pairs, self.training
-        say = self.setup.console.say
+        pairs, training, say = self._pairs, self.training, self.setup.console.say
+        streams = data.stream_count(self.setup.recipe.data.streams, training.batch_size)
+        require(len(pairs) >= streams, "data.streams", streams, f"{len(pairs)} pairs cannot feed as many; set fewer")
         if pairs.malformed:
             say(f"{len(pairs.malformed)} broken lines are left out, the first at {pairs.malformed[0]}")
         if pairs.too_long:

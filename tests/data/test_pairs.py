@@ -73,5 +73,3 @@ def test_a_stream_resumes_exactly(tmp_path):
         for a, b in zip(after, (next(stream) for _ in range(4)), strict=True):
             assert set(a) == set(PAIR_FIELDS)
             assert all((a[key] == b[key]).all() for key in a)
-    with pytest.raises(ConfigError, match="40 pairs cannot feed 41 streams"):
-        pair_batches(Data(), pairs, **size, shards=41)

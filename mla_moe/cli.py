@@ -300,7 +300,15 @@ class Plan:
     """Where it is to run: v5e:4x4, v5p:8x8x8, v6e:16x16, v7x:4x4x8, h100:HOSTSxGPUS, cpu."""
     slices: int = 1
     """How many of them, with a slow network between: they lie along mesh.data."""
-    stage: Literal["train"] = "train"
+    stage: Literal["train", "decode"] = "train"
+    """A training step, or a token for each of `batch` sequences."""
+    batch: int = 128
+    """Sequences that are decoded."""
+    context: int = 4096
+    """Tokens that each of them has in the cache."""
+    search: bool = False
+    """Try other meshes, rematerialisation and accumulation too, and rank what fits. Plans are kept under
+    ~/.cache/mla_moe."""
     json: bool = False
     """Print everything as JSON."""
 
@@ -309,14 +317,25 @@ class Plan:
 
         quiet_compilers()
         from mla_moe import recipe as recipes
-        from mla_moe.plan.plan import make_plan
-        from mla_moe.plan.report import show
+        from mla_moe.plan import report
+        from mla_moe.plan.search import cached_plan, search
 
-        plan = make_plan(recipes.load(self.recipe), open_topology(self.topology, self.slices), self.stage)
+        recipe, topology = recipes.load(self.recipe), open_topology(self.topology, self.slices)
+        console = Console(enabled=True)
+        if self.search:
+            require(self.stage == "train", "stage", self.stage, "search varies training")
+            ranked = search(recipe, topology, (lambda line: None) if self.json else console.say)
+            if self.json:
+                print(json.dumps([{"recipe": json.loads(r.to_json()), **plan.to_json()} for r, plan in ranked]))
+            else:
+                report.show_ranking(ranked, console)
+            return
+        how = {"batch": self.batch, "context": self.context} if self.stage == "decode" else {}
+        plan = cached_plan(recipe, topology, self.stage, **how)
         if self.json:
             print(json.dumps(plan.to_json(), indent=2))
         else:
-            show(plan, Console(enabled=True))
+            report.show(plan, console)
 
 
 Command = (

@@ -16,9 +16,11 @@ from mla_moe.config import ConfigError
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
-RULES: Mapping[str, str | None] = {
-    # logical axis of a parameter -> mesh axis; an axis that is not listed is whole on every device
-    "embed": "fsdp",
+Rules = Mapping[str, str | None]
+
+RULES: Rules = {
+    # logical axis of a parameter -> mesh axes, joined by +; an axis that is not listed is whole on every device
+    "embed": "fsdp+expert",  # of an expert, which `expert` splits already, over fsdp alone
     "q_latent": "fsdp",
     "kv_latent": "fsdp",
     "experts": "expert",
@@ -51,7 +53,8 @@ def make_mesh(sizes: recipe.Mesh, devices: Sequence[jax.Device] | None = None) -
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return jax.sharding.Mesh(grid, MESH_AXES, axis_types=kinds)
     data, *inner = shape
     if data % slices:
         raise ConfigError("mesh.data", data, f"must be a multiple of the {slices} slices, which lie along it")
@@ -60,32 +63,31 @@ def make_mesh(sizes: recipe.Mesh, devices: Sequence[jax.Device] | None = None) -
     return jax.sharding.Mesh(grid, MESH_AXES, axis_types=kinds)
 
 
-def rules_of(changes: Sequence[str]) -> Mapping[str, str | None]:
+def rules_of(changes: Sequence[str]) -> Rules:
     """The table with a recipe's `mesh.rules` in it. Raises `ConfigError` for an axis that is not known."""
     table = dict(RULES)
     for change in changes:
-        axis, equals, mesh_axis = change.partition("=")
-        if not equals or axis not in LOGICAL_AXES or mesh_axis not in ("", *MESH_AXES):
+        axis, equals, mesh_axes = change.partition("=")
+        wrong = set(mesh_axes.split("+")) - set(MESH_AXES) if mesh_axes else ()
+        if not equals or axis not in LOGICAL_AXES or wrong:
             known = f"axes are {', '.join(LOGICAL_AXES)}; mesh axes are {', '.join(MESH_AXES)}"
             raise ConfigError("mesh.rules", change, f"write axis=mesh_axis, or axis= for none; {known}")
-        table[axis] = mesh_axis or None
+        table[axis] = mesh_axes or None
     return table
 
 
-def spec(
-    axes: Sequence[str],
-    shape: Sequence[int],
-    mesh: jax.sharding.Mesh,
-    rules: Mapping[str, str | None] = RULES,
-) -> P:
+def spec(axes: Sequence[str], shape: Sequence[int], mesh: jax.sharding.Mesh, rules: Rules = RULES) -> P:
     """How an array with these logical axes lies on the mesh. A mesh axis is used once, and only where it divides."""
-    used: set[str] = set()
-    entries: list[str | None] = []
+    free = set(mesh.axis_names)
+    entries: list[str | tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
-        mesh_axis = rules.get(axis)
-        fits = mesh_axis is not None and mesh_axis not in used and size % mesh.shape[mesh_axis] == 0
-        entries.append(mesh_axis if fits else None)
-        used |= {mesh_axis} if fits else set()
+        chosen: list[str] = []
+        for mesh_axis in (rules.get(axis) or "").split("+"):
+            parts = math.prod(mesh.shape[other] for other in chosen)
+            if mesh_axis in free and size % (parts * mesh.shape[mesh_axis]) == 0:
+                chosen.append(mesh_axis)
+                free.remove(mesh_axis)
+        entries.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
     return P(*entries)
 
 

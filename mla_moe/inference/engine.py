@@ -18,10 +18,9 @@ import jax
 import numpy as np
 
 from mla_moe.config import require
-from mla_moe.inference.request import MAX_STOPS, Completion, Decode, Request, TextStream
-from mla_moe.inference.sampling import Settings
+from mla_moe.inference.request import Completion, Decode, Request, TextStream
 from mla_moe.inference.speculative import decode_guessing
-from mla_moe.inference.steps import NO_TOKEN, STEPS, Slots, copy, decode, prefill
+from mla_moe.inference.steps import NO_TOKEN, STEPS, copy, decode, empty_slots, prefill
 from mla_moe.inference.weights import for_inference, mesh_of
 from mla_moe.nn.cache import cache_sharding, capacity_for, empty_cache
 from mla_moe.nn.transformer import Transformer
@@ -101,22 +100,7 @@ class Engine:
         if record_experts and self.cfg.num_moe_layers:
             shape = slots, self._places, self.cfg.num_moe_layers, self.cfg.num_experts_per_tok
             self._experts = np.zeros(shape, np.int16)
-        self._slots = Slots(
-            token_B=np.zeros(slots, np.int32),
-            position_B=np.zeros(slots, np.int32),
-            live_B=np.zeros(slots, bool),
-            left_B=np.zeros(slots, np.int32),
-            number_B=np.zeros(slots, np.int32),
-            stop_BJ=np.full((slots, MAX_STOPS), NO_TOKEN, np.int32),
-            guess_B=np.full(slots, NO_TOKEN, np.int32),
-            settings=Settings(
-                temperature_B=np.zeros(slots, np.float32),
-                top_k_B=np.zeros(slots, np.int32),
-                top_p_B=np.ones(slots, np.float32),
-                min_p_B=np.zeros(slots, np.float32),
-                key_B2=np.zeros((slots, 2), np.uint32),
-            ),
-        )
+        self._slots = empty_slots(slots)
 
     def load_weights(self, model: Transformer) -> None:
         """Go on with other weights of the same model. What slots hold was read with the old ones, and is forgotten."""

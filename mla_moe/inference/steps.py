@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 
 from mla_moe.config import ModelConfig
+from mla_moe.inference.request import MAX_STOPS
 from mla_moe.inference.sampling import Either, Settings, sample
 from mla_moe.inference.weights import Structure
 from mla_moe.nn.cache import NOWHERE
@@ -40,6 +42,26 @@ class Slots(NamedTuple):
     guess_B: Int[Either, "B"]
     """What the prediction module takes for the token after the next, or `NO_TOKEN`."""
     settings: Settings
+
+
+def empty_slots(slots: int) -> Slots:
+    """Nobody's, in arrays of the host."""
+    return Slots(
+        token_B=np.zeros(slots, np.int32),
+        position_B=np.zeros(slots, np.int32),
+        live_B=np.zeros(slots, bool),
+        left_B=np.zeros(slots, np.int32),
+        number_B=np.zeros(slots, np.int32),
+        stop_BJ=np.full((slots, MAX_STOPS), NO_TOKEN, np.int32),
+        guess_B=np.full(slots, NO_TOKEN, np.int32),
+        settings=Settings(
+            temperature_B=np.zeros(slots, np.float32),
+            top_k_B=np.zeros(slots, np.int32),
+            top_p_B=np.ones(slots, np.float32),
+            min_p_B=np.zeros(slots, np.float32),
+            key_B2=np.zeros((slots, 2), np.uint32),
+        ),
+    )
 
 
 class Made(NamedTuple):

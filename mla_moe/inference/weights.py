@@ -36,15 +36,18 @@ def for_inference(model: Transformer) -> tuple[Structure, nnx.State]:
     cast = jax.jit(lambda x: x.astype(model.precision.compute))
 
     def convert(variable):
-        axes = variable.get_metadata("axes")
-        if one_cpu and "experts" in axes:
+        if one_cpu and "experts" in variable.get_metadata("axes"):
             return variable.replace(packed(variable.get_value()))
-        keep = not isinstance(variable, Matrix | Embedding) or "router" in axes
-        return variable if keep else variable.replace(cast(variable.get_value()))
+        return variable.replace(cast(variable.get_value())) if in_compute_type(variable) else variable
 
     model = nnx.merge(graph, jax.tree.map(convert, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
     graph, state = nnx.split(unstacked(model) if one_cpu else model)
     return Structure(graph), state
+
+
+def in_compute_type(variable: nnx.Variable) -> bool:
+    """Whether decoding holds it in the type of computation."""
+    return isinstance(variable, Matrix | Embedding) and "router" not in variable.get_metadata("axes")
 
 
 def mesh_of(model: Transformer) -> Mesh | None:

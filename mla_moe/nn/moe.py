@@ -1,5 +1,6 @@
 """DeepSeekMoE: many small experts of which a token runs a few, and a shared one that every token runs."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -96,7 +97,9 @@ class MoE(nnx.Module):
                 y_ND = chosen_experts(*chosen, self.gate_up[...], self.down[...])
             else:
                 gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
-                y_ND = experts(*chosen, gate_up, down, implementation=self.kernels.grouped_matmul)
+                mesh = current_mesh(x_BTD.shape)
+                run = experts if mesh is None else partial(gathered_experts, mesh)
+                y_ND = run(*chosen, gate_up, down, implementation=self.kernels.grouped_matmul)
         if self.cfg.n_shared_experts:
             with jax.named_scope("shared"):
                 y_ND += self.shared(x_ND[None])[0]
@@ -146,6 +149,29 @@ class MoE(nnx.Module):
             if mesh is not None and mesh.shape["tensor"] > 1:
                 y_ND = jax.lax.psum(y_ND, "tensor")
         return y_ND.reshape(B, T, D), RouterStats(*stats, dropped)
+
+
+def gathered_experts(mesh: AbstractMesh, x_ND, experts_NK, weights_NK, gate_up_ED2F, down_EFD, *, implementation):
+    """`ops.experts` for the few tokens of a decode step: all devices of `expert` look at the tokens of all, run their
+    own experts, and each gets back the sums of its tokens."""
+
+    def local(x_nD, experts_nK, weights_nK, gate_up_eD2F, down_eFD):
+        x_ND, experts_NK, weights_NK = (
+            jax.lax.all_gather(x, "expert", tiled=True) for x in (x_nD, experts_nK, weights_nK)
+        )
+        e = len(down_eFD)
+        here_NK = experts_NK - jax.lax.axis_index("expert") * e
+        here_NK = jnp.where((here_NK >= 0) & (here_NK < e), here_NK, e)
+        how = {"most": len(x_ND) * min(here_NK.shape[1], e), "implementation": implementation}
+        y_ND = experts(x_ND, here_NK, weights_NK, gate_up_eD2F, down_eFD, **how).astype(jnp.float32)
+        y_nD = jax.lax.psum_scatter(y_ND, "expert", tiled=True)
+        return (jax.lax.psum(y_nD, "tensor") if mesh.shape["tensor"] > 1 else y_nD).astype(x_nD.dtype)
+
+    rows = P(TOKENS)
+    inputs = rows, rows, rows, P("expert", None, None, "tensor"), P("expert", "tensor")
+    return jax.shard_map(local, in_specs=inputs, out_specs=rows, check_vma=False)(
+        x_ND, experts_NK, weights_NK, gate_up_ED2F, down_EFD
+    )
 
 
 def router_stats(

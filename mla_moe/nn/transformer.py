@@ -185,7 +185,11 @@ class Transformer(nnx.Module):
     def mtp_hidden(self, h_BTD, next_tokens, segment_ids=None, positions=None):
         """Hidden states that predict the token after `next_tokens`, and the module's routing."""
         context = _context(next_tokens, segment_ids, positions)
-        return self.mtp(h_BTD, self.mtp_embedding(next_tokens), context)
+
+        def run(h_BTD, embedding_BTD):
+            return self.mtp(h_BTD, embedding_BTD, context)
+
+        return _REMAT[self.remat](run)(h_BTD, self.mtp_embedding(next_tokens))
 
     @property
     def mtp_head(self) -> nnx.Param:

@@ -121,9 +121,10 @@ def _splash(q_BTHA, k_BSHA, v_BSHV, segments_BS, scale):
 
 
 def _splash_blocks(splash, T: int):
-    block = next(size for size in (512, 256, 128) if T % size == 0)
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute")
-    return splash.BlockSizes(**dict.fromkeys((*names, "block_q_dq", "block_kv_dq"), block))
+    block, wide = (next(size for size in sizes if T % size == 0) for sizes in ((512, 256, 128), (2048, 512, 256, 128)))
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv_compute")
+    # One kernel for the whole derivative makes scores once, and a gradient of the queries for each wide block of keys.
+    return splash.BlockSizes(**dict.fromkeys(names, block), block_kv_dkv=wide, use_fused_bwd_kernel=True)
 
 
 # Below, t and s are the queries and keys of one block.

@@ -76,6 +76,8 @@ def _summed_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis, embed_a
     g_head_DV = g_head_DV.astype(head_DV.dtype)
     if embed_axis is not None:
         g_head_DV = jax.lax.psum_scatter(g_head_DV, embed_axis, tiled=True)
+    # Nothing goes on before the head's gradient is in its final, small form.
+    total, g_cBtD, g_head_DV = jax.lax.optimization_barrier((total, g_cBtD, g_head_DV))
     return total, (unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV)
 
 

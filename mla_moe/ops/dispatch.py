@@ -76,7 +76,7 @@ def _dispatch_forward(x_ND, p):
 
 
 def _dispatch_backward(p, g_RD):
-    return _sum_choices(g_RD, p.row_NK), None
+    return _sum_choices(g_RD, p), None
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
@@ -85,7 +85,7 @@ dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 @jax.custom_vjp
 def combine(y_RD: Float[Array, "R D"], weight_NK: Float[Array, "N K"], p: Plan) -> Float[Array, "N D"]:
     """Add up each token's K rows, weighed: `Σ_k weight[n, k] · y[row[n, k]]`."""
-    return _sum_choices(y_RD, p.row_NK, weight_NK)
+    return _sum_choices(y_RD, p, weight_NK)
 
 
 def _combine_forward(y_RD, weight_NK, p):
@@ -94,29 +94,38 @@ def _combine_forward(y_RD, weight_NK, p):
 
 def _combine_backward(residuals, g_ND):
     y_RD, weight_NK, p = residuals
-    weight_R = jnp.zeros(len(p.token_R), weight_NK.dtype).at[p.row_NK].set(weight_NK, unique_indices=True)
-    gy_RD = g_ND[p.token_R] * weight_R[:, None].astype(g_ND.dtype)  # zero in padding rows, so that experts see none
-
-    def weight_gradient(row_N):
-        y_ND = y_RD.at[row_N].get(mode="fill", fill_value=0)
-        return jnp.einsum("ND,ND->N", y_ND, g_ND, preferred_element_type=jnp.float32)
-
-    gw_NK = jax.lax.map(weight_gradient, p.row_NK.T).T
+    g_RD = g_ND[p.token_R]
+    gy_RD = g_RD * _by_row(weight_NK, p)[:, None].astype(g_ND.dtype)  # zero in padding rows: experts see none
+    gw_R = jnp.einsum("RD,RD->R", y_RD, g_RD, preferred_element_type=jnp.float32)
+    gw_NK = gw_R.at[p.row_NK].get(mode="fill", fill_value=0)
     return gy_RD, gw_NK.astype(weight_NK.dtype), None
 
 
 combine.defvjp(_combine_forward, _combine_backward)
 
 
-def _sum_choices(y_RD, row_NK, weight_NK=None):
-    """Sum of a token's rows, one choice at a time: K·N·D values never stand side by side."""
+def _by_row(weight_NK, p: Plan):
+    """The weight of each row of the buffer, 0 where it is padding."""
+    return jnp.zeros(len(p.token_R), weight_NK.dtype).at[p.row_NK].set(weight_NK, unique_indices=True, mode="drop")
+
+
+def _sum_choices(y_RD, p: Plan, weight_NK=None):
+    """Sum of a token's rows, one choice at a time: K·N·D values never stand side by side. Where most choices are
+    nobody's, the few rows are added to their tokens instead."""
+    N, K = p.row_NK.shape
+    total = jnp.zeros((N, y_RD.shape[1]), jnp.float32)
+    if 2 * len(y_RD) < N * K:
+        wide_RD = y_RD.astype(jnp.float32)
+        if weight_NK is not None:
+            wide_RD *= _by_row(weight_NK, p)[:, None]
+        token_R = jnp.where(p.filled_R, p.token_R, N)
+        return total.at[token_R].add(wide_RD, mode="drop").astype(y_RD.dtype)
 
     def add(k, total):
-        row_N = jax.lax.dynamic_index_in_dim(row_NK, k, 1, keepdims=False)
+        row_N = jax.lax.dynamic_index_in_dim(p.row_NK, k, 1, keepdims=False)
         y_ND = y_RD.at[row_N].get(mode="fill", fill_value=0).astype(jnp.float32)
         if weight_NK is not None:
             y_ND *= jax.lax.dynamic_slice_in_dim(weight_NK, k, 1, 1)
         return total + y_ND
 
-    total = jnp.zeros((len(row_NK), y_RD.shape[1]), jnp.float32)
-    return jax.lax.fori_loop(0, row_NK.shape[1], add, total).astype(y_RD.dtype)
+    return jax.lax.fori_loop(0, K, add, total).astype(y_RD.dtype)

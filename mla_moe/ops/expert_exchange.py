@@ -32,8 +32,9 @@ def default_exchange(platform: str | None = None) -> Exchange:
     return "ragged" if (platform or jax.default_backend()) in ("tpu", "gpu", "cuda") else "all_to_all"
 
 
-ROUND = 1 << 15
-"""Choices of a device's tokens that go in one round of a ragged exchange, if the routing is even."""
+ROUND = 21_000
+"""About as many choices of a device's tokens go in one round of a ragged exchange: V3's experts then get whole tiles
+of rows, and the buffers take a few GB."""
 
 
 class Schedule(NamedTuple):
@@ -135,26 +136,33 @@ def routes(experts_nK: Int[Array, "n K"], s: Schedule, axis: str) -> Routes:
     me = jax.lax.axis_index(axis)
     all_PnK = jax.lax.all_gather(experts_nK, axis)
     device_PnK = all_PnK // here
-    choices_nPQ = jnp.moveaxis((device_PnK[..., None] == jnp.arange(s.devices)).sum(axis=2, dtype=jnp.int32), 1, 0)
-    needs_nPQ = choices_nPQ > 0
+    work_PQ = _work((device_PnK[..., None] == jnp.arange(s.devices)).sum(axis=2, dtype=jnp.int32), s).sum(axis=1)
+    ours_nQ = (device_PnK[me][..., None] == jnp.arange(s.devices)).sum(axis=1, dtype=jnp.int32)
+    theirs_nP = (device_PnK == me).sum(axis=2, dtype=jnp.int32).T
     dropped = jnp.int32(0)
     if s.limit is not None:
-        late_nPQ = running_sum(needs_nPQ) >= s.limit
-        needs_nPQ &= ~late_nPQ
-        dropped = jnp.take_along_axis(late_nPQ[:, me], device_PnK[me], axis=1).sum(dtype=jnp.int32)
-    work_nPQ = jnp.where(needs_nPQ, jnp.maximum(choices_nPQ, s.unit), 0)
-    round_nPQ = jnp.where(needs_nPQ, running_sum(work_nPQ) // (s.unit * s.capacity), NEVER)
-    last = jnp.max(jnp.where(needs_nPQ, round_nPQ, -1))
-    token_Pn, round_Pn = _in_order(round_nPQ[:, me])
-    from_Pn, from_round_Pn = _in_order(round_nPQ[:, :, me])
+        late_nQ = running_sum(ours_nQ > 0) >= s.limit
+        dropped = jnp.take_along_axis(late_nQ, device_PnK[me], axis=1).sum(dtype=jnp.int32)
+        ours_nQ = jnp.where(late_nQ, 0, ours_nQ)
+        theirs_nP = jnp.where(running_sum(theirs_nP > 0) >= s.limit, 0, theirs_nP)
+        work_PQ = jnp.minimum(work_PQ, s.limit * s.local)
+    token_Pn, round_Pn = _in_order(ours_nQ, s)
+    from_Pn, from_round_Pn = _in_order(theirs_nP, s)
+    rounds = -(-work_PQ.max() // (s.unit * s.capacity))
     expert_PnK = jnp.where(device_PnK == me, all_PnK - me * here, here)
-    return Routes(token_Pn, round_Pn, from_Pn, from_round_Pn, expert_PnK, last + 1, dropped)
+    return Routes(token_Pn, round_Pn, from_Pn, from_round_Pn, expert_PnK, rounds, dropped)
 
 
-def _in_order(round_nP: Int[Array, "n P"]) -> tuple[Int[Array, "P n"], Int[Array, "P n"]]:
+def _work(choices, s: Schedule):
+    """What a row counts as in a round, from how many of its choices go with it."""
+    return jnp.where(choices > 0, jnp.maximum(choices, s.unit), 0)
+
+
+def _in_order(choices_nP: Int[Array, "n P"], s: Schedule) -> tuple[Int[Array, "P n"], Int[Array, "P n"]]:
     """The numbers of the tokens that go, in order, and their rounds. (A sort takes TPUs' compiler 40 seconds.)"""
-    n, P = round_nP.shape
-    goes_nP = round_nP != NEVER
+    n, P = choices_nP.shape
+    goes_nP = choices_nP > 0
+    round_nP = running_sum(_work(choices_nP, s)) // (s.unit * s.capacity)
     place_nP = jnp.where(goes_nP, running_sum(goes_nP), n)
     number_nP = jnp.broadcast_to(jnp.arange(n)[:, None], (n, P))
 
@@ -272,7 +280,11 @@ class _Round:
         y_PcD = y_MD.reshape(*self.here_Pc.shape, -1)
         back_PcD = self._exchange(y_PcD, self.here_Pc, self.sent_Pc)
         token_Pc = jnp.where(self.sent_Pc, self.token_Pc, len(y_nD))
-        return y_nD.at[token_Pc].add(back_PcD.astype(y_nD.dtype), mode="drop")
+
+        def add(p, y_nD):  # one device's at a time: all of them in float32 would be large
+            return y_nD.at[token_Pc[p]].add(back_PcD[p].astype(y_nD.dtype), mode="drop")
+
+        return jax.lax.fori_loop(0, len(back_PcD), add, y_nD)
 
     def arrived(self, x_PnK: Array) -> Array:
         """What is known of the rows that came, out of what is known of every token."""

@@ -22,18 +22,20 @@ class Expected:
     """Runs of an expert exchange's loop."""
     rows: float | None = None
     """Rows of a device's experts in one run, padding included; None takes the whole buffer."""
+    blocks: float = 1.0
+    """Blocks of keys that a block of queries looks at, where a loop goes over them."""
 
 
 def count_flops(closed: ClosedJaxpr, devices: int = 1, expected: Expected = Expected()) -> dict[str, float]:
     """FLOPs of one device: `products`, and `attention` and `experts` of Pallas kernels."""
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     total: dict[str, float] = defaultdict(float)
-    _count(jaxpr, 1 / devices, None, expected, total)
+    _count(jaxpr, 1 / devices, False, expected, total)
     return dict(total)
 
 
-def _count(jaxpr: Any, times: float, around: float | None, expected: Expected, total: dict[str, float]) -> None:
-    """Add to `total`; `around` is the length of the loop around."""
+def _count(jaxpr: Any, times: float, inside: bool, expected: Expected, total: dict[str, float]) -> None:
+    """Add to `total`; `inside` says whether a loop is around."""
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name == "dot_general":
@@ -48,23 +50,23 @@ def _count(jaxpr: Any, times: float, around: float | None, expected: Expected, t
             total[kind] += times * flops
         elif name == "scan":
             length = eqn.params["length"]
-            _count(eqn.params["jaxpr"].jaxpr, times * length, length, expected, total)
+            _count(eqn.params["jaxpr"].jaxpr, times * length, True, expected, total)
         elif name == "while":
             body = eqn.params["body_jaxpr"].jaxpr
-            _count(body, times * _trips(eqn, body, around, expected), around, expected, total)
+            _count(body, times * _trips(body, inside, expected), inside, expected, total)
         elif name == "cond":
             branches: list[dict[str, float]] = []
             for branch in eqn.params["branches"]:
                 branches.append(defaultdict(float))
-                _count(branch.jaxpr, times, around, expected, branches[-1])
+                _count(branch.jaxpr, times, inside, expected, branches[-1])
             for kind, flops in max(branches, key=lambda counted: sum(counted.values())).items():
                 total[kind] += flops
         elif name == "shard_map":
             mesh = eqn.params["mesh"]
-            _count(eqn.params["jaxpr"], times * mesh.size, around, expected, total)
+            _count(eqn.params["jaxpr"], times * mesh.size, inside, expected, total)
         else:
             for inner in _inner(eqn):
-                _count(inner, times, around, expected, total)
+                _count(inner, times, inside, expected, total)
 
 
 def _inner(eqn) -> Iterator[Any]:
@@ -76,12 +78,12 @@ def _inner(eqn) -> Iterator[Any]:
             return
 
 
-def _trips(eqn, body, around: float | None, expected: Expected) -> float:
-    """How often a loop runs whose end is not in its type: an exchange as expected, and half of the loop around for one
-    of causal attention, which goes from the diagonal to one side."""
+def _trips(body, inside: bool, expected: Expected) -> float:
+    """How often a loop runs whose end is not in its type: an exchange's, attention's within a layer, or the outermost
+    one, which takes decode steps and is counted once."""
     if any("all_to_all" in name for name in _names(body)):
         return expected.rounds
-    return around / 2 if around else 1.0
+    return expected.blocks if inside else 1.0
 
 
 def _names(jaxpr) -> Iterator[str]:
@@ -99,9 +101,8 @@ def _kernel(eqn, expected: Expected) -> tuple[str, float]:
         q, _, v = [shape for shape in shapes if len(shape) == 4][:3]
         *rows, T, A = q
         V = v[-1]
-        # Forward: scores and values. Derivative: scores again and the weights' gradient in each of two kernels, then
-        # one product (queries) or two (keys and values).
-        depth = 2 * A + 2 * V if "dkv" in name else 2 * A + V if "dq" in name else A + V
+        # Forward: scores and values. Derivative: scores again, the weights' gradient, and those of q, k and v.
+        depth = 3 * A + 2 * V if "dkv" in name else A + V
         block = next((size for size in (512, 256, 128) if T % size == 0), T)
         return "attention", 2 * math.prod(rows) * T * (T + block) / 2 * depth
     estimate = eqn.params.get("cost_estimate")

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,12 +15,12 @@ from jax.experimental.compilation_cache import compilation_cache
 from mla_moe.config import ConfigError
 from mla_moe.plan import stages
 from mla_moe.plan.costs import Traffic, traffic
-from mla_moe.plan.flops import count_flops
+from mla_moe.plan.flops import Expected, count_flops
 from mla_moe.plan.program import Program
 from mla_moe.plan.topology import Topology
 from mla_moe.recipe import Recipe
 
-STAGES = {"train": stages.train}
+STAGES = {"train": stages.train, "decode": stages.decode}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +66,10 @@ class Plan:
         return dataclasses.asdict(self)
 
 
-def make_plan(recipe: Recipe, topology: Topology, stage: str = "train") -> Plan:
-    """Compile `stage` of a recipe. Raises `ConfigError` for a mesh that the topology cannot have."""
-    program = STAGES[stage](recipe, topology)
+def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", **how: Any) -> Plan:
+    """Compile `stage` of a recipe; `how` is what its function in `stages` wants to know beside. Raises `ConfigError`
+    for a mesh that the topology cannot have."""
+    program = STAGES[stage](recipe, topology, **how)
     flops = count_flops(program.traced.jaxpr, program.mesh.size, program.expected)
     start = time.perf_counter()
     refusal, text, argument, temp = None, "", 0.0, 0.0
@@ -81,7 +83,7 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train") -> Plan:
     except jax.errors.JaxRuntimeError as error:
         refusal, argument, temp = _refused(str(error), program.kinds)
     seconds = time.perf_counter() - start
-    compiled_program = Program(text, lambda scope: program.expected.rounds) if text else None
+    compiled_program = Program(text, partial(_trips, program.expected)) if text else None
     runs = traffic(
         compiled_program.collectives() if compiled_program else (), program.mesh, topology, program.row_share
     )
@@ -118,13 +120,20 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train") -> Plan:
     )
 
 
+def _trips(expected: Expected, scope: str) -> float:
+    """How often a loop runs whose end the program does not say, by JAX's name of it."""
+    if "experts" in scope:
+        return expected.rounds
+    return expected.blocks if "attend" in scope else 1.0
+
+
 def _refused(error: str, kinds: dict[str, float]) -> tuple[str, float, float]:
     """The compiler's refusal for want of memory: its words, and the bytes of arguments and temporaries."""
     found = re.search(r"Used ([\d.]+)([KMGT]) of", error)
     if found is None:
         raise ConfigError("topology", "compiler", error.splitlines()[0])
     used = float(found.group(1)) * 1024.0 ** (1 + "KMGT".index(found.group(2)))
-    argument = kinds["parameters"] + kinds["optimizer"] + kinds["batch"]
+    argument = sum(size for kind, size in kinds.items() if kind in ("parameters", "optimizer", "batch", "cache"))
     return error.splitlines()[0], argument, max(used - argument, 0.0)
 
 

@@ -211,6 +211,9 @@ class Program:
         """Of an operand that is only sliced or looked up, what is taken; of one updated in place, what is written."""
         parameters = {i.name: int(i.rest.split(")")[0]) for i in inner.instructions.values() if i.op == "parameter"}
         total = 0.0
+        if any(i.op == "scatter" for i in inner.instructions.values()):  # in place: the rows that it adds to
+            sizes = [hbm_bytes(o.type) for n in fusion.operands if (o := computation.instructions.get(n)) is not None]
+            return 3 * (sum(sizes) - max(sizes, default=0.0))
         in_place = inner.root is not None and inner.root.op in ("dynamic-update-slice", "bitcast", "tuple")
         updates = [i for i in inner.instructions.values() if i.op == "dynamic-update-slice"] if in_place else []
         updated = {_source(inner, update.operands[0]) for update in updates}

@@ -1,6 +1,10 @@
 """A plan as a person reads it."""
 
+from collections.abc import Sequence
+
 from mla_moe.plan.plan import Plan
+from mla_moe.plan.search import describe
+from mla_moe.recipe import Recipe
 from mla_moe.training.console import Console, duration, si
 
 
@@ -10,6 +14,16 @@ def show(plan: Plan, console: Console) -> None:
     console.startup_table(title, _memory(plan) + _work(plan))
     if plan.collectives:
         console.result_table("sent by a device: axis, kind", _network(plan))
+
+
+def show_ranking(ranked: Sequence[tuple[Recipe, Plan]], console: Console) -> None:
+    """Flags of `train.py`, and what they give."""
+    rows = []
+    for recipe, plan in ranked:
+        need = gb(plan.argument_bytes + plan.temp_bytes)
+        step = f"{plan.step_seconds:.3g} s, MFU {plan.mfu:.1%}, " if plan.step_seconds and plan.mfu else ""
+        rows.append((describe(recipe), f"{step}{need}" + ("" if plan.fits else ": does not fit")))
+    console.result_table("best first", rows)
 
 
 def _memory(plan: Plan) -> list[tuple[str, str]]:

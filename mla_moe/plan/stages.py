@@ -1,17 +1,25 @@
 """The programs of a recipe's stages, traced for devices that need not exist."""
 
 import math
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Traced
 
-from mla_moe.counting import train_flops_per_token
+from mla_moe.config import require
+from mla_moe.counting import count_parameters, train_flops_per_token
+from mla_moe.inference import steps
+from mla_moe.inference.steps import empty_slots
+from mla_moe.inference.weights import Structure, in_compute_type
+from mla_moe.nn.cache import cache_sharding, capacity_for
 from mla_moe.nn.kernels import resolve
 from mla_moe.nn.param import Precision
 from mla_moe.nn.skeleton import Skeleton
+from mla_moe.ops import attention, cached_attention
 from mla_moe.ops.expert_exchange import chance, schedule
 from mla_moe.ops.experts import block_size
 from mla_moe.plan.flops import Expected
@@ -20,8 +28,6 @@ from mla_moe.recipe import Recipe
 from mla_moe.sharding import BATCH, check_divisible, make_mesh, rules_of
 from mla_moe.training.optimizer import make_optimizer
 from mla_moe.training.step import abstract_state, make_step
-
-Name = Literal["train", "decode"]
 
 
 class Stage(NamedTuple):
@@ -59,7 +65,7 @@ def train(recipe: Recipe, topology: Topology) -> Stage:
     useful = train_flops_per_token(cfg, training.sequence_length) * tokens / devices
     head = 6 * cfg.vocab_size * cfg.hidden_size * (1 + cfg.num_nextn_predict_layers) * tokens / devices
     local = tokens // training.accumulation // devices
-    width = jnp.dtype(skeleton.precision.compute).itemsize
+    item = jnp.dtype(skeleton.precision.compute).itemsize
     kinds = {
         "parameters": bytes_of(state.params) + bytes_of(state.biases),
         "optimizer": bytes_of(state.optimizer),
@@ -67,10 +73,51 @@ def train(recipe: Recipe, topology: Topology) -> Stage:
         "gradients": bytes_of(state.params),
     }
     if training.remat == "full":
-        kinds["layer inputs"] = float(cfg.num_hidden_layers * local * cfg.hidden_size * width)
-    expected, row_share = even_routing(recipe, skeleton, mesh, local)
-    recomputed = (useful - head) / 3 if training.remat == "full" else 0.0
+        kinds["layer inputs"] = float(cfg.num_hidden_layers * local * cfg.hidden_size * item)
+    expected, row_share = even_routing(recipe, mesh, local)
+    expected = replace(expected, blocks=training.sequence_length / attention.BLOCK / 2)  # on and below the diagonal
+    # Attention's derivative makes the scores again, and a rematerialised layer all of its forward pass.
+    layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
+    width = cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
+    recomputed = layers * width * (training.sequence_length + 1) * tokens / devices
+    recomputed += (useful - head) / 3 if training.remat == "full" else 0.0
     return Stage(traced, mesh, kinds, useful, recomputed, expected, row_share, tokens)
+
+
+def decode(recipe: Recipe, topology: Topology, batch: int, context: int) -> Stage:
+    """One token for each of `batch` sequences of `context` tokens: the engine's loop, of which one turn is counted."""
+    fix = "plan decoding for an accelerator: on a CPU the engine takes the model apart"
+    require(topology.chip is not None, "topology", topology.name, fix)
+    mesh, cfg = make_mesh(recipe.mesh, topology.devices), recipe.model
+    rows = math.prod(mesh.shape[axis] for axis in BATCH[0])
+    require(batch % rows == 0, "batch", batch, f"must be a multiple of {rows}: sequences over data x fsdp x expert")
+    skeleton = make_skeleton(recipe, mesh)
+    compute, shardings = jnp.dtype(skeleton.precision.compute), skeleton.shardings(mesh)
+
+    def held(path, v):
+        dtype = compute if in_compute_type(v) else v.get_value().dtype
+        return v.replace(jax.ShapeDtypeStruct(v.get_value().shape, dtype, sharding=shardings[path]))
+
+    flat = [(tuple(path.split("/")), held(path, v)) for path, v in skeleton.variables.items()]
+    state = nnx.from_flat_state(flat)
+    place = cache_sharding(mesh, batch)
+    shape = cfg.num_hidden_layers, batch, capacity_for(context), cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    cache = jax.ShapeDtypeStruct(shape, compute, sharding=place)
+    whole = NamedSharding(mesh, PartitionSpec())
+    slots = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), empty_slots(batch))
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        structure = Structure(skeleton.graph)
+        traced = steps.decode.trace(
+            structure, state, cache, slots, number, False, record=False, tempered=False, place=place
+        )
+    weights = count_parameters(cfg).active - cfg.vocab_size * cfg.hidden_size
+    width = 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    useful = batch / mesh.size * (2 * weights + 2 * cfg.num_hidden_layers * cfg.num_attention_heads * width * context)
+    kinds = {"parameters": bytes_of(state), "cache": bytes_of(cache)}
+    expected = Expected(blocks=shape[2] / cached_attention.BLOCK, rows=1.0)
+    here = batch * cfg.num_experts_per_tok / mesh.shape["expert"]
+    return Stage(traced, mesh, kinds, useful, 0.0, replace(expected, rows=here), 1.0, batch)
 
 
 def make_skeleton(recipe: Recipe, mesh: Mesh) -> Skeleton:
@@ -86,7 +133,7 @@ def make_skeleton(recipe: Recipe, mesh: Mesh) -> Skeleton:
     )
 
 
-def even_routing(recipe: Recipe, skeleton: Skeleton, mesh: Mesh, tokens: int) -> tuple[Expected, float]:
+def even_routing(recipe: Recipe, mesh: Mesh, tokens: int) -> tuple[Expected, float]:
     """What `tokens` of a device give its experts to do, and how full the exchange's buffers get."""
     cfg, devices = recipe.model, mesh.shape["expert"]
     kernels = resolve(recipe.kernels, mesh.devices.flat[0].platform)

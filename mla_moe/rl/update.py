@@ -143,13 +143,11 @@ class Updater:
             norm = optax.tree.norm(total.gradient)
             finite = jnp.isfinite(norm) & jnp.isfinite(total.sums.loss)
 
-            def step(_):
-                updates, optimizer = self.tx.update(total.gradient, state.optimizer, state.params)
-                biases = move_biases(state.biases, total.load_LE, self.rl.bias_update)
-                return optax.apply_updates(state.params, updates), biases, optimizer
-
+            updates, optimizer = self.tx.update(total.gradient, state.optimizer, state.params)
+            biases = move_biases(state.biases, total.load_LE, self.rl.bias_update)
+            new = optax.apply_updates(state.params, updates), biases, optimizer
             kept = state.params, state.biases, state.optimizer
-            new = jax.lax.cond(finite, step, lambda _: kept, None)
+            new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, kept)
             metrics = total._asdict() | {"grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}
             del metrics["gradient"]
             return TrainState(state.step + 1, *new), metrics

@@ -74,6 +74,8 @@ def sums(model: Transformer, batch: dict[str, Array], *, chunk: int, mtp: bool) 
     dropped = jnp.int32(0) if stats is None else stats.dropped.sum()
     mtp_nats = jnp.float32(0)
     if mtp:
+        # One head's gradient at a time: each is as large as the head, in float32.
+        h_BTD, nats = jax.lax.optimization_barrier((h_BTD, nats))
         h_BTD, stats = model.mtp_hidden(h_BTD, batch["targets"], *place)
         second_BT = _following(batch["targets"])
         weights_BT = has_second_target(batch).astype(jnp.float32)

@@ -103,22 +103,27 @@ def make_step(skeleton: Skeleton, tx: optax.GradientTransformation, training: re
         (grads, s), _ = jax.lax.scan(body, zeros, parts)
         return grads, s, size
 
-    def update(operand):
-        state, grads, s = operand
+    def update(state, grads, s):
         updates, optimizer = tx.update(grads, state.optimizer, state.params)
         gamma = jnp.where(state.step < freeze_from, training.bias_update, 0.0)
         return optax.apply_updates(state.params, updates), move_biases(state.biases, s.load_LE, gamma), optimizer
 
     everywhere = NamedSharding(mesh, P())  # what the host reads of a step is whole on every process
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(shardings(skeleton, tx, mesh), everywhere))
+    # XLA for TPU would turn all layers' weights to bfloat16 before the loop over them, and keep both: here each layer's
+    # are cast when they are used.
+    options = {"xla_jf_bf16_propagation": False} if mesh.devices.flat[0].platform == "tpu" else None
+    place = shardings(skeleton, tx, mesh)
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(place, everywhere), compiler_options=options)
     def step(state: TrainState, batch):
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
         grads, s, size = gradients(state.params, state.biases, batch)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(s.nats)
         kept = (state.params, state.biases, state.optimizer)
-        new = jax.lax.cond(finite, update, lambda _: kept, (state, grads, s))
+        # Chosen element by element, each in its old place: a branch would hold a second copy of the whole state.
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(state, grads, s), kept)
         metrics = _metrics(s, size, norm) | {"skipped": 1 - finite.astype(jnp.int32)}
         return TrainState(state.step + 1, *new), metrics
 

@@ -38,6 +38,7 @@ recipe = Recipe(
     rl=RL(
         steps=24,
         objective="dapo",
+        rounds=2,
         prompts=48,
         group_size=8,
         minibatches=2,

@@ -46,6 +46,7 @@ recipe = Recipe(
         steps=28,
         # Long right answers must count for as much as short wrong ones, or haste wins: a mean over all tokens.
         objective="dapo",
+        rounds=2,
         prompts=48,
         group_size=8,
         minibatches=2,

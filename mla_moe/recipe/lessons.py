@@ -99,6 +99,8 @@ class RL:
     """Questions a step."""
     group_size: int = 16
     """Answers to each question."""
+    rounds: int = 8
+    """Times that dapo asks other questions, in place of those whose answers are all right or all wrong."""
     minibatches: int = 1
     """Updates a step, each on its share of the groups."""
     max_prompt_tokens: int = 512
@@ -151,6 +153,7 @@ class RL:
             "prompts",
             "group_size",
             "minibatches",
+            "rounds",
             "max_prompt_tokens",
             "max_new_tokens",
             "rows",

@@ -10,9 +10,6 @@ from mla_moe.recipe import RL
 from mla_moe.rl.objective import informative, overlong_penalty
 from mla_moe.rl.rollout import Answer, Rollout
 
-ROUNDS = 8
-"""How often questions are asked anew where a group has nothing to tell, before it is taken as it is."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Groups:
@@ -52,11 +49,11 @@ def collect(
     rollout: Rollout, rl: RL, seed: int, question: int, note: Callable[[str], None] = lambda text: None
 ) -> Groups:
     """The answers of a step, from training question number `question` on. DAPO asks on until every group can tell
-    something (arXiv 2503.14476, section 3.2), within `ROUNDS` rounds."""
+    something (arXiv 2503.14476, section 3.2), within `rl.rounds` rounds."""
     kept: list[list[Answer]] = []
     idle: list[list[Answer]] = []
     before = rollout.too_long
-    for _ in range(ROUNDS if rl.objective == "dapo" else 1):
+    for _ in range(rl.rounds if rl.objective == "dapo" else 1):
         questions, after = rollout.questions("train", question, rl.prompts - len(kept))
         groups = rollout.answers(questions, rl.group_size, seed=seed, first=question * rl.group_size, progress=note)
         question = after

@@ -51,8 +51,8 @@ class Updater:
 
     def learn(self, state: TrainState, reference: Arrays, groups: Groups) -> tuple[TrainState, Learned]:
         """One update for each minibatch of groups; the state passed in is given up."""
-        size = self.rl.prompts // self.rl.minibatches
-        minibatches = [self._minibatch(groups, slice(i, i + size)) for i in range(0, self.rl.prompts, size)]
+        count = self.rl.minibatches
+        minibatches = [self._minibatch(groups, slice(first, None, count)) for first in range(count)]
         for part in (part for minibatch in minibatches for part in minibatch):
             # With one minibatch the present parameters are those that sampled, and the update knows them.
             if self.rl.minibatches > 1:

@@ -31,7 +31,6 @@ def variants(rl: RL, task: Task) -> dict[str, tuple[RL, Task]]:
         "grpo, no divergence": (change(rl, objective="grpo", kl=0.0), task),
         "grpo, divergence 1e-3": (change(rl, objective="grpo", kl=1e-3), task),
         "dr_grpo": (change(rl, objective="dr_grpo", kl=0.0), task),
-        "dapo": (change(rl, objective="dapo"), task),
         "gspo": (change(rl, objective="gspo", kl=0.0), task),
         "no reward for form": (rl, change(task, format=0.0)),
         "no routing replay": (change(rl, routing_replay=False), task),
@@ -85,7 +84,7 @@ def main() -> None:
     enable_compile_cache()
     base = recipes.load(args.run / "recipe.json")
     changes = {key: value for key in ("steps", "prompts") if (value := getattr(args, key)) is not None}
-    rl = dataclasses.replace(base.rl, eval_every=0, eval_split="validation", **changes)
+    rl = dataclasses.replace(base.rl, eval_every=0, eval_samples=2, eval_split="validation", **changes)
     print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for name, (settings, task) in variants(rl, base.task).items():

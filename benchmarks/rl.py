@@ -25,7 +25,7 @@ def variants(rl: RL, task: Task) -> dict[str, tuple[RL, Task]]:
     """Name → settings; the first is the quickstart's own."""
     change = dataclasses.replace
     answers = rl.prompts * rl.group_size
-    sizes = {f"groups of {size}": (change(rl, group_size=size, prompts=answers // size), task) for size in (4, 8, 16)}
+    sizes = {f"groups of {size}": (change(rl, group_size=size, prompts=answers // size), task) for size in (4, 16)}
     return {
         "quickstart": (rl, task),
         "grpo, no divergence": (change(rl, objective="grpo", kl=0.0), task),

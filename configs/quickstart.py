@@ -43,7 +43,7 @@ recipe = Recipe(
     training=Training(steps=360, batch_size=16, sequence_length=256, bias_update=1e-2, balance_weight=3e-3),
     task=Task(name="arithmetic", template=QUESTION, format=0.2),
     rl=RL(
-        steps=24,
+        steps=20,
         # Long right answers must count for as much as short wrong ones, or haste wins: a mean over all tokens.
         objective="dapo",
         rounds=2,
@@ -55,8 +55,8 @@ recipe = Recipe(
         row_tokens=192,
         rows=24,
         slots=128,
-        optimizer=Optimizer(schedule=Schedule(peak=1e-3, warmup=0.0, decay=0.6, final=0.1), weight_decay=0.0),
-        eval_every=8,
+        optimizer=Optimizer(schedule=Schedule(peak=1e-3, warmup=0.0, decay=0.9, final=0.05), weight_decay=0.0),
+        eval_every=5,
     ),
     checkpoint=Checkpoint(every=100),
     sample=Sample(prompts=("def read_lines(path):\n", "class Queue:\n    ", "7*2-2*1-7 = ?\n")),

@@ -124,5 +124,5 @@ def _tagged(thought, answered):
     return f"<think>{thought}</think><answer>{answered}</answer>"
 
 
-WRITERS = {terse: 40, untagged: 24, hasty: 17, thorough: 13, slip: 2, malformed: 4}
+WRITERS = {terse: 40, untagged: 24, hasty: 19, thorough: 11, slip: 2, malformed: 4}
 """How often one meets each, in per cent."""

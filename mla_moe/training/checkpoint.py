@@ -100,7 +100,7 @@ class StreamsHandler(ocp.CheckpointHandler):
         for number, state in args.item.states().items():
             unfinished = directory / f".stream_{number}.{jax.process_index()}"
             unfinished.write_text(state)
-            unfinished.rename(directory / f"stream_{number}.json")
+            unfinished.replace(directory / f"stream_{number}.json")
 
     def restore(self, directory: Path, args: "StreamsRestore") -> None:
         args.item.restore(lambda number: (directory / f"stream_{number}.json").read_text())

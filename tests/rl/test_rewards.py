@@ -243,6 +243,7 @@ import os, signal, sys
 from mla_moe import recipe
 from mla_moe.rl.rewards import Completion, Reward
 from mla_moe.rl.tasks import open_task
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
 task = recipe.Task(function=sys.argv[1], timeout=float(sys.argv[3]))
 opened = open_task(task)
 judge = Reward(task, opened, workers=2)

@@ -93,7 +93,9 @@ def train(*args, **more):
 
 
 def rows(run_dir):
-    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(run_dir / "metrics.jsonl")]
+    """Stage by stage: one that is gone through again comes last in the file."""
+    found = sorted(read_rows(run_dir / "metrics.jsonl"), key=lambda row: row["stage"])
+    return [{k: v for k, v in row.items() if k not in TIMINGS} for row in found]
 
 
 def assert_same_rows(a, b):

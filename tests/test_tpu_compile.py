@@ -1,6 +1,5 @@
 """The training step compiled for TPUs that are not there: it has the native kernels, and no dense expansion."""
 
-import contextlib
 import dataclasses
 import re
 
@@ -8,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding
 
 from mla_moe import ConfigError
 from mla_moe.nn.kernels import resolve
 from mla_moe.nn.param import Precision
 from mla_moe.nn.skeleton import Skeleton
+from mla_moe.plan.plan import without_cache
 from mla_moe.recipe import Kernels, Mesh, Optimizer, Training
 from mla_moe.sharding import BATCH, make_mesh
 from mla_moe.training.optimizer import make_optimizer
@@ -46,18 +45,6 @@ def program(cfg):
     lowered = make_step(skeleton, tx, training, mesh).lower(abstract_state(skeleton, tx, mesh), batch)
     with without_cache():
         return lowered.compile().as_text()
-
-
-@contextlib.contextmanager
-def without_cache():
-    """What is compiled for absent devices cannot be read back."""
-    try:
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", True)
-        compilation_cache.reset_cache()
 
 
 def test_slices_lie_along_data():

@@ -74,7 +74,7 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", **how: A
     start = time.perf_counter()
     refusal, text, argument, temp = None, "", 0.0, 0.0
     try:
-        with _no_cache():
+        with without_cache():
             compiled = program.traced.lower(lowering_platforms=(topology.platform,)).compile()
         memory, text = compiled.memory_analysis(), compiled.as_text() or ""
         argument = float(memory.argument_size_in_bytes)
@@ -143,7 +143,7 @@ def _peak_memory() -> float:
 
 
 @contextmanager
-def _no_cache():
+def without_cache():
     """What is compiled for absent devices cannot be read back from JAX's cache."""
     before = jax.config.values["jax_enable_compilation_cache"]
     try:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mla_moe.ops.dispatch import combine, dispatch, plan
-from mla_moe.ops.grouped_matmul import Implementation, grouped_matmul
+from mla_moe.ops.grouped_matmul import Implementation, default_implementation, grouped_matmul
 
 
 def experts(
@@ -23,7 +23,8 @@ def experts(
     A choice of `E` is nobody's and adds nothing; `most` bounds the choices that are somebody's.
     """
     E, D, _, F = gate_up_ED2F.shape
-    block = block_size(experts_NK.size if most is None else most, E)
+    implementation = implementation or default_implementation()
+    block = block_size(experts_NK.size if most is None else most, E, implementation)
     p = plan(experts_NK, E, block, most)
 
     def multiply(x_RD, w_EDF):
@@ -34,11 +35,11 @@ def experts(
     return combine(y_RD, weights_NK, p)
 
 
-def block_size(rows: int, num_experts: int) -> int:
-    """About half of an expert's mean share, a power of two from 8 to 256: small enough that padding costs little (at
-    most one block an expert), large enough for a fast matrix product."""
+def block_size(rows: int, num_experts: int, implementation: Implementation) -> int:
+    """About half of an expert's mean share, a power of two from 8 to 256, or to 128 on CPU: small enough that padding
+    costs little (at most one block an expert), large enough for a fast matrix product."""
     share = max(rows // (2 * num_experts), 1)
-    return min(max(1 << (share.bit_length() - 1), 8), 256)
+    return min(max(1 << (share.bit_length() - 1), 8), 128 if implementation == "chunks" else 256)
 
 
 def reference(x_ND, experts_NK, weights_NK, gate_up_ED2F, down_EFD):

@@ -79,11 +79,18 @@ def _inner(eqn) -> Iterator[Any]:
 
 
 def _trips(body, inside: bool, expected: Expected) -> float:
-    """How often a loop runs whose end is not in its type: an exchange's, attention's within a layer, or the outermost
-    one, which takes decode steps and is counted once."""
-    if any("all_to_all" in name for name in _names(body)):
+    """How often a loop runs whose end is not in its type: an exchange's, within a layer attention's, which has an
+    exponential, or one over chunks of experts' rows, and the outermost one, which takes decode steps and is counted
+    once."""
+    names = set(_names(body))
+    if any("all_to_all" in name for name in names):
         return expected.rounds
-    return expected.blocks if inside else 1.0
+    if not inside:
+        return 1.0
+    if "exp" in names or expected.rows is None:
+        return expected.blocks
+    product = next((eqn for eqn in body.eqns if eqn.primitive.name == "dot_general"), None)
+    return expected.blocks if product is None else expected.rows / math.prod(product.invars[0].aval.shape[:2])
 
 
 def _names(jaxpr) -> Iterator[str]:

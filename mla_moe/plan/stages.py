@@ -75,7 +75,9 @@ def train(recipe: Recipe, topology: Topology) -> Stage:
     if training.remat == "full":
         kinds["layer inputs"] = float(cfg.num_hidden_layers * local * cfg.hidden_size * item)
     expected, row_share = even_routing(recipe, mesh, local)
-    expected = replace(expected, blocks=training.sequence_length / attention.BLOCK / 2)  # on and below the diagonal
+    rows = shape[0] // training.accumulation // math.prod(mesh.shape[axis] for axis in BATCH[0])
+    block = attention.block_size(rows * cfg.num_attention_heads // mesh.shape["tensor"], training.sequence_length)
+    expected = replace(expected, blocks=training.sequence_length / block / 2)  # on and below the diagonal
     # Attention's derivative makes the scores again, and a rematerialised layer all of its forward pass.
     layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
     width = cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
@@ -140,12 +142,12 @@ def even_routing(recipe: Recipe, mesh: Mesh, tokens: int) -> tuple[Expected, flo
     here = cfg.n_routed_experts // devices
     choices = tokens * cfg.num_experts_per_tok
     if devices == 1:
-        block = block_size(choices, here)
+        block = block_size(choices, here, kernels.grouped_matmul)
         return Expected(rows=choices + here * (block - 1) / 2), 1.0
     s = schedule(
         cfg, tokens, devices, buffer=kernels.expert_buffer, exchange=kernels.exchange, multiply=kernels.grouped_matmul
     )
-    rounds, block = s.rounds, block_size(s.most, here)
+    rounds, block = s.rounds, block_size(s.most, here, kernels.grouped_matmul)
     rows = choices / rounds + here * (block - 1) / 2
     return Expected(rounds, rows), tokens * chance(cfg, devices) / (rounds * s.capacity)
 

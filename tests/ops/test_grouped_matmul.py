@@ -26,7 +26,7 @@ def rows(sizes, block, D=5, F=3):
 @pytest.mark.smoke
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("block", [1, 4])
-@pytest.mark.parametrize("implementation", ["blocks", "ragged"])
+@pytest.mark.parametrize("implementation", ["blocks", "chunks", "ragged"])
 def test_equals_reference_in_values_and_gradients(sizes, block, implementation):
     x, w, group_sizes, inside = rows(sizes, block)
 
@@ -67,7 +67,7 @@ def test_each_row_meets_its_own_expert():
 
 
 def test_the_path_follows_the_platform():
-    assert [default_implementation(p) for p in ("tpu", "gpu", "cpu")] == ["megablox", "blocks", "blocks"]
+    assert [default_implementation(p) for p in ("tpu", "gpu", "cpu")] == ["megablox", "blocks", "chunks"]
 
 
 def test_blocks_do_only_the_chosen_work():

@@ -47,7 +47,7 @@ recipe = Recipe(
         row_tokens=256,
         rows=16,
         slots=128,
-        optimizer=Optimizer(schedule=Schedule(peak=7e-4, warmup=0.0, decay=0.6, final=0.1), weight_decay=0.0),
+        optimizer=Optimizer(schedule=Schedule(peak=1e-3, warmup=0.0, decay=0.9, final=0.05), weight_decay=0.0),
         eval_every=8,
     ),
     checkpoint=Checkpoint(every=100),

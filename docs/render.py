@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from markdown_it import MarkdownIt
+from markdown_it.common.utils import escapeHtml
 from markdown_it.token import Token
 
 DOCS = Path(__file__).parent
@@ -26,16 +27,24 @@ def render(source: Path, target: Path) -> str:
     for token in _all(tokens):
         if token.type == "link_open":
             token.attrs["href"] = _page(str(token.attrs["href"]))
+        if token.type == "code_inline" or (token.type == "fence" and not token.info):
+            token.type, token.content = "html_inline", _code(token)
         if token.type == "heading_open":
-            token.attrs["id"] = anchor(tokens[tokens.index(token) + 1].content)
+            token.attrs["id"] = _anchor(tokens[tokens.index(token) + 1].content)
     body = MARKDOWN.renderer.render(tokens, MARKDOWN.options, {})
     body = body.replace("<table>", '<div class="wide"><table>').replace("</table>", "</table></div>")
     home = "../" * (len(target.parts) - 1)
-    top = "" if target.name == "index.html" and not home else f'<nav><a href="{home}index.html">mla_moe docs</a></nav>'
+    top = "" if str(target) == "index.html" else f'<nav><a href="{home}index.html">mla_moe docs</a></nav>'
     return PAGE.format(title=title.replace("`", ""), top=top, body=body)
 
 
-def anchor(heading: str) -> str:
+def _code(token: Token) -> str:
+    """Lines break between words, and not within a flag, or wherever they must."""
+    words = re.sub(r"(?<!\S)\S{1,40}(?!\S)", r"<span>\g<0></span>", escapeHtml(token.content))
+    return f"<pre><code>{words}</code></pre>\n" if token.type == "fence" else f"<code>{words}</code>"
+
+
+def _anchor(heading: str) -> str:
     """As GitHub names it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
@@ -84,12 +93,14 @@ code {{ font: .86em ui-monospace, monospace; padding: .1em .25em; border-radius:
 pre {{ padding: .8rem .9rem; border-radius: 8px; background: var(--box); overflow-x: auto; line-height: 1.45 }}
 pre code {{ padding: 0; font-size: 13px }}
 pre code:not([class]) {{ white-space: pre-wrap; overflow-wrap: anywhere }}
+code span {{ white-space: nowrap }}
 img {{ display: block; width: 100%; max-width: 460px; margin: 1rem auto 1.25rem }}
 .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-size: .94rem }}
 thead:not(:has(th:not(:empty))) {{ display: none }}
 th, td {{ padding: .4rem 1.2rem .4rem 0; text-align: left; vertical-align: top; border-top: 1px solid var(--line) }}
 th {{ color: var(--soft); font-weight: normal }}
+@media (max-width: 600px) {{ th, td {{ padding-right: .7rem }} }}
 </style></head><body>{top}
 {body}</body></html>
 """

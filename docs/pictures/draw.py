@@ -8,6 +8,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from mla_moe import preset
@@ -101,8 +102,8 @@ def routing() -> str:
     cfg = dataclasses.replace(preset("deepseek-v3"), **changes)
     score_E = np.array([.62, .30, .55, .20, .12, .90, .15, .22, .62, .71, .35, .58, .40, .25, .44, .18])  # fmt: skip
     bias_E = np.array([.05, .10, .12, .0, .05, -.30, .0, .10, -.08, -.05, .10, .0, .0, .05, .05, .0])  # fmt: skip
-    logits_1E = np.log(score_E / (1 - score_E))[None].astype(np.float32)
-    found = sigmoid_gate(cfg, logits_1E, bias_E.astype(np.float32))
+    logits_1E = jnp.log(score_E / (1 - score_E))[None]
+    found = sigmoid_gate(cfg, logits_1E, jnp.float32(bias_E))
     weight = dict(zip(np.asarray(found.experts_NK)[0].tolist(), np.asarray(found.weights_NK)[0].tolist(), strict=True))
     best_two_G = np.sort((score_E + bias_E).reshape(G, -1))[:, -2:].sum(axis=1)
     kept = set(np.argsort(best_two_G)[-2:].tolist())

@@ -67,7 +67,7 @@ def model() -> mla_moe.ModelConfig:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     world = tmp_path_factory.mktemp("world")
-    for name in ("configs", "examples", "train.py", "pyproject.toml", "requirements.lock", ".ci", "tests"):
+    for name in ("configs", "docs", "examples", "train.py", "pyproject.toml", "requirements.lock", ".ci", "tests"):
         (world / name).symlink_to(ROOT / name)
     for folder in ("books/old", "valid", "path/to", "runs"):
         (world / folder).mkdir(parents=True)

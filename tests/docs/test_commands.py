@@ -7,6 +7,7 @@ import importlib.util
 import json
 import runpy
 import shlex
+import shutil
 import sys
 import threading
 import time
@@ -71,8 +72,8 @@ def test_command(words, world, running, monkeypatch):
         train(rest[1:], monkeypatch)
     elif program == ".venv/bin/mla-moe":
         mla_moe(rest, running, monkeypatch)
-    elif program == ".venv/bin/python" and rest[0].startswith("examples/"):
-        example(rest, monkeypatch)
+    elif program == ".venv/bin/python" and rest[0].startswith(("examples/", "docs/")):
+        script(rest, monkeypatch)
     elif program == "curl":
         curl(rest, running)
     elif program == "python3" and rest[:2] == ["-m", "pip"]:
@@ -148,10 +149,11 @@ def mla_moe(arguments, running, monkeypatch):
     if isinstance(command, cli.Serve):
         monkeypatch.setattr(server, "serve", lambda app, host, port: listen(app, running))
         command = dataclasses.replace(command, capacity=128)
-    few = {cli.Generate: {"max_new_tokens": 4}, cli.Eval: {"prompts": 2, "samples": 1, "max_new_tokens": 4, "slots": 8}}
+    asked = {"prompts": 2, "samples": 1, "max_prompt_tokens": 448, "max_new_tokens": 4, "slots": 8}
+    few = {cli.Generate: {"max_new_tokens": 4}, cli.Eval: asked}
     command = dataclasses.replace(command, **few.get(type(command), {}))
     if isinstance(command, cli.Convert) and command.dst.exists():
-        command = dataclasses.replace(command, dst=command.dst.with_name(f"{command.dst.name}-again"))
+        shutil.rmtree(command.dst)  # another page has made it
     command.run()
 
 
@@ -183,7 +185,7 @@ def curl(arguments, running):
     connection.close()
 
 
-def example(rest, monkeypatch):
+def script(rest, monkeypatch):
     needs(rest)
     monkeypatch.setattr(sys, "argv", list(rest))
     runpy.run_path(rest[0], run_name="__main__")

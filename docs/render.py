@@ -39,9 +39,11 @@ def render(source: Path, target: Path) -> str:
 
 
 def _code(token: Token) -> str:
-    """Lines break between words, and not within a flag, or wherever they must."""
+    """Lines break between words, and not within a flag, or wherever they must; the rest of a line is indented."""
     words = re.sub(r"(?<!\S)\S{1,40}(?!\S)", r"<span>\g<0></span>", escapeHtml(token.content))
-    return f"<pre><code>{words}</code></pre>\n" if token.type == "fence" else f"<code>{words}</code>"
+    if token.type != "fence":
+        return f"<code>{words}</code>"
+    return f"<pre><code>{''.join(f'<div>{line}</div>' for line in words.splitlines())}</code></pre>\n"
 
 
 def _anchor(heading: str) -> str:
@@ -88,12 +90,12 @@ body {{ margin: 0 auto; padding: 1rem 1rem 4rem; max-width: 46rem; color: var(--
 nav {{ font-size: .9rem }}
 h1 {{ margin: .75rem 0 1rem; font-size: 1.75rem; line-height: 1.2 }}
 h2 {{ margin: 2.5rem 0 .75rem; font-size: 1.25rem }}
-a {{ color: var(--link); text-decoration-thickness: 1px; text-underline-offset: 2px }}
+a {{ color: var(--link); text-decoration-thickness: 1px; text-underline-offset: .3em }}
 code {{ font: .86em ui-monospace, monospace; padding: .1em .25em; border-radius: 4px; background: var(--box) }}
 pre {{ padding: .8rem .9rem; border-radius: 8px; background: var(--box); overflow-x: auto; line-height: 1.45 }}
-pre code {{ padding: 0; font-size: 13px }}
+pre code {{ padding: 0; font-size: 13px; line-height: 1.5 }}
 pre code:not([class]) {{ white-space: pre-wrap; overflow-wrap: anywhere }}
-code span {{ white-space: nowrap }}
+code span {{ white-space: nowrap }} code div {{ padding-left: 1.5em; text-indent: -1.5em }}
 img {{ display: block; width: 100%; max-width: 460px; margin: 1rem auto 1.25rem }}
 .wide {{ overflow-x: auto }}
 table {{ border-collapse: collapse; font-size: .94rem }}

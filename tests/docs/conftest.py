@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,8 @@ def world(tmp_path_factory):
     (world / "path/to/DeepSeek-V3").symlink_to(world / "path/to/DeepSeek-V2-Lite")
     (world / "path/to/tokenizer.json").symlink_to(world / "path/to/DeepSeek-V2-Lite/tokenizer.json")
     convert(world / "path/to/DeepSeek-V2-Lite", world / "path/to/orbax", to="orbax")
+    (world / "runs/quickstart").mkdir()
+    shutil.copy(world / "path/to/tokenizer.json", world / "runs/quickstart")
     return world
 
 

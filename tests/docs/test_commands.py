@@ -23,7 +23,7 @@ from mla_moe.plan.chips import CHIPS
 from mla_moe.training.console import Console
 from tests.docs.conftest import PAGES, ROOT, blocks, small
 
-LIBRARIES = {"reasoning_gym:": "reasoning_gym", "chain_sum": "reasoning_gym", ".jsonl": "math_verify"}
+LIBRARIES = {"reasoning_gym:": "reasoning_gym", "chain_sum": "reasoning_gym", "questions.jsonl": "math_verify"}
 """What a command names, and the package of the extra `rl` that it then needs."""
 
 
@@ -36,7 +36,8 @@ def commands():
                 for line in text.replace("\\\n", " ").splitlines():
                     for words in split(line):
                         found.setdefault(tuple(words), f"{page.name}: {' '.join(words)[:90]}")
-    return [pytest.param(words, id=name) for words, name in found.items()]
+    library = pytest.mark.library
+    return [pytest.param(words, id=name, marks=[library] if needs(words) else []) for words, name in found.items()]
 
 
 def split(line):
@@ -67,6 +68,8 @@ def running():
 @pytest.mark.parametrize("words", commands())
 def test_command(words, world, running, monkeypatch):
     monkeypatch.chdir(world)
+    for package in needs(words):
+        pytest.importorskip(package)
     program, *rest = words
     if program == ".venv/bin/python" and rest[0] == "train.py":
         train(rest[1:], monkeypatch)
@@ -97,7 +100,6 @@ def train(arguments, monkeypatch):
     if any(word.startswith("--distributed.") for word in arguments):
         read_train(arguments, monkeypatch)
         return
-    needs(arguments)
     module = train_module()
     run, devices = module.run, jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)  # a laptop's
@@ -145,7 +147,6 @@ def mla_moe(arguments, running, monkeypatch):
         recipe.load(command.recipe)
         assert command.topology.partition(":")[0] in {*CHIPS, "cpu"}
         return
-    needs(arguments)
     if isinstance(command, cli.Serve):
         monkeypatch.setattr(server, "serve", lambda app, host, port: listen(app, running))
         command = dataclasses.replace(command, capacity=128)
@@ -186,16 +187,13 @@ def curl(arguments, running):
 
 
 def script(rest, monkeypatch):
-    needs(rest)
     monkeypatch.setattr(sys, "argv", list(rest))
     runpy.run_path(rest[0], run_name="__main__")
 
 
-def needs(arguments):
-    for word in arguments:
-        for part, package in LIBRARIES.items():
-            if part in word:
-                pytest.importorskip(package)
+def needs(words):
+    """Packages of the extra `rl` that a command takes."""
+    return {package for word in words for part, package in LIBRARIES.items() if part in word}
 
 
 def project():

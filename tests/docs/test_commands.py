@@ -27,6 +27,11 @@ LIBRARIES = {"reasoning_gym:": "reasoning_gym", "chain_sum": "reasoning_gym", "q
 """What a command names, and the package of the extra `rl` that it then needs."""
 
 
+def needs(words):
+    """Packages of the extra `rl` that a command takes."""
+    return {package for word in words for part, package in LIBRARIES.items() if part in word}
+
+
 def commands():
     """Each once, in order, by the place where it is first written."""
     found = {}
@@ -189,11 +194,6 @@ def curl(arguments, running):
 def script(rest, monkeypatch):
     monkeypatch.setattr(sys, "argv", list(rest))
     runpy.run_path(rest[0], run_name="__main__")
-
-
-def needs(words):
-    """Packages of the extra `rl` that a command takes."""
-    return {package for word in words for part, package in LIBRARIES.items() if part in word}
 
 
 def project():

@@ -122,10 +122,9 @@ def mesh_around() -> jax.sharding.AbstractMesh | None:
     return mesh if all(kind == AxisType.Auto for kind in mesh.axis_types) else None
 
 
-def vocabulary_axis(mesh: jax.sharding.AbstractMesh, size: int) -> str | None:
-    """The mesh axis over which the head's columns are split when logits are made, where it divides them."""
-    parts = mesh.shape["tensor"]
-    return "tensor" if parts > 1 and size % parts == 0 else None
+def vocabulary_axes(mesh: jax.sharding.AbstractMesh, size: int, candidates: Sequence[str]) -> tuple[str, ...]:
+    """The mesh axes over which the head's columns are split when logits are made: those that divide them."""
+    return tuple(axis for axis in dividing(mesh, size, candidates) if mesh.shape[axis] > 1)
 
 
 def constrain(x: jax.Array) -> jax.Array:

@@ -12,8 +12,6 @@ if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not i
     # Arrays in huge pages: a step on CPU takes a fifth less time. The C library reads this when a program begins.
     os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
 
-import tyro
-
 from mla_moe import recipe as recipes
 from mla_moe.config import ConfigError
 from mla_moe.training.distributed import initialize
@@ -30,14 +28,7 @@ def main() -> int:
         print(__doc__ if "--help" in arguments or "-h" in arguments else "error: name a recipe first\n\n" + __doc__)
         return 0 if "--help" in arguments or "-h" in arguments else 2
     try:
-        recipe = tyro.cli(
-            tyro.conf.configure(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)(recipes.Recipe),
-            default=recipes.load(path),
-            args=arguments,
-            prog=f"train.py {path}",
-            description=__doc__,
-        )
-        return run(recipe)
+        return run(recipes.with_flags(recipes.load(path), arguments, f"train.py {path}", __doc__))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -29,29 +29,39 @@ def default_implementation(platform: str | None = None) -> Implementation:
 
 def grouped_matmul(
     x_RD: Float[Array, "R D"],
-    w_EDF: Float[Array, "E D F"],
+    w_GDF: Float[Array, "G D F"],
     group_sizes_E: Int[Array, "E"],
+    first: Int[Array, ""] | None = None,
     *,
     block: int,
     implementation: Implementation | None = None,
 ) -> Float[Array, "R F"]:
     """`y[r] = x[r] @ w[e]` for the rows r of group e, groups standing one after the other from row 0.
 
-    `group_sizes_E` are multiples of `block`, and R is too. Rows behind the last group give arbitrary values.
+    `group_sizes_E` are multiples of `block`, and R is too. Rows behind the last group give arbitrary values. With
+    `first` the groups' matrices are E of more, from that one on.
     """
     if implementation is None:
         implementation = default_implementation()
-    if implementation == "reference":
-        return _reference(x_RD, w_EDF, group_sizes_E)
-    if implementation == "ragged":
-        return jax.lax.ragged_dot(x_RD, w_EDF, group_sizes_E)
     if implementation == "megablox":
-        return _megablox(x_RD, w_EDF, group_sizes_E, block)
-    if x_RD.shape[0] % block:
-        raise ValueError(f"rows = {x_RD.shape[0]} must be a multiple of block = {block}")
-    expert_b = _expert_of_block(group_sizes_E, block, x_RD.shape[0] // block)
-    chunk = min(CHUNK if implementation == "chunks" else len(expert_b), len(expert_b))
-    return _blocks(x_RD, w_EDF, expert_b, group_sizes_E.sum() // block, chunk)
+        return _megablox(x_RD, w_GDF, _among(group_sizes_E, first, len(w_GDF)), block)
+    if implementation in ("blocks", "chunks"):
+        if x_RD.shape[0] % block:
+            raise ValueError(f"rows = {x_RD.shape[0]} must be a multiple of block = {block}")
+        blocks = x_RD.shape[0] // block
+        expert_b = _expert_of_block(group_sizes_E, block, blocks)
+        chunk = min(CHUNK, blocks) if implementation == "chunks" else blocks
+        expert_b = expert_b if first is None else expert_b + first
+        return _blocks(x_RD, w_GDF, expert_b, group_sizes_E.sum() // block, chunk)
+    w_EDF = w_GDF if first is None else jax.lax.dynamic_slice_in_dim(w_GDF, first, len(group_sizes_E))
+    return (_reference if implementation == "reference" else jax.lax.ragged_dot)(x_RD, w_EDF, group_sizes_E)
+
+
+def _among(group_sizes_E, first, groups):
+    """The sizes of all groups, of which those before and behind have no rows."""
+    if first is None:
+        return group_sizes_E
+    return jax.lax.dynamic_update_slice(jnp.zeros(groups, group_sizes_E.dtype), group_sizes_E, (first,))
 
 
 def _reference(x_RD, w_EDF, group_sizes_E):

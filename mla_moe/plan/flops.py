@@ -22,6 +22,8 @@ class Expected:
     """Runs of an expert exchange's loop."""
     rows: float | None = None
     """Rows of a device's experts in one run, padding included; None takes the whole buffer."""
+    experts: float | None = None
+    """Experts of a device that some token chose; None takes all."""
     blocks: float = 1.0
     """Blocks of keys that a block of queries looks at, where a loop goes over them."""
 

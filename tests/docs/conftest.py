@@ -30,7 +30,8 @@ def small(recipe: Recipe) -> Recipe:
     """The same recipe with another model and few steps of few tokens, on the devices at hand."""
     change = dataclasses.replace
     rl = recipe.rl
-    lengths = {"max_prompt_tokens": 448, "max_new_tokens": 8, "row_tokens": 0, "overlong": 0}
+    asks = min(4 * rl.max_prompt_tokens, 448)
+    lengths = {"max_prompt_tokens": asks, "max_new_tokens": 8, "row_tokens": 0, "overlong": 0}
     sizes = {"prompts": 2, "group_size": 4, "minibatches": 1, "rounds": 1, "rows": 8, "slots": 8}
     asked = {"eval_prompts": 2, "eval_samples": 0, "eval_every": 0}
     builtin = {"cpython:train": "books/**/*.txt", "cpython:heldout": "books/**/*.txt"}
@@ -53,7 +54,7 @@ def small(recipe: Recipe) -> Recipe:
         sft=change(recipe.sft, steps=2 * min(recipe.sft.steps, 1), batch_size=8, sequence_length=64, accumulation=1),
         rl=change(rl, steps=min(rl.steps, 1), **lengths, **sizes, **asked),
         rejection=change(recipe.rejection, steps=min(recipe.rejection.steps, 1), questions=2, samples=2),
-        sample=change(recipe.sample, prompts=recipe.sample.prompts[:1], max_new_tokens=4),
+        sample=change(recipe.sample, prompts=()),
     )  # fmt: skip
 
 

@@ -119,7 +119,8 @@ def decode(recipe: Recipe, topology: Topology, batch: int, context: int) -> Stag
     # The devices of `expert` have the same tokens; of the experts a few are chosen by none.
     local, K, e = batch // (mesh.shape["data"] * mesh.shape["fsdp"]), cfg.num_experts_per_tok, experts_of(cfg, mesh)
     chosen = e * (1 - (1 - K / cfg.n_routed_experts) ** local)
-    block = block_size(local * min(K, e), e, skeleton.kernels.grouped_matmul)
+    multiply = resolve(recipe.kernels, mesh.devices.flat[0].platform).grouped_matmul
+    block = block_size(local * min(K, e), e, multiply)
     rows = chosen * block * math.ceil(local * K / cfg.n_routed_experts / block)
     expected = Expected(blocks=shape[2] / cached_attention.BLOCK, rows=rows, experts=chosen)
     return Stage(traced, mesh, kinds, useful, 0.0, expected, 1.0, batch)

@@ -84,7 +84,7 @@ def reinforce(recipe: Recipe, run_dir: Path, console: Console) -> None:
         if start is None:
             state = stage.first_state()
         else:
-            state = checkpoints.restore(stage.abstract_state(), asked)
+            state, start = checkpoints.restore(stage.abstract_state(), asked, console.say), checkpoints.latest
             console.say(f"resumed from the checkpoint of step {start}")
         stage.train(state, asked, checkpoints, start)
 

@@ -83,7 +83,7 @@ class Stage(abc.ABC):
                     state = self.first_state(batches)
                     start = int(state.step) or None
                 else:
-                    state = checkpoints.restore(self.abstract_state, batches)
+                    state, start = checkpoints.restore(self.abstract_state, batches, say), checkpoints.latest
                     say(f"resumed from the checkpoint of step {start}")
                 self._train(state, batches, checkpoints, start)
 

@@ -48,6 +48,7 @@ def run(recipe: recipes.Recipe) -> int:
     from mla_moe.rl.stage import reinforce
     from mla_moe.training.compile_cache import enable_compile_cache
     from mla_moe.training.console import Console
+    from mla_moe.training.guard import Halted
     from mla_moe.training.pretrain import pretrain
     from mla_moe.training.run import open_run
     from mla_moe.training.setup import Interrupted
@@ -68,6 +69,9 @@ def run(recipe: recipes.Recipe) -> int:
     except Interrupted as stop:
         console.say(f"{stop}. The same command goes on from there.")
         return 130
+    except Halted as error:
+        console.say(f"error: {error}")
+        return 1
     if jax.process_index() == 0:
         console.say(f"report: {write_report(run_dir)}")
     return 0

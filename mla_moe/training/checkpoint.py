@@ -38,6 +38,16 @@ class Place(Protocol):
         ...
 
 
+class Stay:
+    """A place that stays where it is, whatever a checkpoint says."""
+
+    def states(self) -> Mapping[int, str]:
+        return {}
+
+    def restore(self, read: Callable[[int], str]) -> None:
+        pass
+
+
 State = TypeVar("State", bound=NamedTuple)
 """A `TrainState`, or one with more in it."""
 
@@ -81,6 +91,7 @@ class Checkpoints:
         Damaged ones are said. They are put aside as `STEP.damaged`, out of the way of the steps to come, once there is
         one to go on from; with none left this raises `CheckpointError`, and touches nothing.
         """
+        self._manager.wait_until_finished()
         steps = sorted(self._manager.all_steps(), reverse=True)
         for number, step in enumerate(steps):
             try:

@@ -14,6 +14,7 @@ from mla_moe.counting import cache_bytes_per_token, multi_head_cache_bytes_per_t
 from mla_moe.inference.generate import generate
 from mla_moe.recipe import Recipe
 from mla_moe.training.begin import first_state
+from mla_moe.training.checkpoint import Place
 from mla_moe.training.console import Console, bytes_, duration, si
 from mla_moe.training.loop import Stage
 from mla_moe.training.meter import Meter
@@ -35,9 +36,9 @@ class Pretraining(Stage):
         super().__init__("pretrain", setup, setup.recipe.training, setup.recipe.optimizer)
         self._text = training_text(setup.recipe)
 
-    def first_state(self, batches: data.Batches) -> TrainState:
+    def first_state(self, place: Place) -> TrainState:
         setup = self.setup
-        state = first_state(setup.recipe, setup.skeleton, self.tx, setup.mesh, batches)
+        state = first_state(setup.recipe, setup.skeleton, self.tx, setup.mesh, place)
         if setup.recipe.init_from:
             step = int(state.step)
             setup.console.say(f"started from {setup.recipe.init_from}" + (f", step {step}" if step else ""))

@@ -17,6 +17,9 @@ class Data:
     """The same for evaluation."""
     text_field: str = "text"
     """Key (JSON lines) or column (Parquet) that holds a document."""
+    malformed: float = 0.01
+    """Largest share of the documents that may turn out to be malformed: they are empty then, and counted. With more
+    the run ends, and names one."""
     tokenizer: str = "byte"
     """byte, the path of a tokenizer.json, or bpe:SIZE to train one of SIZE tokens on the training text."""
     shuffle_window: int = 256
@@ -29,6 +32,7 @@ class Data:
 
     def __post_init__(self):
         require(len(self.train) > 0, "data.train", self.train, "name at least one file or glob")
+        require(0 <= self.malformed <= 1, "data.malformed", self.malformed, "a share between 0 and 1")
         require(self.streams is None or self.streams >= 1, "data.streams", self.streams, "at least 1, or None")
         require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "1 keeps the order")
         require(self.prefetch >= 1, "data.prefetch", self.prefetch, "prepare at least 1 batch ahead")

@@ -48,6 +48,11 @@ class Stage(abc.ABC):
     def stream(self, *, batch_size: int, shard: int, shards: int) -> grain.DatasetIterator[data.Batch]:
         """One of `shards` streams of the batches, `batch_size` rows each."""
 
+    @property
+    @abc.abstractmethod
+    def fingerprint(self) -> int:
+        """Tells the files that are read from others."""
+
     @abc.abstractmethod
     def describe(self) -> list[tuple[str, str]]:
         """The start-up table's own rows. What is missing is missed here, before anything compiles."""
@@ -116,7 +121,7 @@ class Stage(abc.ABC):
         def stream(number: int) -> grain.DatasetIterator[data.Batch]:
             return self.stream(batch_size=rows // streams, shard=number, shards=streams)
 
-        return data.Batches(stream, data.rows_of(place.values(), rows), rows, streams)
+        return data.Batches(stream, data.rows_of(place.values(), rows), rows, streams, self.fingerprint)
 
     def _train(
         self, state: TrainState, batches: data.Batches, checkpoints: Checkpoints, start: int | None, rewound: int

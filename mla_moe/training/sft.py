@@ -65,6 +65,10 @@ class FineTuning(Stage):
         size = {"batch_size": batch_size, "sequence_length": self.training.sequence_length}
         return data.pair_batches(recipe.data, self._pairs, **size, seed=recipe.seed, shard=shard, shards=shards)
 
+    @property
+    def fingerprint(self) -> int:
+        return self._pairs.fingerprint
+
     def describe(self) -> list[tuple[str, str]]:
         pairs, training, say = self._pairs, self.training, self.setup.console.say
         streams = data.stream_count(self.setup.recipe.data.streams, training.batch_size)

@@ -31,7 +31,7 @@ MOMENTS = ("start", "restore", "steps", "save")
 
 def recipe(run_dir: Path, steps: int) -> Recipe:
     quick = recipes.load(ROOT / "configs" / "quickstart.py")
-    training = dataclasses.replace(quick.training, steps=steps, batch_size=4, sequence_length=128)
+    training = dataclasses.replace(quick.training, steps=steps, batch_size=4, sequence_length=64)
     return Recipe(
         run_dir=str(run_dir),
         model=quick.model,
@@ -139,7 +139,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    draw, steps = random.Random(args.seed), 12 + 4 * args.kills
+    draw, steps = random.Random(args.seed), 12 + 3 * args.kills
     kills, half, lost = collections.Counter(), collections.Counter(), collections.Counter()
     again = collections.defaultdict(list)
     with tempfile.TemporaryDirectory() as temporary:

@@ -11,7 +11,7 @@ import tyro
 
 from mla_moe import recipe as recipes
 from mla_moe.config import ConfigError
-from mla_moe.training.distributed import initialize
+from mla_moe.training.distributed import ending_together, initialize
 
 
 def main() -> int:
@@ -32,7 +32,8 @@ def main() -> int:
             prog=f"train.py {path}",
             description=__doc__,
         )
-        return run(recipe)
+        with ending_together():
+            return run(recipe)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

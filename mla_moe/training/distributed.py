@@ -56,11 +56,8 @@ def ending_together() -> Generator[None]:
             traceback.print_exc()
         who = f"process {jax.process_index()} of {jax.process_count()}"
         print(f"error in {who}: {error}", file=sys.stderr)
-        print(
-            "If another process is the cause, its own output says why. The same command, in all, goes on from the newest "
-            "checkpoint.",
-            file=sys.stderr,
-        )
+        fix = "its own output says why; the same command, in all, goes on from the newest checkpoint"
+        print(f"If another process is the cause, {fix}.", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(1)

@@ -12,6 +12,7 @@ import tyro
 from mla_moe import recipe as recipes
 from mla_moe.config import ConfigError
 from mla_moe.training.distributed import ending_together, initialize
+from mla_moe.training.guard import Halted
 
 
 def main() -> int:
@@ -37,6 +38,9 @@ def main() -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (Halted, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def run(recipe: recipes.Recipe) -> int:
@@ -49,7 +53,6 @@ def run(recipe: recipes.Recipe) -> int:
     from mla_moe.rl.stage import reinforce
     from mla_moe.training.compile_cache import enable_compile_cache
     from mla_moe.training.console import Console
-    from mla_moe.training.guard import Halted
     from mla_moe.training.pretrain import pretrain
     from mla_moe.training.run import open_run
     from mla_moe.training.setup import Interrupted
@@ -70,9 +73,6 @@ def run(recipe: recipes.Recipe) -> int:
     except Interrupted as stop:
         console.say(f"{stop}. The same command goes on from there.")
         return 130
-    except Halted as error:
-        console.say(f"error: {error}")
-        return 1
     if jax.process_index() == 0:
         console.say(f"report: {write_report(run_dir)}")
     return 0

@@ -4,9 +4,10 @@ A checkpoint says what it must hold, a digest for each array and for each other 
 is known when it is read. Digests are computed where the arrays are, and cost one reading of device memory.
 """
 
+import contextlib
 import dataclasses
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
@@ -21,6 +22,7 @@ from mla_moe.interop.native import config_digest, digests
 from mla_moe.interop.reader import CheckpointError
 from mla_moe.nn.param import logical_axes
 from mla_moe.nn.skeleton import Skeleton
+from mla_moe.training.guard import Halted
 
 _CHUNK_BYTES = 64 << 20
 """Larger arrays are stored in parts, so that another mesh, or a conversion, reads no more than it needs."""
@@ -65,7 +67,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        self._manager.close()
+        with self._saving():
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:
@@ -83,7 +86,19 @@ class Checkpoints:
             model=ocp.args.JsonSave(model),
             digests=ocp.args.JsonSave({"model": config_digest(model), "arrays": digests(state._asdict())}),
         )
-        self._manager.save(step, args=items)
+        with self._saving():
+            self._manager.save(step, args=items)
+
+    @contextlib.contextmanager
+    def _saving(self) -> Generator[None]:
+        """Orbax says of a save in the background what went wrong with it at the next one, or at the end."""
+        try:
+            yield
+        except Exception as error:
+            fix = "make room, or see to the disk, and the same command goes on from the checkpoint before"
+            raise Halted(
+                f"{self._manager.directory}: a checkpoint could not be saved ({_first(error)}); {fix}"
+            ) from error
 
     def restore(self, abstract: State, data: Place, say: Callable[[str], None]) -> State:
         """The newest checkpoint that is whole, each array straight into its sharding; `data` is moved to its place.
@@ -126,13 +141,17 @@ def restore_step(directory: Path, abstract: State, data: Place) -> State:
     except (ConfigError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
         raise  # says nothing of the files
     except Exception as error:  # Orbax has no list of what a changed byte may lead to
-        wrong = str(error).partition("\n")[0][:200]
+        wrong = _first(error)
     if not _any_process(wrong):
         now, then = digests(found["state"]), found["digests"]["arrays"]
         wrong = ", ".join(name for name in now if now[name] != then.get(name))
     if _any_process(wrong):
         raise CheckpointError("checkpoint", str(directory), f"is damaged: {wrong or 'another process says where'}")
     return type(abstract)(**found["state"])
+
+
+def _first(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
 
 
 def _any_process(wrong: str) -> bool:

@@ -12,8 +12,8 @@ import jax
 from mla_moe.config import ConfigError
 
 _FLAGS = ("coordinator", "processes", "process")
-_SILENCE = 60
-"""Seconds without a sign of life after which a process counts as lost."""
+_SILENCE = 100
+"""Seconds without a sign of life after which a process counts as lost: a busy host may be silent for a while."""
 
 
 def initialize(arguments: Sequence[str]) -> list[str]:

@@ -7,7 +7,6 @@ checkpoint is being written. Exits with 1 unless parameters, optimizer, place in
 """
 
 import argparse
-import collections
 import dataclasses
 import json
 import os
@@ -49,7 +48,7 @@ class Life:
     def __init__(self, run_dir: Path):
         command = [sys.executable, str(ROOT / "train.py"), str(run_dir.with_suffix(".json"))]
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT)}
-        self.began, self.run_dir, self.said = time.monotonic(), run_dir, ""
+        self.run_dir, self.said = run_dir, ""
         self.process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -67,6 +66,12 @@ class Life:
                 return True
             time.sleep(0.002)
         return False
+
+    @property
+    def cpu_seconds(self) -> float:
+        """What it has computed so far: on a busy machine a second says little."""
+        times = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> None:
         self.process.kill()
@@ -114,9 +119,9 @@ def kill_at(moment: str, life: Life, startup: float, draw: random.Random) -> boo
     }
     if not life.wait_for(happened[moment]):
         return False
-    longest = {"start": startup, "restore": 1.0, "steps": 1.0, "save": 0.5}
-    time.sleep(draw.uniform(0, longest[moment]))
-    alive = life.process.poll() is None
+    longest = {"start": startup, "restore": 1.0, "steps": 1.0, "save": 0.3}
+    until = life.cpu_seconds + draw.uniform(0, longest[moment])
+    alive = life.wait_for(lambda: life.cpu_seconds > until)
     life.kill()
     return alive
 
@@ -134,43 +139,57 @@ def prepare(folder: Path, name: str, steps: int) -> Path:
     return folder / name
 
 
+def run_whole(run_dir: Path) -> float:
+    """Without a kill. CPU seconds until the first step was done."""
+    life = Life(run_dir)
+    startup = life.cpu_seconds if life.wait_for(lambda: rows(run_dir)) else 0.0
+    if life.end():
+        raise SystemExit(life.said)
+    return startup
+
+
+def run_killed(
+    run_dir: Path, count: int, startup: float, draw: random.Random
+) -> dict[str, list[tuple[bool, bool, int]]]:
+    """With `count` kills: for each moment, whether each came amid a save, whether a checkpoint was lost, and how many
+    steps are to be done again."""
+    found = {moment: [] for moment in MOMENTS}
+    for number in range(count):
+        moment, saved, done = MOMENTS[number % len(MOMENTS)], newest(run_dir), len(rows(run_dir))
+        life = Life(run_dir)
+        if not kill_at(moment, life, startup, draw):
+            raise SystemExit(f"the run ended before kill {number + 1}, with {life.end()}:\n{life.said}")
+        lost = newest(run_dir) < saved or (life.resumed_from is not None and life.resumed_from < saved)
+        again = max(len(rows(run_dir)), done) - newest(run_dir)
+        found[moment].append((half_written(run_dir), lost, again))
+        print(f"{number + 1}: {moment}, {found[moment][-1]}, saved {newest(run_dir)}", file=sys.stderr, flush=True)
+    life = Life(run_dir)
+    if life.end():
+        raise SystemExit(life.said)
+    return found
+
+
+def show(found: dict[str, list[tuple[bool, bool, int]]], same: bool) -> None:
+    print("killed     kills  amid a save  checkpoints lost  steps done again, mean  most")
+    for moment, kills in found.items():
+        half, lost, again = zip(*kills, strict=True) if kills else ((), (), (0,))
+        print(f"{moment:9} {len(kills):6} {sum(half):12} {sum(lost):17} {sum(again) / len(again):23.1f} {max(again):5}")
+    print(f"the end is {'the same, bit for bit' if same else 'NOT the same'}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    draw, steps = random.Random(args.seed), 12 + 3 * args.kills
-    kills, half, lost = collections.Counter(), collections.Counter(), collections.Counter()
-    again = collections.defaultdict(list)
-    with tempfile.TemporaryDirectory() as temporary:
-        whole, killed = (prepare(Path(temporary), name, steps) for name in ("whole", "killed"))
-        life = Life(whole)
-        life.wait_for(lambda: rows(whole))
-        startup = time.monotonic() - life.began
-        if life.end():
-            print(life.said)
-            return 1
-        while kills.total() < args.kills:
-            moment, saved, done = MOMENTS[kills.total() % len(MOMENTS)], newest(killed), len(rows(killed))
-            life = Life(killed)
-            if not kill_at(moment, life, startup, draw):
-                print(f"the run ended before it was killed {args.kills} times, with {life.end()}:\n{life.said}")
-                return 1
-            kills[moment] += 1
-            half[moment] += half_written(killed)
-            lost[moment] += (life.resumed_from is not None and life.resumed_from < saved) or newest(killed) < saved
-            again[moment].append(max(len(rows(killed)), done) - newest(killed))
-            print(f"{kills.total()}: {moment}, saved {newest(killed)}", file=sys.stderr, flush=True)
-        life = Life(killed)
-        code = life.end()
-        same = code == 0 and outcome(whole) == outcome(killed)
-    print("killed     kills  amid a save  checkpoints lost  steps done again, mean  most")
-    for moment in MOMENTS:
-        redone = again[moment] or [0]
-        mean = sum(redone) / len(redone)
-        print(f"{moment:9} {kills[moment]:6} {half[moment]:12} {lost[moment]:17} {mean:23.1f} {max(redone):5}")
-    print(f"{steps} steps; the end is {'the same, bit for bit' if same else f'NOT the same: {life.said}'}")
-    return 0 if same and not lost.total() else 1
+    steps = 12 + 3 * args.kills
+    with tempfile.TemporaryDirectory() as folder:
+        whole, killed = (prepare(Path(folder), name, steps) for name in ("whole", "killed"))
+        startup = run_whole(whole)
+        found = run_killed(killed, args.kills, startup, random.Random(args.seed))
+        same = outcome(whole) == outcome(killed)
+    show(found, same)
+    return 0 if same and not any(lost for kills in found.values() for _, lost, _ in kills) else 1
 
 
 if __name__ == "__main__":

@@ -91,7 +91,16 @@ def check_messages(messages: Any) -> Sequence[Message]:
         require(ok, f"messages[{i}]", message, "an object with role and content")
         content = message.get("content")
         require(isinstance(content, str), f"messages[{i}].content", content, "must be text")
+        check_text(f"messages[{i}].content", content)
     return messages
+
+
+def check_text(field: str, text: str) -> None:
+    """JSON can spell half of a surrogate pair. Raises `ConfigError` for it, since no tokenizer can read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(field, text[error.start], "is half of a surrogate pair, which is no character") from None
 
 
 def _read(path: Path) -> dict[str, Any]:

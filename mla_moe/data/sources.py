@@ -190,7 +190,7 @@ class Parquet(Sequence[str]):
             try:
                 with pyarrow.parquet.ParquetFile(path) as file:
                     schema, metadata = file.schema_arrow, file.metadata
-            except pyarrow.ArrowInvalid as error:
+            except (pyarrow.ArrowException, OSError) as error:
                 raise ConfigError(field, path, f"is not a Parquet file: {error}") from None
             if text_field not in schema.names:
                 raise ConfigError("data.text_field", text_field, f"{path} has the columns {', '.join(schema.names)}")
@@ -203,12 +203,16 @@ class Parquet(Sequence[str]):
         self._rows: Callable[[int], Sequence] = functools.lru_cache(maxsize=8)(self._read_group)
 
     def _read_group(self, index: int) -> Sequence:
+        import pyarrow
         import pyarrow.parquet
 
         number, group = self._groups[index]
-        # A reader of its own, since they are not safe to share.
-        with self.files.open(number) as opened, pyarrow.parquet.ParquetFile(opened) as file:
-            return file.read_row_group(group, columns=[self._column]).column(0)
+        try:  # with a reader of its own, since they are not safe to share
+            with self.files.open(number) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+                return file.read_row_group(group, columns=[self._column]).column(0)
+        except (pyarrow.ArrowException, OSError) as error:
+            where = f"{self.files.paths[number]}, row group {group}"
+            raise ConfigError(self._field, where, f"cannot be read: {error}") from None
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

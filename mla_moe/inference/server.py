@@ -18,7 +18,7 @@ from typing import Any
 from mla_moe.config import ConfigError, require
 from mla_moe.inference.desk import Broken, Busy, Desk, News
 from mla_moe.inference.engine import Engine
-from mla_moe.inference.language import Language, check_messages, check_text
+from mla_moe.inference.language import Language, check_messages
 from mla_moe.inference.request import Completion, Request
 
 try:
@@ -167,8 +167,6 @@ def _prompts(prompt: Any, language: Language) -> list[list[int]]:
     for p in prompts:
         tokens = isinstance(p, list) and all(type(token) is int for token in p)
         require(isinstance(p, str) or tokens, "prompt", p, "a text, a list of token ids, or several of them")
-        if isinstance(p, str):
-            check_text("prompt", p)
     return [language.encode(p) if isinstance(p, str) else p for p in prompts]
 
 

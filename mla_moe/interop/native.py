@@ -6,11 +6,11 @@ A step's directory holds the items `state` (arrays by path under `params` and `b
 
 import contextlib
 import dataclasses
+import functools
 import json
 import zlib
 from collections import deque
-from collections.abc import Generator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from mla_moe.config import ModelConfig, structure
@@ -34,16 +35,20 @@ _METADATA = "_CHECKPOINT_METADATA"
 
 
 def digests(tree: Any) -> dict[str, int]:
-    """Of each array by its path, `.` between the keys: the same on any mesh and in every process."""
+    """Of each array on a mesh, by its path, `.` between the keys: the same on any mesh and in every process."""
     leaves = {
         jax.tree_util.keystr(k, simple=True, separator="."): x for k, x in jax.tree_util.tree_leaves_with_path(tree)
     }
-    return {name: int(number) for name, number in zip(leaves, _digests(list(leaves.values())), strict=True)}
+    if not leaves:
+        return {}
+    mesh = next(iter(leaves.values())).sharding.mesh
+    return dict(zip(leaves, np.asarray(_digester(mesh)(list(leaves.values()))).tolist(), strict=True))
 
 
-@jax.jit
-def _digests(arrays: list[jax.Array]) -> jax.Array:
-    return jnp.stack([digest(x) for x in arrays])
+@functools.cache
+def _digester(mesh: Mesh) -> Callable[[list[jax.Array]], jax.Array]:
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda arrays: jnp.stack([digest(x) for x in arrays]), out_shardings=everywhere)
 
 
 def config_digest(config: Mapping[str, Any]) -> int:
@@ -114,7 +119,7 @@ class NativeArrays:
         """The run whose whole state this is; None for parameters alone."""
         return run_directory(self.directory) if self._has_optimizer else None
 
-    @cached_property
+    @functools.cached_property
     def _is_ocdbt(self) -> bool:
         return (self.directory / "state" / "manifest.ocdbt").exists()
 

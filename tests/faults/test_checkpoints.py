@@ -1,5 +1,6 @@
 """Checkpoints that are cut short or changed: known when they are read, and the one before is taken, aloud."""
 
+import dataclasses
 import random
 import shutil
 
@@ -13,7 +14,11 @@ from mla_moe.nn.skeleton import Skeleton
 from mla_moe.recipe import Checkpoint, Mesh
 from mla_moe.sharding import make_mesh
 from mla_moe.training.checkpoint import Checkpoints
+from mla_moe.training.console import Console
+from mla_moe.training.metrics import read_rows
 from mla_moe.training.optimizer import make_optimizer
+from mla_moe.training.pretrain import pretrain
+from mla_moe.training.run import open_run
 from mla_moe.training.step import abstract_state, init_state
 
 KEEP = Checkpoint(every=1, keep=4)
@@ -99,6 +104,22 @@ def test_a_damaged_file_is_noticed_or_makes_no_difference(saved, tmp_path, spoil
         shutil.rmtree(copy)
     assert noticed >= set(needed)
     assert len(noticed) > len(needed)  # arrays too
+
+
+def test_a_run_goes_on_from_the_one_before(recipe, tmp_path, capsys):
+    """With the same curve, the place in the data included."""
+
+    def start():
+        settings = dataclasses.replace(recipe, run_dir=str(tmp_path))
+        pretrain(settings, open_run(settings), Console(enabled=True))
+        return {row["step"]: row["loss"] for row in read_rows(tmp_path / "metrics.jsonl")}
+
+    before, folder = start(), tmp_path / "checkpoints" / "pretrain"
+    shutil.rmtree(folder / "8")
+    cut(folder / "6" / "digests" / "metadata", random.Random(0))
+    assert start() == before
+    assert "resumed from the checkpoint of step 4" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} >= {"6.damaged", "6", "8"}
 
 
 def test_with_none_left_nothing_is_touched(saved, tmp_path):

@@ -2,8 +2,8 @@
 
     python benchmarks/kills.py [--kills 50] [--seed 0]
 
-The model is the quickstart's. Moments take turns: while a process starts, while it restores, during steps, and when a
-checkpoint is being written. Exits with 1 unless parameters, optimizer, place in the data and curves are the same.
+The model is the quickstart's. Moments take turns: while a checkpoint is being written, during steps, while a process
+restores, and while it starts. Exits with 1 unless parameters, optimizer, place in the data and curves are the same.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from mla_moe.training.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
 TIMES = ("tokens_per_s", "step_seconds", "mfu")
-MOMENTS = ("start", "restore", "steps", "save")
+MOMENTS = ("save", "steps", "restore", "start")
 
 
 def recipe(run_dir: Path, steps: int) -> Recipe:

@@ -21,7 +21,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 # Examples take as long as the machine lets them, and are the same in every run of the short form.
-hypothesis.settings.register_profile("short", max_examples=100, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("short", max_examples=60, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
 
 
@@ -31,6 +31,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     hypothesis.settings.load_profile("thorough" if config.getoption("--thorough") else "short")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--thorough"):
+        items[:] = [item for item in items if "thorough" not in item.keywords]
 
 
 @pytest.fixture(scope="session")

@@ -163,14 +163,16 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(pytestconfig, rec
     assert f"stopped at step {max(saved)} by SIGTERM" in first
 
 
-LOST = {"killed": (1, signal.SIGKILL), "the first": (0, signal.SIGKILL), "silent": (1, signal.SIGSTOP)}
+LOST = [
+    pytest.param(1, signal.SIGKILL, id="killed"),
+    pytest.param(0, signal.SIGKILL, id="the first", marks=pytest.mark.thorough),
+    pytest.param(1, signal.SIGSTOP, id="silent", marks=pytest.mark.thorough),
+]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("which", "how"), LOST.values(), ids=LOST)
-def test_the_others_end_when_one_is_lost(pytestconfig, recipe, tmp_path, which, how, thorough):
-    if (which, how) != LOST["killed"] and not thorough:
-        pytest.skip("with --thorough")
+@pytest.mark.parametrize(("which", "how"), LOST)
+def test_the_others_end_when_one_is_lost(pytestconfig, recipe, tmp_path, which, how):
     flags = ("--training.steps", "100000", "--mesh.data", "2", "--mesh.expert", "1", "--distributed.timeout", "30")
     started = begin(pytestconfig, recipe, tmp_path / "run", 2, 1, *flags)
     wait_for_rows(tmp_path / "run", started)

@@ -1,14 +1,16 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
 from mla_moe.recipe import Checkpoint, Data, Mesh, Optimizer, Recipe, Sample, Schedule, Training
+from mla_moe.sharding import make_mesh
 
 
 @pytest.fixture(scope="session")
 def recipe(cfg, tmp_path_factory):
-    """A run of a few seconds, on made-up words."""
+    """A run of two seconds, on made-up words."""
     folder, random = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
     for i in range(16):
         words = random.choice(["ab", "cde", "fgh", "ij"], random.integers(20, 100))
@@ -23,3 +25,9 @@ def recipe(cfg, tmp_path_factory):
         checkpoint=Checkpoint(every=2, keep=3),
         sample=Sample(),
     )
+
+
+@pytest.fixture(autouse=True)
+def _one_device(monkeypatch):
+    """Which is quicker than eight on one core."""
+    monkeypatch.setattr("mla_moe.training.setup.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))

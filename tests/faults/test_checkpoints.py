@@ -83,13 +83,13 @@ def files(step):
 NEEDED = {"data/stream_0.json", "digests/metadata", "state/manifest.ocdbt"}
 
 
-@pytest.mark.parametrize("spoil", [flip, cut, remove])
+@pytest.mark.parametrize("spoil", [flip, cut, pytest.param(remove, marks=pytest.mark.thorough)])
 def test_a_damaged_file_is_noticed_or_makes_no_difference(saved, tmp_path, spoil, thorough):
     run_dir, states, abstract = saved
     draw, noticed = random.Random(0), set()
     wanted = [p.relative_to(run_dir) for p in files(run_dir / "checkpoints" / "pretrain" / "2")]
     needed = [p for p in wanted if "/".join(p.parts[3:]) in NEEDED]
-    for file in wanted * 20 if thorough else [*wanted[:3], *needed]:
+    for file in wanted * 20 if thorough else [*wanted[:2], *needed]:
         copy = tmp_path / "copy"
         shutil.copytree(run_dir, copy)
         spoil(copy / file, draw)

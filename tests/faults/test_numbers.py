@@ -80,12 +80,7 @@ def test_a_leap_of_the_loss_is_taken_back(recipe, tmp_path, spoilt, capsys):
     assert len(taken) == 10  # batches 7 and 8, which was under way, are not read again
 
 
-def test_without_being_asked_nothing_goes_back(recipe, tmp_path, spoilt):
-    assert len(spoilt({7})) == 0
-    start(recipe, tmp_path)
-    assert losses(tmp_path)[7] > losses(tmp_path)[6] + 1
-
-
+@pytest.mark.thorough
 def test_losses_that_leap_again_and_again_end_the_run(recipe, tmp_path, spoilt):
     spoilt(range(7, 99))
     with pytest.raises(Halted, match="again after 3 returns to step 6"):

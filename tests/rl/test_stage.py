@@ -107,6 +107,7 @@ def test_rewards_rise(whole, start, tmp_path):
     assert np.mean(found[-2:]) > found[0] + 0.1
 
 
+@pytest.mark.thorough
 def test_a_stage_that_blows_up_ends_and_leaves_the_answers(recipe, base, tmp_path):
     rl = dataclasses.replace(recipe.rl, eval_samples=0, optimizer=Optimizer("adamw", Schedule(peak=1e38, warmup=0.0)))
     settings = dataclasses.replace(

@@ -14,7 +14,8 @@ if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not i
 
 from mla_moe import recipe as recipes
 from mla_moe.config import ConfigError
-from mla_moe.training.distributed import initialize
+from mla_moe.training.distributed import ending_together, initialize
+from mla_moe.training.guard import Halted
 
 
 def main() -> int:
@@ -28,10 +29,15 @@ def main() -> int:
         print(__doc__ if "--help" in arguments or "-h" in arguments else "error: name a recipe first\n\n" + __doc__)
         return 0 if "--help" in arguments or "-h" in arguments else 2
     try:
-        return run(recipes.with_flags(recipes.load(path), arguments, f"train.py {path}", __doc__))
+        recipe = recipes.with_flags(recipes.load(path), arguments, f"train.py {path}", __doc__)
+        with ending_together():
+            return run(recipe)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (Halted, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
 
 def run(recipe: recipes.Recipe) -> int:

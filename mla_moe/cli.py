@@ -256,6 +256,8 @@ class Serve:
     """Most tokens of a request, its answer included."""
     max_waiting: int = 256
     """Requests beyond these are turned away with status 429."""
+    max_seconds: float = 600.0
+    """Longest time that an answer may take, waiting included; then it is given up, with status 504."""
     speculative: bool = False
     """Let the prediction module guess ahead: the same text, sooner."""
 
@@ -267,7 +269,8 @@ class Serve:
         engine = Engine(
             model, slots=self.slots, capacity=self.capacity, decode=language.decode, speculative=self.speculative
         )
-        app = application(engine, language, self.checkpoint.resolve().name, max_waiting=self.max_waiting)
+        limits = {"max_waiting": self.max_waiting, "seconds": self.max_seconds}
+        app = application(engine, language, self.checkpoint.resolve().name, **limits)
         print(f"http://{self.host}:{self.port}/v1  (stop with Ctrl-C)")
         serve(app, self.host, self.port)
 

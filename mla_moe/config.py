@@ -1,6 +1,7 @@
 """What a model is: one frozen dataclass with the field names of a Hugging Face `config.json`, and the presets."""
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -47,9 +48,9 @@ def structure(cls: Any, value: Any, field: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         return structure(next(a for a in arguments if a is not type(None)), value, field)
-    if cls is float and type(value) is int:
+    if cls is float and type(value) is int and abs(value) < 1 << 63:
         return float(value)
-    require(type(value) is cls, field, value, f"must be of type {cls.__name__}")
+    require(type(value) is cls and value == value, field, value, f"must be of type {cls.__name__}")  # no NaN
     return value
 
 
@@ -65,6 +66,9 @@ class Yarn:
     mscale_all_dim: float = 1.0
 
     def __post_init__(self):
+        for name in ("factor", "beta_fast", "beta_slow"):
+            value = getattr(self, name)
+            require(0 < value < math.inf, f"rope_scaling.{name}", value, "a positive number")
         if self.factor < 1:
             raise ConfigError("rope_scaling.factor", self.factor, "a context extension is at least 1")
         if self.original_max_position_embeddings < 1:
@@ -118,8 +122,11 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             zero_is_fine = field.name in ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers")
-            if field.type is int and (value < 0 or (value == 0 and not zero_is_fine)):
-                raise ConfigError(field.name, value, "a size is a positive whole number")
+            if field.type in (int, int | None) and value is not None:
+                least = 0 if zero_is_fine else 1
+                require(least <= value < 1 << 31, field.name, value, "a size is a positive whole number, below 2**31")
+            if field.type is float:
+                require(0 < value < math.inf, field.name, value, "a positive number")
         if self.num_experts_per_tok > self.n_routed_experts:
             raise ConfigError(
                 "num_experts_per_tok",
@@ -184,7 +191,9 @@ class ModelConfig:
             "norm_topk_prob": config.get("norm_topk_prob", method == "noaux_tc"),
         }
         # transformers 5 writes `rope_parameters`, with theta inside; the released files have `rope_scaling` beside it.
-        rope = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        require(isinstance(rope, dict), "rope_scaling", rope, "an object")
+        rope = dict(rope)
         values["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10_000.0))
         kind = rope.pop("type", None) or rope.pop("rope_type", None) or "default"
         if kind not in ("default", "yarn"):

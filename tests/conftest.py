@@ -10,6 +10,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
+import hypothesis
 import jax
 import jaxtyping
 import pytest
@@ -17,6 +18,29 @@ import pytest
 jaxtyping.install_import_hook(("mla_moe.ops", "mla_moe.nn", "mla_moe.rl"), "beartype.beartype")
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+# Examples take as long as the machine lets them, and are the same in every run of the short form.
+hypothesis.settings.register_profile("short", max_examples=60, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--thorough", action="store_true", help="10,000 bad inputs of each kind, and faults at length")
+
+
+def pytest_configure(config):
+    hypothesis.settings.load_profile("thorough" if config.getoption("--thorough") else "short")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--thorough"):
+        items[:] = [item for item in items if "thorough" not in item.keywords]
+
+
+@pytest.fixture(scope="session")
+def thorough(pytestconfig):
+    return pytestconfig.getoption("--thorough")
 
 
 @pytest.fixture(autouse=True)

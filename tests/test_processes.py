@@ -154,17 +154,44 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(pytestconfig, rec
         "--mesh.expert",
         "1",
     )
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(read_rows(tmp_path / "run" / "metrics.jsonl")) < 3:
-        assert time.monotonic() < deadline
-        assert [process.poll() for process in started] == [None, None]
-        time.sleep(0.5)
+    wait_for_rows(tmp_path / "run", started)
     started[1].send_signal(signal.SIGTERM)
     first, second = (process.communicate(timeout=120)[0] for process in started)
     assert [process.returncode for process in started] == [130, 130], first + second
     saved = [int(step.name) for step in (tmp_path / "run" / "checkpoints" / "pretrain").iterdir()]
     assert max(saved) == read_rows(tmp_path / "run" / "metrics.jsonl")[-1]["step"]
     assert f"stopped at step {max(saved)} by SIGTERM" in first
+
+
+LOST = [
+    pytest.param(1, signal.SIGKILL, id="killed"),
+    pytest.param(0, signal.SIGKILL, id="the first", marks=pytest.mark.thorough),
+    pytest.param(1, signal.SIGSTOP, id="silent", marks=pytest.mark.thorough),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("which", "how"), LOST)
+def test_the_others_end_when_one_is_lost(pytestconfig, recipe, tmp_path, which, how):
+    flags = ("--training.steps", "100000", "--mesh.data", "2", "--mesh.expert", "1", "--distributed.timeout", "30")
+    started = begin(pytestconfig, recipe, tmp_path / "run", 2, 1, *flags)
+    wait_for_rows(tmp_path / "run", started)
+    started[which].send_signal(how)
+    began, other = time.monotonic(), started[1 - which]
+    output = other.communicate(timeout=120)[0]
+    assert time.monotonic() - began < 90  # the silence of 30 s, and on a busy machine the time to notice it
+    assert other.returncode not in (0, 130)
+    assert "If another process is the cause" in output or "another task died" in output
+    started[which].kill()
+    started[which].communicate()
+
+
+def wait_for_rows(run_dir, started):
+    deadline = time.monotonic() + 120
+    while len(read_rows(run_dir / "metrics.jsonl")) < 3:
+        assert time.monotonic() < deadline
+        assert [process.poll() for process in started] == [None, None]
+        time.sleep(0.5)
 
 
 MOVE = """

@@ -1,5 +1,6 @@
 """Text to batches: sources of documents, tokenizers, and Grain pipelines that pack and shuffle."""
 
+from mla_moe.data.malformed import LeavingOut
 from mla_moe.data.pairs import PAIR_FIELDS, Coding, Pairs, pair_batches
 from mla_moe.data.pipeline import Batch, gzip_bits_per_byte, heldout_batches, train_batches
 from mla_moe.data.sources import open_sources
@@ -13,6 +14,7 @@ __all__ = [
     "ByteTokenizer",
     "Coding",
     "HFTokenizer",
+    "LeavingOut",
     "Pairs",
     "Tokenizer",
     "gzip_bits_per_byte",

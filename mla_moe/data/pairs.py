@@ -9,6 +9,7 @@ import grain
 import numpy as np
 
 from mla_moe.config import ConfigError
+from mla_moe.data.files import fingerprint
 from mla_moe.data.pipeline import READ, Batch, batched, fill, shuffled
 from mla_moe.data.sources import Lines, find_files, has_half_pair
 from mla_moe.recipe import Data
@@ -39,7 +40,7 @@ class Pairs(Sequence[Batch]):
 
     def __init__(self, patterns: Sequence[str], field: str, coding: Coding, malformed: float):
         paths = (path for pattern in patterns for path in find_files(pattern, field))
-        self._lines, self._coding = Lines(list(dict.fromkeys(paths))), coding
+        self._lines, self._coding = Lines(list(dict.fromkeys(paths)), field), coding
         self._usable = array.array("q")
         self.malformed: list[str] = []
         """Broken lines, each with its place and what is wrong."""
@@ -50,7 +51,7 @@ class Pairs(Sequence[Batch]):
         for index, line in enumerate(self._lines):
             try:
                 question, completion = _read(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 self.malformed.append(f"{self._lines.where(index)}: {error}")
                 continue
             if not self._has_room(question, completion):
@@ -63,6 +64,11 @@ class Pairs(Sequence[Batch]):
         if not self._usable:
             fix = f"has no pair to learn from; {self.too_long} prompts are too long for {coding.length} tokens"
             raise ConfigError(field, tuple(patterns), fix)
+
+    @property
+    def fingerprint(self) -> int:
+        """Tells these files from others."""
+        return fingerprint([self._lines])
 
     def __len__(self) -> int:
         return len(self._usable)

@@ -17,15 +17,17 @@ from pathlib import Path
 
 from mla_moe.config import ConfigError
 from mla_moe.data import arithmetic, cpython
+from mla_moe.data.files import Files, fingerprint
+from mla_moe.data.malformed import LeavingOut, Malformed
 
 
-def open_sources(patterns: Sequence[str], *, field: str, text_field: str) -> Sequence[str]:
+def open_sources(patterns: Sequence[str], *, field: str, text_field: str, malformed: float = 0.0) -> LeavingOut:
     """The documents of all files that `patterns` match, in the patterns' order and sorted by path within each.
 
     A pattern is a path, a glob (`**` descends), or `NAME:train` or `NAME:heldout` of `cpython` or `arithmetic`. The
     suffix says how a file is read: `.jsonl`, `.parquet`, `.arrayrecord`; any other file is one document of UTF-8 text.
     A file matched twice counts once. `text_field` is the key or column that holds a document; `field` is the recipe's
-    field to blame.
+    field to blame. Up to a share of `malformed` records are left out as they are met.
     """
     parts: list[Sequence[str]] = []
     seen: set[str] = set()
@@ -42,7 +44,7 @@ def open_sources(patterns: Sequence[str], *, field: str, text_field: str) -> Seq
             fresh, key=lambda path: _READERS.get(Path(path).suffix.lower(), TextFiles)
         ):
             parts.append(read(list(paths), field, text_field))
-    source = parts[0] if len(parts) == 1 else Concatenation(parts)
+    source = LeavingOut(Concatenation(parts), malformed, fingerprint(parts))
     if not any(source):  # stops at the first document with text, which also tries the format before training starts
         raise ConfigError(field, tuple(patterns), "holds no text: every document is empty")
     return source
@@ -86,21 +88,21 @@ class TextFiles(Sequence[str]):
     """Files of UTF-8 text, each one document."""
 
     def __init__(self, paths: list[str], field: str, text_field: str):
-        self._paths, self._field = paths, field
+        self.files, self._field = Files(paths, field), field
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.files.paths)
 
     def __getitem__(self, index: int) -> str:
-        path = self._paths[index]
-        return _decode(Path(path).read_bytes(), self._field, path)
+        with self.files.open(index) as file:
+            return _decode(file.read(), self._field, self.files.paths[index])
 
 
 def _decode(text: bytes, field: str, where: str) -> str:
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(field, where, f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise Malformed(field, where, f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
@@ -114,14 +116,14 @@ def has_half_pair(text: str) -> bool:
 class Lines(Sequence[bytes]):
     """The lines of files, found through an index of where they start; blank ones do not count."""
 
-    def __init__(self, paths: Sequence[str]):
-        self._paths = paths
+    def __init__(self, paths: Sequence[str], field: str):
+        self.files = Files(paths, field)
         self._starts = array.array("q")  # 8 bytes a line: a billion lines fit a host's memory
         self._numbers = array.array("q")  # in the file, to name a broken one
         self._ends: list[int] = []
-        for path in paths:
+        for index in range(len(paths)):
             start = 0
-            with open(path, "rb") as file:
+            with self.files.open(index) as file:
                 for number, line in enumerate(file, 1):
                     if not line.isspace():
                         self._starts.append(start)
@@ -133,22 +135,23 @@ class Lines(Sequence[bytes]):
         return len(self._starts)
 
     def __getitem__(self, index: int) -> bytes:
-        with open(self._path(index), "rb") as file:  # per read: a shared handle would share its position among threads
+        with self.files.open(self._file(index)) as file:  # anew: threads would share a handle's position
             file.seek(self._starts[index])
             return file.readline()
 
     def where(self, index: int) -> str:
-        return f"{self._path(index)}, line {self._numbers[index]}"
+        return f"{self.files.paths[self._file(index)]}, line {self._numbers[index]}"
 
-    def _path(self, index: int) -> str:
-        return self._paths[_locate(self._ends, index)[0]]
+    def _file(self, index: int) -> int:
+        return _locate(self._ends, index)[0]
 
 
 class JsonLines(Sequence[str]):
     """Files with one JSON object a line."""
 
     def __init__(self, paths: list[str], field: str, text_field: str):
-        self._lines, self._field, self._key = Lines(paths), field, text_field
+        self._lines, self._field, self._key = Lines(paths, field), field, text_field
+        self.files = self._lines.files
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -157,13 +160,13 @@ class JsonLines(Sequence[str]):
         line, where = self._lines[index], self._lines.where(index)
         try:
             value = json.loads(line)
-        except ValueError as error:
-            raise ConfigError(self._field, where, f"is not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise Malformed(self._field, where, f"is not JSON: {error}") from None
         text = value.get(self._key) if isinstance(value, dict) else None
         if not isinstance(text, str):
-            raise ConfigError(self._field, where, f"needs an object with text under {self._key!r} (data.text_field)")
+            raise Malformed(self._field, where, f"needs an object with text under {self._key!r} (data.text_field)")
         if has_half_pair(text):
-            raise ConfigError(self._field, where, "has half of a surrogate pair, which is no character")
+            raise Malformed(self._field, where, "has half of a surrogate pair, which is no character")
         return text
 
 
@@ -180,14 +183,14 @@ class Parquet(Sequence[str]):
             import pyarrow.parquet
         except ImportError:
             raise ConfigError(field, paths[0], "Parquet needs pyarrow: pip install 'mla_moe[parquet]'") from None
-        self._field, self._column = field, text_field
-        self._groups: list[tuple[str, int]] = []
+        self._field, self._column, self.files = field, text_field, Files(paths, field)
+        self._groups: list[tuple[int, int]] = []
         self._ends: list[int] = []
-        for path in paths:
+        for number, path in enumerate(paths):
             try:
                 with pyarrow.parquet.ParquetFile(path) as file:
                     schema, metadata = file.schema_arrow, file.metadata
-            except pyarrow.ArrowInvalid as error:
+            except (pyarrow.ArrowException, OSError) as error:
                 raise ConfigError(field, path, f"is not a Parquet file: {error}") from None
             if text_field not in schema.names:
                 raise ConfigError("data.text_field", text_field, f"{path} has the columns {', '.join(schema.names)}")
@@ -195,16 +198,21 @@ class Parquet(Sequence[str]):
             if kind not in (pyarrow.string(), pyarrow.large_string()):
                 raise ConfigError("data.text_field", text_field, f"{path} holds {kind} in it; name a column of text")
             for group in range(metadata.num_row_groups):
-                self._groups.append((path, group))
+                self._groups.append((number, group))
                 self._ends.append(metadata.row_group(group).num_rows + (self._ends[-1] if self._ends else 0))
         self._rows: Callable[[int], Sequence] = functools.lru_cache(maxsize=8)(self._read_group)
 
     def _read_group(self, index: int) -> Sequence:
+        import pyarrow
         import pyarrow.parquet
 
-        path, group = self._groups[index]
-        with pyarrow.parquet.ParquetFile(path) as file:  # its own reader, since they are not safe to share
-            return file.read_row_group(group, columns=[self._column]).column(0)
+        number, group = self._groups[index]
+        try:  # with a reader of its own, since they are not safe to share
+            with self.files.open(number) as opened, pyarrow.parquet.ParquetFile(opened) as file:
+                return file.read_row_group(group, columns=[self._column]).column(0)
+        except (pyarrow.ArrowException, OSError) as error:
+            where = f"{self.files.paths[number]}, row group {group}"
+            raise ConfigError(self._field, where, f"cannot be read: {error}") from None
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -213,8 +221,9 @@ class Parquet(Sequence[str]):
         group, row = _locate(self._ends or [0], index)
         text = self._rows(group)[row].as_py()
         if text is None:
-            path, number = self._groups[group]
-            raise ConfigError(self._field, f"{path}, row group {number}, row {row}", f"{self._column!r} is null")
+            file, number = self._groups[group]
+            where = f"{self.files.paths[file]}, row group {number}, row {row}"
+            raise Malformed(self._field, where, f"{self._column!r} is null")
         return text
 
 
@@ -224,7 +233,7 @@ class ArrayRecord(Sequence[str]):
     def __init__(self, paths: list[str], field: str, text_field: str):
         from grain.sources import ArrayRecordDataSource
 
-        self._paths, self._field = paths, field
+        self.files, self._field = Files(paths, field), field
         try:
             self._records = ArrayRecordDataSource(paths)
         except (RuntimeError, ValueError) as error:
@@ -236,7 +245,7 @@ class ArrayRecord(Sequence[str]):
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return _decode(self._records[index], self._field, f"{', '.join(self._paths)}, record {index}")
+        return _decode(self._records[index], self._field, f"{', '.join(self.files.paths)}, record {index}")
 
 
 _READERS = {".jsonl": JsonLines, ".parquet": Parquet, ".arrayrecord": ArrayRecord, ".array_record": ArrayRecord}

@@ -28,15 +28,23 @@ def stream_count(streams: int | None, batch_size: int) -> int:
 class Batches:
     """This process's rows of batch after batch."""
 
-    def __init__(self, make: Callable[[int], grain.DatasetIterator[Batch]], rows: slice, batch_size: int, streams: int):
-        """`make(i)` opens stream i; `rows` of each batch are this process's."""
+    def __init__(
+        self,
+        make: Callable[[int], grain.DatasetIterator[Batch]],
+        rows: slice,
+        batch_size: int,
+        streams: int,
+        source: int = 0,
+    ):
+        """`make(i)` opens stream i; `rows` of each batch are this process's; `source` is the fingerprint of what is
+        read."""
         share = batch_size // streams
         if rows.start % share or rows.stop % share:
             fix = (
                 f"{streams} streams of {share} rows do not fit processes of {rows.stop - rows.start}; give more streams"
             )
             raise ConfigError("data.streams", streams, fix)
-        self.rows = rows
+        self.rows, self._source = rows, source
         self._make, self._mine = make, range(rows.start // share, rows.stop // share)
 
     @cached_property
@@ -49,12 +57,22 @@ class Batches:
 
     def states(self) -> dict[int, str]:
         """The place of each stream, as JSON."""
-        return {number: json.dumps(stream.get_state()) for number, stream in self._streams.items()}
+        return {
+            number: json.dumps({"source": self._source, "stream": stream.get_state()})
+            for number, stream in self._streams.items()
+        }
 
     def restore(self, read: Callable[[int], str]) -> None:
-        """Go to where `states` was called, given how to read a stream's place."""
+        """Go to where `states` was called, given how to read a stream's place. Raises `ConfigError` if it was called
+        over other files."""
         for number, stream in self._streams.items():
-            stream.set_state(json.loads(read(number)))
+            place = json.loads(read(number))
+            if place["source"] != self._source:
+                fix = (
+                    "number or sizes of the files are not those of the checkpoint; put them back, or begin another run"
+                )
+                raise ConfigError("data", "other files", fix)
+            stream.set_state(place["stream"])
             stream.start_prefetch()
 
     def close(self) -> None:

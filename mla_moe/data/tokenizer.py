@@ -122,7 +122,7 @@ def _named_token(path: Path, key: str) -> str | None:
         return None
     try:
         token = json.loads(path.read_text(encoding="utf-8")).get(key)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise ConfigError(_FIELD, str(path), "is not a JSON object") from None
     return token["content"] if isinstance(token, dict) else token
 

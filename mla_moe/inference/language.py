@@ -40,7 +40,7 @@ def language_of(directory: Path, tokenizer: Tokenizer) -> Language:
     stops = _read(directory / "generation_config.json").get("eos_token_id")
     stops = tokenizer.eos_id if stops is None else stops
     return Language(
-        encode=lambda text: [tokenizer.bos_id, *tokenizer.encode(text).tolist()],
+        encode=lambda text: [tokenizer.bos_id, *tokenizer.encode(_checked("prompt", text)).tolist()],
         encode_chat=_chat(directory),
         decode=tokenizer.decode,
         stop_ids=tuple(stops if isinstance(stops, list) else [stops])[:MAX_STOPS],
@@ -71,7 +71,7 @@ def _chat(directory: Path) -> Callable[[Sequence[Message]], list[int]]:
             text = template.render(messages=messages, add_generation_prompt=True, **special)
         except jinja2.TemplateError as error:
             raise ConfigError("messages", "", f"the chat template cannot take them: {error}") from None
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return tokenizer.encode(_checked("messages", text), add_special_tokens=False).ids
 
     return encode
 
@@ -94,12 +94,21 @@ def check_messages(messages: Any) -> Sequence[Message]:
     return messages
 
 
+def _checked(field: str, text: str) -> str:
+    """The text. JSON and command lines can hold half of a surrogate pair, which no tokenizer reads: `ConfigError`."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(field, text[error.start], "is half of a surrogate pair, which is no character") from None
+    return text
+
+
 def _read(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise ConfigError(path.name, str(path), "is not a JSON object")

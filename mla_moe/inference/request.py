@@ -9,6 +9,8 @@ import numpy as np
 from mla_moe.config import require
 
 MAX_STOPS = 8
+MAX_STOP_LENGTH = 256
+MAX_TEMPERATURE = 100
 Finish = Literal["stop", "length", "cancelled"]
 Decode = Callable[[Iterable[int]], str]
 
@@ -36,13 +38,16 @@ class Request:
     def __post_init__(self):
         require(len(self.prompt) > 0, "prompt", [], "needs at least one token; begin with the tokenizer's bos_id")
         require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "must be at least 1")
-        require(0 <= self.temperature < float("inf"), "temperature", self.temperature, "must be >= 0")
-        require(self.top_k >= 0, "top_k", self.top_k, "must be >= 0; 0 keeps all tokens")
+        require(0 <= self.temperature <= MAX_TEMPERATURE, "temperature", self.temperature, "must be in [0, 100]")
+        require(0 <= self.top_k < 1 << 31, "top_k", self.top_k, "must be in [0, 2**31); 0 keeps all tokens")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
         require(0 <= self.min_p <= 1, "min_p", self.min_p, "must be in [0, 1]")
         require(0 <= self.seed < 1 << 32, "seed", self.seed, "must be in [0, 2**32)")
         require(len(self.stop_ids) <= MAX_STOPS, "stop_ids", self.stop_ids, f"give at most {MAX_STOPS}")
         require(all(self.stop), "stop", self.stop, "an empty string would stop at once")
+        fits = len(self.stop) <= MAX_STOPS and all(len(text) <= MAX_STOP_LENGTH for text in self.stop)
+        fix = f"give at most {MAX_STOPS}, of at most {MAX_STOP_LENGTH} characters: each is looked for at every token"
+        require(fits, "stop", self.stop, fix)
 
 
 @dataclasses.dataclass(eq=False)

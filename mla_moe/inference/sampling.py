@@ -63,7 +63,7 @@ def filtered(logits_BV: Float[Array, "B V"], settings: Settings) -> Float[Array,
         rank_BV = jnp.where(jnp.arange(V) < top_k_B[:, None], sorted_BV, -jnp.inf)
         probability_BV = jax.nn.softmax(rank_BV, axis=-1)
         before_BV = jnp.cumsum(probability_BV, axis=-1) - probability_BV
-        kept_B = jnp.minimum((before_BV < settings.top_p_B[:, None]).sum(axis=-1), top_k_B)
+        kept_B = jnp.clip((before_BV < settings.top_p_B[:, None]).sum(axis=-1), 1, top_k_B)
         return jnp.take_along_axis(sorted_BV, kept_B[:, None] - 1, axis=-1)
 
     # Sorting the vocabulary costs more than the rest of a small model's step.

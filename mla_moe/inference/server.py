@@ -2,8 +2,9 @@
 
     POST /v1/completions    POST /v1/chat/completions    GET /v1/models    GET /health
 
-Errors are `{"error": {"message", "type", "param", "code"}}`: 400 for a request that makes no sense, 413 for one that is
-too large, 429 when too many are waiting. A client that hangs up frees its slot.
+Errors are `{"error": {"message", "type", "param", "code"}}`: 400 for a request that makes no sense, 408 for one that
+does not come, 413 for one that is too large, 429 when too many are waiting, 504 for an answer that takes too long. A
+client that hangs up frees its slot.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from mla_moe.inference.request import Completion, Request
 
 try:
     from starlette.applications import Starlette
+    from starlette.requests import ClientDisconnect
     from starlette.requests import Request as HTTPRequest
     from starlette.responses import JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
@@ -30,6 +32,9 @@ except ImportError:
 
 MAX_BODY = 4 << 20
 MAX_CHOICES = 64
+MAX_CONNECTIONS = 1024
+BODY_SECONDS = 30.0
+"""Longest time in which a body may come."""
 _COMMON = {
     "model": str, "max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int,
     "n": int, "stop": str | list, "stream": bool, "logprobs": bool | int, "user": str,
@@ -38,8 +43,8 @@ _COMPLETION = _COMMON | {"prompt": str | list}
 _CHAT = _COMMON | {"messages": list, "max_completion_tokens": int}
 
 
-def application(engine: Engine, language: Language, name: str, *, max_waiting: int) -> Starlette:
-    """The server. `name` is what clients call the model."""
+def application(engine: Engine, language: Language, name: str, *, max_waiting: int, seconds: float = 600) -> Starlette:
+    """The server. `name` is what clients call the model, `seconds` the longest time that an answer may take."""
     desk = Desk(engine, max_waiting)
 
     @contextlib.asynccontextmanager
@@ -51,13 +56,14 @@ def application(engine: Engine, language: Language, name: str, *, max_waiting: i
     async def completions(http: HTTPRequest) -> Response:
         body = await _body(http, _COMPLETION)
         prompts = _prompts(body.get("prompt"), language)
-        return await _answer(http, desk, language, name, body, prompts, _completion_choice, "text_completion")
+        return await _answer(http, desk, language, name, seconds, body, prompts, _completion_choice, "text_completion")
 
     async def chat(http: HTTPRequest) -> Response:
         body = await _body(http, _CHAT)
-        body.setdefault("max_tokens", body.get("max_completion_tokens"))
+        if "max_completion_tokens" in body:
+            body.setdefault("max_tokens", body["max_completion_tokens"])
         prompts = [language.encode_chat(check_messages(body.get("messages")))]
-        return await _answer(http, desk, language, name, body, prompts, _chat_choice, "chat.completion")
+        return await _answer(http, desk, language, name, seconds, body, prompts, _chat_choice, "chat.completion")
 
     async def models(_: HTTPRequest) -> Response:
         return JSONResponse({"object": "list", "data": [{"id": name, "object": "model", "owned_by": "mla_moe"}]})
@@ -79,47 +85,68 @@ def application(engine: Engine, language: Language, name: str, *, max_waiting: i
         Route("/v1/models", models),
         Route("/health", health),
     ]
-    handlers: dict[Any, Any] = {ConfigError: _refuse, Busy: _refuse, Broken: _refuse, _TooLarge: _refuse}
+    handlers: dict[Any, Any] = dict.fromkeys((ConfigError, *_REFUSALS), _refuse)
+    handlers[ClientDisconnect] = _nobody
     return Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers)
 
 
 def serve(app: Starlette, host: str, port: int) -> None:
     import uvicorn
 
-    uvicorn.run(app, host=host, port=port, log_level="warning")
+    uvicorn.run(app, host=host, port=port, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
 
 
 class _TooLarge(Exception):
     pass
 
 
+class _TooSlow(Exception):
+    pass
+
+
+_REFUSALS: dict[type[Exception], tuple[int, str, str]] = {
+    Busy: (429, "rate_limit_error", "too many requests are waiting; try again later"),
+    Broken: (500, "server_error", "the engine failed; see the server's log"),
+    _TooLarge: (413, "invalid_request_error", f"the body has more than {MAX_BODY} bytes"),
+    _TooSlow: (408, "invalid_request_error", f"the body did not come within {BODY_SECONDS:g} seconds"),
+    TimeoutError: (504, "server_error", "the answer took too long; ask for fewer tokens, or later"),
+}
+_MESSAGE = 500
+"""Characters of an error's message, which repeats what was sent."""
+
+
 async def _refuse(_: HTTPRequest, error: Exception) -> JSONResponse:
-    status, kind = {
-        Busy: (429, "rate_limit_error"),
-        Broken: (500, "server_error"),
-        _TooLarge: (413, "invalid_request_error"),
-    }.get(type(error), (400, "invalid_request_error"))
-    message = {
-        Busy: "too many requests are waiting; try again later",
-        Broken: "the engine failed; see the server's log",
-        _TooLarge: f"the body has more than {MAX_BODY} bytes",
-    }.get(type(error), str(error))
+    status, kind, message = _REFUSALS.get(type(error), (400, "invalid_request_error", str(error)))
     param = error.field if isinstance(error, ConfigError) else None
     headers = {"Retry-After": "1"} if status == 429 else None
-    error_object = {"message": message, "type": kind, "param": param, "code": None}
-    return JSONResponse({"error": error_object}, status_code=status, headers=headers)
+    return JSONResponse(_error(message, kind, param), status_code=status, headers=headers)
+
+
+def _error(message: str, kind: str, param: str | None = None) -> dict[str, Any]:
+    def shown(text: str) -> str:
+        return text[:_MESSAGE].encode(errors="replace").decode()
+
+    return {"error": {"message": shown(message), "type": kind, "param": param and shown(param), "code": None}}
+
+
+async def _nobody(*_: Any) -> Response:
+    return Response(status_code=499)  # nobody reads it
 
 
 async def _body(http: HTTPRequest, fields: dict[str, Any]) -> dict[str, Any]:
     """The request's fields, of the right types. Null is the same as absent."""
     content = bytearray()
-    async for chunk in http.stream():
-        content += chunk
-        if len(content) > MAX_BODY:
-            raise _TooLarge
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in http.stream():
+                content += chunk
+                if len(content) > MAX_BODY:
+                    raise _TooLarge
+    except TimeoutError:
+        raise _TooSlow from None
     try:
         body = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
         raise ConfigError("body", content[:40].decode(errors="replace"), "must be a JSON object")
@@ -165,6 +192,7 @@ async def _answer(
     desk: Desk,
     language: Language,
     name: str,
+    seconds: float,
     body: dict[str, Any],
     prompts: Sequence[list[int]],
     choice: Callable,
@@ -183,14 +211,16 @@ async def _answer(
     logprobs = bool(body.get("logprobs"))
     if body.get("stream"):
         head["object"] = "chat.completion.chunk" if kind == "chat.completion" else kind
-        events = _events(desk, completions, head, choice, logprobs)
+        events = _events(desk, completions, head, choice, logprobs, seconds)
         return StreamingResponse(events, media_type="text/event-stream")
     gathered = asyncio.gather(*(_all_news(desk, completion) for completion in completions))
     watch = asyncio.ensure_future(_hung_up(http))
     try:
-        await asyncio.wait([gathered, watch], return_when=asyncio.FIRST_COMPLETED)
+        done, _ = await asyncio.wait([gathered, watch], timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not done:
+            raise TimeoutError
         if not gathered.done():
-            return Response(status_code=499)  # nobody reads it
+            return await _nobody()
         choices = [choice(i, news, logprobs, whole=True) for i, news in enumerate(gathered.result())]
     finally:
         watch.cancel()
@@ -211,7 +241,7 @@ async def _hung_up(http: HTTPRequest) -> None:
         pass
 
 
-async def _events(desk: Desk, completions: list[Completion], head, choice: Callable, logprobs: bool):
+async def _events(desk: Desk, completions: list[Completion], head, choice: Callable, logprobs: bool, seconds: float):
     """Server-sent events of all choices as they come. When the client hangs up, closing this cancels them."""
     merged: asyncio.Queue[tuple[int, News | Exception]] = asyncio.Queue()
 
@@ -224,12 +254,15 @@ async def _events(desk: Desk, completions: list[Completion], head, choice: Calla
 
     tasks = [asyncio.ensure_future(follow(i, completion)) for i, completion in enumerate(completions)]
     try:
-        left = len(completions)
+        left, until = len(completions), time.monotonic() + seconds
         while left:
-            index, news = await merged.get()
+            try:
+                index, news = await asyncio.wait_for(merged.get(), until - time.monotonic())
+            except TimeoutError as error:
+                index, news = 0, error
             if isinstance(news, Exception):
-                error = {"message": "the engine failed", "type": "server_error", "param": None, "code": None}
-                yield f"data: {json.dumps({'error': error})}\n\n"
+                _, kind, message = _REFUSALS[type(news)]
+                yield f"data: {json.dumps(_error(message, kind))}\n\n"
                 return
             left -= news.finish is not None
             yield f"data: {json.dumps(head | {'choices': [choice(index, news, logprobs, whole=False)]})}\n\n"

@@ -6,25 +6,53 @@ A step's directory holds the items `state` (arrays by path under `params` and `b
 
 import contextlib
 import dataclasses
+import functools
+import json
+import zlib
 from collections import deque
-from collections.abc import Generator, Mapping
-from functools import cached_property
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
 from mla_moe.config import ModelConfig, structure
 from mla_moe.interop.names import Cut, Index, Piece, Slices
 from mla_moe.interop.reader import CheckpointError, read_json
 from mla_moe.interop.writer import flush
-from mla_moe.nn.skeleton import Skeleton
+from mla_moe.nn.skeleton import Arrays, Skeleton
+from mla_moe.ops.digest import digest
 
 _CACHE_BYTES = 256 << 20  # parts of one stored chunk are asked for one after the other
 _PENDING = 4  # parts on their way to the disk
+_METADATA = "_CHECKPOINT_METADATA"
+
+
+def digests(tree: Any) -> dict[str, int]:
+    """Of each array on a mesh, by its path, `.` between the keys: the same on any mesh and in every process."""
+    leaves = {
+        jax.tree_util.keystr(k, simple=True, separator="."): x for k, x in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    if not leaves:
+        return {}
+    mesh = next(iter(leaves.values())).sharding.mesh
+    return dict(zip(leaves, np.asarray(_digester(mesh)(list(leaves.values()))).tolist(), strict=True))
+
+
+@functools.cache
+def _digester(mesh: Mesh) -> Callable[[list[jax.Array]], jax.Array]:
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda arrays: jnp.stack([digest(x) for x in arrays]), out_shardings=everywhere)
+
+
+def config_digest(config: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(config, sort_keys=True).encode())
 
 
 def step_directory(path: Path) -> Path | None:
@@ -33,11 +61,12 @@ def step_directory(path: Path) -> Path | None:
         return path
     stages = (path / "checkpoints").glob("*") if (path / "checkpoints").is_dir() else [path]
     steps = [step for stage in stages if stage.is_dir() for step in stage.iterdir() if step.name.isdigit()]
-    return max(steps, key=_committed, default=None)
+    whole = [step for step in steps if (step / _METADATA).is_file()]  # others were being removed when a run was killed
+    return max(whole, key=_committed, default=None)
 
 
 def _committed(step: Path) -> tuple[int, int]:
-    return read_json(step / "_CHECKPOINT_METADATA").get("commit_timestamp_nsecs") or 0, int(step.name)
+    return read_json(step / _METADATA).get("commit_timestamp_nsecs") or 0, int(step.name)
 
 
 def run_directory(step: Path) -> Path | None:
@@ -51,7 +80,11 @@ class NativeArrays:
 
     def __init__(self, step: Path):
         self.directory = step
-        self.cfg: ModelConfig = structure(ModelConfig, read_json(step / "model" / "metadata"), "model")
+        config, written = read_json(step / "model" / "metadata"), step / "digests" / "metadata"
+        self._digests = read_json(written) if written.is_file() else None  # a converted checkpoint has none
+        if self._digests and self._digests.get("model") != config_digest(config):
+            raise CheckpointError("checkpoint", str(step), "is damaged: its model is not as it was written")
+        self.cfg: ModelConfig = structure(ModelConfig, config, "model")
         tree = read_json(step / "state" / "_METADATA").get("tree_metadata")
         if not isinstance(tree, dict):
             raise CheckpointError("checkpoint", str(step), "has no list of its arrays; it was not written by Orbax")
@@ -86,7 +119,7 @@ class NativeArrays:
         """The run whose whole state this is; None for parameters alone."""
         return run_directory(self.directory) if self._has_optimizer else None
 
-    @cached_property
+    @functools.cached_property
     def _is_ocdbt(self) -> bool:
         return (self.directory / "state" / "manifest.ocdbt").exists()
 
@@ -95,6 +128,14 @@ class NativeArrays:
 
     def bytes(self, path: str) -> int:
         return self._store(path).size * self.dtype(path).itemsize
+
+    def check(self, arrays: Arrays) -> None:
+        """Raise `CheckpointError` where an array that has been read in its own type is not as it was written."""
+        whole = {path: x for path, x in arrays.items() if x.dtype == self.dtype(path)} if self._digests else {}
+        then = self._digests["arrays"] if self._digests else {}
+        for path, number in digests(whole).items():
+            if number != then.get(f"{self._groups[path]}.{path}"):
+                raise CheckpointError("checkpoint", str(self.directory), f"is damaged: {path} is not as it was written")
 
     def read(self, path: str, dtype: DTypeLike, index: Slices) -> np.ndarray:
         """A part of an array. Raises `CheckpointError` for a file that is cut short or changed."""

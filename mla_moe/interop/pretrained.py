@@ -57,6 +57,7 @@ def read_arrays(source: Source, skeleton: Skeleton, mesh: Mesh, *, keep_types: b
             read: Any = partial(source.read, path, dtype)
             arrays[path] = jax.make_array_from_callback(place.shape, place.sharding, read)
             advance(source.bytes(path))
+    source.check(arrays)
     return arrays
 
 

@@ -12,7 +12,7 @@ from mla_moe.interop.names import Cut, Piece, Slices, pieces
 from mla_moe.interop.native import NativeArrays, step_directory
 from mla_moe.interop.reader import CheckpointError
 from mla_moe.interop.weights import open_checkpoint
-from mla_moe.nn.skeleton import Skeleton
+from mla_moe.nn.skeleton import Arrays, Skeleton
 
 
 class Source(Protocol):
@@ -35,6 +35,10 @@ class Source(Protocol):
 
     def rows(self, piece: Piece, dtype: DTypeLike, cut: Cut) -> np.ndarray:
         """Some rows of a tensor in the layout of Hugging Face."""
+        ...
+
+    def check(self, arrays: Arrays) -> None:
+        """Raise `CheckpointError` for arrays that are not what was written, as far as the files tell."""
         ...
 
 
@@ -67,6 +71,9 @@ class HubArrays:
 
     def rows(self, piece: Piece, dtype: DTypeLike, cut: Cut) -> np.ndarray:
         return self.weights.read(piece.name, dtype, cut.rows)
+
+    def check(self, arrays: Arrays) -> None:
+        """The format keeps no digests."""
 
     def read(self, path: str, dtype: DTypeLike, index: Slices) -> np.ndarray:
         ranges = [range(*i.indices(n)) for i, n in zip(index, self._shapes[path], strict=True)]

@@ -17,6 +17,9 @@ class Data:
     """The same for evaluation."""
     text_field: str = "text"
     """Key (JSON lines) or column (Parquet) that holds a document."""
+    malformed: float = 0.01
+    """Largest share of the documents that may turn out to be malformed: they are empty then, and counted. With more
+    the run ends, and names one."""
     tokenizer: str = "byte"
     """byte, the path of a tokenizer.json, or bpe:SIZE to train one of SIZE tokens on the training text."""
     shuffle_window: int = 256
@@ -29,6 +32,7 @@ class Data:
 
     def __post_init__(self):
         require(len(self.train) > 0, "data.train", self.train, "name at least one file or glob")
+        require(0 <= self.malformed <= 1, "data.malformed", self.malformed, "a share between 0 and 1")
         require(self.streams is None or self.streams >= 1, "data.streams", self.streams, "at least 1, or None")
         require(self.shuffle_window >= 1, "data.shuffle_window", self.shuffle_window, "1 keeps the order")
         require(self.prefetch >= 1, "data.prefetch", self.prefetch, "prepare at least 1 batch ahead")
@@ -155,18 +159,25 @@ class Training:
     """γ of the router bias; 0 freezes it."""
     bias_freeze: float = 0.0
     """Last share of the steps in which γ is 0 (V3: the last 500 B of 14.8 T tokens, 0.034)."""
+    skip_limit: int = 10
+    """Updates in a row, of any stage, that are skipped because loss or gradient is not finite, after which the run ends
+    and leaves the batch in its directory."""
+    spike: float | None = None
+    """Nats by which a row's loss may exceed the mean of the last 32 rows. Beyond, the stage goes back to its newest
+    checkpoint and leaves out the batches since; None never goes back."""
     log_every: int = 1
     """Steps between rows of metrics.jsonl."""
     eval_every: int = 0
     """Steps between evaluations on held-out text; 0 evaluates once, at the end."""
 
     def __post_init__(self):
-        for name in ("batch_size", "sequence_length", "accumulation", "loss_chunk", "log_every"):
+        for name in ("batch_size", "sequence_length", "accumulation", "loss_chunk", "log_every", "skip_limit"):
             value = getattr(self, name)
             require(value >= 1, f"training.{name}", value, "at least 1")
         for name in ("steps", "eval_every", "mtp_weight", "balance_weight", "bias_update"):
             value = getattr(self, name)
             require(value >= 0, f"training.{name}", value, "0 or more")
+        require(self.spike is None or self.spike > 0, "training.spike", self.spike, "a positive number, or None")
         require(0 <= self.bias_freeze <= 1, "training.bias_freeze", self.bias_freeze, "a share between 0 and 1")
         require(
             self.batch_size % self.accumulation == 0,

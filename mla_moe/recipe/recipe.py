@@ -92,7 +92,7 @@ class Recipe:
         """Read `to_json`'s text back. Raises `ConfigError` for a field that is unknown, missing or of a wrong type."""
         try:
             value = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError("recipe", str(error), "write it as JSON") from None
         return structure(cls, value, "recipe")
 
@@ -115,7 +115,7 @@ def load(path: str | Path) -> Recipe:
     path = Path(path)
     require(path.is_file(), "recipe", str(path), "no such file; try configs/quickstart.py")
     if path.suffix == ".json":
-        return Recipe.from_json(path.read_text())
+        return Recipe.from_json(path.read_bytes().decode(errors="replace"))
     recipe = runpy.run_path(str(path)).get("recipe")
     if not isinstance(recipe, Recipe):
         raise ConfigError("recipe", str(path), "the file must bind `recipe = Recipe(…)`")

@@ -3,8 +3,8 @@
 import json
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from mla_moe.rl.update import Updater
 from mla_moe.training.begin import loaded_state, model_before
 from mla_moe.training.checkpoint import Checkpoints
 from mla_moe.training.console import Console, duration
+from mla_moe.training.guard import Guard
 from mla_moe.training.metrics import MetricsWriter, Silence, read_rows
 from mla_moe.training.optimizer import learning_rate, make_optimizer
 from mla_moe.training.run import Signals, add_summary
@@ -84,7 +85,7 @@ def reinforce(recipe: Recipe, run_dir: Path, console: Console) -> None:
         if start is None:
             state = stage.first_state()
         else:
-            state = checkpoints.restore(stage.abstract_state(), asked)
+            state, start = checkpoints.restore(stage.abstract_state(), asked, console.say), checkpoints.latest
             console.say(f"resumed from the checkpoint of step {start}")
         stage.train(state, asked, checkpoints, start)
 
@@ -139,15 +140,16 @@ class Stage:
         ):
             if start is None:
                 self._evaluate(0, state, writer)
-            seconds = 0.0
+            training = replace(setup.recipe.training, spike=None)  # a loss of advantages has no level to leap from
+            guard, seconds = Guard(training, setup.run_dir, STAGE, None), 0.0
             for number in range(first + 1, last + 1):
                 began = time.monotonic()
                 self.rollout.load_weights(self.model(state))
                 groups = collect(self.rollout, rl, setup.recipe.seed, asked.next, progress.note)
                 asked.next = groups.next_question
                 sampled = time.monotonic()
-                training, learned = self.updater.learn(state.training, state.reference, groups)
-                state = State(*training, reference=state.reference)
+                updated, learned = self.updater.learn(state.training, state.reference, groups)
+                state = State(*updated, reference=state.reference)
                 if beta(rl) and rl.reference_every and number % rl.reference_every == 0:
                     state = state._replace(reference=_copy(state.params))
                 step_seconds = time.monotonic() - began
@@ -162,12 +164,13 @@ class Stage:
                 if learned.load_LE.size:
                     writer.write_load(number, learned.load_LE)
                 progress.update(number, row)
+                guard.see(number, row, partial(self.updater.rows, groups))
                 is_last = number == last
                 if is_last or (rl.eval_every and number % rl.eval_every == 0):
                     self._evaluate(number, state, writer)
                 if is_last or number % setup.recipe.checkpoint.every == 0 or signals.stop(number):
                     checkpoints.save(number, state, asked, setup.skeleton)
-                if signals.stop(number) and not is_last:
+                if signals.stop(number):
                     raise Interrupted(f"stopped at step {number} by {signals.name}; state saved")
             self._finish(seconds)
 

@@ -194,7 +194,7 @@ class File(_Checked):
 def _example(line: bytes, where: str) -> Example:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError("task.name", where, f"is not JSON: {error}") from None
     require(isinstance(record, dict), "task.name", where, "must be an object with question and answer")
     return Example(_text(record, "question", where), _text(record, "answer", where), record)

@@ -71,13 +71,18 @@ class Updater:
             total = self._add(state.params, state.biases, part, total)
         return self._apply(state, total)
 
-    def _minibatch(self, groups: Groups, which: slice) -> list[Part]:
+    def rows(self, groups: Groups, which: slice = slice(None)) -> dict[str, np.ndarray]:
+        """The answers of some groups in rows, each token with its advantage and weight."""
         answers = [answer.sampled for group in groups.answers[which] for answer in group]
         rows = pack(answers, self.rl.row_length, self.rl.rows)
         advantage_N = objective.advantages(groups.reward_GS[which], self.rl.objective).ravel()
         weight_N = objective.token_weights(self.rl, np.array([len(answer.tokens) for answer in answers]))
         rows["advantage_BT"] = objective.spread(advantage_N, rows["answer_BT"])
         rows["weight_BT"] = objective.spread(weight_N, rows["answer_BT"])
+        return rows
+
+    def _minibatch(self, groups: Groups, which: slice) -> list[Part]:
+        rows = self.rows(groups, which)
         return [self.setup.put(part, self.rl.rows) for part in parts(rows, self.rl.rows)]
 
     def _token_logprobs(self, params: Arrays, biases: Arrays, part: Part):

@@ -8,13 +8,12 @@ import optax
 from jax.sharding import Mesh
 
 from mla_moe.config import ConfigError, ModelConfig
-from mla_moe.data import Batches
 from mla_moe.interop.native import NativeArrays
 from mla_moe.interop.pretrained import read_arrays
 from mla_moe.interop.source import open_source
 from mla_moe.nn.skeleton import Skeleton
 from mla_moe.recipe import Recipe
-from mla_moe.training.checkpoint import restore_step
+from mla_moe.training.checkpoint import Place, restore_step
 from mla_moe.training.step import TrainState, abstract_state, init_state
 
 # What may differ between a checkpoint and the model that goes on from it: how far it reaches, how it was drawn, and a
@@ -28,11 +27,11 @@ def first_state(
     skeleton: Skeleton,
     tx: optax.GradientTransformation,
     mesh: Mesh,
-    batches: Batches,
+    place: Place,
 ) -> TrainState:
     """The state that `recipe.init_from` and `recipe.init_parts` ask for, each array straight to its place.
 
-    A whole state moves `batches` to its place too. Raises `ConfigError` for a checkpoint of another model, and for a
+    A whole state moves the data to `place` too. Raises `ConfigError` for a checkpoint of another model, and for a
     whole state of a run on other data.
     """
     if recipe.init_from is None:
@@ -49,7 +48,7 @@ def first_state(
         if ours != theirs:
             fix = f"{recipe.init_from} had {theirs!r}; keep that value, or take init_parts = 'parameters'"
             raise ConfigError(field, ours, fix)
-    state = restore_step(source.directory, abstract_state(skeleton, tx, mesh), batches)
+    state = restore_step(source.directory, abstract_state(skeleton, tx, mesh), place)
     if int(state.step) >= recipe.training.steps:
         raise ConfigError("training.steps", recipe.training.steps, f"{recipe.init_from} has done {state.step} already")
     return state

@@ -1,16 +1,28 @@
-"""Checkpoints of a stage: `checkpoints/STAGE/STEP`, written by Orbax in the background, the newest N kept."""
+"""Checkpoints of a stage: `checkpoints/STAGE/STEP`, written by Orbax in the background, the newest N kept.
 
+A checkpoint says what it must hold, a digest for each array and for each other file: one that is cut short or changed
+is known when it is read. Digests are computed where the arrays are, and cost one reading of device memory.
+"""
+
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from mla_moe import recipe
+from mla_moe.config import ConfigError
+from mla_moe.interop.native import config_digest, digests
+from mla_moe.interop.reader import CheckpointError
 from mla_moe.nn.param import logical_axes
 from mla_moe.nn.skeleton import Skeleton
+from mla_moe.training.guard import Halted
 
 _CHUNK_BYTES = 64 << 20
 """Larger arrays are stored in parts, so that another mesh, or a conversion, reads no more than it needs."""
@@ -26,6 +38,16 @@ class Place(Protocol):
     def restore(self, read: Callable[[int], str]) -> None:
         """Go to where `states` was called, given how to read a stream's place."""
         ...
+
+
+class Stay:
+    """A place that stays where it is, whatever a checkpoint says."""
+
+    def states(self) -> Mapping[int, str]:
+        return {}
+
+    def restore(self, read: Callable[[int], str]) -> None:
+        pass
 
 
 State = TypeVar("State", bound=NamedTuple)
@@ -45,7 +67,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        self._manager.close()
+        with self._saving():
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:
@@ -56,28 +79,83 @@ class Checkpoints:
         """Begin to save; returns once the arrays are copied. A step that is saved already is left as it is."""
         if step == self.latest:
             return
+        model = dataclasses.asdict(skeleton.cfg)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state._asdict(), save_args=_save_args(state, skeleton)),
             data=StreamsSave(data),
-            model=ocp.args.JsonSave(dataclasses.asdict(skeleton.cfg)),
+            model=ocp.args.JsonSave(model),
+            digests=ocp.args.JsonSave({"model": config_digest(model), "arrays": digests(state._asdict())}),
         )
-        self._manager.save(step, args=items)
+        with self._saving():
+            self._manager.save(step, args=items)
 
-    def restore(self, abstract: State, data: Place) -> State:
-        """The newest checkpoint, each array straight into its sharding; `data` is moved to its place."""
-        return _restore(self._manager, self.latest, abstract, data)
+    @contextlib.contextmanager
+    def _saving(self) -> Generator[None]:
+        """Orbax says of a save in the background what went wrong with it at the next one, or at the end."""
+        try:
+            yield
+        except Exception as error:
+            fix = "make room, or see to the disk, and the same command goes on from the checkpoint before"
+            raise Halted(
+                f"{self._manager.directory}: a checkpoint could not be saved ({_first(error)}); {fix}"
+            ) from error
+
+    def restore(self, abstract: State, data: Place, say: Callable[[str], None]) -> State:
+        """The newest checkpoint that is whole, each array straight into its sharding; `data` is moved to its place.
+
+        Damaged ones are said. They are put aside as `STEP.damaged`, out of the way of the steps to come, once there is
+        one to go on from; with none left this raises `CheckpointError`, and touches nothing.
+        """
+        self._manager.wait_until_finished()
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for number, step in enumerate(steps):
+            try:
+                state = restore_step(Path(self._manager.directory) / str(step), abstract, data)
+            except CheckpointError as error:
+                say(f"{error}")
+                continue
+            if number and jax.process_index() == 0:
+                for damaged in steps[:number]:
+                    directory = Path(self._manager.directory) / str(damaged)
+                    directory.rename(directory.with_name(f"{damaged}.damaged"))
+            if number:
+                multihost_utils.sync_global_devices("damaged checkpoints are put aside")
+                self._manager.reload()
+            return state
+        fix = "no checkpoint in it is whole; remove it to begin the stage anew"
+        raise CheckpointError("checkpoint", str(self._manager.directory), fix)
 
 
 def restore_step(directory: Path, abstract: State, data: Place) -> State:
-    """The same from the directory of one step, of whatever run."""
-    options = ocp.CheckpointManagerOptions(read_only=True)
-    with ocp.CheckpointManager(directory.parent.absolute(), options=options) as manager:
-        return _restore(manager, int(directory.name), abstract, data)
+    """The same from the directory of one step, of whatever run. Raises `CheckpointError` in every process for one that
+    is damaged for any of them."""
+    items = ocp.args.Composite(
+        state=ocp.args.StandardRestore(abstract._asdict()), data=StreamsRestore(data), digests=ocp.args.JsonRestore()
+    )
+    me = jax.process_index()  # each reads for itself: one that fails would leave the others waiting
+    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    found, wrong = {}, ""
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as checkpointer:
+            found = checkpointer.restore(directory.absolute(), items)
+    except (ConfigError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+        raise  # says nothing of the files
+    except Exception as error:  # Orbax has no list of what a changed byte may lead to
+        wrong = _first(error)
+    if not _any_process(wrong):
+        now, then = digests(found["state"]), found["digests"]["arrays"]
+        wrong = ", ".join(name for name in now if now[name] != then.get(name))
+    if _any_process(wrong):
+        raise CheckpointError("checkpoint", str(directory), f"is damaged: {wrong or 'another process says where'}")
+    return type(abstract)(**found["state"])
 
 
-def _restore(manager, step: int | None, abstract: State, data: Place) -> State:
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract._asdict()), data=StreamsRestore(data))
-    return type(abstract)(**manager.restore(step, args=items)["state"])
+def _first(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
+
+
+def _any_process(wrong: str) -> bool:
+    return bool(multihost_utils.process_allgather(np.bool_(wrong)).any())
 
 
 def _save_args(state: NamedTuple, skeleton: Skeleton):
@@ -94,16 +172,27 @@ def _save_args(state: NamedTuple, skeleton: Skeleton):
 
 
 class StreamsHandler(ocp.CheckpointHandler):
-    """The place in the data, a file for each stream. Processes that share a stream write the same file."""
+    """The place in the data, a file for each stream with its digest behind it. Processes that share a stream write the
+    same file."""
 
     def save(self, directory: Path, args: "StreamsSave") -> None:
         for number, state in args.item.states().items():
             unfinished = directory / f".stream_{number}.{jax.process_index()}"
-            unfinished.write_text(state)
+            unfinished.write_text(f"{state}\n{_crc(state)}")
             unfinished.replace(directory / f"stream_{number}.json")
 
     def restore(self, directory: Path, args: "StreamsRestore") -> None:
-        args.item.restore(lambda number: (directory / f"stream_{number}.json").read_text())
+        def read(number: int) -> str:
+            state, _, crc = (directory / f"stream_{number}.json").read_text().partition("\n")
+            if crc != _crc(state):
+                raise ValueError(f"the place in stream {number} of the data is not as it was written")
+            return state
+
+        args.item.restore(read)
+
+
+def _crc(text: str) -> str:
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 @ocp.args.register_with_handler(StreamsHandler, for_save=True)

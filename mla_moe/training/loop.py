@@ -3,6 +3,7 @@
 import abc
 import contextlib
 import time
+from collections import Counter
 from collections.abc import Mapping
 from functools import cached_property
 
@@ -14,14 +15,18 @@ from jax.sharding import NamedSharding
 
 from mla_moe import data, recipe
 from mla_moe.sharding import BATCH
-from mla_moe.training.checkpoint import Checkpoints
+from mla_moe.training.checkpoint import Checkpoints, Place, Stay
 from mla_moe.training.console import bytes_
+from mla_moe.training.guard import Guard, Halted, Spike
 from mla_moe.training.meter import Meter
 from mla_moe.training.metrics import MetricsWriter, Silence
 from mla_moe.training.optimizer import learning_rate, make_optimizer
 from mla_moe.training.run import Signals
 from mla_moe.training.setup import Interrupted, Setup
 from mla_moe.training.step import TrainState, abstract_state, make_step
+
+MOST_RETURNS = 3
+"""Times that a stage goes back to one checkpoint."""
 
 
 class Stage(abc.ABC):
@@ -36,12 +41,17 @@ class Stage(abc.ABC):
         self.name, self.setup, self.training, self._optimizer = name, setup, training, optimizer
 
     @abc.abstractmethod
-    def first_state(self, batches: data.Batches) -> TrainState:
-        """Where there is no checkpoint yet. May move `batches` to its place."""
+    def first_state(self, place: Place) -> TrainState:
+        """Where there is no checkpoint yet. May move the data to their place."""
 
     @abc.abstractmethod
     def stream(self, *, batch_size: int, shard: int, shards: int) -> grain.DatasetIterator[data.Batch]:
         """One of `shards` streams of the batches, `batch_size` rows each."""
+
+    @property
+    @abc.abstractmethod
+    def fingerprint(self) -> int:
+        """Tells the files that are read from others."""
 
     @abc.abstractmethod
     def describe(self) -> list[tuple[str, str]]:
@@ -66,7 +76,8 @@ class Stage(abc.ABC):
     def run(self) -> None:
         """Train to the last step, from the newest checkpoint if there is one.
 
-        Raises `ConfigError` before anything compiles, and `Interrupted` after a signal, when the state is saved.
+        Raises `ConfigError` before anything compiles, `Interrupted` after a signal, when the state is saved, and
+        `Halted` when there is nothing to learn that way.
         """
         setup, say = self.setup, self.setup.console.say
         with Checkpoints(setup.run_dir, self.name, setup.recipe.checkpoint) as checkpoints:
@@ -79,13 +90,27 @@ class Stage(abc.ABC):
                 setup.console.startup_table(
                     f"{setup.recipe.run_dir}: {self.name}", [*setup.describe(self.abstract_state), *rows]
                 )
-                if start is None:
-                    state = self.first_state(batches)
-                    start = int(state.step) or None
-                else:
-                    state = checkpoints.restore(self.abstract_state, batches)
-                    say(f"resumed from the checkpoint of step {start}")
-                self._train(state, batches, checkpoints, start)
+                state, start = self._begin(checkpoints, batches)
+                rewound, returns = 0, Counter()
+                while True:
+                    try:
+                        return self._train(state, batches, checkpoints, start, rewound)
+                    except Spike as spike:
+                        say(f"{spike}: back to the newest checkpoint, leaving out the batches since")
+                        state, start = self._begin(checkpoints, Stay())
+                        rewound = spike.step - (start or 0)
+                        returns[start] += 1
+                        if returns[start] > MOST_RETURNS:
+                            raise Halted(f"{spike}, again after {MOST_RETURNS} returns to step {start or 0}") from None
+
+    def _begin(self, checkpoints: Checkpoints, place: Place) -> tuple[TrainState, int | None]:
+        """The state of the newest checkpoint, and its step; or that of a start."""
+        if checkpoints.latest is None:
+            state = self.first_state(place)
+            return state, int(state.step) or None
+        state = checkpoints.restore(self.abstract_state, place, self.setup.console.say)
+        self.setup.console.say(f"resumed from the checkpoint of step {checkpoints.latest}")
+        return state, checkpoints.latest
 
     def _open_batches(self) -> data.Batches:
         """Of which this process reads the rows that its devices hold."""
@@ -96,23 +121,29 @@ class Stage(abc.ABC):
         def stream(number: int) -> grain.DatasetIterator[data.Batch]:
             return self.stream(batch_size=rows // streams, shard=number, shards=streams)
 
-        return data.Batches(stream, data.rows_of(place.values(), rows), rows, streams)
+        return data.Batches(stream, data.rows_of(place.values(), rows), rows, streams, self.fingerprint)
 
-    def _train(self, state: TrainState, batches: data.Batches, checkpoints: Checkpoints, start: int | None) -> None:
+    def _train(
+        self, state: TrainState, batches: data.Batches, checkpoints: Checkpoints, start: int | None, rewound: int
+    ) -> None:
         """Step to the end. Figures of a step are fetched after the next one is under way, so the device never waits."""
         setup, training = self.setup, self.training
         first, last = start or 0, training.steps
-        step = self._compile(state)
+        step = self._step
         rate = learning_rate(self._optimizer.schedule, last)
         with (
             Signals() as signals,
             MetricsWriter(setup.run_dir, start, self.name) if jax.process_index() == 0 else Silence() as writer,
             setup.console.progress(self.name, last, first) as progress,
         ):
-            meter = Meter(setup.recipe.model, training, rate, writer, progress)
+            if rewound:
+                writer.write(first + 1, {"rewound": rewound})
+            guard = Guard(training, setup.run_dir, self.name, start)
+            meter = Meter(setup.recipe.model, training, rate, writer, progress, guard)
             for number in range(first + 1, last + 1):
-                state, metrics = step(state, setup.put(next(batches), training.batch_size, batches.rows.start))
-                meter.record(number, metrics)
+                batch = next(batches)
+                state, metrics = step(state, setup.put(batch, training.batch_size, batches.rows.start))
+                meter.record(number, metrics, batch)
                 is_last = number == last
                 if is_last or (training.eval_every and number % training.eval_every == 0):
                     meter.flush()
@@ -126,15 +157,17 @@ class Stage(abc.ABC):
                     meter.flush()
                     checkpoints.save(number, state, batches, setup.skeleton)
                     meter.restart()
-                if signals.stop(number) and not is_last:
+                if signals.stop(number):
                     raise Interrupted(f"stopped at step {number} by {signals.name}; state saved")
 
-    def _compile(self, state: TrainState):
+    @cached_property
+    def _step(self):
         shape = self.training.batch_size, self.training.sequence_length
         place = NamedSharding(self.setup.mesh, BATCH)
         batch = dict.fromkeys(self.fields, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place))
         began = time.monotonic()
-        step = make_step(self.setup.skeleton, self.tx, self.training, self.setup.mesh).lower(state, batch).compile()
+        step = make_step(self.setup.skeleton, self.tx, self.training, self.setup.mesh).lower(self.abstract_state, batch)
+        step = step.compile()
         memory = step.memory_analysis()
         temporaries = f", {bytes_(memory.temp_size_in_bytes)} of temporaries a device" if memory else ""
         self.setup.console.say(f"compiled in {time.monotonic() - began:.1f} s{temporaries}")

@@ -10,8 +10,10 @@ import optax
 
 from mla_moe.config import ModelConfig
 from mla_moe.counting import peak_flops, train_flops_per_token
+from mla_moe.data import Batch
 from mla_moe.recipe import Training
 from mla_moe.training.console import Progress
+from mla_moe.training.guard import Guard
 
 
 class Meter:
@@ -19,14 +21,16 @@ class Meter:
 
     LOAD_ROWS = 200  # of the heat map over a whole run
 
-    def __init__(self, cfg: ModelConfig, training: Training, rate: optax.Schedule, writer, progress: Progress):
+    def __init__(
+        self, cfg: ModelConfig, training: Training, rate: optax.Schedule, writer, progress: Progress, guard: Guard
+    ):
         self._cfg, self._training, self._rate = cfg, training, rate
-        self._writer, self._progress = writer, progress
+        self._writer, self._progress, self._guard = writer, progress, guard
         self._flops = train_flops_per_token(cfg, training.sequence_length)
         peak = peak_flops(jax.devices()[0])
         self._peak = peak and peak * (1 if jax.devices()[0].platform == "cpu" else jax.device_count())
         self._load_every = max(1, training.steps // self.LOAD_ROWS)
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: tuple[int, dict[str, jax.Array], Batch] | None = None
         self._loads: list[float] = []
         self.seconds, self.loss = 0.0, math.nan
         self.restart()
@@ -35,15 +39,15 @@ class Meter:
         """Begin to time the next step now: what came before was no step."""
         self._since = time.monotonic()
 
-    def record(self, number: int, metrics: dict[str, jax.Array]) -> None:
+    def record(self, number: int, metrics: dict[str, jax.Array], batch: Batch) -> None:
         self.flush()
-        self._pending = number, metrics
+        self._pending = number, metrics, batch
 
     def flush(self) -> None:
-        """Fetch what is pending, which waits for its step to end, and write it."""
+        """Fetch what is pending, which waits for its step to end, and write it. Raises what `Guard.see` does."""
         if self._pending is None:
             return
-        number, metrics = self._pending
+        number, metrics, batch = self._pending
         self._pending = None
         values: dict[str, Any] = jax.device_get(metrics)
         now = time.monotonic()
@@ -68,6 +72,7 @@ class Meter:
         if load.size and number % self._load_every == 0:
             self._writer.write_load(number, load)
         self._progress.update(number, row)
+        self._guard.see(number, row, lambda: batch)
 
     @property
     def load_last_tenth(self) -> float:

@@ -4,16 +4,21 @@ A run that resumes at step N repeats the steps after N, so opening a writer firs
 them. Curves of a run that was killed ten times are therefore the curves of one that never was.
 """
 
+import contextlib
 import json
 import logging
 import math
 import os
+import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing-module-member]
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +37,7 @@ class MetricsWriter:
         self._metrics = _RowFile(run_dir / "metrics.jsonl", stage, last_kept)
         self._load = _RowFile(run_dir / "expert_load.jsonl", stage, last_kept)
         self._samples = _RowFile(run_dir / "samples.jsonl", stage, last_kept)
-        self._tensorboard = _tensorboard(run_dir / "tensorboard" / stage, last_kept + 1)
+        self._tensorboard = _Events(run_dir / "tensorboard" / stage, last_kept + 1)
 
     def __enter__(self) -> Self:
         return self
@@ -41,8 +46,9 @@ class MetricsWriter:
         self.close()
 
     def close(self) -> None:
-        for file in (self._metrics, self._load, self._samples, self._tensorboard):
-            file.close()
+        with contextlib.ExitStack() as all_of_them:  # even where one finds the disk full
+            for file in (self._metrics, self._load, self._samples, self._tensorboard):
+                all_of_them.callback(file.close)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """A row of `metrics.jsonl`, in full precision. JSON has no NaN: it becomes null, counted in `non_finite`."""
@@ -138,11 +144,30 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line, row
 
 
-def _tensorboard(directory: Path, first_step: int) -> SummaryWriter:
-    """An event writer that hides what earlier ones wrote from `first_step` on.
+class _Events:
+    """A TensorBoard file that hides what earlier ones hold from `first_step` on.
 
     TensorBoard does that for a whole directory, hence one a stage. It names a file by the second, which two attempts
-    may share; the number of files before keeps the names apart.
+    may share; the number of files before keeps the names apart. Written by this thread: the one that tensorboardX has
+    for it dies on a full disk, and leaves the run waiting for ever.
     """
-    earlier = len(list(directory.glob("*.tfevents.*")))
-    return SummaryWriter(str(directory), purge_step=first_step, flush_secs=1, filename_suffix=f".{earlier:04d}")
+
+    def __init__(self, directory: Path, first_step: int):
+        directory.mkdir(parents=True, exist_ok=True)
+        earlier = len(list(directory.glob("*.tfevents.*")))
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{earlier:04d}"
+        self._writer, self._flushed = RecordWriter(str(directory / name)), time.monotonic()
+        self._add(0, file_version="brain.Event:2")
+        self._add(first_step, session_log=SessionLog(status=SessionLog.START))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self._add(step, summary=scalar(name, value))
+        if time.monotonic() - self._flushed > 1:  # which waits for the disk
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def _add(self, step: int, **what: Any) -> None:
+        self._writer.write(Event(step=step, wall_time=time.time(), **what).SerializeToString())
+
+    def close(self) -> None:
+        self._writer.close()

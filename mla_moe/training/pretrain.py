@@ -14,11 +14,12 @@ from mla_moe.counting import cache_bytes_per_token, multi_head_cache_bytes_per_t
 from mla_moe.inference.generate import generate
 from mla_moe.recipe import Recipe
 from mla_moe.training.begin import first_state
+from mla_moe.training.checkpoint import Place
 from mla_moe.training.console import Console, bytes_, duration, si
 from mla_moe.training.loop import Stage
 from mla_moe.training.meter import Meter
 from mla_moe.training.run import add_summary
-from mla_moe.training.setup import Setup, training_text
+from mla_moe.training.setup import Setup, open_text
 from mla_moe.training.step import TrainState, make_eval_step
 
 
@@ -33,11 +34,11 @@ def pretrain(recipe: Recipe, run_dir: Path, console: Console) -> None:
 class Pretraining(Stage):
     def __init__(self, setup: Setup):
         super().__init__("pretrain", setup, setup.recipe.training, setup.recipe.optimizer)
-        self._text = training_text(setup.recipe)
+        self._text = open_text(setup.recipe, "train")
 
-    def first_state(self, batches: data.Batches) -> TrainState:
+    def first_state(self, place: Place) -> TrainState:
         setup = self.setup
-        state = first_state(setup.recipe, setup.skeleton, self.tx, setup.mesh, batches)
+        state = first_state(setup.recipe, setup.skeleton, self.tx, setup.mesh, place)
         if setup.recipe.init_from:
             step = int(state.step)
             setup.console.say(f"started from {setup.recipe.init_from}" + (f", step {step}" if step else ""))
@@ -50,13 +51,17 @@ class Pretraining(Stage):
             recipe.data, self._text, self.setup.tokenizer, **size, seed=recipe.seed, shard=shard, shards=shards
         )
 
+    @property
+    def fingerprint(self) -> int:
+        return self._text.fingerprint
+
     @cached_property
     def _heldout(self) -> tuple[list[data.Batch], int, float] | None:
         """Batches, bytes, and what gzip makes of them."""
         patterns = self.setup.recipe.data.heldout
         if not patterns:
             return None
-        text = data.open_sources(patterns, field="data.heldout", text_field=self.setup.recipe.data.text_field)
+        text = open_text(self.setup.recipe, "heldout")
         rows, length = self.training.batch_size // self.training.accumulation, self.training.sequence_length
         batches, size = data.heldout_batches(text, self.setup.tokenizer, batch_size=rows, sequence_length=length)
         return batches, size, data.gzip_bits_per_byte(text)
@@ -97,6 +102,8 @@ class Pretraining(Stage):
         if scores:
             bits, gzip_bits = scores["eval/bits_per_byte"], scores["eval/gzip_bits_per_byte"]
             rows |= {"held-out bits per byte": f"{bits:.3f}", "gzip -9 of the same files": f"{gzip_bits:.3f}"}
+        if self._text.malformed:
+            rows |= {"malformed records": f"{self._text.malformed} left out"}
         rows |= {"busiest expert / mean, last tenth": f"{meter.load_last_tenth:.2f}"}
         rows |= {"time in steps": duration(meter.seconds)}
         if jax.process_index() == 0:

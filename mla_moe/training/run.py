@@ -26,6 +26,8 @@ FREE = (
     "data.prefetch",
     "training.loss_chunk",
     "training.remat",
+    "training.skip_limit",
+    "training.spike",
     "training.log_every",
     "training.eval_every",
 )

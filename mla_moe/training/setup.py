@@ -2,10 +2,11 @@
 on devices."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ class Setup:
         """Raises `ConfigError` for a mesh, a text or a tokenizer that do not go with the recipe's model."""
         mesh = make_mesh(recipe.mesh)
         check_divisible(recipe, mesh)
-        text = training_text(recipe) if recipe.training.steps or recipe.data.tokenizer.startswith("bpe:") else ()
+        text = open_text(recipe, "train") if recipe.training.steps or recipe.data.tokenizer.startswith("bpe:") else ()
         tokenizer = data.load_tokenizer(recipe.data.tokenizer, run_dir, text)
         if tokenizer.vocab_size > recipe.model.vocab_size:
             fix = f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens; give the model as many or more"
@@ -96,5 +97,8 @@ class Setup:
         ]
 
 
-def training_text(recipe: Recipe) -> Sequence[str]:
-    return data.open_sources(recipe.data.train, field="data.train", text_field=recipe.data.text_field)
+def open_text(recipe: Recipe, part: Literal["train", "heldout"]) -> data.LeavingOut:
+    """The documents of `data.train` or `data.heldout`."""
+    settings = recipe.data
+    how: Any = {"text_field": settings.text_field, "malformed": settings.malformed}
+    return data.open_sources(getattr(settings, part), field=f"data.{part}", **how)

@@ -12,6 +12,7 @@ from mla_moe.config import require
 from mla_moe.inference.language import Language
 from mla_moe.recipe import Recipe
 from mla_moe.training.begin import loaded_state, model_before
+from mla_moe.training.checkpoint import Place
 from mla_moe.training.console import Console, duration
 from mla_moe.training.loop import Stage
 from mla_moe.training.meter import Meter
@@ -54,7 +55,7 @@ class FineTuning(Stage):
         )
         return data.Pairs(self._patterns, f"{self.name}.data", coding, self.setup.recipe.sft.malformed)
 
-    def first_state(self, batches: data.Batches) -> TrainState:
+    def first_state(self, place: Place) -> TrainState:
         setup = self.setup
         setup.console.say(f"started from {self._start}")
         return loaded_state(self._start, setup.recipe, setup.skeleton, self.tx, setup.mesh)
@@ -63,6 +64,10 @@ class FineTuning(Stage):
         recipe = self.setup.recipe
         size = {"batch_size": batch_size, "sequence_length": self.training.sequence_length}
         return data.pair_batches(recipe.data, self._pairs, **size, seed=recipe.seed, shard=shard, shards=shards)
+
+    @property
+    def fingerprint(self) -> int:
+        return self._pairs.fingerprint
 
     def describe(self) -> list[tuple[str, str]]:
         pairs, training, say = self._pairs, self.training, self.setup.console.say

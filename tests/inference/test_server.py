@@ -1,5 +1,6 @@
 """The server over real connections."""
 
+import contextlib
 import dataclasses
 import http.client
 import json
@@ -32,15 +33,17 @@ def engine(cfg):
     return Engine(model, slots=4, capacity=CAPACITY, decode=decode)
 
 
-@pytest.fixture(scope="module")
-def port(engine):
-    language = Language(
-        encode=lambda text: [1, *(ord(c) % 64 for c in text)],
-        encode_chat=lambda messages: [2, *(ord(c) % 64 for m in messages for c in m["content"])],
-        decode=decode,
-        stop_ids=(63,),
-    )
-    app = server.application(engine, language, "tiny", max_waiting=250)
+LANGUAGE = Language(
+    encode=lambda text: [1, *(ord(c) % 64 for c in text)],
+    encode_chat=lambda messages: [2, *(ord(c) % 64 for m in messages for c in m["content"])],
+    decode=decode,
+    stop_ids=(63,),
+)
+
+
+@contextlib.contextmanager
+def serving(app):
+    """The port at which an application listens."""
     running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=running.run)
     thread.start()
@@ -49,6 +52,12 @@ def port(engine):
     yield running.servers[0].sockets[0].getsockname()[1]
     running.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def port(engine):
+    with serving(server.application(engine, LANGUAGE, "tiny", max_waiting=250)) as port:
+        yield port
 
 
 def call(port, path, body=None, raw=None):
@@ -114,6 +123,11 @@ def test_none_of_200_requests_is_lost_or_mixed_up(port, engine):
         ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
         ("completions", {"prompt": "a", "n": 1000}, 400, "n"),
         ("completions", {"prompt": "a", "stop": [1]}, 400, "stop"),
+        ("completions", {"prompt": "a", "top_k": 1 << 40}, 400, "top_k"),
+        ("completions", {"prompt": "a", "temperature": 10**400}, 400, "temperature"),
+        ("completions", {"prompt": "a", "stop": ["x"] * 9}, 400, "stop"),
+        ("completions", {"\ud800": 1}, 400, "?"),
+        ("completions", b"[" * 100_000, 400, "body"),
         ("completions", {"prompt": "a", "frequency_penalty": 1.0}, 400, "frequency_penalty"),
         ("chat/completions", {"messages": []}, 400, "messages"),
         ("chat/completions", {"messages": [{"role": "user", "content": [1]}]}, 400, "messages[0].content"),
@@ -126,6 +140,36 @@ def test_malformed_requests_get_an_error_that_names_the_field(port, path, body, 
     got, answer = call(port, f"/v1/{path}", body, raw)
     assert (got, answer["error"]["param"]) == (status, param)
     wait_until_idle(port)
+
+
+def test_a_chat_needs_no_limit(port):
+    status, answer = call(port, "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
+    assert status == 200
+    assert answer["usage"]["total_tokens"] <= CAPACITY
+
+
+def test_a_body_that_does_not_come_is_given_up(port, monkeypatch):
+    monkeypatch.setattr(server, "BODY_SECONDS", 0.2)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Length", "100")
+    connection.endheaders(b"{")
+    assert connection.getresponse().status == 408
+    connection.close()
+
+
+def test_an_answer_that_takes_too_long_is_given_up(engine):
+    """And its place is free again; a stream ends with the error."""
+    app = server.application(engine, LANGUAGE, "tiny", max_waiting=250, seconds=0.0)
+    with serving(app) as port:
+        body = {"prompt": [5], "max_tokens": 60, "n": 8}
+        status, answer = call(port, "/v1/completions", body)
+        assert (status, answer["error"]["type"]) == (504, "server_error")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}))
+        assert b"the answer took too long" in connection.getresponse().read()
+        connection.close()
+        wait_until_idle(port)
 
 
 def test_a_client_that_hangs_up_frees_its_slot(port):

@@ -10,10 +10,11 @@ from flax import nnx
 
 import mla_moe
 from mla_moe import ConfigError
-from mla_moe.recipe import RL, Mesh, Task
+from mla_moe.recipe import RL, Mesh, Optimizer, Schedule, Task
 from mla_moe.rl.stage import Stage, reinforce
 from mla_moe.sharding import make_mesh
 from mla_moe.training.console import Console
+from mla_moe.training.guard import Halted
 from mla_moe.training.metrics import read_rows
 from mla_moe.training.run import open_run
 from mla_moe.training.setup import Interrupted
@@ -104,6 +105,23 @@ def test_a_stage_leaves_what_it_promises(whole, recipe):
 def test_rewards_rise(whole, start, tmp_path):
     found = [row["reward"] for row in start(tmp_path, steps=10, prompts=8, kl=0.0, eval_samples=0) if "reward" in row]
     assert np.mean(found[-2:]) > found[0] + 0.1
+
+
+@pytest.mark.thorough
+def test_a_stage_that_blows_up_ends_and_leaves_the_answers(recipe, base, tmp_path):
+    rl = dataclasses.replace(recipe.rl, eval_samples=0, optimizer=Optimizer("adamw", Schedule(peak=1e38, warmup=0.0)))
+    settings = dataclasses.replace(
+        recipe,
+        run_dir=str(tmp_path),
+        init_from=base,
+        rl=rl,
+        training=dataclasses.replace(recipe.training, skip_limit=1),
+    )
+    with pytest.raises(Halted, match=r"not finite in \d updates in a row"):
+        reinforce(settings, open_run(settings), Console(enabled=True))
+    (file,) = tmp_path.glob("skipped_rl_*.npz")
+    with np.load(file) as rows:
+        assert {"tokens", "advantage_BT", "answer_BT"} <= set(rows)
 
 
 def test_what_was_learned_is_what_is_loaded(whole):

@@ -1,0 +1,130 @@
+"""HTTP requests: answered, or refused with an error that says why; the server lives on."""
+
+import asyncio
+import itertools
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mla_moe.data import ByteTokenizer
+from mla_moe.inference.engine import Engine
+from mla_moe.inference.language import language_of
+
+from .json_values import VALUES, changed
+
+server = pytest.importorskip("mla_moe.inference.server")
+
+COMPLETION = {
+    "prompt": "def ", "max_tokens": 3, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 1, "n": 2,
+    "stop": ["a", "b"], "stream": False, "logprobs": True, "user": "x", "model": "tiny",
+}  # fmt: skip
+CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 3, "stream": True, "n": 1}
+
+
+class Echo:
+    """An engine without a model, which takes what the real one takes and answers `aaa…`."""
+
+    slots, capacity, cfg, running, load = 4, 64, SimpleNamespace(vocab_size=258), 0, (0, 0)
+    check = Engine.check
+
+    def __init__(self):
+        self.waiting = []
+
+    def _decode_text(self, ids):
+        return ByteTokenizer().decode(ids)
+
+    def cancel(self, completion):
+        completion.finish = completion.finish or "cancelled"
+
+    @property
+    def busy(self):
+        return bool(self.waiting)
+
+    def step(self):
+        taken, self.waiting = list(self.waiting), []
+        for completion in taken:
+            request, float_, whole = completion.request, np.zeros(3, np.float32), np.zeros(1, np.int32)
+            float_[:] = request.temperature, request.top_p, request.min_p
+            whole[0] = request.top_k
+            completion.take([97] * request.max_new_tokens, [0.0] * request.max_new_tokens)
+        return taken
+
+
+@pytest.fixture(scope="module")
+def ask(tmp_path_factory):
+    """Status, headers and body that a request's path and body get."""
+    app = server.application(
+        Echo(), language_of(tmp_path_factory.mktemp("none"), ByteTokenizer()), "tiny", max_waiting=8
+    )
+    loop = asyncio.new_event_loop()
+    life = app.router.lifespan_context(app)
+    loop.run_until_complete(life.__aenter__())
+
+    async def call(path, content, parts):
+        edges = [len(content) * i // parts for i in range(parts + 1)]
+        coming = [content[a:b] for a, b in itertools.pairwise(edges)]
+        sent = []
+
+        async def receive():
+            if not coming:
+                await asyncio.sleep(3600)
+            part = coming.pop(0)
+            return {"type": "http.request", "body": part, "more_body": bool(coming)}
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "headers": [],
+            "query_string": b"",
+            "http_version": "1.1",
+        }
+        await asyncio.wait_for(app(scope, receive, send), 20)
+        return sent[0]["status"], dict(sent[0]["headers"]), b"".join(m.get("body", b"") for m in sent)
+
+    yield lambda path, content, parts=1: loop.run_until_complete(call(path, content, parts))
+    loop.run_until_complete(life.__aexit__(None, None, None))
+    loop.close()
+
+
+def check(ask, path, content, parts=1):
+    status, headers, body = ask(path, content, parts)
+    assert status in (200, 400, 413)
+    assert len(body) < 100_000
+    if headers[b"content-type"].startswith(b"text/event-stream"):
+        assert body.endswith(b"data: [DONE]\n\n")
+    elif status == 200:
+        assert all(choice["finish_reason"] in ("stop", "length") for choice in json.loads(body)["choices"])
+    else:
+        error = json.loads(body)["error"]
+        assert error["message"]
+        assert error["type"] == "invalid_request_error"
+    assert ask("/v1/completions", b'{"prompt": "a", "max_tokens": 1}')[0] == 200
+
+
+@given(changed(COMPLETION) | VALUES, st.integers(1, 3))
+def test_any_completion(ask, value, parts):
+    check(ask, "/v1/completions", json.dumps(value).encode(), parts)
+
+
+@given(changed(CHAT) | VALUES)
+def test_any_chat(ask, value):
+    check(ask, "/v1/chat/completions", json.dumps(value).encode())
+
+
+@given(st.binary(max_size=300) | st.integers(1, 10**5).map(lambda depth: b'{"prompt":' * depth))
+def test_any_body(ask, content):
+    check(ask, "/v1/completions", content)
+
+
+def test_what_is_asked_well_is_answered(ask):
+    assert json.loads(ask("/v1/completions", json.dumps(COMPLETION | {"stop": []}).encode())[2])["usage"] == {
+        "prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11,
+    }  # fmt: skip

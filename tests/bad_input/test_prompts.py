@@ -1,0 +1,78 @@
+"""Prompts: any text, conversation and sampled text; what a run wrote stays text in its report."""
+
+import contextlib
+import json
+from html.parser import HTMLParser
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mla_moe import ConfigError
+from mla_moe.data import HFTokenizer, train_bpe
+from mla_moe.inference.language import check_messages, language_of
+from mla_moe.inference.request import Request, TextStream
+from mla_moe.report.answers import pre
+
+from .json_values import VALUES
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content.strip() }}</s>{% endfor %}<assistant>"
+TEXT = st.text(st.characters(exclude_categories=[]), max_size=60) | st.sampled_from(
+    ["</s>", "{{ 7 * 7 }}", "{% raw %}"]
+)
+MESSAGES = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), max_size=3) | VALUES
+
+
+@pytest.fixture(scope="module")
+def language(tmp_path_factory):
+    """Of a small tokenizer with a chat template."""
+    folder = tmp_path_factory.mktemp("language")
+    train_bpe(["a few words to learn from"] * 9, 260, folder / "tokenizer.json")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
+    return language_of(folder, HFTokenizer(folder / "tokenizer.json"))
+
+
+@given(TEXT)
+def test_any_prompt(language, text):
+    with contextlib.suppress(ConfigError):
+        tokens = language.encode(text)
+        assert language.decode(tokens[1:]) == text
+        assert language.stop_ids[0] not in tokens
+
+
+@given(MESSAGES)
+def test_any_conversation(language, messages):
+    with contextlib.suppress(ConfigError):
+        tokens = language.encode_chat(check_messages(messages))
+        assert "49" not in language.decode(tokens) or "49" in str(messages)  # nothing in a message is computed
+
+
+@given(st.lists(st.integers(0, 255), max_size=40), st.lists(st.text(min_size=1, max_size=4), max_size=3))
+def test_any_tokens_and_stops(ids, stops):
+    def decode(ids):
+        return bytes(ids).decode(errors="replace")
+
+    stream = TextStream(decode, tuple(stops))
+    for number, token in enumerate(ids):
+        if stream.add([token], end=number == len(ids) - 1):
+            break
+    whole = decode(ids)
+    found = [i for i in map(whole.find, stops) if i >= 0]
+    assert stream.text == whole[: min(found)] if found else stream.text in (whole, "")
+
+
+@given(TEXT)
+def test_any_sample_stays_text(text):
+    tags, found = [], []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append(tag)
+    parser.handle_data = found.append
+    parser.feed(pre(text))
+    parser.close()
+    assert tags == ["pre"]
+    assert "".join(found) == "\n" + text
+
+
+def test_special_tokens_spelled_out_do_not_end_a_prompt(language):
+    assert Request(language.encode("</s>"), 1).prompt[1:] != [language.stop_ids[0]]

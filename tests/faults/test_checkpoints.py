@@ -1,0 +1,158 @@
+"""Checkpoints that are cut short or changed: known when they are read, and the one before is taken, aloud."""
+
+import dataclasses
+import random
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from mla_moe import ConfigError
+from mla_moe.interop import load_pretrained
+from mla_moe.nn.skeleton import Skeleton
+from mla_moe.recipe import Checkpoint, Mesh
+from mla_moe.sharding import make_mesh
+from mla_moe.training.checkpoint import Checkpoints
+from mla_moe.training.console import Console
+from mla_moe.training.metrics import read_rows
+from mla_moe.training.optimizer import make_optimizer
+from mla_moe.training.pretrain import pretrain
+from mla_moe.training.run import open_run
+from mla_moe.training.step import abstract_state, init_state
+
+KEEP = Checkpoint(every=1, keep=4)
+
+
+class Place:
+    """A place in the data that is a number."""
+
+    def __init__(self, number=0):
+        self.number = number
+
+    def states(self):
+        return {0: str(self.number)}
+
+    def restore(self, read):
+        self.number = int(read(0))
+
+
+@pytest.fixture(scope="module")
+def saved(recipe, tmp_path_factory):
+    """A run with two checkpoints, their states, and how to restore."""
+    skeleton, mesh = Skeleton(recipe.model), make_mesh(Mesh(), jax.devices()[:1])
+    tx = make_optimizer(recipe.optimizer, 10, skeleton)
+    run_dir, states = tmp_path_factory.mktemp("run"), {}
+    with Checkpoints(run_dir, "pretrain", KEEP) as checkpoints:
+        for step in (1, 2):
+            state = init_state(skeleton, tx, step, mesh)
+            checkpoints.save(step, state, Place(step), skeleton)
+            states[step] = jax.tree.map(np.asarray, state)
+    (run_dir / "recipe.json").write_text(recipe.to_json())
+    return run_dir, states, abstract_state(skeleton, tx, mesh)
+
+
+def restored(run_dir, abstract):
+    """State, place, and what was said."""
+    place, said = Place(), []
+    with Checkpoints(run_dir, "pretrain", KEEP) as checkpoints:
+        state = checkpoints.restore(abstract, place, said.append)
+        assert checkpoints.latest == place.number
+    return state, place.number, said
+
+
+def flip(path, draw):
+    raw = bytearray(path.read_bytes())
+    raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
+    path.write_bytes(raw)
+
+
+def cut(path, draw):
+    path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
+
+
+def remove(path, draw):
+    path.unlink()
+
+
+def files(step):
+    """Of a checkpoint, the largest first: arrays, then what describes them."""
+    return sorted((p for p in step.rglob("*") if p.is_file() and p.stat().st_size), key=lambda p: -p.stat().st_size)
+
+
+NEEDED = {"data/stream_0.json", "digests/metadata", "state/manifest.ocdbt"}
+
+
+@pytest.mark.parametrize("spoil", [flip, cut, pytest.param(remove, marks=pytest.mark.thorough)])
+def test_a_damaged_file_is_noticed_or_makes_no_difference(saved, tmp_path, spoil, thorough):
+    run_dir, states, abstract = saved
+    draw, noticed = random.Random(0), set()
+    wanted = [p.relative_to(run_dir) for p in files(run_dir / "checkpoints" / "pretrain" / "2")]
+    needed = [p for p in wanted if "/".join(p.parts[3:]) in NEEDED]
+    for file in wanted * 20 if thorough else [*wanted[:2], *needed]:
+        copy = tmp_path / "copy"
+        shutil.copytree(run_dir, copy)
+        spoil(copy / file, draw)
+        state, step, said = restored(copy, abstract)
+        for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(states[step]), strict=True):
+            np.testing.assert_array_equal(ours, theirs, err_msg=str(file))
+        if step == 1:
+            noticed.add(file)
+            assert len(said) == 1
+            assert "pretrain/2': is damaged" in said[0]
+            assert (copy / "checkpoints" / "pretrain" / "2.damaged").is_dir()
+        shutil.rmtree(copy)
+    assert noticed >= set(needed)
+    assert len(noticed) > len(needed)  # arrays too
+
+
+def test_a_run_goes_on_from_the_one_before(recipe, tmp_path, capsys):
+    """With the same curve, the place in the data included."""
+
+    def start():
+        settings = dataclasses.replace(recipe, run_dir=str(tmp_path))
+        pretrain(settings, open_run(settings), Console(enabled=True))
+        return {row["step"]: row["loss"] for row in read_rows(tmp_path / "metrics.jsonl")}
+
+    before, folder = start(), tmp_path / "checkpoints" / "pretrain"
+    shutil.rmtree(folder / "8")
+    cut(folder / "6" / "digests" / "metadata", random.Random(0))
+    assert start() == before
+    assert "resumed from the checkpoint of step 4" in capsys.readouterr().out
+    assert {path.name for path in folder.iterdir()} >= {"6.damaged", "6", "8"}
+
+
+def test_with_none_left_nothing_is_touched(saved, tmp_path):
+    run_dir, _, abstract = saved
+    shutil.copytree(run_dir, tmp_path / "copy")
+    for step in (1, 2):
+        (tmp_path / "copy" / "checkpoints" / "pretrain" / str(step) / "data" / "stream_0.json").write_text("7\n0")
+    with pytest.raises(ConfigError, match="no checkpoint in it is whole"):
+        restored(tmp_path / "copy", abstract)
+    assert {p.name for p in (tmp_path / "copy" / "checkpoints" / "pretrain").iterdir()} == {"1", "2"}
+
+
+def largest(step):
+    return files(step / "state")[0]
+
+
+@pytest.mark.parametrize("file", [largest, lambda step: step / "model" / "metadata"], ids=["arrays", "model"])
+def test_whoever_else_reads_it_is_told(saved, tmp_path, file):
+    run_dir, _, _ = saved
+    shutil.copytree(run_dir, tmp_path / "copy")
+    step = tmp_path / "copy" / "checkpoints" / "pretrain" / "2"
+    load_pretrained(step)
+    raw = file(step).read_bytes()
+    quarter = len(raw) // 4
+    zeroed = raw[:quarter] + bytes(2 * quarter) + raw[3 * quarter :]
+    file(step).write_bytes(raw.replace(b"10000.0", b"10001.0") if b"10000.0" in raw else zeroed)
+    with pytest.raises(ConfigError, match=r"is damaged|cannot be read"):
+        load_pretrained(step)
+
+
+def test_a_checkpoint_half_removed_by_a_kill_is_passed_over(saved, tmp_path):
+    run_dir, states, _ = saved
+    shutil.copytree(run_dir, tmp_path / "copy")
+    newest = tmp_path / "copy" / "checkpoints" / "pretrain" / "2"
+    (newest / "_CHECKPOINT_METADATA").unlink()
+    np.testing.assert_array_equal(load_pretrained(tmp_path / "copy").embed[...], states[1].params["embed"])

@@ -1,0 +1,111 @@
+"""Figures that are not finite, and losses that leap."""
+
+import dataclasses
+import os
+import signal
+
+import numpy as np
+import pytest
+
+from mla_moe import data
+from mla_moe.recipe import Optimizer, Schedule, Training
+from mla_moe.training import guard
+from mla_moe.training.console import Console
+from mla_moe.training.guard import Guard, Halted, Spike
+from mla_moe.training.meter import Meter
+from mla_moe.training.metrics import read_rows
+from mla_moe.training.pretrain import pretrain
+from mla_moe.training.run import open_run
+from mla_moe.training.setup import Interrupted
+
+
+def start(recipe, run_dir, **changes):
+    recipe = dataclasses.replace(recipe, run_dir=str(run_dir), **changes)
+    pretrain(recipe, open_run(recipe), Console(enabled=True))
+
+
+def losses(run_dir):
+    return {row["step"]: row["loss"] for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row}
+
+
+def test_a_run_that_blows_up_ends_and_leaves_the_batch(recipe, tmp_path):
+    training = dataclasses.replace(recipe.training, skip_limit=3)
+    optimizer = Optimizer("adamw", Schedule(peak=1e38, warmup=0.0))
+    with pytest.raises(Halted, match=r"not finite in 3 updates in a row \(training.skip_limit\), up to step 4"):
+        start(recipe, tmp_path, training=training, optimizer=optimizer)
+    assert [row["skipped"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 1, 1]
+    with np.load(tmp_path / "skipped_pretrain_4.0.npz") as batch:
+        assert batch["tokens"].shape == (8, 32)
+        assert set(batch) == {"tokens", "targets", "segment_ids", "positions"}
+
+
+def test_only_skipped_updates_in_a_row_count(tmp_path):
+    watch = Guard(Training(skip_limit=2), tmp_path, "rl", None)
+    for step, skipped in enumerate([1, 0, 1, 0]):
+        watch.see(step, {"skipped": skipped, "loss": 1.0}, dict)
+    with pytest.raises(Halted):
+        watch.see(4, {"skipped": 2, "loss": 1.0}, dict)
+
+
+@pytest.fixture
+def spoilt(monkeypatch):
+    """Batches of unheard-of bytes in place of those with these numbers."""
+
+    def spoil(numbers):
+        taken, take = [], data.Batches.__next__
+
+        def take_next(self):
+            batch = take(self)
+            taken.append(batch)
+            if len(taken) in numbers:
+                batch = batch | {"targets": np.full_like(batch["targets"], 200)}
+            return batch
+
+        monkeypatch.setattr(data.Batches, "__next__", take_next)
+        return taken
+
+    monkeypatch.setattr(guard, "WINDOW", 3)
+    return spoil
+
+
+def test_a_leap_of_the_loss_is_taken_back(recipe, tmp_path, spoilt, capsys):
+    taken = spoilt({7})
+    start(recipe, tmp_path, training=dataclasses.replace(recipe.training, spike=1.0))
+    assert "back to the newest checkpoint" in capsys.readouterr().out
+    assert list(losses(tmp_path)) == list(range(1, 9))
+    assert losses(tmp_path)[7] < losses(tmp_path)[6] + 1
+    assert [row for row in read_rows(tmp_path / "metrics.jsonl") if "rewound" in row] == [
+        {"step": 7, "stage": "pretrain", "rewound": 1}
+    ]
+    assert len(taken) == 10  # batches 7 and 8, which was under way, are not read again
+
+
+@pytest.mark.thorough
+def test_losses_that_leap_again_and_again_end_the_run(recipe, tmp_path, spoilt):
+    spoilt(range(7, 99))
+    with pytest.raises(Halted, match="again after 3 returns to step 6"):
+        start(recipe, tmp_path, training=dataclasses.replace(recipe.training, spike=1.0))
+
+
+def test_a_leap_is_seen_after_a_restart_as_without(tmp_path, monkeypatch):
+    monkeypatch.setattr(guard, "WINDOW", 3)
+    rows = [f'{{"step": {i}, "stage": "sft", "loss": {i}.0, "skipped": 0}}\n' for i in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(rows))
+    watch = Guard(Training(spike=2.0), tmp_path, "sft", 4)  # the mean of 2, 3 and 4
+    watch.see(5, {"skipped": 0, "loss": 5.0}, dict)
+    with pytest.raises(Spike, match=r"leapt to 6.001 in step 6, from a mean of 4.000"):
+        watch.see(6, {"skipped": 0, "loss": 6.001}, dict)
+
+
+def test_a_signal_in_the_last_step_is_heard(recipe, tmp_path, monkeypatch):
+    record = Meter.record
+
+    def then_stop(self, number, metrics, batch):
+        record(self, number, metrics, batch)
+        if number == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Meter, "record", then_stop)
+    with pytest.raises(Interrupted, match="stopped at step 8 by SIGTERM"):
+        start(recipe, tmp_path)
+    assert (tmp_path / "checkpoints" / "pretrain" / "8").is_dir()

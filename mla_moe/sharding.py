@@ -156,11 +156,17 @@ def as_rows(x: jax.Array) -> jax.Array:
     return _lie(x, ROWS)
 
 
-def _lie(x, axes):
+def as_columns(logits: jax.Array) -> jax.Array:
+    """Logits `[b, V]` of a decode step: each device has those of its part of the head."""
+    return _lie(logits, ROWS, ("expert", "tensor"))
+
+
+def _lie(x, *axes):
     mesh = mesh_around()
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(dividing(mesh, len(x), axes))))
+    split = (dividing(mesh, size, some) for size, some in zip(x.shape, axes, strict=False))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*split)))
 
 
 def check_divisible(run: recipe.Recipe, mesh: jax.sharding.Mesh) -> None:

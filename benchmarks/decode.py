@@ -18,19 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from model import CFG
 
-from mla_moe import ModelConfig, Precision, Transformer, preset, save_pretrained
+from mla_moe import Precision, Transformer, preset, save_pretrained
 from mla_moe.config import PRESETS
 from mla_moe.counting import cache_bytes_per_token, count_parameters
 from mla_moe.inference.engine import Engine
 from mla_moe.inference.request import Request
 
-CFG = ModelConfig(
-    vocab_size=2048, hidden_size=256, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=6,
-    num_attention_heads=8, kv_lora_rank=32, q_lora_rank=96, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
-    n_routed_experts=32, num_experts_per_tok=4, routed_scaling_factor=2.5, initializer_range=0.05,
-    max_position_embeddings=4096,
-)  # fmt: skip
 PROMPT, NEW = 64, 128
 
 PEER = """

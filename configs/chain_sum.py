@@ -1,4 +1,4 @@
-"""A task of reasoning-gym's, from the quickstart's pretraining: sums of two to five numbers, fine-tuned, then rewarded.
+"""A task of reasoning-gym's, from the quickstart's pretraining: sums of two to four numbers, fine-tuned, then rewarded.
 
     python train.py configs/quickstart.py
     python examples/chain_sum_pairs.py runs/chain_sum.jsonl
@@ -22,12 +22,12 @@ recipe = Recipe(
     training=Training(steps=0, batch_size=16),
     task=Task(
         name="reasoning_gym:chain_sum",
-        options=("min_terms=2", "max_terms=5", "min_digits=1", "max_digits=1"),
+        options=("min_terms=2", "max_terms=4", "min_digits=1", "max_digits=1"),
         template="{question}\n",
         format=0.2,
     ),
     sft=SFT(
-        steps=160,
+        steps=400,
         data=("runs/chain_sum.jsonl",),
         batch_size=16,
         sequence_length=256,
@@ -36,7 +36,7 @@ recipe = Recipe(
         ),
     ),
     rl=RL(
-        steps=24,
+        steps=20,
         objective="dapo",
         rounds=2,
         prompts=48,
@@ -47,8 +47,8 @@ recipe = Recipe(
         row_tokens=256,
         rows=16,
         slots=128,
-        optimizer=Optimizer(schedule=Schedule(peak=7e-4, warmup=0.0, decay=0.6, final=0.1), weight_decay=0.0),
-        eval_every=8,
+        optimizer=Optimizer(schedule=Schedule(peak=5e-4, warmup=0.0, decay=0.9, final=0.05), weight_decay=0.0),
+        eval_every=5,
     ),
     checkpoint=Checkpoint(every=100),
 )

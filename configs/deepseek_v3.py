@@ -16,7 +16,7 @@ recipe = Recipe(
     data=Data(tokenizer="tokenizer.json"),
     # Section 4.2: 14.8 T tokens in sequences of 4,096; here in steps of 8 M tokens from the first on.
     optimizer=Optimizer(schedule=Schedule(peak=2.2e-4, warmup=0.0011, decay=0.29, final=0.1, tail=0.034)),
-    mesh=Mesh(data=1, fsdp=16, expert=32),
+    mesh=Mesh(data=1, fsdp=-1, expert=32),
     training=Training(
         steps=1_764_000,
         batch_size=2048,

@@ -14,7 +14,7 @@ from pathlib import Path
 from mla_moe.recipe import load
 from mla_moe.rl.tasks import open_task
 
-PAIRS = 8_000
+PAIRS = 16_000
 HASTY = 0.55
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -295,7 +296,8 @@ def _model_and_language(checkpoint: Path):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Compile a recipe for devices that need not be here: does it fit, what does it send, how long is a step?"""
+    """Compile a recipe for devices that need not be here: does it fit, what does it send, how long is a step? Its
+    fields can be set as for train.py: `--mesh.fsdp 32`."""
 
     recipe: tyro.conf.Positional[Path]
     """A recipe's .py or .json file."""
@@ -315,7 +317,7 @@ class Plan:
     json: bool = False
     """Print everything as JSON."""
 
-    def run(self) -> None:
+    def run(self, flags: list[str]) -> None:
         from mla_moe.plan.topology import open_topology, quiet_compilers
 
         quiet_compilers()
@@ -323,7 +325,8 @@ class Plan:
         from mla_moe.plan import report
         from mla_moe.plan.search import cached_plan, search
 
-        recipe, topology = recipes.load(self.recipe), open_topology(self.topology, self.slices)
+        recipe = recipes.with_flags(recipes.load(self.recipe), flags, f"mla-moe plan {self.recipe}")
+        topology = open_topology(self.topology, self.slices)
         console = Console(enabled=True)
         if self.search:
             require(self.stage == "train", "stage", self.stage, "search varies training")
@@ -353,8 +356,15 @@ Command = (
 
 
 def main(args: list[str] | None = None) -> int:
+    parse = partial(tyro.cli, Command, prog="mla-moe", description=__doc__, args=args)
     try:
-        tyro.cli(Command, prog="mla-moe", description=__doc__, args=args).run()
+        command, flags = parse(return_unknown_args=True)
+        if isinstance(command, Plan):
+            command.run(flags)
+        elif flags:
+            parse()  # says what is wrong with them, and exits
+        else:
+            command.run()
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -30,6 +30,15 @@ RULES: Rules = {
     "vocab": "tensor",
 }
 
+DECODE_RULES: Rules = {
+    # A decode step has few tokens and needs all weights: there it is the tokens that travel.
+    "experts": "expert",
+    "heads": "expert+tensor",
+    "hidden": "expert+tensor",
+    "expert_hidden": "tensor",
+    "vocab": "expert+tensor",
+}
+
 LOGICAL_AXES = (*RULES, "layers", "mtp_in", "gate_up", "router", "qk", "kv", "v")
 
 # Tokens: sequences over every axis that has its own data, time over `context`.
@@ -59,7 +68,8 @@ def make_mesh(sizes: recipe.Mesh, devices: Sequence[jax.Device] | None = None) -
     if data % slices:
         raise ConfigError("mesh.data", data, f"must be a multiple of the {slices} slices, which lie along it")
     between = (slices, *(1 for _ in inner))
-    grid = mesh_utils.create_hybrid_device_mesh((data // slices, *inner), between, devices)
+    shape = data // slices, *inner
+    grid = mesh_utils.create_hybrid_device_mesh(shape, between, devices, allow_split_physical_axes=True)
     return jax.sharding.Mesh(grid, MESH_AXES, axis_types=kinds)
 
 
@@ -94,27 +104,63 @@ def spec(axes: Sequence[str], shape: Sequence[int], mesh: jax.sharding.Mesh, rul
 def current_mesh(shape: Sequence[int]) -> jax.sharding.AbstractMesh | None:
     """The mesh around the present code (`jax.set_mesh`) if tokens `[B, T, …]` of this shape can be split over it.
 
-    None for a single device, for a mesh of other axes, within a `shard_map`, where all is local already, and for the
-    few tokens of a decode step: XLA then partitions what lies on a mesh as it sees fit.
+    XLA then partitions other tokens on a mesh as it sees fit.
     """
+    mesh = mesh_around()
+    if mesh is None:
+        return None
+    rows = math.prod(mesh.shape[axis] for axis in BATCH[0])
+    return mesh if shape[0] % rows == 0 and shape[1] % mesh.shape[BATCH[1]] == 0 else None
+
+
+def mesh_around() -> jax.sharding.AbstractMesh | None:
+    """The mesh around the present code. None for a single device, for a mesh of other axes, and within a `shard_map`,
+    where all is local already."""
     mesh = jax.sharding.get_abstract_mesh()
     if not set(MESH_AXES) <= set(mesh.axis_names) or mesh.size == 1:
         return None
-    rows = math.prod(mesh.shape[axis] for axis in BATCH[0])
-    divides = shape[0] % rows == 0 and shape[1] % mesh.shape[BATCH[1]] == 0
-    return mesh if divides and all(kind == AxisType.Auto for kind in mesh.axis_types) else None
+    return mesh if all(kind == AxisType.Auto for kind in mesh.axis_types) else None
 
 
-def vocabulary_axis(mesh: jax.sharding.AbstractMesh, size: int) -> str | None:
-    """The mesh axis over which the head's columns are split when logits are made, where it divides them."""
-    parts = mesh.shape["tensor"]
-    return "tensor" if parts > 1 and size % parts == 0 else None
+def vocabulary_axes(mesh: jax.sharding.AbstractMesh, size: int, candidates: Sequence[str]) -> tuple[str, ...]:
+    """The mesh axes over which the head's columns are split when logits are made: those that divide them."""
+    return tuple(axis for axis in dividing(mesh, size, candidates) if mesh.shape[axis] > 1)
 
 
 def constrain(x: jax.Array) -> jax.Array:
     """Activations `[B, T, …]` lie as tokens do, where there is a mesh."""
     mesh = current_mesh(x.shape)
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH))
+
+
+def dividing(mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, rows: int, axes: Sequence[str]) -> tuple[str, ...]:
+    """As many of the mesh axes as divide `rows`."""
+    chosen: list[str] = []
+    for axis in axes:
+        if rows % math.prod(mesh.shape[other] for other in (*chosen, axis)) == 0:
+            chosen.append(axis)
+    return tuple(chosen)
+
+
+def as_slots(x: jax.Array) -> jax.Array:
+    """What belongs to the cache's slots `[B, …]` lies as they do: over every axis that splits sequences."""
+    return _lie(x, BATCH[0])
+
+
+ROWS = ("data", "fsdp")
+"""The mesh axes over which the tokens of a decode step are split; the devices of the others share the work on each."""
+
+
+def as_rows(x: jax.Array) -> jax.Array:
+    """Activations `[b, …]` of a decode step, where there is a mesh."""
+    return _lie(x, ROWS)
+
+
+def _lie(x, axes):
+    mesh = mesh_around()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(dividing(mesh, len(x), axes))))
 
 
 def check_divisible(run: recipe.Recipe, mesh: jax.sharding.Mesh) -> None:

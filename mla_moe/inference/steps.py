@@ -18,6 +18,7 @@ from mla_moe.inference.sampling import Either, Settings, sample
 from mla_moe.inference.weights import Structure
 from mla_moe.nn.cache import NOWHERE
 from mla_moe.ops.cached_attention import BLOCK
+from mla_moe.sharding import as_rows
 
 STEPS = 16
 """Most tokens a slot makes in one round trip between host and device."""
@@ -132,7 +133,7 @@ def decode(
         i, cache_LBSW, now, made = carry
         position_B = jnp.where(now.live_B, now.position_B, NOWHERE)
         h_BTD, cache_LBSW, experts = model.extend(now.token_B[:, None], cache_LBSW, position_B)
-        token_B, logprob_B = sample(model.logits(h_BTD)[:, 0], now.settings, now.number_B, tempered=tempered)
+        token_B, logprob_B = sample(as_rows(model.logits(h_BTD)[:, 0]), now.settings, now.number_B, tempered=tempered)
         made = Made(
             made.token_iB.at[i].set(token_B),
             made.logprob_iB.at[i].set(logprob_B),

@@ -1,12 +1,16 @@
 """A model's arrays as decoding wants them: in the compute type, and laid out so that no step copies them."""
 
+from functools import partial
+
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from jax.typing import DTypeLike
 
-from mla_moe.nn.param import Embedding, Matrix
+from mla_moe.nn.param import Embedding, Matrix, logical_axes
 from mla_moe.nn.transformer import Transformer, unstacked
 from mla_moe.ops.chosen_experts import packed
+from mla_moe.sharding import DECODE_RULES, spec
 
 
 class Structure:
@@ -29,25 +33,60 @@ def for_inference(model: Transformer) -> tuple[Structure, nnx.State]:
     """The same model with matrices in the compute type; on one CPU, its layers one by one.
 
     Routers stay in float32, and on one CPU experts in as many bytes as they have: reading them from memory is what
-    takes the time there. Arrays that need no change are shared with `model`.
+    takes the time there. On a mesh weights lie so that tokens travel. Arrays that need no change are shared with
+    `model`.
     """
-    one_cpu = mesh_of(model) is None and jax.default_backend() == "cpu"
+    mesh, compute = mesh_of(model), model.precision.compute
+    one_cpu = mesh is None and jax.default_backend() == "cpu"
     graph, state = nnx.split(model)
-    cast = jax.jit(lambda x: x.astype(model.precision.compute))
 
     def convert(variable):
         if one_cpu and "experts" in variable.get_metadata("axes"):
             return variable.replace(packed(variable.get_value()))
-        return variable.replace(cast(variable.get_value())) if in_compute_type(variable) else variable
+        return variable.replace(_cast(variable, compute) if one_cpu else arranged(variable, compute, mesh))
 
     model = nnx.merge(graph, jax.tree.map(convert, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
     graph, state = nnx.split(unstacked(model) if one_cpu else model)
     return Structure(graph), state
 
 
-def in_compute_type(variable: nnx.Variable) -> bool:
-    """Whether decoding holds it in the type of computation."""
-    return isinstance(variable, Matrix | Embedding) and "router" not in variable.get_metadata("axes")
+def arranged(variable: nnx.Variable, compute: DTypeLike, mesh: Mesh | None) -> jax.Array:
+    """In the type of computation and in its place; experts' gate and up as one axis, as a kernel takes them, each
+    device's columns of both side by side."""
+    value = _cast(variable, compute)
+    if {"experts", "gate_up"} <= set(variable.get_metadata("axes")):
+        value = _side_by_side(value, 1 if mesh is None else mesh.shape["tensor"])
+    return value if mesh is None else _put(value, decode_sharding(variable, mesh))
+
+
+def decode_sharding(variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
+    """Where an `arranged` array lies."""
+    axes, shape = logical_axes(variable), variable.get_value().shape
+    if {"experts", "gate_up"} <= set(axes):
+        kept = [i for i, axis in enumerate(axes) if axis != "gate_up"]
+        axes, shape = [axes[i] for i in kept], [shape[i] for i in kept]
+    return NamedSharding(mesh, spec(axes, shape, mesh, DECODE_RULES))
+
+
+def _cast(variable, compute):
+    held = isinstance(variable, Matrix | Embedding) and "router" not in variable.get_metadata("axes")
+    return _astype(variable.get_value(), compute) if held else variable.get_value()
+
+
+@partial(jax.jit, static_argnames="dtype")
+def _astype(x, dtype):
+    return x.astype(dtype)
+
+
+@partial(jax.jit, static_argnames="parts")
+def _side_by_side(x, parts):
+    *front, _, F = x.shape
+    return x.reshape(*front, 2, parts, F // parts).swapaxes(-3, -2).reshape(*front, 2 * F)
+
+
+@partial(jax.jit, static_argnames="place")
+def _put(x, place):
+    return jax.lax.with_sharding_constraint(x, place)
 
 
 def mesh_of(model: Transformer) -> Mesh | None:

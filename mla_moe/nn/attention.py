@@ -16,7 +16,7 @@ from mla_moe.nn.rope import rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
 from mla_moe.ops.cached_attention import cached_attention
 from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, current_mesh
+from mla_moe.sharding import BATCH, as_rows, as_slots, current_mesh
 
 # transformers and the released code fix this value, whatever the config's rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -90,9 +90,8 @@ class MLAttention(nnx.Module):
             q_bTHA = self.queries(x_bTD, reach.cos_sin)
         with jax.named_scope("latent"):
             new_bTW = jnp.concatenate(self.latent(x_bTD, reach.cos_sin), axis=-1)
-            cache_LBSW = write(
-                cache_LBSW, new_bTW, layer=layer, slots_b=reach.slots_b, start_b=reach.positions_bT[:, 0]
-            )
+            slots_b = None if reach.every_slot else reach.slots_b
+            cache_LBSW = write(cache_LBSW, new_bTW, layer=layer, slots_b=slots_b, start_b=reach.positions_bT[:, 0])
         with jax.named_scope("attend"):
             y_bTHV = cached_attention(
                 q_bTHA,
@@ -100,9 +99,10 @@ class MLAttention(nnx.Module):
                 self.use(self.kv_b),
                 reach.positions_bT,
                 layer=layer,
-                slots_b=None if reach.every_slot else reach.slots_b,
+                slots_b=slots_b,
                 scale=softmax_scale(self.cfg),
                 form=reach.form,
+                spread=as_slots if reach.every_slot else as_rows,
             )
         return jnp.einsum("bTHV,HVD->bTD", y_bTHV, self.use(self.o)), cache_LBSW
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
@@ -15,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from mla_moe.config import ModelConfig
 from mla_moe.ops.cached_attention import BLOCK, Form
-from mla_moe.sharding import BATCH
+from mla_moe.sharding import BATCH, dividing, mesh_around
 
 NOWHERE = 1 << 30
 """A place beyond every cache: what starts there is not written."""
@@ -48,12 +49,7 @@ def empty_cache(
 
 def cache_sharding(mesh: Mesh, slots: int) -> NamedSharding:
     """Slots over the axes that split sequences, as many of them as divide; every device keeps all layers of its own."""
-    axes, parts = [], 1
-    for axis in BATCH[0]:
-        if slots % (parts * mesh.shape[axis]) == 0:
-            axes.append(axis)
-            parts *= mesh.shape[axis]
-    return NamedSharding(mesh, P(None, tuple(axes)))
+    return NamedSharding(mesh, P(None, dividing(mesh, slots, BATCH[0])))
 
 
 def write(
@@ -61,13 +57,48 @@ def write(
     new_bTW: Float[Array, "b T W"],
     *,
     layer: Int[Array, ""] | int,
-    slots_b: Int[Array, "b"],
+    slots_b: Int[Array, "b"] | None,
     start_b: Int[Array, "b"],
 ) -> Float[Array, "L B S W"]:
     """Put T new entries into each slot from its `start` on. A run that does not fit is left out whole, which is how
-    slots without a request are skipped."""
+    slots without a request are skipped. Without `slots_b` rows are all slots in order."""
+    if slots_b is not None:
+        return write_rows(cache_LBSW, new_bTW, layer, slots_b, start_b)
+    mesh, args = mesh_around(), (cache_LBSW, new_bTW, jnp.asarray(layer), start_b)
+    if mesh is None:
+        return _write_all(*args)
+    own = dividing(mesh, len(start_b), BATCH[0])  # each device writes into its own slots
+    inputs = P(None, own), P(own), P(), P(own)
+    return jax.shard_map(_write_all, in_specs=inputs, out_specs=P(None, own), check_vma=False)(*args)
+
+
+def _write_all(cache_LBSW, new_BTW, layer, start_B):
+    def rows(cache_LBSW, new_BTW, layer, start_B):
+        return write_rows(cache_LBSW, new_BTW, layer, jnp.arange(len(start_B)), start_B)
+
+    return jax.lax.platform_dependent(cache_LBSW, new_BTW, layer, start_B, tpu=write_blocks, default=rows)
+
+
+def write_rows(cache_LBSW, new_bTW, layer, slots_b, start_b):
     places_b3 = jnp.stack([jnp.full_like(start_b, layer), slots_b, start_b], axis=1)
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=(1, 2), inserted_window_dims=(0, 1), scatter_dims_to_operand_dims=(0, 1, 2)
     )
     return jax.lax.scatter(cache_LBSW, places_b3, new_bTW, numbers, mode=jax.lax.GatherScatterMode.FILL_OR_DROP)
+
+
+def write_blocks(cache_LBSW, new_BTW, layer, start_B):
+    """The same to all slots, a token and a block of places around it at a time. On TPU, where a cache has its places
+    innermost, XLA would turn all of it around for anything smaller, layer by layer."""
+    (B, T, W), S = new_BTW.shape, cache_LBSW.shape[2]
+    size = min(128, S)
+
+    def put(i, cache_LBSW):
+        b, t = i // T, i % T
+        place, fits = jnp.minimum(start_B[b] + t, S - 1), start_B[b] <= S - T
+        block = layer, b, place // size * size, 0
+        old_11sW = jax.lax.dynamic_slice(cache_LBSW, block, (1, 1, size, W))
+        here_s1 = ((jnp.arange(size) == place % size) & fits)[:, None]
+        return jax.lax.dynamic_update_slice(cache_LBSW, jnp.where(here_s1, new_BTW[b, t], old_11sW), block)
+
+    return with_layout_constraint(jax.lax.fori_loop(0, B * T, put, cache_LBSW), Layout((0, 1, 3, 2)))

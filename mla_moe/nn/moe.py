@@ -18,7 +18,7 @@ from mla_moe.ops.chosen_experts import chosen_experts
 from mla_moe.ops.expert_exchange import exchanged_experts, schedule
 from mla_moe.ops.experts import experts
 from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, TOKENS, current_mesh
+from mla_moe.sharding import BATCH, ROWS, TOKENS, current_mesh, dividing, mesh_around
 
 
 class RouterStats(NamedTuple):
@@ -85,21 +85,24 @@ class MoE(nnx.Module):
                 y_BTD += self.shared(x_BTD)
         return y_BTD, stats
 
-    def extend(self, x_BTD: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], Int[Array, "B T K"]]:
-        """The output, and each token's experts. For inference: no derivative."""
+    def extend(
+        self, x_BTD: Float[Array, "B T D"], layer: Int[Array, ""] | None = None
+    ) -> tuple[Float[Array, "B T D"], Int[Array, "B T K"]]:
+        """The output, and each token's experts. With `layer` the experts' weights are those of a stack of layers, out
+        of which that one's are read in place. For inference: no derivative."""
         B, T, D = x_BTD.shape
         x_ND = x_BTD.reshape(B * T, D).astype(self.precision.compute)
         with jax.named_scope("route"):
             routing = self.router(x_ND)
         with jax.named_scope("experts"):
             chosen = x_ND, routing.experts_NK, routing.weights_NK
-            if jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty:
+            if jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty and layer is None:
                 y_ND = chosen_experts(*chosen, self.gate_up[...], self.down[...])
             else:
                 gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
-                mesh = current_mesh(x_BTD.shape)
-                run = experts if mesh is None else partial(gathered_experts, mesh)
-                y_ND = run(*chosen, gate_up, down, implementation=self.kernels.grouped_matmul)
+                mesh = mesh_around()
+                run = experts if mesh is None else partial(spread_experts, mesh)
+                y_ND = run(*chosen, gate_up, down, layer=layer, implementation=self.kernels.grouped_matmul)
         if self.cfg.n_shared_experts:
             with jax.named_scope("shared"):
                 y_ND += self.shared(x_ND[None])[0]
@@ -151,26 +154,24 @@ class MoE(nnx.Module):
         return y_ND.reshape(B, T, D), RouterStats(*stats, dropped)
 
 
-def gathered_experts(mesh: AbstractMesh, x_ND, experts_NK, weights_NK, gate_up_ED2F, down_EFD, *, implementation):
-    """`ops.experts` for the few tokens of a decode step: all devices of `expert` look at the tokens of all, run their
-    own experts, and each gets back the sums of its tokens."""
+def spread_experts(mesh: AbstractMesh, x_ND, experts_NK, weights_NK, gate_up, down, *, layer, implementation):
+    """`ops.experts` for the few tokens of a decode step: each device of `expert` runs its own experts on all tokens,
+    and what they give is added up."""
 
-    def local(x_nD, experts_nK, weights_nK, gate_up_eD2F, down_eFD):
-        x_ND, experts_NK, weights_NK = (
-            jax.lax.all_gather(x, "expert", tiled=True) for x in (x_nD, experts_nK, weights_nK)
-        )
-        e = len(down_eFD)
-        here_NK = experts_NK - jax.lax.axis_index("expert") * e
-        here_NK = jnp.where((here_NK >= 0) & (here_NK < e), here_NK, e)
-        how = {"most": len(x_ND) * min(here_NK.shape[1], e), "implementation": implementation}
-        y_ND = experts(x_ND, here_NK, weights_NK, gate_up_eD2F, down_eFD, **how).astype(jnp.float32)
-        y_nD = jax.lax.psum_scatter(y_ND, "expert", tiled=True)
-        return (jax.lax.psum(y_nD, "tensor") if mesh.shape["tensor"] > 1 else y_nD).astype(x_nD.dtype)
+    def local(x_nD, experts_nK, weights_nK, gate_up, down, layer):
+        e = down.shape[-3]
+        here_nK = experts_nK - jax.lax.axis_index("expert") * e
+        here_nK = jnp.where((here_nK >= 0) & (here_nK < e), here_nK, e)
+        how = {"layer": layer, "most": len(x_nD) * min(here_nK.shape[1], e), "implementation": implementation}
+        y_nD = experts(x_nD, here_nK, weights_nK, gate_up, down, **how).astype(jnp.float32)
+        return jax.lax.psum(y_nD, ("expert", "tensor")).astype(x_nD.dtype)
 
-    rows = P(TOKENS)
-    inputs = rows, rows, rows, P("expert", None, None, "tensor"), P("expert", "tensor")
+    rows = P(dividing(mesh, len(x_ND), ROWS))
+    stack = (None,) * (down.ndim - 3)
+    between = (None,) * (gate_up.ndim - down.ndim + 1)  # width, and gate and up where they are an axis
+    inputs = rows, rows, rows, P(*stack, "expert", *between, "tensor"), P(*stack, "expert", "tensor"), P()
     return jax.shard_map(local, in_specs=inputs, out_specs=rows, check_vma=False)(
-        x_ND, experts_NK, weights_NK, gate_up_ED2F, down_EFD
+        x_ND, experts_NK, weights_NK, gate_up, down, layer
     )
 
 

@@ -18,7 +18,7 @@ from mla_moe.nn.param import Embedding, Precision, matrix, stacked
 from mla_moe.nn.rope import rotary
 from mla_moe.ops.cached_attention import Form
 from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, constrain, current_mesh
+from mla_moe.sharding import BATCH, as_rows, constrain, current_mesh
 
 Remat = Literal["none", "dots", "full"]
 
@@ -68,15 +68,16 @@ class Block(nnx.Module):
                 y_BTD, stats = self.mlp(h_BTD), None
             return constrain(x_BTD + y_BTD), stats
 
-    def extend(self, x_bTD, cache_LBSW, layer, reach: Reach):
-        """The same for new tokens over the cache. Returns `x`, the cache, and each token's experts or None."""
+    def extend(self, x_bTD, cache_LBSW, layer, reach: Reach, place: Int[Array, ""] | None = None):
+        """The same for new tokens over the cache. Returns `x`, the cache, and each token's experts or None. Where
+        experts' weights are those of a whole stack of layers, `place` is the block's in it."""
         with jax.named_scope("attention"):
             y_bTD, cache_LBSW = self.attention.extend(self.attention_norm(x_bTD), cache_LBSW, layer, reach)
-            x_bTD += y_bTD
+            x_bTD = as_rows(x_bTD + y_bTD)
         with jax.named_scope("mlp"):
             h_bTD = self.mlp_norm(x_bTD)
-            y_bTD, experts = self.moe.extend(h_bTD) if self.experts else (self.mlp(h_bTD), None)
-        return x_bTD + y_bTD, cache_LBSW, experts
+            y_bTD, experts = self.moe.extend(h_bTD, place) if self.experts else (self.mlp(h_bTD), None)
+        return as_rows(x_bTD + y_bTD), cache_LBSW, experts
 
 
 class MTP(nnx.Module):
@@ -214,7 +215,7 @@ class Transformer(nnx.Module):
         expert layer. A row whose tokens do not fit into its slot leaves the cache alone.
         """
         reach = self.reach(tokens, start, slots, form)
-        x_bTD, experts = self.embedding(tokens), None
+        x_bTD, experts = self._rows(self.embed, tokens), None
         if self.cfg.first_k_dense_replace:
             x_bTD, cache_LBSW, _ = _extend(self.dense_layers, x_bTD, cache_LBSW, 0, reach)
         if self.cfg.num_moe_layers:
@@ -225,7 +226,11 @@ class Transformer(nnx.Module):
     def mtp_extend(self, h_bTD, next_tokens, cache_LBSW, start, slots=None, form: Form = "absorbed"):
         """`mtp_hidden` of new tokens over the cache, whose last layer is the prediction module's."""
         reach = self.reach(next_tokens, start, slots, form)
-        return self.mtp.extend(h_bTD, self.mtp_embedding(next_tokens), cache_LBSW, self.cfg.num_hidden_layers, reach)
+        x_bTD = self._rows(self.embed if self.cfg.mtp_shares_embedding else self.mtp.embed, next_tokens)
+        return self.mtp.extend(h_bTD, x_bTD, cache_LBSW, self.cfg.num_hidden_layers, reach)
+
+    def _rows(self, embed: nnx.Param, tokens_bT) -> Float[Array, "b T D"]:
+        return as_rows(embed[...].astype(self.precision.compute)[tokens_bT])
 
     def reach(self, tokens_bT, start_b, slots_b, form: Form) -> Reach:
         positions_bT = start_b[:, None] + jnp.arange(tokens_bT.shape[1])
@@ -274,15 +279,17 @@ def _extend(layers, x_bTD, cache_LBSW, first: int, reach: Reach):
             x_bTD, cache_LBSW, chosen = block.extend(x_bTD, cache_LBSW, number, reach)
             experts.append(chosen)
         return x_bTD, cache_LBSW, None if experts[0] is None else jnp.stack(experts)
-    graph, state = nnx.split(layers)
+    # A kernel's operand has to be whole: experts, cut out of their stack for it, would be copied.
+    graph, whole, state = nnx.split(layers, lambda _, weight: "experts" in weight.get_metadata("axes"), ...)
 
     def body(carry, layer):
-        number, layer_state = layer
-        x_bTD, cache_LBSW, experts = nnx.merge(graph, layer_state).extend(*carry, number, reach)
+        place, layer_state = layer
+        block = nnx.merge(graph, whole, layer_state)
+        x_bTD, cache_LBSW, experts = block.extend(*carry, first + place, reach, place if block.experts else None)
         return (x_bTD, cache_LBSW), experts
 
-    numbers = first + jnp.arange(len(jax.tree.leaves(state)[0]))
-    (x_bTD, cache_LBSW), experts = jax.lax.scan(body, (x_bTD, cache_LBSW), (numbers, state))
+    places = jnp.arange(len(jax.tree.leaves(state)[0]))
+    (x_bTD, cache_LBSW), experts = jax.lax.scan(body, (x_bTD, cache_LBSW), (places, state))
     return x_bTD, cache_LBSW, experts
 
 

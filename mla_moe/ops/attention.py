@@ -22,8 +22,6 @@ logger = logging.getLogger(__name__)
 
 Implementation = Literal["reference", "blockwise", "splash", "cudnn"]
 
-BLOCK = 128
-
 
 def default_implementation(platform: str | None = None) -> Implementation:
     """The kernel of `platform` (`tpu`, `gpu`, `cpu`; by default the attached one)."""
@@ -66,12 +64,20 @@ def attention(
         except (NotImplementedError, RuntimeError) as reason:  # a width, type or device
             _fall_back("cudnn", str(reason))
     # Heads in front of time make every product a plain batched one; padding to whole blocks is masked by causality.
-    size = min(BLOCK, T)
+    size = block_size(B * q_BTHA.shape[2], T, whole=first is not None)
     padding = (0, 0), (0, 0), (0, -T % size), (0, 0)
-    assert first is None or (T % size == 0 and S % size == 0)
     q, k, v = (jnp.pad(jnp.moveaxis(x, 2, 1), padding) for x in (q_BTHA, k_BSHA, v_BSHV))
     segments = jnp.pad(segment_ids_BS, padding[1:3])
-    return jnp.moveaxis(_blockwise(q, k, v, segments, start // size, scale)[:, :, :T], 1, 2)
+    return jnp.moveaxis(_blockwise(q, k, v, segments, start // size, scale, size)[:, :, :T], 1, 2)
+
+
+def block_size(heads: int, T: int, whole: bool = False) -> int:
+    """Queries, and keys, of a block: from 64 to 256, such that the scores of all heads, counted over the batch, take at
+    most 2 MB of a processor's cache; a part of T if `whole`, when T is a multiple of 128 or less than that."""
+    if T < 64 or (whole and T < 128):
+        return T
+    size = next((n for n in (256, 128) if heads * n * n <= 2**19), 64)
+    return min(size, 128) if T < 256 or (whole and T % 256) else size
 
 
 @functools.cache
@@ -122,9 +128,11 @@ def _splash(q_BTHA, k_BSHA, v_BSHV, segments_BS, scale):
 
 def _splash_blocks(splash, T: int):
     block, wide = (next(size for size in sizes if T % size == 0) for sizes in ((512, 256, 128), (2048, 512, 256, 128)))
-    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv_compute")
-    # One kernel for the whole derivative makes scores once, and a gradient of the queries for each wide block of keys.
-    return splash.BlockSizes(**dict.fromkeys(names, block), block_kv_dkv=wide, use_fused_bwd_kernel=True)
+    names = ("block_q", "block_kv", "block_kv_compute", "block_q_dkv")
+    # One kernel for the whole derivative makes scores once, and a gradient of the queries for each wide block of keys,
+    # of which it looks at few at a time: with 512 it takes 16.1 MB of a core's own memory, where 16 are free.
+    derivative = {"block_kv_dkv": wide, "block_kv_dkv_compute": min(block, 256), "use_fused_bwd_kernel": True}
+    return splash.BlockSizes(**dict.fromkeys(names, block), **derivative)
 
 
 # Below, t and s are the queries and keys of one block.
@@ -153,14 +161,13 @@ def _scores(q_BHtA, k_BHsA, segments, i, j, scale):
     return score_BHts + mask_Bts[:, None]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _blockwise(q_BHTA, k_BHSA, v_BHSV, segments_BS, first, scale):
-    return _blockwise_forward(q_BHTA, k_BHSA, v_BHSV, segments_BS, first, scale)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _blockwise(q_BHTA, k_BHSA, v_BHSV, segments_BS, first, scale, size):
+    return _blockwise_forward(q_BHTA, k_BHSA, v_BHSV, segments_BS, first, scale, size)[0]
 
 
-def _blockwise_forward(q_BHTA, k_BHSA, v_BHSV, segments_BS, first, scale):
+def _blockwise_forward(q_BHTA, k_BHSA, v_BHSV, segments_BS, first, scale, size):
     B, H, T, _ = q_BHTA.shape
-    size = min(BLOCK, T)
 
     def queries(own):
         q_BHtA, i = _block(q_BHTA, own, size), first + own
@@ -192,10 +199,9 @@ def _blockwise_forward(q_BHTA, k_BHSA, v_BHSV, segments_BS, first, scale):
     return y_BHTV, (q_BHTA, k_BHSA, v_BHSV, segments_BS, first, y_BHTV, _stack(log_z_nBHt1))
 
 
-def _blockwise_backward(scale, residuals, g_BHTV):
+def _blockwise_backward(scale, size, residuals, g_BHTV):
     q_BHTA, k_BHSA, v_BHSV, segments_BS, first, y_BHTV, log_z_BHT1 = residuals
     T, S = q_BHTA.shape[2], k_BHSA.shape[2]
-    size = min(BLOCK, T)
     # Σ_s p_ts · ∂p_ts, which the softmax's derivative subtracts
     mean_BHT1 = jnp.sum(g_BHTV.astype(jnp.float32) * y_BHTV.astype(jnp.float32), axis=-1, keepdims=True)
 

@@ -30,11 +30,13 @@ def cached_attention(
     slots_b: Int[Array, "b"] | None,
     scale: float,
     form: Form,
+    spread: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, "b T H V"]:
     """`softmax(scale · q kᵀ + mask) v` for tokens at `positions` over the entries of their slots up to themselves.
 
     `kv_b` is `[W_UK; W_UV]` of each head, so that k = N + V. `slots_b` says which slot a row asks; None means all
-    slots in order. Positions at or beyond the capacity S belong to nobody, and give arbitrary finite values.
+    slots in order. Positions at or beyond the capacity S belong to nobody, and give arbitrary finite values. `spread`
+    says where queries and values meet the cache, if heads lie on other devices than slots.
     """
     S, W = cache_LBSW.shape[2:]
     C, R = kv_b_CHk.shape[0], W - kv_b_CHk.shape[0]
@@ -76,7 +78,8 @@ def cached_attention(
         return jnp.moveaxis(y_bHTV, 1, 2).astype(q_bTHA.dtype)
 
     q_nope, q_pe = q_bTHA[..., :N], q_bTHA[..., N:]
-    q_bHTW = jnp.moveaxis(jnp.concatenate([jnp.einsum("bTHN,CHN->bTHC", q_nope, uk_CHN), q_pe], axis=-1), 2, 1)
+    q_bTHW = jnp.concatenate([jnp.einsum("bTHN,CHN->bTHC", q_nope, uk_CHN), q_pe], axis=-1)
+    q_bHTW = jnp.moveaxis(spread(q_bTHW), 2, 1)
 
     def products(start):
         entries_bsW = read(start, size)
@@ -86,7 +89,7 @@ def cached_attention(
 
     shape = (W, q_bTHA.shape[2], W)
     y_bHTW = _running_softmax(products, positions_bT, blocks, size, shape, scale, q_bTHA.dtype)
-    return jnp.einsum("bHTC,CHV->bTHV", y_bHTW[..., :C].astype(q_bTHA.dtype), uv_CHV)
+    return jnp.einsum("bHTC,CHV->bTHV", spread(y_bHTW[..., :C].astype(q_bTHA.dtype)), uv_CHV)
 
 
 def _running_softmax(products: Callable, positions_bT, blocks, size, value_shape, scale, dtype):

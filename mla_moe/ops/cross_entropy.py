@@ -5,12 +5,28 @@ computes it chunk by chunk, and the logits are made once instead of twice.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mla_moe.ops.vocabulary import chunked, scores, unchunked
+
+
+class Split(NamedTuple):
+    """How devices share the work within a `shard_map`, by mesh axes. Logits stay where they are made."""
+
+    vocab: tuple[str, ...] = ()
+    """Each device holds a part of the vocabulary, in order."""
+    tokens: str | None = None
+    """One of `vocab` whose devices have different tokens: they look at the tokens of all, a chunk at a time, so that
+    none has the whole head or its gradient."""
+    embed: str | None = None
+    """Over which the head's rows are gathered, and their gradient is scattered."""
+
+
+ALONE = Split()
 
 
 def cross_entropy(
@@ -20,16 +36,15 @@ def cross_entropy(
     weights_BT: Float[Array, "B T"],
     *,
     chunk: int,
-    vocab_axis: str | None = None,
-    embed_axis: str | None = None,
+    split: Split = ALONE,
 ) -> Float[Array, ""]:
     """`Σ weights · −log softmax(h @ head)[target]` in nats, float32. Weights are constants; 0 leaves a token out.
 
-    `chunk` is how many tokens of each sequence have logits at one time. Within a `shard_map` over `vocab_axis`, each
-    device holds a part of the vocabulary, in order; logits stay where they are, and only sums are exchanged.
+    `chunk` is how many tokens of each sequence have logits at one time. Where devices of `split.tokens` share tokens,
+    each gets its part of the sum.
     """
     chunk = min(chunk, h_BTD.shape[1])
-    return _summed(h_BTD, head_DV, targets_BT, weights_BT.astype(jnp.float32), chunk, vocab_axis, embed_axis)
+    return _summed(h_BTD, head_DV, targets_BT, weights_BT.astype(jnp.float32), chunk, split)
 
 
 def reference(h_BTD, head_DV, targets_BT, weights_BT):
@@ -39,52 +54,59 @@ def reference(h_BTD, head_DV, targets_BT, weights_BT):
     return -jnp.sum(weights_BT * jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0])
 
 
-def _gather(head_DV, axis):
-    return head_DV if axis is None else jax.lax.all_gather(head_DV, axis, tiled=True)
+def _gather(x, axis):
+    return x if axis is None else jax.lax.all_gather(x, axis, tiled=True)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _summed(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis, embed_axis):
-    head_DV = _gather(head_DV, embed_axis)
+def _share(axis):
+    return 1 if axis is None else 1 / jax.lax.axis_size(axis)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _summed(h_BTD, head_DV, targets_BT, weights_BT, chunk, split: Split):
+    head_DV = _gather(head_DV, split.embed)
 
     def body(total, xs):
-        h_BtD, targets_Bt, weights_Bt = xs
-        s = scores(h_BtD, head_DV, targets_Bt, axis)
+        h_BtD, targets_Bt, weights_Bt = (_gather(x, split.tokens) for x in xs)
+        s = scores(h_BtD, head_DV, targets_Bt, split.vocab)
         return total + jnp.sum(weights_Bt * (s.log_z_Bt - s.target_Bt)), None
 
     xs = tuple(chunked(x, chunk) for x in (h_BTD, targets_BT, weights_BT))
-    return jax.lax.scan(body, jnp.float32(0), xs)[0]
+    return jax.lax.scan(body, jnp.float32(0), xs)[0] * _share(split.tokens)
 
 
-def _summed_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk, axis, embed_axis):
-    head_DV = _gather(head_DV, embed_axis)
+def _summed_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk, split: Split):
+    head_DV = _gather(head_DV, split.embed)
 
     def body(carry, xs):
         total, g_head_DV = carry
-        h_BtD, targets_Bt, weights_Bt = xs
-        s = scores(h_BtD, head_DV, targets_Bt, axis)
+        h_BtD, targets_Bt, weights_Bt = (_gather(x, split.tokens) for x in xs)
+        s = scores(h_BtD, head_DV, targets_Bt, split.vocab)
         p_BtV = jnp.exp(s.logits_BtV - s.log_z_Bt[..., None])
         g_BtV = weights_Bt[..., None] * (p_BtV - jax.nn.one_hot(s.place_Bt, head_DV.shape[1]))
         g_BtV = g_BtV.astype(h_BtD.dtype)
         g_head_DV += jnp.einsum("BtD,BtV->DV", h_BtD, g_BtV, preferred_element_type=jnp.float32)
         total += jnp.sum(weights_Bt * (s.log_z_Bt - s.target_Bt))
-        return (total, g_head_DV), jnp.einsum("BtV,DV->BtD", g_BtV, head_DV)
+        g_BtD = jnp.einsum("BtV,DV->BtD", g_BtV, head_DV)
+        if split.tokens is not None:
+            g_BtD = jax.lax.psum_scatter(g_BtD, split.tokens, tiled=True)
+        return (total, g_head_DV), g_BtD
 
     xs = tuple(chunked(x, chunk) for x in (h_BTD, targets_BT, weights_BT))
     start = (jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32))
     (total, g_head_DV), g_cBtD = jax.lax.scan(body, start, xs)
     g_head_DV = g_head_DV.astype(head_DV.dtype)
-    if embed_axis is not None:
-        g_head_DV = jax.lax.psum_scatter(g_head_DV, embed_axis, tiled=True)
+    if split.embed is not None:
+        g_head_DV = jax.lax.psum_scatter(g_head_DV, split.embed, tiled=True)
     # Nothing goes on before the head's gradient is in its final, small form.
     total, g_cBtD, g_head_DV = jax.lax.optimization_barrier((total, g_cBtD, g_head_DV))
-    return total, (unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV)
+    return total * _share(split.tokens), (unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV)
 
 
-def _summed_backward(chunk, axis, embed_axis, residuals, g):
+def _summed_backward(chunk, split: Split, residuals, g):
     g_h_BTD, g_head_DV = residuals
-    if axis is not None:
-        g = jax.lax.psum(g, axis)  # the derivative of the sums over the vocabulary
+    if same := [axis for axis in split.vocab if axis != split.tokens]:
+        g = jax.lax.psum(g, same)  # the derivative of the sums over the vocabulary
     return g_h_BTD * g.astype(g_h_BTD.dtype), g_head_DV * g.astype(g_head_DV.dtype), None, None
 
 

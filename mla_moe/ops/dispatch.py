@@ -15,6 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+FEW = 2048
+"""The rows of so many choices may stand side by side, as those of a decode step do."""
+
 
 class Plan(NamedTuple):
     """Where every row goes. `R` is the number of rows in the buffer, padding included."""
@@ -120,6 +123,10 @@ def _sum_choices(y_RD, p: Plan, weight_NK=None):
             wide_RD *= _by_row(weight_NK, p)[:, None]
         token_R = jnp.where(p.filled_R, p.token_R, N)
         return total.at[token_R].add(wide_RD, mode="drop").astype(y_RD.dtype)
+
+    if N * K <= FEW:
+        y_NKD = y_RD.at[p.row_NK].get(mode="fill", fill_value=0).astype(jnp.float32)
+        return (y_NKD if weight_NK is None else y_NKD * weight_NK[..., None]).sum(axis=1).astype(y_RD.dtype)
 
     def add(k, total):
         row_N = jax.lax.dynamic_index_in_dim(p.row_NK, k, 1, keepdims=False)

@@ -12,7 +12,7 @@ sending the gradients beside the tokens. All of this runs inside `jax.shard_map`
 
 import math
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -299,7 +299,7 @@ class _Round:
     def run(self, x_MD, weights_MK, gate_up_eD2F, down_eFD) -> Float[Array, "M D"]:
         """Our experts on the rows that came."""
         experts_MK = jnp.where(self.here_Pc.reshape(-1, 1), self.arrived(self.r.expert_PnK), len(down_eFD))
-        how = {"most": self.s.most, "implementation": self.s.multiply}
+        how: Any = {"most": self.s.most, "implementation": self.s.multiply}
         return experts(x_MD, experts_MK, weights_MK, gate_up_eD2F, down_eFD, **how)
 
     def _exchange(self, x_PcD, sent_Pc: Bool[Array, "P c"], came_Pc: Bool[Array, "P c"]):

@@ -5,40 +5,44 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mla_moe.ops.dispatch import combine, dispatch, plan
-from mla_moe.ops.grouped_matmul import Implementation, grouped_matmul
+from mla_moe.ops.grouped_matmul import Implementation, default_implementation, grouped_matmul
 
 
 def experts(
     x_ND: Float[Array, "N D"],
     experts_NK: Int[Array, "N K"],
     weights_NK: Float[Array, "N K"],
-    gate_up_ED2F: Float[Array, "E D 2 F"],
-    down_EFD: Float[Array, "E F D"],
+    gate_up_EDgF: Float[Array, "*axes"],
+    down_EFD: Float[Array, "*L E F D"],
     *,
+    layer: Int[Array, ""] | None = None,
     most: int | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "N D"]:
     """Sort tokens by expert, run each expert on its own tokens, and bring the results back (DeepSeek-V3, equation 12).
 
-    A choice of `E` is nobody's and adds nothing; `most` bounds the choices that are somebody's.
+    A choice of `E` is nobody's and adds nothing; `most` bounds the choices that are somebody's. Gate and up may be one
+    axis. With `layer` the weights are those of a stack of layers, out of which no copy is made.
     """
-    E, D, _, F = gate_up_ED2F.shape
-    block = block_size(experts_NK.size if most is None else most, E)
+    E, F, D = down_EFD.shape[-3:]
+    first = None if layer is None else layer * E
+    implementation = implementation or default_implementation()
+    block = block_size(experts_NK.size if most is None else most, E, implementation)
     p = plan(experts_NK, E, block, most)
 
     def multiply(x_RD, w_EDF):
-        return grouped_matmul(x_RD, w_EDF, p.group_sizes_E, block=block, implementation=implementation)
+        return grouped_matmul(x_RD, w_EDF, p.group_sizes_E, first, block=block, implementation=implementation)
 
-    gu_R2F = multiply(dispatch(x_ND, p), gate_up_ED2F.reshape(E, D, 2 * F)).reshape(-1, 2, F)
-    y_RD = multiply(jax.nn.silu(gu_R2F[:, 0]) * gu_R2F[:, 1], down_EFD)
+    gate_RF, up_RF = jnp.split(multiply(dispatch(x_ND, p), gate_up_EDgF.reshape(-1, D, 2 * F)), 2, axis=1)
+    y_RD = multiply(jax.nn.silu(gate_RF) * up_RF, down_EFD.reshape(-1, F, D))
     return combine(y_RD, weights_NK, p)
 
 
-def block_size(rows: int, num_experts: int) -> int:
-    """About half of an expert's mean share, a power of two from 8 to 256: small enough that padding costs little (at
-    most one block an expert), large enough for a fast matrix product."""
+def block_size(rows: int, num_experts: int, implementation: Implementation | None) -> int:
+    """About half of an expert's mean share, a power of two from 8 to 256, or to 128 on CPU: small enough that padding
+    costs little (at most one block an expert), large enough for a fast matrix product."""
     share = max(rows // (2 * num_experts), 1)
-    return min(max(1 << (share.bit_length() - 1), 8), 256)
+    return min(max(1 << (share.bit_length() - 1), 8), 128 if implementation == "chunks" else 256)
 
 
 def reference(x_ND, experts_NK, weights_NK, gate_up_ED2F, down_EFD):

@@ -20,16 +20,16 @@ def token_logprobs(
     *,
     chunk: int,
     temperature: float = 1.0,
-    vocab_axis: str | None = None,
+    vocab_axes: tuple[str, ...] = (),
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`log softmax(h @ head / temperature)[target]` in nats, and the entropy of that softmax, both float32.
 
     The entropy is a metric: no gradient flows through it. `chunk` is how many tokens of each sequence have logits at
-    one time. Within a `shard_map` over `vocab_axis`, each device holds a part of the vocabulary, in order; logits stay
+    one time. Within a `shard_map` over `vocab_axes`, each device holds a part of the vocabulary, in order; logits stay
     where they are, and only sums are exchanged.
     """
     chunk = min(chunk, h_BTD.shape[1])
-    return _chosen(h_BTD, head_DV, targets_BT, chunk, temperature, vocab_axis)
+    return _chosen(h_BTD, head_DV, targets_BT, chunk, temperature, vocab_axes)
 
 
 def reference(h_BTD, head_DV, targets_BT, temperature=1.0):
@@ -41,18 +41,18 @@ def reference(h_BTD, head_DV, targets_BT, temperature=1.0):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _chosen(h_BTD, head_DV, targets_BT, chunk, temperature, axis):
-    return _forward(h_BTD, head_DV, targets_BT, chunk, temperature, axis)[0]
+def _chosen(h_BTD, head_DV, targets_BT, chunk, temperature, axes):
+    return _forward(h_BTD, head_DV, targets_BT, chunk, temperature, axes)[0]
 
 
-def _forward(h_BTD, head_DV, targets_BT, chunk, temperature, axis):
+def _forward(h_BTD, head_DV, targets_BT, chunk, temperature, axes):
     def body(xs):
         h_BtD, targets_Bt = xs
-        s = scores(h_BtD, head_DV, targets_Bt, axis, temperature)
+        s = scores(h_BtD, head_DV, targets_Bt, axes, temperature)
         log_p_BtV = s.logits_BtV - s.log_z_Bt[..., None]
         entropy_Bt = -jnp.sum(jnp.exp(log_p_BtV) * log_p_BtV, axis=-1)
-        if axis is not None:
-            entropy_Bt = jax.lax.psum(entropy_Bt, axis)
+        if axes:
+            entropy_Bt = jax.lax.psum(entropy_Bt, axes)
         return s.target_Bt - s.log_z_Bt, entropy_Bt, s.log_z_Bt
 
     out = jax.lax.map(body, (chunked(h_BTD, chunk), chunked(targets_BT, chunk)))
@@ -60,17 +60,17 @@ def _forward(h_BTD, head_DV, targets_BT, chunk, temperature, axis):
     return (logprob_BT, entropy_BT), (h_BTD, head_DV, targets_BT, log_z_BT)
 
 
-def _backward(chunk, temperature, axis, residuals, g):
+def _backward(chunk, temperature, axes, residuals, g):
     h_BTD, head_DV, targets_BT, log_z_BT = residuals
     g_BT, _ = g
-    if axis is not None:
-        g_BT = jax.lax.psum(g_BT, axis)  # the derivative of the sums over the vocabulary
+    if axes:
+        g_BT = jax.lax.psum(g_BT, axes)  # the derivative of the sums over the vocabulary
 
     def body(g_head_DV, xs):
         h_BtD, targets_Bt, log_z_Bt, g_Bt = xs
         V = head_DV.shape[1]
         p_BtV = jnp.exp(logits(h_BtD, head_DV, temperature) - log_z_Bt[..., None])
-        chosen_BtV = jax.nn.one_hot(places(targets_Bt, V, axis), V)
+        chosen_BtV = jax.nn.one_hot(places(targets_Bt, V, axes), V)
         g_BtV = (g_Bt[..., None] / temperature * (chosen_BtV - p_BtV)).astype(h_BtD.dtype)
         g_head_DV += jnp.einsum("BtD,BtV->DV", h_BtD, g_BtV, preferred_element_type=jnp.float32)
         return g_head_DV, jnp.einsum("BtV,DV->BtD", g_BtV, head_DV)

@@ -1,6 +1,6 @@
 """What losses over a large vocabulary share: a softmax of a chunk of time, on one device or over several.
 
-Within a `shard_map` over `axis` each device holds a part of the vocabulary, in order; logits stay where they are, and
+Within a `shard_map` over `axes` each device holds a part of the vocabulary, in order; logits stay where they are, and
 only sums are exchanged.
 """
 
@@ -24,17 +24,17 @@ class Scores(NamedTuple):
     """Where the target is in this device's part; outside of it on all devices but one."""
 
 
-def scores(h_BtD, head_DV, targets_Bt, axis: str | None, temperature: float = 1.0) -> Scores:
+def scores(h_BtD, head_DV, targets_Bt, axes: tuple[str, ...], temperature: float = 1.0) -> Scores:
     logits_BtV = logits(h_BtD, head_DV, temperature)
     V = head_DV.shape[1]
-    place_Bt = places(targets_Bt, V, axis)
+    place_Bt = places(targets_Bt, V, axes)
     target_Bt = jnp.take_along_axis(logits_BtV, jnp.clip(place_Bt, 0, V - 1)[..., None], axis=-1)[..., 0]
-    if axis is None:
+    if not axes:
         return Scores(logits_BtV, jax.nn.logsumexp(logits_BtV, axis=-1), target_Bt, place_Bt)
     here_Bt = (place_Bt >= 0) & (place_Bt < V)
-    top_Bt1 = jax.lax.pmax(logits_BtV.max(axis=-1, keepdims=True), axis)
+    top_Bt1 = jax.lax.pmax(logits_BtV.max(axis=-1, keepdims=True), axes)
     mass_Bt = jnp.exp(logits_BtV - top_Bt1).sum(axis=-1)
-    mass_Bt, target_Bt = jax.lax.psum((mass_Bt, jnp.where(here_Bt, target_Bt, 0)), axis)
+    mass_Bt, target_Bt = jax.lax.psum((mass_Bt, jnp.where(here_Bt, target_Bt, 0)), axes)
     return Scores(logits_BtV, top_Bt1[..., 0] + jnp.log(mass_Bt), target_Bt, place_Bt)
 
 
@@ -42,8 +42,8 @@ def logits(h_BtD, head_DV, temperature: float = 1.0) -> Float[Array, "B t V"]:
     return jnp.einsum("BtD,DV->BtV", h_BtD, head_DV, preferred_element_type=jnp.float32) / temperature
 
 
-def places(targets_Bt, V: int, axis: str | None) -> Int[Array, "B t"]:
-    return targets_Bt if axis is None else targets_Bt - jax.lax.axis_index(axis) * V
+def places(targets_Bt, V: int, axes: tuple[str, ...]) -> Int[Array, "B t"]:
+    return targets_Bt - jax.lax.axis_index(axes) * V if axes else targets_Bt
 
 
 def chunked(x: Array, chunk: int) -> Array:

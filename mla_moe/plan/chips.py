@@ -1,8 +1,8 @@
 """Published peaks of the devices that a recipe can be planned for, one entry per JAX device.
 
-Sources: cloud.google.com/tpu/docs/{v5e,v5p,v6e,tpu7x} (FLOP/s, HBM, interconnect of a chip), NVIDIA's data sheets of
-H100 and H200. A TPU7x chip is two JAX devices, so its figures are halved here. `hbm_bytes` is what XLA lets a program
-use, a little less than what is built in.
+Sources: Google Cloud's pages "TPU v5e", "TPU v5p", "TPU v6e" and "TPU7x (Ironwood)" (FLOP/s, HBM, both networks of a
+chip), NVIDIA's data sheets of H100 and H200. A TPU7x chip is two JAX devices, each of which has half of it here.
+`hbm_bytes` is what XLA lets a program use, a little less than what is built in.
 """
 
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ class Chip:
     hbm_bandwidth: float
     """Bytes/s."""
     link: float
-    """Bytes/s in one direction: of one link of a TPU's torus, of which a chip has two for each dimension; of all NVLink
-    of a GPU."""
+    """Bytes/s in one direction: a device's part of one link of a TPU's torus, of which a chip has two for each
+    dimension; of all NVLink of a GPU."""
     network: float
     """Bytes/s in one direction and device between slices or hosts."""
 
@@ -30,14 +30,14 @@ class Chip:
 GIB = 2.0**30
 
 CHIPS = {
-    # 1,600 Gbit/s over 4 links; 100 Gbit/s of network for each host of 4.
+    # 400 GB/s both ways together over 4 links; 2 × 100 Gbit/s of network for each host of 8.
     "v5e": Chip("TPU v5 lite", 197e12, 15.75 * GIB, 819e9, 50e9, 3.1e9),
-    # 4,800 Gbit/s over 6 links; 200 Gbit/s for each host of 4.
+    # 1,200 GB/s both ways together over 6 links; 50 Gbit/s of network.
     "v5p": Chip("TPU v5", 459e12, 95.74 * GIB, 2765e9, 100e9, 6.2e9),
-    # 3,584 Gbit/s over 4 links; 200 Gbit/s for each host of 4.
-    "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1640e9, 112e9, 6.2e9),
-    # 9,600 Gbit/s over 6 links for a chip of two devices.
-    "v7x": Chip("TPU7x", 2307e12 / 2, 94.75 * GIB, 7380e9 / 2, 100e9, 6.2e9),
+    # 800 GB/s both ways together over 4 links; 100 Gbit/s of network.
+    "v6e": Chip("TPU v6 lite", 918e12, 31.25 * GIB, 1638e9, 100e9, 12.5e9),
+    # 1,200 GB/s both ways together over 6 links, and 100 Gbit/s of network, for a chip of two devices.
+    "v7x": Chip("TPU7x", 2307e12 / 2, 94.75 * GIB, 7380e9 / 2, 100e9 / 2, 6.2e9),
     # NVLink 4: 900 GB/s both ways together; one 400 Gbit/s adapter a GPU, as in a DGX.
     "h100": Chip("NVIDIA H100 80GB HBM3", 989e12, 79.1 * GIB * 0.97, 3350e9, 450e9, 50e9),
     "h200": Chip("NVIDIA H200", 989e12, 139.8 * GIB * 0.97, 4800e9, 450e9, 50e9),

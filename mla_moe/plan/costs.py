@@ -70,8 +70,8 @@ def bandwidth(c: Collective, mesh: Mesh, topology: Topology, chip: Chip) -> floa
         return chip.link if one_host else chip.network
     extents = [len(set(place)) for place in zip(*(d.coords for d in devices), strict=True)]
     extents = [n for n in extents if n > 1]
-    if not extents:  # the two halves of a chip
-        return 6 * chip.link
+    if not extents:  # the halves of a TPU7x chip, joined by six times a link, of which `chip.link` is half
+        return 12 * chip.link
     if "all-to-all" in c.kind:
         return 2 * chip.link / max(max(extents) / 4, 1)
     return 2 * chip.link * (len(extents) if c.kind != "collective-permute" else 0.5)

@@ -22,6 +22,8 @@ class Expected:
     """Runs of an expert exchange's loop."""
     rows: float | None = None
     """Rows of a device's experts in one run, padding included; None takes the whole buffer."""
+    experts: float | None = None
+    """Experts of a device that some token chose; None takes all."""
     blocks: float = 1.0
     """Blocks of keys that a block of queries looks at, where a loop goes over them."""
 
@@ -79,11 +81,18 @@ def _inner(eqn) -> Iterator[Any]:
 
 
 def _trips(body, inside: bool, expected: Expected) -> float:
-    """How often a loop runs whose end is not in its type: an exchange's, attention's within a layer, or the outermost
-    one, which takes decode steps and is counted once."""
-    if any("all_to_all" in name for name in _names(body)):
+    """How often a loop runs whose end is not in its type: an exchange's, within a layer attention's, which has an
+    exponential, or one over chunks of experts' rows, and the outermost one, which takes decode steps and is counted
+    once."""
+    names = set(_names(body))
+    if any("all_to_all" in name for name in names):
         return expected.rounds
-    return expected.blocks if inside else 1.0
+    if not inside:
+        return 1.0
+    if "exp" in names or expected.rows is None:
+        return expected.blocks
+    product = next((eqn for eqn in body.eqns if eqn.primitive.name == "dot_general"), None)
+    return expected.blocks if product is None else expected.rows / math.prod(product.invars[0].aval.shape[:2])
 
 
 def _names(jaxpr) -> Iterator[str]:

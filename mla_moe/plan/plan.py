@@ -4,6 +4,7 @@ import dataclasses
 import re
 import resource
 import sys
+import textwrap
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
+from jax.stages import Compiled
 
 from mla_moe.config import ConfigError
 from mla_moe.plan import stages
@@ -76,14 +78,12 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", **how: A
     try:
         with without_cache():
             compiled = program.traced.lower(lowering_platforms=(topology.platform,)).compile()
-        memory, text = compiled.memory_analysis(), compiled.as_text() or ""
-        argument = float(memory.argument_size_in_bytes)
-        # Results that do not take over an argument's memory are new memory.
-        temp = float(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes)
+        (argument, temp), text = bytes_needed(compiled), compiled.as_text() or ""
     except jax.errors.JaxRuntimeError as error:
         refusal, argument, temp = _refused(str(error), program.kinds)
     seconds = time.perf_counter() - start
-    compiled_program = Program(text, partial(_trips, program.expected)) if text else None
+    expected = program.expected
+    compiled_program = Program(text, partial(_trips, expected), expected.experts) if text else None
     runs = traffic(
         compiled_program.collectives() if compiled_program else (), program.mesh, topology, program.row_share
     )
@@ -120,6 +120,13 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", **how: A
     )
 
 
+def bytes_needed(compiled: Compiled) -> tuple[float, float]:
+    """Of arguments and of temporaries. Results that do not take over an argument's memory are new memory."""
+    memory: Any = compiled.memory_analysis()
+    temp = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return float(memory.argument_size_in_bytes), float(temp)
+
+
 def _trips(expected: Expected, scope: str) -> float:
     """How often a loop runs whose end the program does not say, by JAX's name of it."""
     if "experts" in scope:
@@ -131,7 +138,7 @@ def _refused(error: str, kinds: dict[str, float]) -> tuple[str, float, float]:
     """The compiler's refusal for want of memory: its words, and the bytes of arguments and temporaries."""
     found = re.search(r"Used ([\d.]+)([KMGT]) of", error)
     if found is None:
-        raise ConfigError("topology", "compiler", error.splitlines()[0])
+        raise ConfigError("topology", "compiler", textwrap.shorten(error, 400))
     used = float(found.group(1)) * 1024.0 ** (1 + "KMGT".index(found.group(2)))
     argument = sum(size for kind, size in kinds.items() if kind in ("parameters", "optimizer", "batch", "cache"))
     return error.splitlines()[0], argument, max(used - argument, 0.0)

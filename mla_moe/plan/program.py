@@ -91,12 +91,13 @@ Trips = Callable[[str], float]
 
 
 class Program:
-    """`text` is what `compiled.as_text()` gives."""
+    """`text` is what `compiled.as_text()` gives. `experts` is how many of a grouped product's matrices are read; None
+    stands for all."""
 
-    def __init__(self, text: str, trips: Trips = lambda scope: 1.0):
+    def __init__(self, text: str, trips: Trips = lambda scope: 1.0, experts: float | None = None):
         self.computations: dict[str, Computation] = {}
         self.entry = ""
-        self._trips = trips
+        self._trips, self._experts = trips, experts
         self._read(text)
 
     def _read(self, text: str) -> None:
@@ -190,6 +191,23 @@ class Program:
                 total += times * sum(self._traffic(computation, i) for i in computation.instructions.values())
         return total
 
+    def _taken(self, inner: Computation, name: str) -> float:
+        """Bytes that a fusion, or one inside it, looks at of an operand: where it only cuts, the parts."""
+        users = [i for i in inner.instructions.values() if name in i.operands]
+        total = 0.0
+        for user in users:
+            if user.op in ("dynamic-slice", "gather", "slice") and user.operands[0] == name:
+                total += hbm_bytes(user.type)
+            elif user.op == "fusion":
+                nested = self.computations[user.called("calls")[0]]
+                parameters = {
+                    int(i.rest.split(")")[0]): i.name for i in nested.instructions.values() if i.op == "parameter"
+                }
+                total += self._taken(nested, parameters[user.operands.index(name)])
+            else:
+                return math.inf
+        return total if users else math.inf
+
     def _traffic(self, computation: Computation, instruction: Instruction) -> float:
         if instruction.op in _FREE:
             return 0.0
@@ -198,7 +216,7 @@ class Program:
             return self._fused_traffic(computation, instruction, inner)
         out = hbm_bytes(instruction.type)
         operands = [computation.instructions.get(name) for name in instruction.operands]
-        sizes = [hbm_bytes(operand.type) for operand in operands if operand is not None]
+        sizes = [hbm_bytes(operand.type) * self._share(instruction, operand) for operand in operands if operand]
         if instruction.op in ("dynamic-slice", "slice", "gather"):
             return 2 * out
         if instruction.op == "dynamic-update-slice":
@@ -206,6 +224,12 @@ class Program:
         if instruction.op == "copy-start":
             return sum(sizes) + sum(hbm_bytes(part) for part in _elements(instruction.type)[:1])
         return out + sum(sizes)
+
+    def _share(self, instruction: Instruction, operand: Instruction) -> float:
+        """Of a grouped product's stack of matrices, those that are read."""
+        stack = re.match(r"\w+\[(\d+),\d+,\d+\]", operand.type)
+        grouped = instruction.op == "custom-call" and "experts" in instruction.scope
+        return min(self._experts / int(stack.group(1)), 1.0) if self._experts and grouped and stack else 1.0
 
     def _fused_traffic(self, computation: Computation, fusion: Instruction, inner: Computation) -> float:
         """Of an operand that is only sliced or looked up, what is taken; of one updated in place, what is written."""
@@ -221,10 +245,7 @@ class Program:
             operand = computation.instructions.get(fusion.operands[number])
             if operand is None or name in updated:
                 continue
-            users = [i for i in inner.instructions.values() if name in i.operands]
-            taken = [i for i in users if i.op in ("dynamic-slice", "gather", "slice") and i.operands[0] == name]
-            size = hbm_bytes(operand.type)
-            total += min(size, sum(hbm_bytes(i.type) for i in taken)) if users and len(taken) == len(users) else size
+            total += min(self._taken(inner, name), hbm_bytes(operand.type))
         written = sum(
             hbm_bytes(inner.instructions[update.operands[1]].type)
             for update in updates

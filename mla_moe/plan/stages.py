@@ -10,11 +10,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Traced
 
-from mla_moe.config import require
+from mla_moe.config import ModelConfig, require
 from mla_moe.counting import count_parameters, train_flops_per_token
 from mla_moe.inference import steps
 from mla_moe.inference.steps import empty_slots
-from mla_moe.inference.weights import Structure, in_compute_type
+from mla_moe.inference.weights import Structure, arranged, decode_sharding
 from mla_moe.nn.cache import cache_sharding, capacity_for
 from mla_moe.nn.kernels import resolve
 from mla_moe.nn.param import Precision
@@ -75,7 +75,9 @@ def train(recipe: Recipe, topology: Topology) -> Stage:
     if training.remat == "full":
         kinds["layer inputs"] = float(cfg.num_hidden_layers * local * cfg.hidden_size * item)
     expected, row_share = even_routing(recipe, mesh, local)
-    expected = replace(expected, blocks=training.sequence_length / attention.BLOCK / 2)  # on and below the diagonal
+    rows = shape[0] // training.accumulation // math.prod(mesh.shape[axis] for axis in BATCH[0])
+    block = attention.block_size(rows * cfg.num_attention_heads // mesh.shape["tensor"], training.sequence_length)
+    expected = replace(expected, blocks=training.sequence_length / block / 2)  # on and below the diagonal
     # Attention's derivative makes the scores again, and a rematerialised layer all of its forward pass.
     layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
     width = cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
@@ -92,14 +94,13 @@ def decode(recipe: Recipe, topology: Topology, batch: int, context: int) -> Stag
     rows = math.prod(mesh.shape[axis] for axis in BATCH[0])
     require(batch % rows == 0, "batch", batch, f"must be a multiple of {rows}: sequences over data x fsdp x expert")
     skeleton = make_skeleton(recipe, mesh)
-    compute, shardings = jnp.dtype(skeleton.precision.compute), skeleton.shardings(mesh)
+    compute = jnp.dtype(skeleton.precision.compute)
 
-    def held(path, v):
-        dtype = compute if in_compute_type(v) else v.get_value().dtype
-        return v.replace(jax.ShapeDtypeStruct(v.get_value().shape, dtype, sharding=shardings[path]))
+    def held(v):
+        x = jax.eval_shape(lambda x: arranged(v.replace(x), compute, mesh), v.get_value())
+        return v.replace(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=decode_sharding(v, mesh)))
 
-    flat = [(tuple(path.split("/")), held(path, v)) for path, v in skeleton.variables.items()]
-    state = nnx.from_flat_state(flat)
+    state = nnx.from_flat_state([(tuple(path.split("/")), held(v)) for path, v in skeleton.variables.items()])
     place = cache_sharding(mesh, batch)
     shape = cfg.num_hidden_layers, batch, capacity_for(context), cfg.kv_lora_rank + cfg.qk_rope_head_dim
     cache = jax.ShapeDtypeStruct(shape, compute, sharding=place)
@@ -115,9 +116,19 @@ def decode(recipe: Recipe, topology: Topology, batch: int, context: int) -> Stag
     width = 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
     useful = batch / mesh.size * (2 * weights + 2 * cfg.num_hidden_layers * cfg.num_attention_heads * width * context)
     kinds = {"parameters": bytes_of(state), "cache": bytes_of(cache)}
-    expected = Expected(blocks=shape[2] / cached_attention.BLOCK, rows=1.0)
-    here = batch * cfg.num_experts_per_tok / mesh.shape["expert"]
-    return Stage(traced, mesh, kinds, useful, 0.0, replace(expected, rows=here), 1.0, batch)
+    # The devices of `expert` have the same tokens; of the experts a few are chosen by none.
+    local, K, e = batch // (mesh.shape["data"] * mesh.shape["fsdp"]), cfg.num_experts_per_tok, experts_of(cfg, mesh)
+    chosen = e * (1 - (1 - K / cfg.n_routed_experts) ** local)
+    multiply = resolve(recipe.kernels, mesh.devices.flat[0].platform).grouped_matmul
+    block = block_size(local * min(K, e), e, multiply)
+    rows = chosen * block * math.ceil(local * K / cfg.n_routed_experts / block)
+    expected = Expected(blocks=shape[2] / cached_attention.BLOCK, rows=rows, experts=chosen)
+    return Stage(traced, mesh, kinds, useful, 0.0, expected, 1.0, batch)
+
+
+def experts_of(cfg: ModelConfig, mesh: Mesh) -> int:
+    """How many a device has."""
+    return cfg.n_routed_experts // mesh.shape["expert"]
 
 
 def make_skeleton(recipe: Recipe, mesh: Mesh) -> Skeleton:
@@ -137,15 +148,15 @@ def even_routing(recipe: Recipe, mesh: Mesh, tokens: int) -> tuple[Expected, flo
     """What `tokens` of a device give its experts to do, and how full the exchange's buffers get."""
     cfg, devices = recipe.model, mesh.shape["expert"]
     kernels = resolve(recipe.kernels, mesh.devices.flat[0].platform)
-    here = cfg.n_routed_experts // devices
+    here = experts_of(cfg, mesh)
     choices = tokens * cfg.num_experts_per_tok
     if devices == 1:
-        block = block_size(choices, here)
+        block = block_size(choices, here, kernels.grouped_matmul)
         return Expected(rows=choices + here * (block - 1) / 2), 1.0
     s = schedule(
         cfg, tokens, devices, buffer=kernels.expert_buffer, exchange=kernels.exchange, multiply=kernels.grouped_matmul
     )
-    rounds, block = s.rounds, block_size(s.most, here)
+    rounds, block = s.rounds, block_size(s.most, here, kernels.grouped_matmul)
     rows = choices / rounds + here * (block - 1) / 2
     return Expected(rounds, rows), tokens * chance(cfg, devices) / (rounds * s.capacity)
 

@@ -2,7 +2,7 @@
 
 from mla_moe.recipe.lessons import RL, SFT, Rejection, Task
 from mla_moe.recipe.reading import Data, Kernels, Mesh, Optimizer, Schedule, Training
-from mla_moe.recipe.recipe import Checkpoint, Recipe, Sample, load
+from mla_moe.recipe.recipe import Checkpoint, Recipe, Sample, load, with_flags
 
 __all__ = [
     "RL",
@@ -19,4 +19,5 @@ __all__ = [
     "Task",
     "Training",
     "load",
+    "with_flags",
 ]

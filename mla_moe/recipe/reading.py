@@ -97,7 +97,7 @@ class Kernels:
 
     attention: Literal["reference", "blockwise", "splash", "cudnn"] | None = None
     """splash is a TPU kernel, cudnn a GPU one; by default blockwise elsewhere."""
-    grouped_matmul: Literal["reference", "blocks", "ragged", "megablox"] | None = None
+    grouped_matmul: Literal["reference", "blocks", "chunks", "ragged", "megablox"] | None = None
     """megablox is a TPU kernel; by default blocks elsewhere."""
     exchange: Literal["all_to_all", "ragged"] | None = None
     """How rows go to experts on other devices: ragged, the default on TPU and GPU, moves the rows alone."""

@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
+
+import tyro
 
 from mla_moe.config import ConfigError, ModelConfig, preset, require, structure
 from mla_moe.recipe.lessons import RL, SFT, Rejection, Task
@@ -92,6 +95,17 @@ class Recipe:
         except (ValueError, RecursionError) as error:
             raise ConfigError("recipe", str(error), "write it as JSON") from None
         return structure(cls, value, "recipe")
+
+
+def with_flags(recipe: Recipe, flags: Sequence[str], prog: str, description: str = "") -> Recipe:
+    """The recipe with the fields that `--section.field VALUE …` sets."""
+    return tyro.cli(
+        tyro.conf.configure(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff)(Recipe),
+        default=recipe,
+        args=flags,
+        prog=prog,
+        description=description,
+    )
 
 
 def load(path: str | Path) -> Recipe:

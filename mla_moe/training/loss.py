@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from mla_moe.nn.transformer import Transformer
 from mla_moe.ops import token_logprobs as ops
-from mla_moe.ops.cross_entropy import cross_entropy
-from mla_moe.sharding import BATCH, TOKENS, current_mesh, vocabulary_axis
+from mla_moe.ops.cross_entropy import Split, cross_entropy
+from mla_moe.sharding import BATCH, TOKENS, current_mesh, vocabulary_axes
 
 
 class Sums(NamedTuple):
@@ -95,23 +95,25 @@ def token_logprobs(
     mesh = current_mesh(h_BTD.shape)
     if mesh is None:
         return ops.token_logprobs(h_BTD, head_DV, targets_BT, chunk=chunk, temperature=temperature)
-    vocab = vocabulary_axis(mesh, head_DV.shape[1])
-    local = partial(ops.token_logprobs, chunk=chunk, temperature=temperature, vocab_axis=vocab)
+    vocab = vocabulary_axes(mesh, head_DV.shape[1], ("tensor",))
+    local = partial(ops.token_logprobs, chunk=chunk, temperature=temperature, vocab_axes=vocab)
     tokens = P(*BATCH)
     inputs, outputs = (tokens, P(None, vocab), tokens), (tokens, tokens)
     return jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)(h_BTD, head_DV, targets_BT)
 
 
 def _cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, chunk: int) -> Float[Array, ""]:
-    """Under a mesh each device has its own tokens, and its own part of the vocabulary where that divides."""
+    """Under a mesh each device has its own tokens, and its own part of the vocabulary where that divides: the head and
+    its gradient in float32 would be several GB."""
     mesh = current_mesh(h_BTD.shape)
     if mesh is None:
         return cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, chunk=chunk)
-    vocab = vocabulary_axis(mesh, head_DV.shape[1])
+    vocab = vocabulary_axes(mesh, head_DV.shape[1], ("tensor", "expert"))
     embed = "fsdp" if mesh.shape["fsdp"] > 1 and len(head_DV) % mesh.shape["fsdp"] == 0 else None
 
     def local(*args):
-        return jax.lax.psum(cross_entropy(*args, chunk=chunk, vocab_axis=vocab, embed_axis=embed), TOKENS)
+        split = Split(vocab, "expert" if "expert" in vocab else None, embed)
+        return jax.lax.psum(cross_entropy(*args, chunk=chunk, split=split), TOKENS)
 
     tokens = P(*BATCH)
     inputs = tokens, P(embed, vocab), tokens, tokens

@@ -8,7 +8,7 @@ from flax import nnx
 
 from mla_moe import Transformer, preset
 from mla_moe.counting import cache_bytes_per_token
-from mla_moe.nn.cache import NOWHERE, capacity_for, empty_cache, write
+from mla_moe.nn.cache import NOWHERE, capacity_for, empty_cache, write, write_blocks, write_rows
 from mla_moe.nn.transformer import unstacked
 
 
@@ -29,6 +29,14 @@ def test_writes_runs_and_skips_what_does_not_fit():
     expected = np.zeros((2, 3, 8, 2))
     expected[1, 2, 5:8] = 1
     np.testing.assert_array_equal(cache, expected)
+
+
+@pytest.mark.parametrize(("T", "S"), [(1, 16), (2, 256)])
+def test_the_tpus_way_of_writing_is_the_same(T, S):
+    cache, new = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 4, S, 5), (4, T, 5)]))
+    start = jnp.array([S // 2 - 1, S - T, S - T + 1, NOWHERE])
+    wanted = write_rows(cache, new, jnp.int32(1), jnp.arange(4), start)
+    np.testing.assert_array_equal(np.asarray(jax.jit(write_blocks)(cache, new, jnp.int32(1), start)), wanted)
 
 
 @pytest.mark.parametrize("kind", ["v3", "v2"])

@@ -100,4 +100,5 @@ def test_balance_loss_is_the_papers(cfg):
 
 
 def test_block_size_follows_the_share():
-    assert [block_size(rows, 32) for rows in (1, 512, 4096, 16384, 10**7)] == [8, 8, 64, 256, 256]
+    assert [block_size(rows, 32, "megablox") for rows in (1, 512, 4096, 16384, 10**7)] == [8, 8, 64, 256, 256]
+    assert block_size(16384, 32, "chunks") == 128

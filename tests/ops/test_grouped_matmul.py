@@ -26,7 +26,7 @@ def rows(sizes, block, D=5, F=3):
 @pytest.mark.smoke
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
 @pytest.mark.parametrize("block", [1, 4])
-@pytest.mark.parametrize("implementation", ["blocks", "ragged"])
+@pytest.mark.parametrize("implementation", ["blocks", "chunks", "ragged"])
 def test_equals_reference_in_values_and_gradients(sizes, block, implementation):
     x, w, group_sizes, inside = rows(sizes, block)
 
@@ -37,6 +37,15 @@ def test_equals_reference_in_values_and_gradients(sizes, block, implementation):
     got, wanted = (jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(x, w, i) for i in (implementation, "reference"))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocks", "chunks", "ragged"])
+def test_groups_in_the_midst_of_a_stack(implementation):
+    x, w, group_sizes, inside = rows([1, 7, 0, 5], 4)
+    stack = jnp.concatenate([w + 1, w, w - 1])
+    how = {"block": 4, "implementation": implementation}
+    got, wanted = grouped_matmul(x, stack, group_sizes, jnp.int32(4), **how), grouped_matmul(x, w, group_sizes, **how)
+    np.testing.assert_allclose(got * inside, wanted * inside, rtol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
@@ -67,7 +76,7 @@ def test_each_row_meets_its_own_expert():
 
 
 def test_the_path_follows_the_platform():
-    assert [default_implementation(p) for p in ("tpu", "gpu", "cpu")] == ["megablox", "blocks", "blocks"]
+    assert [default_implementation(p) for p in ("tpu", "gpu", "cpu")] == ["megablox", "blocks", "chunks"]
 
 
 def test_blocks_do_only_the_chosen_work():
@@ -82,9 +91,10 @@ def test_blocks_do_only_the_chosen_work():
     assert flops(8) < 1.2 * 2 * 1024 * 64 * 64
 
 
-@pytest.mark.parametrize("block", [1, 4, 16])
+@pytest.mark.parametrize(("block", "few"), [(1, 0), (4, 100), (16, 0)])
 @pytest.mark.parametrize("experts", ["random", "skewed", "one"])
-def test_dispatch_and_combine_are_a_weighted_sum_over_choices(block, experts):
+def test_dispatch_and_combine_are_a_weighted_sum_over_choices(block, few, experts, monkeypatch):
+    monkeypatch.setattr("mla_moe.ops.dispatch.FEW", few)
     N, K, E, D = 13, 2, 5, 4
     ids = {
         "random": jax.vmap(lambda k: jax.random.permutation(k, E)[:K])(jax.random.split(jax.random.key(0), N)),

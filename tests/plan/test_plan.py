@@ -45,6 +45,14 @@ def test_a_mesh_that_does_not_divide_the_topology():
         make_plan(quickstart, open_topology("cpu:8"))
 
 
+def test_flags_change_the_recipe(capsys):
+    assert main(["plan", QUICKSTART, "--topology", "cpu:8", "--mesh.data", "3"]) == 2
+    assert capsys.readouterr().err.startswith("error: mesh = 'data 3 x fsdp 1")
+    with pytest.raises(SystemExit):
+        main(["inspect", "tiny", "--mesh.data", "3"])
+    assert "--mesh.data" in capsys.readouterr().err
+
+
 def test_the_quickstart_on_a_small_pod(capsys):
     pytest.importorskip("libtpu")
     assert main(["plan", QUICKSTART, "--topology", "v5p:2x2x1", "--json"]) == 0

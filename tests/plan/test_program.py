@@ -74,6 +74,48 @@ def test_groups_in_every_notation(text, group):
     assert first_group(text) == group
 
 
+CUT_INSIDE = """
+%cut (a: f32[64,8], i: s32[]) -> f32[2,8] {
+  %a = f32[64,8] parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %part = f32[2,8] dynamic-slice(%a, %i, %zero), dynamic_slice_sizes={2,8}
+}
+
+%outer (b: f32[64,8], j: s32[]) -> f32[2,8] {
+  %b = f32[64,8] parameter(0)
+  %j = s32[] parameter(1)
+  %taken = f32[2,8] fusion(%b, %j), kind=kLoop, calls=%cut
+  ROOT %negated = f32[2,8] negate(%taken)
+}
+
+ENTRY %main (c: f32[64,8], k: s32[]) -> f32[2,8] {
+  %c = f32[64,8] parameter(0)
+  %k = s32[] parameter(1)
+  ROOT %all = f32[2,8] fusion(%c, %k), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_of_what_a_fusion_within_cuts_the_part_is_moved():
+    assert Program(CUT_INSIDE).memory_traffic() == 2 * (2 * 8 * 4) + 4
+
+
+GROUPED = """
+ENTRY %main (x: bf16[32,8], w: bf16[12,8,16]) -> bf16[32,16] {
+  %x = bf16[32,8] parameter(0)
+  %w = bf16[12,8,16] parameter(1)
+  ROOT %gmm = bf16[32,16] custom-call(%x, %w), metadata={op_name="mlp/experts/gmm"}
+}
+"""
+
+
+def test_of_a_stack_of_experts_those_that_are_chosen_are_moved():
+    rows = 2 * 32 * (8 + 16)
+    assert Program(GROUPED).memory_traffic() == rows + 2 * 12 * 8 * 16
+    assert Program(GROUPED, experts=3).memory_traffic() == rows + 2 * 3 * 8 * 16
+
+
 def test_memory_traffic_is_operands_and_results():
     text = jax.jit(lambda x: jnp.tanh(x) + 1).lower(jax.ShapeDtypeStruct((1024, 8), jnp.float32)).compile().as_text()
     assert Program(text).memory_traffic() == 2 * 1024 * 8 * 4

@@ -1,0 +1,18 @@
+"""DeepSeek-V3 as MLPerf Training v6.0 sets it: 4,096 tokens, at least 15,360 sequences a step, and a learning rate of
+2.4e-5 · √(batch / 16,384), from a checkpoint that is given.
+
+    mla-moe plan configs/deepseek_v3_mlperf.py --topology v5p:8x8x8
+"""
+
+import dataclasses
+from pathlib import Path
+
+from mla_moe.recipe import Optimizer, Schedule, load
+
+v3 = load(Path(__file__).with_name("deepseek_v3.py"))
+recipe = dataclasses.replace(
+    v3,
+    run_dir="runs/deepseek_v3_mlperf",
+    optimizer=Optimizer(schedule=Schedule(peak=2.4e-5)),
+    training=dataclasses.replace(v3.training, batch_size=16_384, accumulation=8),
+)

@@ -1,0 +1,205 @@
+"""Every command of the README and the docs runs, made small. What needs a cluster, or a compiler that takes minutes, is
+read as far as it can be: recipe, flags, names. A command that nothing here knows fails."""
+
+import dataclasses
+import http.client
+import importlib.util
+import json
+import runpy
+import shlex
+import shutil
+import sys
+import threading
+import time
+import tomllib
+
+import jax
+import pytest
+import tyro
+
+from mla_moe import cli, recipe
+from mla_moe.inference import server
+from mla_moe.plan.chips import CHIPS
+from mla_moe.training.console import Console
+from tests.docs.conftest import PAGES, ROOT, blocks, small
+
+LIBRARIES = {"reasoning_gym:": "reasoning_gym", "chain_sum": "reasoning_gym", "questions.jsonl": "math_verify"}
+"""What a command names, and the package of the extra `rl` that it then needs."""
+
+
+def needs(words):
+    """Packages of the extra `rl` that a command takes."""
+    return {package for word in words for part, package in LIBRARIES.items() if part in word}
+
+
+def commands():
+    """Each once, in order, by the place where it is first written."""
+    found = {}
+    for page in PAGES:
+        for language, text in blocks(page):
+            if language == "":
+                for line in text.replace("\\\n", " ").splitlines():
+                    for words in split(line):
+                        found.setdefault(tuple(words), f"{page.name}: {' '.join(words)[:90]}")
+    library = pytest.mark.library
+    return [pytest.param(words, id=name, marks=[library] if needs(words) else []) for words, name in found.items()]
+
+
+def split(line):
+    """The commands that `&&` joins in a line."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
+    lexer.whitespace_split = True
+    command = []
+    for word in lexer:
+        if word == "&&":
+            yield command
+            command = []
+        else:
+            assert word not in ("&", "|", ";", "||"), f"not known here: {line}"
+            command.append(word)
+    if command:
+        yield command
+
+
+@pytest.fixture(scope="module")
+def running():
+    """The port where `serve` listens, once it does, and how to stop it."""
+    ports = {}
+    yield ports
+    for stop in ports.values():
+        stop()
+
+
+@pytest.mark.parametrize("words", commands())
+def test_command(words, world, running, monkeypatch):
+    monkeypatch.chdir(world)
+    for package in needs(words):
+        pytest.importorskip(package)
+    program, *rest = words
+    if program == ".venv/bin/python" and rest[0] == "train.py":
+        train(rest[1:], monkeypatch)
+    elif program == ".venv/bin/mla-moe":
+        mla_moe(rest, running, monkeypatch)
+    elif program == ".venv/bin/python" and rest[0].startswith(("examples/", "docs/")):
+        script(rest, monkeypatch)
+    elif program == "curl":
+        curl(rest, running)
+    elif program == "python3" and rest[:2] == ["-m", "pip"]:
+        constraints, what = rest[rest.index("-c") + 1], rest[rest.index("-e") + 1]
+        assert (ROOT / constraints).is_file()
+        assert extras(what) <= set(project()["optional-dependencies"])
+    elif words in ((".ci/run",), ("python3", "-m", "venv", "--without-pip", ".venv")):
+        pass  # this is how CI comes here
+    elif program == ".venv/bin/python" and rest[:2] == ["-m", "pytest"]:
+        assert all((ROOT / word).is_file() for word in rest if word.startswith("tests/"))
+    elif program in ("gcloud", "srun"):
+        inner = words[words.index("--command") + 1] if program == "gcloud" else shlex.join(words)
+        *_, last = split(inner)
+        read_train(last[last.index("train.py") + 1 :], monkeypatch)
+    else:
+        pytest.fail(f"nothing runs or reads this: {shlex.join(words)}")
+
+
+def train(arguments, monkeypatch):
+    """A run of each kind, small; of all others what comes before anything compiles."""
+    if any(word.startswith("--distributed.") for word in arguments):
+        read_train(arguments, monkeypatch)
+        return
+    module = train_module()
+    run, devices = module.run, jax.devices()[:1]
+    monkeypatch.setattr(jax, "devices", lambda *_: devices)  # a laptop's
+    monkeypatch.setattr(module, "run", lambda settings: run(small(settings)))
+    monkeypatch.setattr("mla_moe.training.compile_cache.enable_compile_cache", lambda: None)  # the tests have their own
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    if tuple(arguments) in WHOLE:
+        assert module.main() == 0
+    else:
+        monkeypatch.setattr(Console, "startup_table", stop)
+        with pytest.raises(Started):
+            module.main()
+
+
+WHOLE = (("configs/quickstart.py",), ("tune.py",))
+
+
+class Started(Exception):
+    """A run has read all that it is told, and would compile now."""
+
+
+def stop(*_):
+    raise Started
+
+
+def read_train(arguments, monkeypatch):
+    """All that happens before a run starts."""
+    module = train_module()
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_: None)
+    monkeypatch.setattr(module, "run", lambda settings: 0)
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    assert module.main() == 0
+
+
+def train_module():
+    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def mla_moe(arguments, running, monkeypatch):
+    command = tyro.cli(cli.Command, prog="mla-moe", args=arguments)
+    if isinstance(command, cli.Plan):
+        recipe.load(command.recipe)
+        assert command.topology.partition(":")[0] in {*CHIPS, "cpu"}
+        return
+    if isinstance(command, cli.Serve):
+        monkeypatch.setattr(server, "serve", lambda app, host, port: listen(app, running))
+        command = dataclasses.replace(command, capacity=128)
+    asked = {"prompts": 2, "samples": 1, "max_prompt_tokens": 448, "max_new_tokens": 4, "slots": 8}
+    few = {cli.Generate: {"max_new_tokens": 4}, cli.Eval: asked}
+    command = dataclasses.replace(command, **few.get(type(command), {}))
+    if isinstance(command, cli.Convert) and command.dst.exists():
+        shutil.rmtree(command.dst)  # another page has made it
+    command.run()
+
+
+def listen(app, running):
+    uvicorn = pytest.importorskip("uvicorn")
+    http_server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    thread = threading.Thread(target=http_server.run)
+    thread.start()
+    while not http_server.started:
+        time.sleep(0.01)
+
+    def stop():
+        http_server.should_exit = True
+        thread.join()
+
+    running[http_server.servers[0].sockets[0].getsockname()[1]] = stop
+
+
+def curl(arguments, running):
+    url, options = arguments[0], dict(zip(arguments[1::2], arguments[2::2], strict=True))
+    assert options.keys() <= {"-H", "-d"}
+    host, _, path = url.partition("/")
+    assert host == "localhost:8000", "the port that `serve` has by default"
+    connection = http.client.HTTPConnection("127.0.0.1", next(reversed(running)), timeout=120)
+    connection.request("POST", f"/{path}", options["-d"], dict([options["-H"].split(": ")]))
+    answer = connection.getresponse()
+    assert answer.status == 200
+    assert json.loads(answer.read())["choices"]
+    connection.close()
+
+
+def script(rest, monkeypatch):
+    monkeypatch.setattr(sys, "argv", list(rest))
+    runpy.run_path(rest[0], run_name="__main__")
+
+
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def extras(requirement):
+    """`.[serve,rl]` → serve, rl."""
+    return set(requirement.partition("[")[2].rstrip("]").split(",")) - {""}

@@ -190,7 +190,7 @@ class Parquet(Sequence[str]):
             try:
                 with pyarrow.parquet.ParquetFile(path) as file:
                     schema, metadata = file.schema_arrow, file.metadata
-            except (pyarrow.ArrowException, OSError) as error:
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise ConfigError(field, path, f"is not a Parquet file: {error}") from None
             if text_field not in schema.names:
                 raise ConfigError("data.text_field", text_field, f"{path} has the columns {', '.join(schema.names)}")
@@ -207,22 +207,30 @@ class Parquet(Sequence[str]):
         import pyarrow.parquet
 
         number, group = self._groups[index]
-        try:  # with a reader of its own, since they are not safe to share
-            with self.files.open(number) as opened, pyarrow.parquet.ParquetFile(opened) as file:
-                return file.read_row_group(group, columns=[self._column]).column(0)
-        except (pyarrow.ArrowException, OSError) as error:
-            where = f"{self.files.paths[number]}, row group {group}"
-            raise ConfigError(self._field, where, f"cannot be read: {error}") from None
+        where = f"{self.files.paths[number]}, row group {group}"
+        with self.files.open(number) as opened:
+            try:  # with a reader of its own, since they are not safe to share
+                with pyarrow.parquet.ParquetFile(opened) as file:
+                    rows = file.read_row_group(group, columns=[self._column]).column(0)
+            except (pyarrow.ArrowException, OSError, ValueError) as error:
+                raise ConfigError(self._field, where, f"cannot be read: {error}") from None
+        promised = self._ends[index] - (self._ends[index - 1] if index else 0)
+        if len(rows) != promised:
+            raise ConfigError(self._field, where, f"has {len(rows)} rows, not the {promised} it should; fetch it again")
+        return rows
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> str:
         group, row = _locate(self._ends or [0], index)
-        text = self._rows(group)[row].as_py()
+        cell, (file, number) = self._rows(group)[row], self._groups[group]
+        where = f"{self.files.paths[file]}, row group {number}, row {row}"
+        try:
+            text = cell.as_py()
+        except UnicodeDecodeError as error:
+            raise Malformed(self._field, where, f"is not UTF-8 text ({error.reason})") from None
         if text is None:
-            file, number = self._groups[group]
-            where = f"{self.files.paths[file]}, row group {number}, row {row}"
             raise Malformed(self._field, where, f"{self._column!r} is null")
         return text
 

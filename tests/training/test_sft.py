@@ -100,8 +100,8 @@ def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeyp
 
     record = Meter.record
 
-    def then_stop(self, number, metrics):
-        record(self, number, metrics)
+    def then_stop(self, number, metrics, batch):
+        record(self, number, metrics, batch)
         if number == 6:
             os.kill(os.getpid(), signal.SIGTERM)
 

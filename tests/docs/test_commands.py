@@ -91,7 +91,7 @@ def test_command(words, world, running, monkeypatch):
     elif words in ((".ci/run",), ("python3", "-m", "venv", "--without-pip", ".venv")):
         pass  # this is how CI comes here
     elif program == ".venv/bin/python" and rest[:2] == ["-m", "pytest"]:
-        assert all((ROOT / word).is_file() for word in rest if word.startswith("tests/"))
+        assert all((ROOT / word).exists() for word in rest if word.startswith("tests/"))
     elif program in ("gcloud", "srun"):
         inner = words[words.index("--command") + 1] if program == "gcloud" else shlex.join(words)
         *_, last = split(inner)
@@ -133,7 +133,7 @@ def stop(*_):
 def read_train(arguments, monkeypatch):
     """All that happens before a run starts."""
     module = train_module()
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *_: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
     monkeypatch.setattr(module, "run", lambda settings: 0)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
     assert module.main() == 0

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_that_is_killed_becomes_what_it_would_have_been(pytestconfig, thorough):
     script = pytestconfig.rootpath / "benchmarks" / "kills.py"
     done = subprocess.run(

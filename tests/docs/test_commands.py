@@ -147,9 +147,10 @@ def train_module():
 
 
 def mla_moe(arguments, running, monkeypatch):
-    command = tyro.cli(cli.Command, prog="mla-moe", args=arguments)
+    command, flags = tyro.cli(cli.Command, prog="mla-moe", args=arguments, return_unknown_args=True)
+    assert isinstance(command, cli.Plan) or not flags
     if isinstance(command, cli.Plan):
-        recipe.load(command.recipe)
+        recipe.with_flags(recipe.load(command.recipe), flags, "mla-moe plan")
         assert command.topology.partition(":")[0] in {*CHIPS, "cpu"}
         return
     if isinstance(command, cli.Serve):

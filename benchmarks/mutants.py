@@ -1,0 +1,157 @@
+"""Change the mathematics in one place at a time, and see whether a test notices.
+
+    python benchmarks/mutants.py [--mutants 150] [--seed 0] [--log mutants.jsonl]
+
+Mutants are drawn from all places of `ops/`, `nn/` and `rl/` where an operator, a comparison, a condition, a number or a
+reduction can be exchanged for its neighbour. Each is put into a copy of the repository; the tests of its own file run
+first, then those of its room and of what stands on it, until one fails. A log is gone on with. Prints how many of each
+kind were noticed, and every survivor.
+"""
+
+import argparse
+import ast
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+ROOMS = {
+    "ops": ["tests/ops", "tests/nn", "tests/training/test_loss.py", "tests/inference", "tests/test_meshes.py"],
+    "nn": ["tests/nn", "tests/interop/test_golden.py", "tests/inference", "tests/training", "tests/test_meshes.py"],
+    "rl": ["tests/rl", "tests/test_train.py"],
+}  # fmt: skip
+SWAPS = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Add,
+    ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+    ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+NAMES = {"maximum": "minimum", "minimum": "maximum", "max": "min", "min": "max", "sum": "mean", "mean": "sum",
+         "zeros": "ones", "ones": "zeros", "zeros_like": "ones_like", "any": "all", "all": "any",
+         "floor": "ceil", "argmax": "argmin"}  # fmt: skip
+
+
+def places(tree: ast.Module) -> Iterator[tuple[str, ast.expr, ast.expr]]:
+    """Kind, an expression, and what it becomes. Types are no place, nor what only words an error."""
+    skip: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+            skip |= {id(n) for n in ast.walk(node.annotation)}
+        elif isinstance(node, ast.FunctionDef) and node.returns is not None:
+            skip |= {id(n) for n in ast.walk(node.returns)}
+        elif isinstance(node, ast.Raise | ast.JoinedStr):
+            skip |= {id(n) for n in ast.walk(node)}
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("jaxtyped", "require", "TypeVar"):
+            skip |= {id(n) for argument in node.args[1:] for n in ast.walk(argument)}
+    for node in ast.walk(tree):
+        if id(node) in skip:
+            continue
+        match node:
+            case ast.BinOp(ast.JoinedStr() | ast.List() | ast.Constant(str())):
+                pass
+            case ast.BinOp(left, op, right) if type(op) in SWAPS:
+                yield "operator", node, ast.BinOp(left, SWAPS[type(op)](), right)
+            case ast.Compare(left, [op], comparators) if type(op) in SWAPS:
+                yield "comparison", node, ast.Compare(left, [SWAPS[type(op)]()], comparators)
+            case ast.BoolOp(op, values):
+                yield "condition", node, ast.BoolOp(SWAPS[type(op)](), values)
+            case ast.UnaryOp(ast.Not() | ast.USub(), operand):
+                yield "sign", node, operand
+            case ast.IfExp(test, body, orelse):
+                yield "condition", node, ast.IfExp(test, orelse, body)
+            case ast.Constant(bool(value)):
+                yield "number", node, ast.Constant(not value)
+            case ast.Constant(int(value) | float(value)):
+                yield "number", node, ast.Constant(value + 1)
+            case ast.Call(ast.Attribute(value, name), arguments, keywords) if name in NAMES:
+                yield "reduction", node, ast.Call(ast.Attribute(value, NAMES[name], ast.Load()), arguments, keywords)
+            case ast.Call(ast.Name("min" | "max" | "any" | "all" as name), arguments, keywords):
+                yield "reduction", node, ast.Call(ast.Name(NAMES[name], ast.Load()), arguments, keywords)
+
+
+def mutants() -> Iterator[dict]:
+    for room in ROOMS:
+        for path in sorted((ROOT / "mla_moe" / room).glob("*.py")):
+            source = path.read_text("utf-8")
+            lines = source.encode().splitlines(keepends=True)
+            starts = [0]
+            for line in lines:
+                starts.append(starts[-1] + len(line))
+            for kind, node, changed in places(ast.parse(source)):
+                begin = starts[node.lineno - 1] + node.col_offset
+                end = starts[node.end_lineno - 1] + node.end_col_offset
+                place = {"file": str(path.relative_to(ROOT)), "line": node.lineno, "begin": begin, "end": end}
+                becomes = f"({ast.unparse(ast.fix_missing_locations(changed))})"
+                yield place | {"kind": kind, "was": source.encode()[begin:end].decode(), "is": becomes}
+
+
+def tests_of(file: Path, repository: Path) -> list[list[str]]:
+    """Its own file's tests; then all that stands on it."""
+    room = file.parent.name
+    own = Path("tests") / room / f"test_{file.name}"
+    everything = [name for name in ROOMS[room] if (repository / name).exists()]
+    return ([[str(own)]] if (repository / own).exists() else []) + [everything]
+
+
+def noticed(mutant: dict, seconds: float) -> str | None:
+    """The test that fails with it, if one does."""
+    with tempfile.TemporaryDirectory() as folder:
+        repository = Path(folder) / "main"
+        shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
+        path = repository / mutant["file"]
+        source = path.read_bytes()
+        path.write_bytes(source[: mutant["begin"]] + mutant["is"].encode() + source[mutant["end"] :])
+        for tests in tests_of(Path(mutant["file"]), repository):
+            command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", *tests]
+            try:
+                done = subprocess.run(
+                    command, cwd=repository, capture_output=True, text=True, timeout=seconds, check=False,
+                    env=os.environ | {"PYTHONPATH": str(repository), "PYTHONDONTWRITEBYTECODE": "1"},
+                )  # fmt: skip
+            except subprocess.TimeoutExpired:
+                return f"no end within {seconds:g} s"
+            if done.returncode:
+                failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+                return failed[0][:160] if failed else f"exit {done.returncode}: {done.stdout[-200:]}"
+    return None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--mutants", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=900, help="for the tests of one mutant")
+    parser.add_argument("--log", type=Path, default=Path("mutants.jsonl"))
+    arguments = parser.parse_args()
+    drawn = random.Random(arguments.seed).sample(list(mutants()), arguments.mutants)
+    seen = [json.loads(line) for line in arguments.log.read_text().splitlines()] if arguments.log.exists() else []
+    with arguments.log.open("a") as log:
+        for number, mutant in enumerate(drawn[len(seen) :], len(seen)):
+            began = time.monotonic()
+            by = noticed(mutant, arguments.seconds)
+            seen.append(mutant | {"by": by, "seconds": round(time.monotonic() - began, 1)})
+            print(json.dumps(seen[-1]), file=log, flush=True)
+            print(
+                f"{number + 1:4} {mutant['file']}:{mutant['line']} {'noticed' if by else 'SURVIVED'}", file=sys.stderr
+            )
+    print(f"{'':12}{'mutants':>9}{'noticed':>9}{'share':>8}")
+    for group in (*sorted({m["kind"] for m in seen}), *ROOMS, "all"):
+        some = [m for m in seen if group in (m["kind"], Path(m["file"]).parent.name, "all")]
+        if some:
+            count = sum(m["by"] is not None for m in some)
+            print(f"{group:12}{len(some):>9}{count:>9}{count / len(some):>8.0%}")
+    for m in seen:
+        if m["by"] is None:
+            print(f"{m['file']}:{m['line']}: {m['was']} -> {m['is']}")
+
+
+if __name__ == "__main__":
+    main()

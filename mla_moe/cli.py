@@ -142,6 +142,8 @@ class Generate:
     """Strings that end the answer."""
     speculative: bool = False
     """Let the prediction module guess ahead: the same text, sooner."""
+    int8_cache: bool = False
+    """Keep the cache in eight bits: half the memory of bfloat16."""
 
     def run(self) -> None:
         from mla_moe.inference.request import Request
@@ -154,7 +156,7 @@ class Generate:
             tokens, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.seed,
             stop_ids=language.stop_ids, stop=self.stop,
         )  # fmt: skip
-        print_answer(model, language, request, speculative=self.speculative)
+        print_answer(model, language, request, speculative=self.speculative, int8_cache=self.int8_cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +262,8 @@ class Serve:
     """Longest time that an answer may take, waiting included; then it is given up, with status 504."""
     speculative: bool = False
     """Let the prediction module guess ahead: the same text, sooner."""
+    int8_cache: bool = False
+    """Keep the cache in eight bits: half the memory of bfloat16."""
 
     def run(self) -> None:
         from mla_moe.inference.engine import Engine
@@ -267,8 +271,9 @@ class Serve:
 
         model, language = _model_and_language(self.checkpoint)
         engine = Engine(
-            model, slots=self.slots, capacity=self.capacity, decode=language.decode, speculative=self.speculative
-        )
+            model, slots=self.slots, capacity=self.capacity, decode=language.decode, speculative=self.speculative,
+            int8_cache=self.int8_cache,
+        )  # fmt: skip
         limits = {"max_waiting": self.max_waiting, "seconds": self.max_seconds}
         app = application(engine, language, self.checkpoint.resolve().name, **limits)
         print(f"http://{self.host}:{self.port}/v1  (stop with Ctrl-C)")
@@ -311,6 +316,8 @@ class Plan:
     """Sequences that are decoded."""
     context: int = 4096
     """Tokens that each of them has in the cache."""
+    int8_cache: bool = False
+    """Decode with a cache in eight bits."""
     search: bool = False
     """Try other meshes, rematerialisation and accumulation too, and rank what fits. Plans are kept under
     ~/.cache/mla_moe."""
@@ -336,7 +343,8 @@ class Plan:
             else:
                 report.show_ranking(ranked, console)
             return
-        how = {"batch": self.batch, "context": self.context} if self.stage == "decode" else {}
+        asked = {"batch": self.batch, "context": self.context, "int8_cache": self.int8_cache}
+        how = asked if self.stage == "decode" else {}
         plan = cached_plan(recipe, topology, self.stage, **how)
         if self.json:
             print(json.dumps(plan.to_json(), indent=2))

@@ -2,6 +2,7 @@
 
 import sys
 import time
+from typing import Any
 
 from mla_moe.inference.engine import Engine
 from mla_moe.inference.language import Language
@@ -9,10 +10,13 @@ from mla_moe.inference.request import Request
 from mla_moe.nn.transformer import Transformer
 
 
-def print_answer(model: Transformer, language: Language, request: Request, *, speculative: bool) -> None:
+def print_answer(
+    model: Transformer, language: Language, request: Request, *, speculative: bool, int8_cache: bool
+) -> None:
     """To standard output, and to standard error how long it took."""
     capacity = len(request.prompt) + request.max_new_tokens
-    engine = Engine(model, slots=1, capacity=capacity, decode=language.decode, speculative=speculative)
+    how: dict[str, Any] = {"speculative": speculative, "int8_cache": int8_cache}
+    engine = Engine(model, slots=1, capacity=capacity, decode=language.decode, **how)
     start = time.perf_counter()
     completion = engine.submit(request)
     sent = 0
@@ -26,5 +30,5 @@ def print_answer(model: Transformer, language: Language, request: Request, *, sp
     seconds = time.perf_counter() - start
     guesses = f", {engine.guesses.right} of {engine.guesses.made} guesses right" if speculative else ""
     count = len(completion.tokens)
-    how = f"{count} tokens in {seconds:.1f} s, compiling included; ended by {completion.finish}{guesses}"
-    print(f"[{how}]", file=sys.stderr)
+    took = f"{count} tokens in {seconds:.1f} s, compiling included; ended by {completion.finish}{guesses}"
+    print(f"[{took}]", file=sys.stderr)

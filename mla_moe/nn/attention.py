@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from mla_moe.config import ModelConfig
 from mla_moe.nn.cache import Reach, write
@@ -15,6 +15,7 @@ from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.rope import rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
 from mla_moe.ops.cached_attention import cached_attention
+from mla_moe.ops.int8_entries import pack
 from mla_moe.recipe import Kernels
 from mla_moe.sharding import BATCH, as_rows, as_slots, current_mesh
 
@@ -80,16 +81,18 @@ class MLAttention(nnx.Module):
     def extend(
         self,
         x_bTD: Float[Array, "b T D"],
-        cache_LBSW: Float[Array, "L B S W"],
+        cache_LBSW: Num[Array, "L B S W"],
         layer: Int[Array, ""] | int,
         reach: Reach,
-    ) -> tuple[Float[Array, "b T D"], Float[Array, "L B S W"]]:
+    ) -> tuple[Float[Array, "b T D"], Num[Array, "L B S W"]]:
         """New tokens at the end of what their slots hold: the cache with their entries, and attention over it."""
         x_bTD = x_bTD.astype(self.precision.compute)
         with jax.named_scope("queries"):
             q_bTHA = self.queries(x_bTD, reach.cos_sin)
         with jax.named_scope("latent"):
             new_bTW = jnp.concatenate(self.latent(x_bTD, reach.cos_sin), axis=-1)
+            if cache_LBSW.dtype == jnp.int8:
+                new_bTW = pack(new_bTW, self.cfg.kv_lora_rank)
             slots_b = None if reach.every_slot else reach.slots_b
             cache_LBSW = write(cache_LBSW, new_bTW, layer=layer, slots_b=slots_b, start_b=reach.positions_bT[:, 0])
         with jax.named_scope("attend"):

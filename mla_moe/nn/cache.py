@@ -1,7 +1,7 @@
 """The latent cache: of every token and layer the normed latent and the rotated shared key, side by side, and no more.
 
 One array `[L, B, S, W]`: layers, slots, places in time, and `W = kv_lora_rank + qk_rope_head_dim` values. V3 needs
-70,272 bytes a token in bfloat16 (DeepSeek-V2, section 2.1.2).
+70,272 bytes a token in bfloat16 (DeepSeek-V2, section 2.1.2), and in eight bits 35,624, W then counting their scales.
 """
 
 from typing import NamedTuple
@@ -12,10 +12,11 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from mla_moe.config import ModelConfig
 from mla_moe.ops.cached_attention import BLOCK, Form
+from mla_moe.ops.int8_entries import SCALES
 from mla_moe.sharding import BATCH, dividing, mesh_around
 
 NOWHERE = 1 << 30
@@ -39,12 +40,17 @@ def capacity_for(tokens: int) -> int:
     return 1 << max(tokens - 1, 0).bit_length() if tokens < BLOCK else -(-tokens // BLOCK) * BLOCK
 
 
-def empty_cache(
+def cache_shape(
     cfg: ModelConfig, slots: int, capacity: int, dtype: DTypeLike, *, layers: int, place: NamedSharding | None = None
-) -> Float[Array, "L B S W"]:
-    """Zeros. `layers` are the model's, and one more where the prediction module guesses ahead."""
-    shape = layers, slots, capacity, cfg.kv_lora_rank + cfg.qk_rope_head_dim
-    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=place)()
+) -> jax.ShapeDtypeStruct:
+    """`layers`: the model's, and one more where the prediction module guesses ahead. Entries in `int8` have scales."""
+    width = cfg.kv_lora_rank + cfg.qk_rope_head_dim + SCALES * (jnp.dtype(dtype) == jnp.int8)
+    return jax.ShapeDtypeStruct((layers, slots, capacity, width), dtype, sharding=place)
+
+
+def empty_cache(shape: jax.ShapeDtypeStruct) -> Num[Array, "L B S W"]:
+    """Zeros, where `shape` says."""
+    return jax.jit(lambda: jnp.zeros(shape.shape, shape.dtype), out_shardings=shape.sharding)()
 
 
 def cache_sharding(mesh: Mesh, slots: int) -> NamedSharding:
@@ -53,13 +59,13 @@ def cache_sharding(mesh: Mesh, slots: int) -> NamedSharding:
 
 
 def write(
-    cache_LBSW: Float[Array, "L B S W"],
-    new_bTW: Float[Array, "b T W"],
+    cache_LBSW: Num[Array, "L B S W"],
+    new_bTW: Num[Array, "b T W"],
     *,
     layer: Int[Array, ""] | int,
     slots_b: Int[Array, "b"] | None,
     start_b: Int[Array, "b"],
-) -> Float[Array, "L B S W"]:
+) -> Num[Array, "L B S W"]:
     """Put T new entries into each slot from its `start` on. A run that does not fit is left out whole, which is how
     slots without a request are skipped. Without `slots_b` rows are all slots in order."""
     if slots_b is not None:

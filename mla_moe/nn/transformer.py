@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from mla_moe.config import ModelConfig
 from mla_moe.nn.attention import MLAttention
@@ -204,11 +204,11 @@ class Transformer(nnx.Module):
     def extend(
         self,
         tokens: Int[Array, "b T"],
-        cache_LBSW: Float[Array, "L B S W"],
+        cache_LBSW: Num[Array, "L B S W"],
         start: Int[Array, "b"],
         slots: Int[Array, "b"] | None = None,
         form: Form = "absorbed",
-    ) -> tuple[Float[Array, "b T D"], Float[Array, "L B S W"], Int[Array, "l b T K"] | None]:
+    ) -> tuple[Float[Array, "b T D"], Num[Array, "L B S W"], Int[Array, "l b T K"] | None]:
         """New tokens from place `start` of their slots on (all slots in order by default), over the latent cache.
 
         Returns hidden states after the final norm, the cache with the new entries, and the experts chosen in each

@@ -13,7 +13,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
+
+from mla_moe.ops.int8_entries import SCALES, unpack
 
 Form = Literal["reference", "expanded", "absorbed"]
 
@@ -22,7 +24,7 @@ BLOCK = 256
 
 def cached_attention(
     q_bTHA: Float[Array, "b T H A"],
-    cache_LBSW: Float[Array, "L B S W"],
+    cache_LBSW: Num[Array, "L B S W"],
     kv_b_CHk: Float[Array, "C H k"],
     positions_bT: Int[Array, "b T"],
     *,
@@ -38,8 +40,10 @@ def cached_attention(
     slots in order. Positions at or beyond the capacity S belong to nobody, and give arbitrary finite values. `spread`
     says where queries and values meet the cache, if heads lie on other devices than slots.
     """
-    S, W = cache_LBSW.shape[2:]
-    C, R = kv_b_CHk.shape[0], W - kv_b_CHk.shape[0]
+    S, Z = cache_LBSW.shape[2:]
+    packed = cache_LBSW.dtype == jnp.int8
+    W, C = Z - SCALES * packed, kv_b_CHk.shape[0]
+    R = W - C
     N = q_bTHA.shape[3] - R
     uk_CHN, uv_CHV = kv_b_CHk[:, :, :N], kv_b_CHk[:, :, N:]
     size = min(BLOCK, S)
@@ -48,12 +52,14 @@ def cached_attention(
         """`[b, size, W]` of this layer."""
         if slots_b is None:
             B = cache_LBSW.shape[1]
-            return jax.lax.dynamic_slice(cache_LBSW, (layer, 0, start, 0), (1, B, size, W))[0]
+            entries = jax.lax.dynamic_slice(cache_LBSW, (layer, 0, start, 0), (1, B, size, Z))[0]
+        else:
 
-        def one(slot):
-            return jax.lax.dynamic_slice(cache_LBSW, (layer, slot, start, 0), (1, 1, size, W))[0, 0]
+            def one(slot):
+                return jax.lax.dynamic_slice(cache_LBSW, (layer, slot, start, 0), (1, 1, size, Z))[0, 0]
 
-        return jax.vmap(one)(slots_b)
+            entries = jax.vmap(one)(slots_b)
+        return unpack(entries, C, q_bTHA.dtype) if packed else entries
 
     def expand(entries_bsW):
         kv_bsHk = jnp.einsum("bsC,CHk->bsHk", entries_bsW[..., :C], kv_b_CHk)

@@ -15,7 +15,7 @@ from mla_moe.counting import count_parameters, train_flops_per_token
 from mla_moe.inference import steps
 from mla_moe.inference.steps import empty_slots
 from mla_moe.inference.weights import Structure, arranged, decode_sharding
-from mla_moe.nn.cache import cache_sharding, capacity_for
+from mla_moe.nn.cache import cache_shape, cache_sharding, capacity_for
 from mla_moe.nn.kernels import resolve
 from mla_moe.nn.param import Precision
 from mla_moe.nn.skeleton import Skeleton
@@ -86,7 +86,7 @@ def train(recipe: Recipe, topology: Topology) -> Stage:
     return Stage(traced, mesh, kinds, useful, recomputed, expected, row_share, tokens)
 
 
-def decode(recipe: Recipe, topology: Topology, batch: int, context: int) -> Stage:
+def decode(recipe: Recipe, topology: Topology, batch: int, context: int, int8_cache: bool = False) -> Stage:
     """One token for each of `batch` sequences of `context` tokens: the engine's loop, of which one turn is counted."""
     fix = "plan decoding for an accelerator: on a CPU the engine takes the model apart"
     require(topology.chip is not None, "topology", topology.name, fix)
@@ -102,8 +102,8 @@ def decode(recipe: Recipe, topology: Topology, batch: int, context: int) -> Stag
 
     state = nnx.from_flat_state([(tuple(path.split("/")), held(v)) for path, v in skeleton.variables.items()])
     place = cache_sharding(mesh, batch)
-    shape = cfg.num_hidden_layers, batch, capacity_for(context), cfg.kv_lora_rank + cfg.qk_rope_head_dim
-    cache = jax.ShapeDtypeStruct(shape, compute, sharding=place)
+    dtype = jnp.int8 if int8_cache else compute
+    cache = cache_shape(cfg, batch, capacity_for(context), dtype, layers=cfg.num_hidden_layers, place=place)
     whole = NamedSharding(mesh, PartitionSpec())
     slots = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), empty_slots(batch))
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
@@ -122,7 +122,7 @@ def decode(recipe: Recipe, topology: Topology, batch: int, context: int) -> Stag
     multiply = resolve(recipe.kernels, mesh.devices.flat[0].platform).grouped_matmul
     block = block_size(local * min(K, e), e, multiply)
     rows = chosen * block * math.ceil(local * K / cfg.n_routed_experts / block)
-    expected = Expected(blocks=shape[2] / cached_attention.BLOCK, rows=rows, experts=chosen)
+    expected = Expected(blocks=cache.shape[2] / cached_attention.BLOCK, rows=rows, experts=chosen)
     return Stage(traced, mesh, kinds, useful, 0.0, expected, 1.0, batch)
 
 

@@ -71,6 +71,12 @@ def test_company_and_slot_do_not_matter(model, requests, alone):
     assert tokens_of(engine, requests) == alone  # slots that have been used, and hold some of the prompts
 
 
+def test_nor_does_company_with_a_cache_in_eight_bits(model, requests):
+    together = tokens_of(engine_of(model, int8_cache=True), requests)
+    for number in (1, 5):  # a long one and one that is drawn
+        assert tokens_of(engine_of(model, int8_cache=True), requests[number : number + 1]) == [together[number]]
+
+
 def test_tokens_and_probabilities_are_the_models(model, requests):
     engine = engine_of(model)
     request = dataclasses.replace(requests[4], temperature=0.0, max_new_tokens=10)

@@ -8,14 +8,15 @@ from flax import nnx
 
 from mla_moe import Transformer, preset
 from mla_moe.counting import cache_bytes_per_token
-from mla_moe.nn.cache import NOWHERE, capacity_for, empty_cache, write, write_blocks, write_rows
+from mla_moe.nn.cache import NOWHERE, cache_shape, capacity_for, empty_cache, write, write_blocks, write_rows
 from mla_moe.nn.transformer import unstacked
 
 
 def test_bytes_are_those_of_the_latents():
     cfg = preset("deepseek-v3")
-    cache = jax.eval_shape(lambda: empty_cache(cfg, 2, 3, jnp.bfloat16, layers=cfg.num_hidden_layers))
-    assert cache.size * cache.dtype.itemsize == 2 * 3 * 70_272 == 2 * 3 * cache_bytes_per_token(cfg)
+    cache = empty_cache(cache_shape(cfg, 2, 3, jnp.bfloat16, layers=cfg.num_hidden_layers))
+    assert cache.nbytes == 2 * 3 * 70_272 == 2 * 3 * cache_bytes_per_token(cfg)
+    assert empty_cache(cache_shape(cfg, 2, 3, jnp.int8, layers=cfg.num_hidden_layers)).nbytes == 2 * 3 * 35_624
 
 
 def test_capacity_is_whole_blocks():
@@ -51,10 +52,22 @@ def test_extending_piece_by_piece_is_one_forward_pass(kind, cfg, v2_cfg):
     if kind == "v3":
         ways.append((unstacked(model), ("absorbed", "absorbed")))
     for m, forms in ways:
-        cache = empty_cache(model.cfg, 3, 16, jnp.float32, layers=3)
+        cache = empty_cache(cache_shape(model.cfg, 3, 16, jnp.float32, layers=3))
         slots, pieces = jnp.array([2, 0]), []
         for start, form in zip((0, 6), forms, strict=True):
             h, cache = extend(m, tokens[:, start : start + 6], cache, jnp.full(2, start), slots, form=form)
             pieces.append(h)
         np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, atol=1e-5, rtol=0)
         assert (cache[:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("form", ["expanded", "absorbed"])
+def test_eight_bits_are_nearly_as_good(form, cfg):
+    model = Transformer(dataclasses.replace(cfg, num_nextn_predict_layers=0), rngs=nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, cfg.vocab_size)
+    extend = jax.jit(lambda m, *args: m.extend(*args, form=form)[0])
+    exact, packed = (
+        extend(model, tokens, empty_cache(cache_shape(model.cfg, 2, 16, dtype, layers=3)), jnp.zeros(2, int))
+        for dtype in (jnp.float32, jnp.int8)
+    )
+    assert 0 < jnp.abs(packed - exact).max() < 0.03 * jnp.abs(exact).max()

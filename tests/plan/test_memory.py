@@ -14,3 +14,5 @@ def test_a_cache_holds_a_latent_and_a_key_of_every_token_and_layer():
     assert (model.num_hidden_layers, model.kv_lora_rank, model.qk_rope_head_dim) == (layers, latent, rotated)
     program = stages.decode(recipe, topology, batch=16, context=512)
     assert program.kinds["cache"] == layers * (16 // 8) * 512 * (latent + rotated) * 4
+    program = stages.decode(recipe, topology, batch=16, context=512, int8_cache=True)
+    assert program.kinds["cache"] == layers * (16 // 8) * 512 * (latent + rotated + 8)

@@ -112,6 +112,7 @@ def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeyp
     assert start(recipe, tmp_path) == rows(whole)
 
 
+@pytest.mark.thorough  # the loop is that of pretraining
 def test_one_device_and_eight_give_the_same_curve(whole, recipe, tmp_path, monkeypatch):
     """And so do parts of a batch, one after the other."""
     monkeypatch.setattr("mla_moe.training.setup.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))

@@ -148,7 +148,7 @@ def test_training_learns_and_moves_everything(skeleton):
         assert jnp.abs(state.biases[path]).max() == 0.5, path
 
 
-@pytest.mark.parametrize("accumulation", [2, 8])
+@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.thorough), 8])
 def test_accumulation_is_one_large_batch(skeleton, accumulation):
     whole, m = run(skeleton)
     parts, n = run(skeleton, dataclasses.replace(TRAINING, accumulation=accumulation))
@@ -157,7 +157,14 @@ def test_accumulation_is_one_large_batch(skeleton, accumulation):
     assert_close(whole, parts, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("sizes", [Mesh(), Mesh(data=2, fsdp=4), Mesh(data=1, fsdp=2, expert=2, tensor=2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [  # of more meshes test_meshes.py has every gradient
+        *(pytest.param(sizes, marks=pytest.mark.thorough) for sizes in (Mesh(), Mesh(data=2, fsdp=4))),
+        Mesh(data=1, fsdp=2, expert=2, tensor=2),
+    ],
+    ids=str,
+)
 def test_a_mesh_of_eight_computes_what_one_device_does(skeleton, sizes):
     one, m = run(skeleton)
     eight, n = run(skeleton, mesh_sizes=sizes)

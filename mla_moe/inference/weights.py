@@ -33,19 +33,21 @@ def for_inference(model: Transformer) -> tuple[Structure, nnx.State]:
     """The same model with matrices in the compute type; on one CPU, its layers one by one.
 
     Routers stay in float32, and on one CPU experts in as many bytes as they have: reading them from memory is what
-    takes the time there. On a mesh weights lie so that tokens travel. Arrays that need no change are shared with
-    `model`.
+    takes the time there. On a mesh weights lie so that tokens travel; elsewhere arrays that need no change are shared
+    with `model`.
     """
     mesh, compute = mesh_of(model), model.precision.compute
     one_cpu = mesh is None and jax.default_backend() == "cpu"
     graph, state = nnx.split(model)
+    if mesh is not None:
+        return Structure(graph), _arrange(state, compute, mesh)
 
     def convert(variable):
         if one_cpu and "experts" in variable.get_metadata("axes"):
             return variable.replace(packed(variable.get_value()))
-        return variable.replace(_cast(variable, compute) if one_cpu else arranged(variable, compute, mesh))
+        return variable.replace(_cast(variable, compute) if one_cpu else arranged(variable, compute, None))
 
-    model = nnx.merge(graph, jax.tree.map(convert, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
+    model = nnx.merge(graph, jax.tree.map(convert, state, is_leaf=_is_variable))
     graph, state = nnx.split(unstacked(model) if one_cpu else model)
     return Structure(graph), state
 
@@ -56,7 +58,18 @@ def arranged(variable: nnx.Variable, compute: DTypeLike, mesh: Mesh | None) -> j
     value = _cast(variable, compute)
     if {"experts", "gate_up"} <= set(variable.get_metadata("axes")):
         value = _side_by_side(value, 1 if mesh is None else mesh.shape["tensor"])
-    return value if mesh is None else _put(value, decode_sharding(variable, mesh))
+    return value if mesh is None else jax.lax.with_sharding_constraint(value, decode_sharding(variable, mesh))
+
+
+@partial(jax.jit, static_argnames=("compute", "mesh"))
+def _arrange(state, compute, mesh):
+    """All in one program: of many, several would be under way at a time, and processes on CPUs wait for each other in
+    different ones for ever."""
+    return jax.tree.map(lambda v: v.replace(arranged(v, compute, mesh)), state, is_leaf=_is_variable)
+
+
+def _is_variable(x: object) -> bool:
+    return isinstance(x, nnx.Variable)
 
 
 def decode_sharding(variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
@@ -82,11 +95,6 @@ def _astype(x, dtype):
 def _side_by_side(x, parts):
     *front, _, F = x.shape
     return x.reshape(*front, 2, parts, F // parts).swapaxes(-3, -2).reshape(*front, 2 * F)
-
-
-@partial(jax.jit, static_argnames="place")
-def _put(x, place):
-    return jax.lax.with_sharding_constraint(x, place)
 
 
 def mesh_of(model: Transformer) -> Mesh | None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 from jax.interpreters import partial_eval
 
@@ -107,7 +108,8 @@ def _kernel(eqn, expected: Expected) -> tuple[str, float]:
     name = str(eqn.params.get("name") or "")
     shapes = [v.aval.shape for v in eqn.invars if hasattr(v.aval, "shape")]
     if name.startswith("splash_mha"):
-        q, _, v = [shape for shape in shapes if len(shape) == 4][:3]
+        floats = [v.aval for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)]
+        q, _, v = [x.shape for x in floats if len(x.shape) > 2][:3]  # one sequence alone has no axis for it
         *rows, T, A = q
         V = v[-1]
         # Forward: scores and values. Derivative: scores again, the weights' gradient, and those of q, k and v.

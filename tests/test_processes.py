@@ -102,8 +102,9 @@ def assert_same_rows(a, b):
     a, b = rows(a), rows(b)
     assert [sorted(row) for row in a] == [sorted(row) for row in b]
     for ours, theirs in zip(a, b, strict=True):
+        rel = 2e-3 if ours["stage"] == "rl" else 2e-5  # Adam makes whole steps of gradients that are hardly there
         for name, value in ours.items():
-            assert value == (value if isinstance(value, str) else pytest.approx(theirs[name], rel=2e-5, abs=1e-5)), name
+            assert value == (value if isinstance(value, str) else pytest.approx(theirs[name], rel=rel, abs=1e-5)), name
 
 
 @pytest.fixture(scope="module")

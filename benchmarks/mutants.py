@@ -97,8 +97,9 @@ def tests_of(file: Path, repository: Path) -> list[list[str]]:
     """Its own file's tests; then all that stands on it."""
     room = file.parent.name
     own = Path("tests") / room / f"test_{file.name}"
-    everything = [name for name in ROOMS[room] if (repository / name).exists()]
-    return ([[str(own)]] if (repository / own).exists() else []) + [everything]
+    if not (repository / own).exists():
+        return [ROOMS[room]]
+    return [[str(own)], [*ROOMS[room], f"--ignore={own}"]]
 
 
 def noticed(mutant: dict, seconds: float) -> str | None:
@@ -133,6 +134,10 @@ def main() -> None:
     arguments = parser.parse_args()
     drawn = random.Random(arguments.seed).sample(list(mutants()), arguments.mutants)
     seen = [json.loads(line) for line in arguments.log.read_text().splitlines()] if arguments.log.exists() else []
+    for room in ROOMS if not seen else ():
+        nothing = {"file": f"mla_moe/{room}/__init__.py", "begin": 0, "end": 0, "is": ""}
+        if by := noticed(nothing, 4 * arguments.seconds):
+            sys.exit(f"tests of {room} fail without a mutant: {by}")
     with arguments.log.open("a") as log:
         for number, mutant in enumerate(drawn[len(seen) :], len(seen)):
             began = time.monotonic()

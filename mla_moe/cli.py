@@ -310,8 +310,8 @@ class Plan:
     """Where it is to run: v5e:4x4, v5p:8x8x8, v6e:16x16, v7x:4x4x8, h100:HOSTSxGPUS, cpu."""
     slices: int = 1
     """How many of them, with a slow network between: they lie along mesh.data."""
-    stage: Literal["train", "decode"] = "train"
-    """A training step, or a token for each of `batch` sequences."""
+    stage: Literal["train", "decode", "rl"] = "train"
+    """A training step; a token for each of `batch` sequences; or the gradients of `rl.rows` rows of answers."""
     batch: int = 128
     """Sequences that are decoded."""
     context: int = 4096

@@ -108,8 +108,13 @@ class Engine:
 
     def load_weights(self, model: Transformer) -> None:
         """Go on with other weights of the same model. What slots hold was read with the old ones, and is forgotten."""
+        self.drop_weights()
         self._structure, self._state = for_inference(model)
         self._held[:], self._used[:] = -1, 0
+
+    def drop_weights(self) -> None:
+        """Give up their memory, until others are loaded."""
+        self._state = None
 
     @property
     def slots(self) -> int:

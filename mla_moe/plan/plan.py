@@ -22,7 +22,7 @@ from mla_moe.plan.program import Program
 from mla_moe.plan.topology import Topology
 from mla_moe.recipe import Recipe
 
-STAGES = {"train": stages.train, "decode": stages.decode}
+STAGES = {"train": stages.train, "decode": stages.decode, "rl": stages.rl}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +40,10 @@ class Plan:
     temp_bytes: float
     """Beside the arguments, whose memory the results take over. Where the compiler refuses the program: what it
     would need, if it says so."""
+    held: dict[str, float]
+    """What lives beside the program, by what it is for."""
+    sampling_bytes: float
+    """What lives while answers are sampled, without a decode step's temporaries; 0 where the stage samples none."""
     memory: dict[str, float]
     """Of what is known without compiling: parameters, optimizer, and of the temporaries gradients, layer inputs."""
     flops: float
@@ -63,6 +67,11 @@ class Plan:
     compile_memory_bytes: float
     refusal: str | None = None
     """The compiler's words, where it does."""
+
+    @property
+    def bytes(self) -> float:
+        """Of a device at the fullest time."""
+        return max(self.argument_bytes + self.temp_bytes + sum(self.held.values()), self.sampling_bytes)
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -91,16 +100,18 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", **how: A
     chip, total = topology.chip, sum(flops.values())
     times = None if chip is None else (total / chip.flops, moved / chip.hbm_bandwidth, sum(t.seconds for t in runs))
     step = None if times is None or refusal else max(times)
-    capacity = None if chip is None else chip.hbm_bytes
+    capacity, held = None if chip is None else chip.hbm_bytes, sum(program.held.values())
     return Plan(
         stage=stage,
         topology=topology.name,
         devices=program.mesh.size,
         mesh=dict(program.mesh.shape),
-        fits=refusal is None and (capacity is None or argument + temp <= capacity),
+        fits=refusal is None and (capacity is None or max(argument + temp + held, program.sampling) <= capacity),
         capacity_bytes=capacity,
         argument_bytes=argument,
         temp_bytes=temp,
+        held=program.held,
+        sampling_bytes=program.sampling,
         memory=program.kinds,
         flops=total,
         flops_by_kind=flops,
@@ -140,7 +151,7 @@ def _refused(error: str, kinds: dict[str, float]) -> tuple[str, float, float]:
     if found is None:
         raise ConfigError("topology", "compiler", textwrap.shorten(error, 400))
     used = float(found.group(1)) * 1024.0 ** (1 + "KMGT".index(found.group(2)))
-    argument = sum(size for kind, size in kinds.items() if kind in ("parameters", "optimizer", "batch", "cache"))
+    argument = sum(size for kind, size in kinds.items() if kind not in ("gradients", "layer inputs"))
     return error.splitlines()[0], argument, max(used - argument, 0.0)
 
 

@@ -20,7 +20,7 @@ def show_ranking(ranked: Sequence[tuple[Recipe, Plan]], console: Console) -> Non
     """Flags of `train.py`, and what they give."""
     rows = []
     for recipe, plan in ranked:
-        need = gb(plan.argument_bytes + plan.temp_bytes)
+        need = gb(plan.bytes)
         step = f"{plan.step_seconds:.3g} s, MFU {plan.mfu:.1%}, " if plan.step_seconds and plan.mfu else ""
         rows.append((describe(recipe), f"{step}{need}" + ("" if plan.fits else ": does not fit")))
     console.result_table("best first", rows)
@@ -29,15 +29,18 @@ def show_ranking(ranked: Sequence[tuple[Recipe, Plan]], console: Console) -> Non
 def _memory(plan: Plan) -> list[tuple[str, str]]:
     verdict = "fits" if plan.fits else "does NOT fit"
     if plan.capacity_bytes is None:
-        verdict = f"{gb(plan.argument_bytes + plan.temp_bytes)}; a CPU's capacity is its machine's"
+        verdict = f"{gb(plan.bytes)}; a CPU's capacity is its machine's"
     else:
-        verdict += f": {gb(plan.argument_bytes + plan.temp_bytes)} of {gb(plan.capacity_bytes)}"
+        verdict += f": {gb(plan.bytes)} of {gb(plan.capacity_bytes)}"
     rows = [("memory", verdict), ("  arguments", gb(plan.argument_bytes))]
     during = ("gradients", "layer inputs")
     rows += [(f"    {kind}", gb(size)) for kind, size in plan.memory.items() if kind not in during]
     rows += [("  temporaries", gb(plan.temp_bytes))]
     known = {kind: size for kind, size in plan.memory.items() if kind in during}
     rows += [(f"    {kind}, alone", gb(size)) for kind, size in known.items()]
+    rows += [(f"  {kind}, beside it", gb(size)) for kind, size in plan.held.items()]
+    if plan.sampling_bytes:
+        rows.append(("  while sampling", gb(plan.sampling_bytes)))
     return rows + ([("compiler", plan.refusal)] if plan.refusal else [])
 
 

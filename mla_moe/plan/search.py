@@ -55,7 +55,7 @@ def search(recipe: Recipe, topology: Topology, tell: Callable[[str], None]) -> l
 
 
 def _order(plan: Plan) -> tuple[bool, float]:
-    return not plan.fits, (plan.step_seconds or 0.0) if plan.fits else plan.argument_bytes + plan.temp_bytes
+    return not plan.fits, (plan.step_seconds or 0.0) if plan.fits else plan.bytes
 
 
 def describe(recipe: Recipe) -> str:

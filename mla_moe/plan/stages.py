@@ -25,6 +25,8 @@ from mla_moe.ops.experts import block_size
 from mla_moe.plan.flops import Expected
 from mla_moe.plan.topology import Topology
 from mla_moe.recipe import Recipe
+from mla_moe.rl.objective import beta
+from mla_moe.rl.programs import Programs
 from mla_moe.sharding import BATCH, check_divisible, make_mesh, rules_of
 from mla_moe.training.optimizer import make_optimizer
 from mla_moe.training.step import abstract_state, make_step
@@ -46,6 +48,10 @@ class Stage(NamedTuple):
     """How full the expert exchange's buffers are, if the routing is even."""
     tokens: int
     """Read in one run, over all devices."""
+    held: dict[str, float]
+    """Bytes of one device that live beside the program, by what they are for."""
+    sampling: float
+    """Bytes of one device that live while answers are sampled, where the stage does that too."""
 
 
 def train(recipe: Recipe, topology: Topology) -> Stage:
@@ -61,29 +67,80 @@ def train(recipe: Recipe, topology: Topology) -> Stage:
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
     traced = make_step(skeleton, tx, training, mesh).trace(state, batch)
 
-    tokens, devices = math.prod(shape), mesh.size
-    useful = train_flops_per_token(cfg, training.sequence_length) * tokens / devices
-    head = 6 * cfg.vocab_size * cfg.hidden_size * (1 + cfg.num_nextn_predict_layers) * tokens / devices
-    local = tokens // training.accumulation // devices
-    item = jnp.dtype(skeleton.precision.compute).itemsize
     kinds = {
         "parameters": bytes_of(state.params) + bytes_of(state.biases),
         "optimizer": bytes_of(state.optimizer),
         "batch": bytes_of(batch),
         "gradients": bytes_of(state.params),
     }
-    if training.remat == "full":
-        kinds["layer inputs"] = float(cfg.num_hidden_layers * local * cfg.hidden_size * item)
+    return _gradients(traced, recipe, cfg, mesh, shape, training.accumulation, kinds)
+
+
+def rl(recipe: Recipe, topology: Topology) -> Stage:
+    """Gradients of `rl.rows` rows of answers, the largest program of `rl.update`; beside it lie the moments, the
+    reference and the sampler's cache."""
+    require(recipe.rl.steps > 0, "rl.steps", recipe.rl.steps, "the recipe has no reinforcement learning to plan")
+    mesh, cfg, settings = make_mesh(recipe.mesh, topology.devices), recipe.model, recipe.rl
+    check_divisible(recipe, mesh)
+    skeleton = make_skeleton(recipe, mesh)
+    tx = make_optimizer(settings.optimizer, settings.steps * settings.minibatches, skeleton)
+    state = abstract_state(skeleton, tx, mesh)
+    shape = settings.rows, settings.row_length
+    place = NamedSharding(mesh, BATCH)
+    part: Any = dict.fromkeys(
+        ("tokens", "targets", "segment_ids", "positions", "answer_BT"),
+        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place),
+    )
+    numbers = ["sampler_logprob_BT", "advantage_BT", "weight_BT"]
+    numbers += ["old_logprob_BT"] * (settings.minibatches > 1) + ["reference_logprob_BT"] * (beta(settings) > 0)
+    part |= dict.fromkeys(numbers, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place))
+    if settings.routing_replay and cfg.num_moe_layers:
+        chosen = *shape, cfg.num_moe_layers, cfg.num_experts_per_tok
+        part["replay"] = jax.ShapeDtypeStruct(chosen, jnp.int16, sharding=place)
+    programs = Programs(skeleton, tx, recipe, mesh)
+    total = programs.abstract_total(state, part)
+    traced = programs.add.trace(state.params, state.biases, part, total)
+
+    parameters = bytes_of(state.params) + bytes_of(state.biases)
+    kinds = {"parameters": parameters, "batch": bytes_of(part), "sum of gradients": bytes_of(total.gradient)}
+    weights, cache = sampler(
+        recipe, skeleton, mesh, settings.slots, settings.max_prompt_tokens + settings.max_new_tokens
+    )
+    held = {"optimizer": bytes_of(state.optimizer), "sampler's cache": bytes_of(cache)}
+    if beta(settings):
+        held["reference"] = bytes_of(state.params)
+    trained = replace(cfg, num_nextn_predict_layers=0)
+    stage = _gradients(traced, recipe, trained, mesh, shape, 1, kinds | {"gradients": bytes_of(state.params)})
+    return stage._replace(held=held, sampling=parameters + sum(held.values()) + bytes_of(weights))
+
+
+def _gradients(
+    traced: Traced,
+    recipe: Recipe,
+    cfg: ModelConfig,
+    mesh: Mesh,
+    shape: tuple[int, int],
+    parts: int,
+    kinds: dict[str, float],
+) -> Stage:
+    """A program that differentiates `shape` tokens, rows by length, in so many parts; `cfg` is what it runs of the
+    model."""
+    (_, length), tokens, devices, full = shape, math.prod(shape), mesh.size, recipe.training.remat == "full"
+    useful = train_flops_per_token(cfg, length) * tokens / devices
+    head = 6 * cfg.vocab_size * cfg.hidden_size * (1 + cfg.num_nextn_predict_layers) * tokens / devices
+    local = tokens // parts // devices
+    if full:
+        item = jnp.dtype(make_skeleton(recipe, mesh).precision.compute).itemsize
+        kinds = kinds | {"layer inputs": float(cfg.num_hidden_layers * local * cfg.hidden_size * item)}
     expected, row_share = even_routing(recipe, mesh, local)
-    rows = shape[0] // training.accumulation // math.prod(mesh.shape[axis] for axis in BATCH[0])
-    block = attention.block_size(rows * cfg.num_attention_heads // mesh.shape["tensor"], training.sequence_length)
-    expected = replace(expected, blocks=training.sequence_length / block / 2)  # on and below the diagonal
+    rows = shape[0] // parts // math.prod(mesh.shape[axis] for axis in BATCH[0])
+    block = attention.block_size(rows * cfg.num_attention_heads // mesh.shape["tensor"], length)
+    expected = replace(expected, blocks=length / block / 2)  # on and below the diagonal
     # Attention's derivative makes the scores again, and a rematerialised layer all of its forward pass.
     layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
     width = cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
-    recomputed = layers * width * (training.sequence_length + 1) * tokens / devices
-    recomputed += (useful - head) / 3 if training.remat == "full" else 0.0
-    return Stage(traced, mesh, kinds, useful, recomputed, expected, row_share, tokens)
+    recomputed = layers * width * (length + 1) * tokens / devices + ((useful - head) / 3 if full else 0.0)
+    return Stage(traced, mesh, kinds, useful, recomputed, expected, row_share, tokens, held={}, sampling=0.0)
 
 
 def decode(recipe: Recipe, topology: Topology, batch: int, context: int, int8_cache: bool = False) -> Stage:
@@ -94,16 +151,8 @@ def decode(recipe: Recipe, topology: Topology, batch: int, context: int, int8_ca
     rows = math.prod(mesh.shape[axis] for axis in BATCH[0])
     require(batch % rows == 0, "batch", batch, f"must be a multiple of {rows}: sequences over data x fsdp x expert")
     skeleton = make_skeleton(recipe, mesh)
-    compute = jnp.dtype(skeleton.precision.compute)
-
-    def held(v):
-        x = jax.eval_shape(lambda x: arranged(v.replace(x), compute, mesh), v.get_value())
-        return v.replace(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=decode_sharding(v, mesh)))
-
-    state = nnx.from_flat_state([(tuple(path.split("/")), held(v)) for path, v in skeleton.variables.items()])
+    state, cache = sampler(recipe, skeleton, mesh, batch, context, int8_cache)
     place = cache_sharding(mesh, batch)
-    dtype = jnp.int8 if int8_cache else compute
-    cache = cache_shape(cfg, batch, capacity_for(context), dtype, layers=cfg.num_hidden_layers, place=place)
     whole = NamedSharding(mesh, PartitionSpec())
     slots = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), empty_slots(batch))
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
@@ -123,7 +172,22 @@ def decode(recipe: Recipe, topology: Topology, batch: int, context: int, int8_ca
     block = block_size(local * min(K, e), e, multiply)
     rows = chosen * block * math.ceil(local * K / cfg.n_routed_experts / block)
     expected = Expected(blocks=cache.shape[2] / cached_attention.BLOCK, rows=rows, experts=chosen)
-    return Stage(traced, mesh, kinds, useful, 0.0, expected, 1.0, batch)
+    return Stage(traced, mesh, kinds, useful, 0.0, expected, 1.0, batch, held={}, sampling=0.0)
+
+
+def sampler(
+    recipe: Recipe, skeleton: Skeleton, mesh: Mesh, slots: int, context: int, int8_cache: bool = False
+) -> tuple[nnx.State, Any]:
+    """An engine's weights and cache, without arrays."""
+    compute, cfg = jnp.dtype(skeleton.precision.compute), recipe.model
+
+    def held(v):
+        x = jax.eval_shape(lambda x: arranged(v.replace(x), compute, mesh), v.get_value())
+        return v.replace(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=decode_sharding(v, mesh)))
+
+    state = nnx.from_flat_state([(tuple(path.split("/")), held(v)) for path, v in skeleton.variables.items()])
+    dtype, place = jnp.int8 if int8_cache else compute, cache_sharding(mesh, slots)
+    return state, cache_shape(cfg, slots, capacity_for(context), dtype, layers=cfg.num_hidden_layers, place=place)
 
 
 def experts_of(cfg: ModelConfig, mesh: Mesh) -> int:

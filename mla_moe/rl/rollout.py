@@ -82,6 +82,11 @@ class Rollout:
         else:
             self._engine.load_weights(model)
 
+    def drop_weights(self) -> None:
+        """Between sampling and the next `load_weights`: an update needs their memory."""
+        assert self._engine is not None
+        self._engine.drop_weights()
+
     def questions(self, split: Split, start: int, count: int) -> tuple[list[Question], int]:
         """The next `count` questions of a split from number `start` on, and the number after the last one. Raises
         `ConfigError` where the prompts are too long time and again."""

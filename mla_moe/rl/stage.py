@@ -147,6 +147,7 @@ class Stage:
                 self.rollout.load_weights(self.model(state))
                 groups = collect(self.rollout, rl, setup.recipe.seed, asked.next, progress.note)
                 asked.next = groups.next_question
+                self.rollout.drop_weights()
                 sampled = time.monotonic()
                 updated, learned = self.updater.learn(state.training, state.reference, groups)
                 state = State(*updated, reference=state.reference)

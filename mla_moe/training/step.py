@@ -110,12 +110,9 @@ def make_step(skeleton: Skeleton, tx: optax.GradientTransformation, training: re
 
     everywhere = NamedSharding(mesh, P())  # what the host reads of a step is whole on every process
 
-    # XLA for TPU would turn all layers' weights to bfloat16 before the loop over them, and keep both: here each layer's
-    # are cast when they are used.
-    options = {"xla_jf_bf16_propagation": False} if mesh.devices.flat[0].platform == "tpu" else None
     place = shardings(skeleton, tx, mesh)
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=(place, everywhere), compiler_options=options)
+    @partial(jax.jit, donate_argnums=0, out_shardings=(place, everywhere), compiler_options=compiler_options(mesh))
     def step(state: TrainState, batch):
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH))
         grads, s, size = gradients(state.params, state.biases, batch)
@@ -128,6 +125,15 @@ def make_step(skeleton: Skeleton, tx: optax.GradientTransformation, training: re
         return TrainState(state.step + 1, *new), metrics
 
     return step
+
+
+def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+    """For every program that goes through all layers.
+
+    XLA for TPU would turn all layers' weights to bfloat16 before the loop over them, and keep both: this way each
+    layer's are cast when they are used.
+    """
+    return {"xla_jf_bf16_propagation": False} if mesh.devices.flat[0].platform == "tpu" else None
 
 
 def move_biases(biases: Arrays, load_LE: Array, gamma: Array | float) -> Arrays:

@@ -64,3 +64,23 @@ def test_the_quickstart_on_a_small_pod(capsys):
     assert 0 < plan["mfu"] < plan["useful_flops_share"] + 1e-9
     assert plan["step_seconds"] == max(plan[f"{term}_seconds"] for term in ("compute", "memory", "network"))
     assert {c["axes"] for c in plan["collectives"]} == {"data"}
+
+
+def test_learning_from_rewards_on_a_small_pod(capsys):
+    pytest.importorskip("libtpu")
+    grpo = ["--rl.objective", "grpo", "--rl.kl", "1e-3"]
+    assert main(["plan", "configs/chain_sum.py", "--topology", "v5p:2x2x1", "--stage", "rl", *grpo, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["fits"]
+    parameters = plan["memory"]["parameters"]
+    assert plan["held"]["optimizer"] == pytest.approx(plan["held"]["reference"] * 2, rel=0.01)
+    assert plan["held"]["reference"] == pytest.approx(parameters, rel=0.01)
+    # Parameters in four bytes, those of the sampler in two, next to what is held.
+    assert plan["sampling_bytes"] == pytest.approx(sum(plan["held"].values()) + 1.5 * parameters, rel=0.02)
+    assert plan["argument_bytes"] == pytest.approx(2 * parameters + plan["memory"]["batch"], rel=0.05)
+    assert 0.4 < plan["useful_flops_share"] < plan["useful_or_recomputed_flops_share"] < 1
+
+
+def test_a_recipe_without_rewards_has_no_such_stage(capsys):
+    assert main(["plan", QUICKSTART, "--topology", "cpu", "--stage", "rl", "--rl.steps", "0"]) == 2
+    assert capsys.readouterr().err.startswith("error: rl.steps = 0")

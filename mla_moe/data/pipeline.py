@@ -30,7 +30,7 @@ Segments count from 1 in each row; 0 is padding, where the other three are 0 too
 
 Item = TypeVar("Item")
 
-READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=32)  # documents read and tokenized ahead, per stream
+READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # each stream has a thread; more of them cost more
 _BINS = 128  # sequences packed at one time: 1-2 % stays empty; more would be more to repack when restoring
 
 
@@ -98,7 +98,7 @@ def gzip_bits_per_byte(documents: Iterable[str]) -> float:
 
 
 def _pack(documents: grain.MapDataset[str], tokenizer: Tokenizer, sequence_length: int) -> grain.IterDataset[Batch]:
-    """Tokenize in Grain's reading threads, cut into windows and fill sequences with them, first fit."""
+    """Tokenize, cut into windows and fill sequences with them, first fit."""
     windows = grain.experimental.FlatMapIterDataset(
         documents.map(lambda text: _frame(text, tokenizer)).to_iter_dataset(READ), _Windows(sequence_length)
     )

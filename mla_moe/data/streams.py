@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
 import grain
@@ -46,14 +47,23 @@ class Batches:
             raise ConfigError("data.streams", streams, fix)
         self.rows, self._source = rows, source
         self._make, self._mine = make, range(rows.start // share, rows.stop // share)
+        self._first: Future[list[Batch]] | None = None
 
     @cached_property
     def _streams(self) -> Mapping[int, grain.DatasetIterator[Batch]]:
         return {number: self._make(number) for number in self._mine}
 
+    def prepare(self) -> None:
+        """Begin to fill the streams' windows, one after the other, while something else is done."""
+        self._first = ThreadPoolExecutor(1).submit(self._parts)
+
     def __next__(self) -> Batch:
-        parts = [next(stream) for stream in self._streams.values()]
+        first, self._first = self._first, None
+        parts = self._parts() if first is None else first.result()
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def _parts(self) -> list[Batch]:
+        return [next(stream) for stream in self._streams.values()]
 
     def states(self) -> dict[int, str]:
         """The place of each stream, as JSON."""
@@ -76,6 +86,8 @@ class Batches:
             stream.start_prefetch()
 
     def close(self) -> None:
+        if self._first is not None:
+            self._first.exception()  # waits for it
         if "_streams" in vars(self):
             for stream in self._streams.values():
                 stream.close()

@@ -39,10 +39,11 @@ def experts(
 
 
 def block_size(rows: int, num_experts: int, implementation: Implementation | None) -> int:
-    """About half of an expert's mean share, a power of two from 8 to 256, or to 128 on CPU: small enough that padding
-    costs little (at most one block an expert), large enough for a fast matrix product."""
-    share = max(rows // (2 * num_experts), 1)
-    return min(max(1 << (share.bit_length() - 1), 8), 128 if implementation == "chunks" else 256)
+    """About half of an expert's mean share, a power of two from 8 to 256; on CPU a quarter, to 128: small enough that
+    padding costs little (at most one block an expert), large enough for a fast matrix product."""
+    parts, largest = (4, 128) if implementation == "chunks" else (2, 256)
+    share = max(rows // (parts * num_experts), 1)
+    return min(max(1 << (share.bit_length() - 1), 8), largest)
 
 
 def reference(x_ND, experts_NK, weights_NK, gate_up_ED2F, down_EFD):

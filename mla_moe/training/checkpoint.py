@@ -6,6 +6,7 @@ is known when it is read. Digests are computed where the arrays are, and cost on
 
 import contextlib
 import dataclasses
+import sys
 import zlib
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -54,6 +55,23 @@ State = TypeVar("State", bound=NamedTuple)
 """A `TrainState`, or one with more in it."""
 
 
+@contextlib.contextmanager
+def _late_reads_unheard() -> Generator[None]:
+    """Orbax reads arrays side by side, and closes its loop when one cannot be read: each of the others would print that
+    it found the loop closed."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if "Event loop is closed" not in str(unraisable.exc_value):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
 class Checkpoints:
     """Saves and restores a run's whole state: parameters, optimizer, router biases, step, and place in the data."""
 
@@ -100,6 +118,7 @@ class Checkpoints:
                 f"{self._manager.directory}: a checkpoint could not be saved ({_first(error)}); {fix}"
             ) from error
 
+    @_late_reads_unheard()
     def restore(self, abstract: State, data: Place, say: Callable[[str], None]) -> State:
         """The newest checkpoint that is whole, each array straight into its sharding; `data` is moved to its place.
 

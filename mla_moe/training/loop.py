@@ -91,6 +91,7 @@ class Stage(abc.ABC):
                     f"{setup.recipe.run_dir}: {self.name}", [*setup.describe(self.abstract_state), *rows]
                 )
                 state, start = self._begin(checkpoints, batches)
+                batches.prepare()  # while the step compiles
                 rewound, returns = 0, Counter()
                 while True:
                     try:

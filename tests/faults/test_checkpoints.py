@@ -83,7 +83,6 @@ def files(step):
 NEEDED = {"data/stream_0.json", "digests/metadata", "state/manifest.ocdbt"}
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # reads that no loop waits for any more
 @pytest.mark.parametrize("spoil", [flip, cut, pytest.param(remove, marks=pytest.mark.thorough)])
 def test_a_damaged_file_is_noticed_or_makes_no_difference(saved, tmp_path, spoil, thorough):
     run_dir, states, abstract = saved

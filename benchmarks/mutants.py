@@ -1,11 +1,13 @@
 """Change the mathematics in one place at a time, and see whether a test notices.
 
-    python benchmarks/mutants.py [--mutants 150] [--seed 0] [--log mutants.jsonl]
+    python -m pytest -n 2 --cov=mla_moe --cov-context=test        # pip install pytest-cov
+    python benchmarks/mutants.py [--mutants 150] [--seed 0] [--log mutants.jsonl] [--workers 2]
 
 Mutants are drawn from all places of `ops/`, `nn/` and `rl/` where an operator, a comparison, a condition, a number or a
 reduction can be exchanged for its neighbour. Each is put into a copy of the repository; the tests of its own file run
-first, then those of its room and of what stands on it, until one fails. A log is gone on with. Prints how many of each
-kind were noticed, and every survivor.
+first, then all others that went through its line when coverage was measured, until one fails. A line that runs when its
+file is imported alone has the tests of its room, and of what stands on it. A log is gone on with. Prints how many of
+each kind were noticed, and every survivor.
 """
 
 import argparse
@@ -19,7 +21,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
+
+from coverage import CoverageData
 
 ROOT = Path(__file__).parents[1]
 ROOMS = {
@@ -93,28 +99,32 @@ def mutants() -> Iterator[dict]:
                 yield place | {"kind": kind, "was": source.encode()[begin:end].decode(), "is": becomes}
 
 
-def tests_of(file: Path, repository: Path) -> list[list[str]]:
-    """Its own file's tests; then all that stands on it."""
+def tests_of(mutant: dict, coverage: CoverageData) -> list[list[str]]:
+    """Those of its own file; then all others through its line, in its own room first."""
+    file = Path(mutant["file"])
     room = file.parent.name
     own = Path("tests") / room / f"test_{file.name}"
-    if not (repository / own).exists():
-        return [ROOMS[room]]
-    return [[str(own)], [*ROOMS[room], f"--ignore={own}"]]
+    contexts = (coverage.contexts_by_lineno(mutant["file"]) or {}).get(mutant["line"], [])
+    through = sorted({c.partition("|")[0] for c in contexts if c}, key=lambda test: (room not in test, test))
+    first = [[str(own)]] if (ROOT / own).exists() else []
+    rest = [test for test in through if not test.startswith(f"{own}::")]
+    return [*first, rest or [*ROOMS[room], f"--ignore={own}"]] if rest or not through else first
 
 
-def noticed(mutant: dict, seconds: float) -> str | None:
-    """The test that fails with it, if one does."""
+def noticed(mutant: dict, tests: list[list[str]], seconds: float, scratch: Path) -> str | None:
+    """The test that fails with it, if one does. What was compiled is kept in `scratch`."""
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "main"
         shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
         path = repository / mutant["file"]
         source = path.read_bytes()
         path.write_bytes(source[: mutant["begin"]] + mutant["is"].encode() + source[mutant["end"] :])
-        for tests in tests_of(Path(mutant["file"]), repository):
-            command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", *tests]
+        for some in tests:
+            command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", "-p", "no:cov"]
             try:
                 done = subprocess.run(
-                    command, cwd=repository, capture_output=True, text=True, timeout=seconds, check=False,
+                    [*command, f"--basetemp={scratch / 'tests'}", *some],
+                    cwd=repository, capture_output=True, text=True, timeout=seconds, check=False,
                     env=os.environ | {"PYTHONPATH": str(repository), "PYTHONDONTWRITEBYTECODE": "1"},
                 )  # fmt: skip
             except subprocess.TimeoutExpired:
@@ -129,27 +139,43 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--mutants", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=900, help="for the tests of one mutant")
+    parser.add_argument("--coverage", type=Path, default=Path(".coverage"))
     parser.add_argument("--log", type=Path, default=Path("mutants.jsonl"))
     arguments = parser.parse_args()
     drawn = random.Random(arguments.seed).sample(list(mutants()), arguments.mutants)
+    for number, mutant in enumerate(drawn):
+        mutant["number"] = number
+    coverage = CoverageData(str(arguments.coverage))
+    coverage.read()
     seen = [json.loads(line) for line in arguments.log.read_text().splitlines()] if arguments.log.exists() else []
-    for room in ROOMS if not seen else ():
-        nothing = {"file": f"mla_moe/{room}/__init__.py", "begin": 0, "end": 0, "is": ""}
-        if by := noticed(nothing, 4 * arguments.seconds):
-            sys.exit(f"tests of {room} fail without a mutant: {by}")
-    with arguments.log.open("a") as log:
-        for number, mutant in enumerate(drawn[len(seen) :], len(seen)):
-            began = time.monotonic()
-            by = noticed(mutant, arguments.seconds)
+    left = [m for m in drawn if m["number"] not in {s["number"] for s in seen}]
+    with tempfile.TemporaryDirectory() as folder, arguments.log.open("a") as log:
+        scratch: SimpleQueue[Path] = SimpleQueue()
+        for worker in range(arguments.workers):
+            scratch.put(Path(folder) / str(worker))
+            (Path(folder) / str(worker)).mkdir()
+
+        def meet(mutant: dict) -> None:
+            mine, began = scratch.get(), time.monotonic()
+            by = noticed(mutant, tests_of(mutant, coverage), arguments.seconds, mine)
+            scratch.put(mine)
             seen.append(mutant | {"by": by, "seconds": round(time.monotonic() - began, 1)})
             print(json.dumps(seen[-1]), file=log, flush=True)
-            print(
-                f"{number + 1:4} {mutant['file']}:{mutant['line']} {'noticed' if by else 'SURVIVED'}", file=sys.stderr
-            )
+            told = "noticed" if by else "SURVIVED"
+            print(f"{mutant['number']:4} {mutant['file']}:{mutant['line']} {told}", file=sys.stderr)
+
+        if not seen:
+            for room in ROOMS:  # a test that fails anyway would notice everything
+                nothing = {"file": f"mla_moe/{room}/__init__.py", "begin": 0, "end": 0, "is": ""}
+                if by := noticed(nothing, [ROOMS[room]], 4 * arguments.seconds, Path(folder) / "0"):
+                    sys.exit(f"tests of {room} fail without a mutant: {by}")
+        with ThreadPoolExecutor(arguments.workers) as pool:
+            list(pool.map(meet, left))
     print(f"{'':12}{'mutants':>9}{'noticed':>9}{'share':>8}")
     for group in (*sorted({m["kind"] for m in seen}), *ROOMS, "all"):
-        some = [m for m in seen if group in (m["kind"], Path(m["file"]).parent.name, "all")]
+        some = [m for m in seen if group in (m["kind"], Path(m["file"]).parent.name) or group == "all"]
         if some:
             count = sum(m["by"] is not None for m in some)
             print(f"{group:12}{len(some):>9}{count:>9}{count / len(some):>8.0%}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from mla_moe import ModelConfig, Precision
 from mla_moe.nn.skeleton import Skeleton
+from mla_moe.nn.transformer import Remat
 from mla_moe.recipe import Mesh, Optimizer, Training
 from mla_moe.sharding import make_mesh
 from mla_moe.training.optimizer import make_optimizer
@@ -22,11 +23,11 @@ CFG = ModelConfig(
 )  # fmt: skip
 
 
-def stepper(cfg: ModelConfig, dtype: str, batch: int, length: int) -> Callable[[], float]:
+def stepper(cfg: ModelConfig, dtype: str, batch: int, length: int, remat: Remat = "none") -> Callable[[], float]:
     """A function that takes one step and says how long it took; the first, which compiles, is done."""
     mesh = make_mesh(Mesh(), jax.devices()[:1])
     precision = Precision(compute=jnp.dtype(dtype))
-    training = Training(batch_size=batch, sequence_length=length, compute_dtype=dtype)
+    training = Training(batch_size=batch, sequence_length=length, compute_dtype=dtype, remat=remat)
     skeleton = Skeleton(cfg, precision=precision, remat=training.remat)
     tx = make_optimizer(Optimizer(), training.steps, skeleton)
     state = init_state(skeleton, tx, 0, mesh)

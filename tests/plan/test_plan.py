@@ -71,6 +71,13 @@ def test_the_quickstart_on_a_small_pod(capsys):
     assert plan["step_seconds"] == max(plan[f"{term}_seconds"] for term in ("compute", "memory", "network"))
     assert {c["axes"] for c in plan["collectives"]} == {"data"}
 
+    assert main(["plan", QUICKSTART, "--topology", "v5p:2x2x1"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("train on v5p:2x2x1: 4 devices, data 4")
+    assert f"fits: {(plan['argument_bytes'] + plan['temp_bytes']) / 1e9:.2f} GB of 102.80 GB" in text
+    assert f"{plan['mfu']:.1%}" in text
+    assert "data, all-reduce" in text
+
 
 def test_memory_is_what_the_compiler_assigns():
     """Of this program `memory_analysis` counts two gathered layers twice; its own peak is what it assigns."""
@@ -105,6 +112,11 @@ def test_learning_from_rewards_on_a_small_pod(capsys):
     assert plan["sampling_bytes"] == pytest.approx(sum(plan["held"].values()) + 1.5 * parameters, rel=0.02)
     assert plan["argument_bytes"] == pytest.approx(2 * parameters + plan["memory"]["batch"], rel=0.05)
     assert 0.4 < plan["useful_flops_share"] < plan["useful_or_recomputed_flops_share"] < 1
+
+    assert main(["plan", "configs/chain_sum.py", "--topology", "v5p:2x2x1", "--stage", "rl", *grpo]) == 0
+    text = capsys.readouterr().out
+    assert all(f"{kind}, beside it" in text for kind in plan["held"])
+    assert "while sampling" in text
 
 
 def test_a_recipe_without_rewards_has_no_such_stage(capsys):

@@ -14,7 +14,8 @@ FLOORS = [
     ("counting",),
     ("data", "inference", "interop"),
     ("training",),
-    ("rl", "plan", "report"),
+    ("rl", "report"),
+    ("plan",),
     ("cli",),
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

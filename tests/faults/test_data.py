@@ -83,14 +83,14 @@ def test_a_file_that_does_not_stay_is_named(tmp_path, kind, happens, said):
 
 
 def test_a_run_whose_data_vanish_ends_and_goes_on_when_they_are_back(recipe, tmp_path, monkeypatch):
-    path, take = write(tmp_path / "a.jsonl", GOOD), Batches.__next__
+    path, prepare = write(tmp_path / "a.jsonl", GOOD), Batches.prepare
 
-    def take_and_lose(self):
-        path.unlink(missing_ok=True)
-        return take(self)
+    def lose_and_prepare(self):
+        path.unlink()
+        prepare(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Batches, "__next__", take_and_lose)
+        patch.setattr(Batches, "prepare", lose_and_prepare)
         with pytest.raises(ConfigError, match="is gone"):
             start(recipe, tmp_path / "run", path)
     start(recipe, tmp_path / "run", write(path, GOOD))

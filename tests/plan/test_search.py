@@ -8,7 +8,8 @@ from mla_moe import ConfigError, recipe
 from mla_moe.plan import Plan, open_topology
 from mla_moe.plan.search import describe, search, variants
 
-FIELDS = {field.name: None for field in dataclasses.fields(Plan)} | {"collectives": []}
+FIELDS = {field.name: None for field in dataclasses.fields(Plan)}
+FIELDS |= {"collectives": [], "held": {}, "sampling_bytes": 0.0}
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ supplement): learning rate 3e-6, divergence weight 1e-3, temperature 1, 16 answe
 
 Questions are JSON lines with `question` and `answer`. Published runs let answers grow to 65,536 tokens after 8,200
 updates: go on from the last checkpoint with `--init-from runs/r1-zero-v3 --run-dir … --rl.max-new-tokens 65536`.
-The mesh is for 512 chips.
+The mesh is for 1,024 TPU v5p; half as many have no room for an update of such rows (docs/plan.md):
+
+    mla-moe plan configs/r1_zero_v3.py --topology v5p:8x8x16 --stage rl
 """
 
 from mla_moe.config import preset
@@ -21,7 +23,7 @@ recipe = Recipe(
     model=preset("deepseek-v3"),
     init_from="path/to/orbax",
     data=Data(tokenizer="path/to/tokenizer.json"),
-    mesh=Mesh(data=1, fsdp=64, expert=8),
+    mesh=Mesh(data=1, fsdp=16, expert=64),
     training=Training(steps=0, batch_size=512, remat="full"),
     task=Task(name="path/to/questions.jsonl", template="r1_zero"),
     rl=RL(
@@ -35,7 +37,7 @@ recipe = Recipe(
         temperature=1.0,
         kl=1e-3,
         reference_every=400 // UPDATES_A_STEP,
-        rows=512,
+        rows=1024,
         slots=1024,
         eval_every=25,
         optimizer=Optimizer(schedule=Schedule(peak=3e-6, warmup=0.0, decay=0.0), weight_decay=0.0),

@@ -73,7 +73,7 @@ def train(recipe: Recipe, topology: Topology) -> Stage:
         "batch": bytes_of(batch),
         "gradients": bytes_of(state.params),
     }
-    return _gradients(traced, recipe, cfg, mesh, shape, training.accumulation, kinds)
+    return _gradients(traced, recipe, skeleton, cfg, mesh, shape, training.accumulation, kinds)
 
 
 def rl(recipe: Recipe, topology: Topology) -> Stage:
@@ -110,13 +110,15 @@ def rl(recipe: Recipe, topology: Topology) -> Stage:
     if beta(settings):
         held["reference"] = bytes_of(state.params)
     trained = replace(cfg, num_nextn_predict_layers=0)
-    stage = _gradients(traced, recipe, trained, mesh, shape, 1, kinds | {"gradients": bytes_of(state.params)})
+    kinds |= {"gradients": bytes_of(state.params)}
+    stage = _gradients(traced, recipe, skeleton, trained, mesh, shape, 1, kinds)
     return stage._replace(held=held, sampling=parameters + sum(held.values()) + bytes_of(weights))
 
 
 def _gradients(
     traced: Traced,
     recipe: Recipe,
+    skeleton: Skeleton,
     cfg: ModelConfig,
     mesh: Mesh,
     shape: tuple[int, int],
@@ -130,7 +132,7 @@ def _gradients(
     head = 6 * cfg.vocab_size * cfg.hidden_size * (1 + cfg.num_nextn_predict_layers) * tokens / devices
     local = tokens // parts // devices
     if full:
-        item = jnp.dtype(make_skeleton(recipe, mesh).precision.compute).itemsize
+        item = jnp.dtype(skeleton.precision.compute).itemsize
         kinds = kinds | {"layer inputs": float(cfg.num_hidden_layers * local * cfg.hidden_size * item)}
     expected, row_share = even_routing(recipe, mesh, local)
     rows = shape[0] // parts // math.prod(mesh.shape[axis] for axis in BATCH[0])

@@ -25,9 +25,10 @@ def recipe(cfg):
             reference_every=2,
             rows=8,
             slots=8,
+            eval_every=2,
             eval_prompts=4,
             eval_samples=2,
-            optimizer=Optimizer(schedule=Schedule(peak=1e-2, warmup=0.0, decay=0.0), weight_decay=0.0),
+            optimizer=Optimizer(schedule=Schedule(peak=1e-2, warmup=0.0, decay=0.5, final=0.4), weight_decay=0.0),
         ),
         checkpoint=Checkpoint(every=2),
     )

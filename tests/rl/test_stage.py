@@ -16,6 +16,7 @@ from mla_moe.sharding import make_mesh
 from mla_moe.training.console import Console
 from mla_moe.training.guard import Halted
 from mla_moe.training.metrics import read_rows
+from mla_moe.training.optimizer import learning_rate
 from mla_moe.training.run import open_run
 from mla_moe.training.setup import Interrupted
 
@@ -87,15 +88,19 @@ def test_a_stage_leaves_what_it_promises(whole, recipe):
     assert all(promised <= set(row) for row in steps)
     assert {row["stage"] for row in found} == {"rl"}
     evals = [row for row in found if "eval/accuracy" in row]
-    assert [row["step"] for row in evals] == [0, 3]
+    assert [row["step"] for row in evals] == [0, 2, 3]
     promised = {"accuracy", "forced_accuracy", "format_rate", "response_length", "pass@1", "pass@2", "majority@2"}
     assert all({f"eval/{name}" for name in promised} <= set(row) for row in evals)
     assert len(read_rows(whole / "expert_load.jsonl")) == 3
     samples = read_rows(whole / "samples.jsonl")
-    assert len(samples) == 2 * 2 * recipe.rl.eval_prompts
+    assert len(samples) == 3 * 2 * recipe.rl.eval_prompts
     assert {sample["kind"] for sample in samples} == {"greedy", "forced"}
     assert sorted(path.name for path in (whole / "checkpoints" / "rl").iterdir()) == ["2", "3"]
-    assert "right answers" in json.loads((whole / "summary.json").read_text())
+    summary = json.loads((whole / "summary.json").read_text())
+    first, last = (f"{row['eval/response_length']:.1f}" for row in (evals[0], evals[-1]))
+    assert summary["tokens of a sampled answer"] == f"{first} -> {last}"
+    rate = learning_rate(recipe.rl.optimizer.schedule, 6)
+    assert [row["lr"] for row in steps] == pytest.approx([float(rate(update)) for update in (1, 3, 5)])
     # Sampler and trainer compute the same, with the same experts.
     assert all(row["mismatch_max"] < 1e-4 for row in steps)
     assert all(row["kl"] > 1e-5 for row in steps)

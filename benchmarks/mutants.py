@@ -1,13 +1,13 @@
 """Change the mathematics in one place at a time, and see whether a test notices.
 
-    python -m pytest --cov=mla_moe --cov-context=test        # must pass; pip install pytest-cov
+    python -m pytest --cov=mla_moe --cov-context=test --durations=0 > tests.log  # must pass; pip install pytest-cov
     python benchmarks/mutants.py [--mutants 150] [--seed 0] [--log mutants.jsonl] [--workers 2]
 
 Mutants are drawn from all places of `ops/`, `nn/` and `rl/` where an operator, a comparison, a condition, a number or a
-reduction can be exchanged for its neighbour. Each is put into a copy of the repository; the tests of its own file run
-first, then all others that went through its line when coverage was measured, until one fails. A line that runs when its
-file is imported alone has the tests of its room, and of what stands on it. Tests that do not end in time have noticed
-nothing. A log is gone on with. Prints how many of each kind were noticed, and every survivor.
+reduction can be exchanged for its neighbour. Each is put into a copy of the repository, and the tests that went through
+its line when coverage was measured run until one fails: quick ones first, those of its own file before others. A line
+that runs when its file is imported alone has the tests of its room, and of what stands on it. Tests that do not end in
+time have noticed nothing. A log is gone on with. Prints how many of each kind were noticed, and every survivor.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import ast
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,8 @@ ROOMS = {
     "rl": ["tests/rl", "tests/test_train.py"],
 }  # fmt: skip
 QUICK = ["tests/ops/test_cross_entropy.py", "tests/nn/test_rope.py", "tests/rl/test_objective.py"]
+SLOW = 60.0
+"""Seconds, with coverage."""
 SWAPS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Add,
     ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
@@ -100,41 +103,43 @@ def mutants() -> Iterator[dict]:
                 yield place | {"kind": kind, "was": source.encode()[begin:end].decode(), "is": becomes}
 
 
-def tests_of(mutant: dict, coverage: CoverageData) -> list[list[str]]:
-    """Those of its own file; then all others through its line, in its own room first."""
+def tests_of(mutant: dict, coverage: CoverageData, slow: set[str]) -> list[str]:
+    """Those through its line: quick ones first, of its own file first, then of its room."""
     file = Path(mutant["file"])
-    room = file.parent.name
-    own = Path("tests") / room / f"test_{file.name}"
+    room = f"tests/{file.parent.name}/"
     contexts = (coverage.contexts_by_lineno(mutant["file"]) or {}).get(mutant["line"], [])
     through = sorted({c.partition("|")[0] for c in contexts if c})
-    through.sort(key=lambda test: (f"tests/{room}/" not in test, "tests/docs/" in test))  # those of docs are whole runs
-    first = [[str(own)]] if (ROOT / own).exists() else []
-    rest = [test for test in through if not test.startswith(f"{own}::")]
-    return [*first, rest or [*ROOMS[room], f"--ignore={own}"]] if rest or not through else first
+    through.sort(key=lambda test: (test in slow, f"{room}test_{file.name}::" not in test, room not in test))
+    return through or ROOMS[file.parent.name]
 
 
-def noticed(mutant: dict, tests: list[list[str]], seconds: float, scratch: Path) -> str | None:
-    """The test that fails with it, if one does. What was compiled is kept in `scratch`."""
+def slow_tests(log: Path) -> set[str]:
+    """Those in pytest's list of durations that are better met last."""
+    found = re.findall(r"^([\d.]+)s (?:call|setup) +(\S.*)$", log.read_text(), re.MULTILINE)
+    return {test for seconds, test in found if float(seconds) > SLOW}
+
+
+def noticed(mutant: dict, tests: list[str], seconds: float, scratch: Path) -> str | None:
+    """The test that fails with it, if one does in time. What was compiled is kept in `scratch`."""
     with tempfile.TemporaryDirectory() as folder:
         repository = Path(folder) / "main"
         shutil.copytree(ROOT, repository, ignore=shutil.ignore_patterns(".*", "runs", "__pycache__"))
         path = repository / mutant["file"]
         source = path.read_bytes()
         path.write_bytes(source[: mutant["begin"]] + mutant["is"].encode() + source[mutant["end"] :])
-        for some in tests:
-            command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", "-p", "no:cov"]
-            try:
-                done = subprocess.run(
-                    [*command, f"--basetemp={scratch / 'tests'}", *some],
-                    cwd=repository, capture_output=True, text=True, timeout=seconds, check=False,
-                    env=os.environ | {"PYTHONPATH": str(repository), "PYTHONDONTWRITEBYTECODE": "1"},
-                )  # fmt: skip
-            except subprocess.TimeoutExpired:
-                continue
-            if done.returncode:
-                failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-                return failed[0][:160] if failed else f"exit {done.returncode}: {done.stdout[-200:]}"
-    return None
+        command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider", "-p", "no:cov"]
+        try:
+            done = subprocess.run(
+                [*command, f"--basetemp={scratch / 'tests'}", *tests],
+                cwd=repository, capture_output=True, text=True, timeout=seconds, check=False,
+                env=os.environ | {"PYTHONPATH": str(repository), "PYTHONDONTWRITEBYTECODE": "1"},
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return None
+    if done.returncode == 0:
+        return None
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0][:160] if failed else f"exit {done.returncode}: {done.stdout[-200:]}"
 
 
 def main() -> None:
@@ -142,8 +147,9 @@ def main() -> None:
     parser.add_argument("--mutants", type=int, default=150)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=900, help="for the tests of its own file, and for the others")
+    parser.add_argument("--seconds", type=float, default=900, help="for the tests of one mutant")
     parser.add_argument("--coverage", type=Path, default=Path(".coverage"))
+    parser.add_argument("--durations", type=Path, default=Path("tests.log"))
     parser.add_argument("--log", type=Path, default=Path("mutants.jsonl"))
     arguments = parser.parse_args()
     drawn = random.Random(arguments.seed).sample(list(mutants()), arguments.mutants)
@@ -151,6 +157,7 @@ def main() -> None:
         mutant["number"] = number
     coverage = CoverageData(str(arguments.coverage))
     coverage.read()
+    slow = slow_tests(arguments.durations)
     seen = [json.loads(line) for line in arguments.log.read_text().splitlines()] if arguments.log.exists() else []
     left = [m for m in drawn if m["number"] not in {s["number"] for s in seen}]
     with tempfile.TemporaryDirectory() as folder, arguments.log.open("a") as log:
@@ -161,7 +168,7 @@ def main() -> None:
 
         def meet(mutant: dict) -> None:
             mine, began = scratch.get(), time.monotonic()
-            by = noticed(mutant, tests_of(mutant, coverage), arguments.seconds, mine)
+            by = noticed(mutant, tests_of(mutant, coverage, slow), arguments.seconds, mine)
             scratch.put(mine)
             seen.append(mutant | {"by": by, "seconds": round(time.monotonic() - began, 1)})
             print(json.dumps(seen[-1]), file=log, flush=True)
@@ -169,7 +176,7 @@ def main() -> None:
             print(f"{mutant['number']:4} {mutant['file']}:{mutant['line']} {told}", file=sys.stderr)
 
         nothing = {"file": "mla_moe/ops/__init__.py", "begin": 0, "end": 0, "is": ""}
-        if by := noticed(nothing, [QUICK], arguments.seconds, Path(folder) / "0"):  # it would notice everything
+        if by := noticed(nothing, QUICK, arguments.seconds, Path(folder) / "0"):  # it would notice everything
             sys.exit(f"a test fails without a mutant: {by}")
         with ThreadPoolExecutor(arguments.workers) as pool:
             list(pool.map(meet, left))

@@ -23,9 +23,10 @@ RULES: Rules = {
     "embed": "fsdp+expert",  # of an expert, which `expert` splits already, over fsdp alone
     "q_latent": "fsdp",
     "kv_latent": "fsdp",
+    "mtp_in": "fsdp+expert",
     "experts": "expert",
-    "heads": "tensor",
-    "hidden": "tensor",
+    "heads": "tensor+expert",
+    "hidden": "tensor+expert",
     "expert_hidden": "tensor",
     "vocab": "tensor",
 }
@@ -39,7 +40,7 @@ DECODE_RULES: Rules = {
     "vocab": "expert+tensor",
 }
 
-LOGICAL_AXES = (*RULES, "layers", "mtp_in", "gate_up", "router", "qk", "kv", "v")
+LOGICAL_AXES = (*RULES, "layers", "gate_up", "router", "qk", "kv", "v")
 
 # Tokens: sequences over every axis that has its own data, time over `context`.
 BATCH = P(("data", "fsdp", "expert"), "context")
@@ -86,7 +87,12 @@ def rules_of(changes: Sequence[str]) -> Rules:
     return table
 
 
-def spec(axes: Sequence[str], shape: Sequence[int], mesh: jax.sharding.Mesh, rules: Rules = RULES) -> P:
+def spec(
+    axes: Sequence[str],
+    shape: Sequence[int],
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    rules: Rules = RULES,
+) -> P:
     """How an array with these logical axes lies on the mesh. A mesh axis is used once, and only where it divides."""
     free = set(mesh.axis_names)
     entries: list[str | tuple[str, ...] | None] = []
@@ -99,6 +105,21 @@ def spec(axes: Sequence[str], shape: Sequence[int], mesh: jax.sharding.Mesh, rul
                 free.remove(mesh_axis)
         entries.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
     return P(*entries)
+
+
+def mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a `PartitionSpec`."""
+    return (part,) if isinstance(part, str) else part or ()
+
+
+def gathered(weight: jax.Array, place: P, axes: Sequence[str] = ("fsdp", "expert")) -> jax.Array:
+    """Within a `shard_map`: a weight of which this device has the part that `place` says, whole along `axes`. Its
+    derivative scatters the gradient."""
+    for dimension, part in enumerate(place):
+        for axis in reversed(mesh_axes(part)):
+            if axis in axes:
+                weight = jax.lax.all_gather(weight, axis, axis=dimension, tiled=True)
+    return weight
 
 
 def current_mesh(shape: Sequence[int]) -> jax.sharding.AbstractMesh | None:

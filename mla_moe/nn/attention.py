@@ -12,12 +12,13 @@ from mla_moe.config import ModelConfig
 from mla_moe.nn.cache import Reach, write
 from mla_moe.nn.norm import RMSNorm
 from mla_moe.nn.param import Precision, matrix
+from mla_moe.nn.product import Product, gathered_product, product
 from mla_moe.nn.rope import rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
 from mla_moe.ops.cached_attention import cached_attention
 from mla_moe.ops.int8_entries import pack
 from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, as_rows, as_slots, current_mesh
+from mla_moe.sharding import BATCH, as_rows, as_slots, current_mesh, gathered, spec
 
 # transformers and the released code fix this value, whatever the config's rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -70,13 +71,13 @@ class MLAttention(nnx.Module):
         x_BTD = x_BTD.astype(self.precision.compute)
         cos_sin = rotary(self.cfg, positions)
         with jax.named_scope("queries"):
-            q_BTHA = self.queries(x_BTD, cos_sin)
+            q_BTHA = self.queries(x_BTD, cos_sin, gathered_product)
         with jax.named_scope("latent"):
-            c_BTC, k_pe_BTR = self.latent(x_BTD, cos_sin)
+            c_BTC, k_pe_BTR = self.latent(x_BTD, cos_sin, gathered_product)
         if segment_ids is None:
             segment_ids = jnp.ones(x_BTD.shape[:2], jnp.int32)
         y_BTHV = self._attend(q_BTHA, c_BTC, k_pe_BTR, self.use(self.kv_b), segment_ids)
-        return jnp.einsum("BTHV,HVD->BTD", y_BTHV, self.use(self.o))
+        return gathered_product("BTHV,HVD->BTD", y_BTHV, self.o, self.precision.compute)
 
     def extend(
         self,
@@ -88,9 +89,9 @@ class MLAttention(nnx.Module):
         """New tokens at the end of what their slots hold: the cache with their entries, and attention over it."""
         x_bTD = x_bTD.astype(self.precision.compute)
         with jax.named_scope("queries"):
-            q_bTHA = self.queries(x_bTD, reach.cos_sin)
+            q_bTHA = self.queries(x_bTD, reach.cos_sin, product)
         with jax.named_scope("latent"):
-            new_bTW = jnp.concatenate(self.latent(x_bTD, reach.cos_sin), axis=-1)
+            new_bTW = jnp.concatenate(self.latent(x_bTD, reach.cos_sin, product), axis=-1)
             if cache_LBSW.dtype == jnp.int8:
                 new_bTW = pack(new_bTW, self.cfg.kv_lora_rank)
             slots_b = None if reach.every_slot else reach.slots_b
@@ -107,26 +108,26 @@ class MLAttention(nnx.Module):
                 form=reach.form,
                 spread=as_slots if reach.every_slot else as_rows,
             )
-        return jnp.einsum("bTHV,HVD->bTD", y_bTHV, self.use(self.o)), cache_LBSW
+        return product("bTHV,HVD->bTD", y_bTHV, self.o, self.precision.compute), cache_LBSW
 
     def use(self, weight: nnx.Param) -> Array:
         return weight[...].astype(self.precision.compute)
 
-    def queries(self, x_BTD, cos_sin) -> Float[Array, "B T H A"]:
+    def queries(self, x_BTD, cos_sin, product: Product) -> Float[Array, "B T H A"]:
         """Queries, the last R of each head turned by position."""
+        compute = self.precision.compute
         if self.cfg.q_lora_rank is None:
-            q_BTHA = jnp.einsum("BTD,DHA->BTHA", x_BTD, self.use(self.q))
+            q_BTHA = product("BTD,DHA->BTHA", x_BTD, self.q, compute)
         else:
-            q_BTQ = self.q_a_norm(jnp.einsum("BTD,DQ->BTQ", x_BTD, self.use(self.q_a)))
-            q_BTHA = jnp.einsum("BTQ,QHA->BTHA", q_BTQ, self.use(self.q_b))
+            q_BTQ = self.q_a_norm(product("BTD,DQ->BTQ", x_BTD, self.q_a, compute))
+            q_BTHA = product("BTQ,QHA->BTHA", q_BTQ, self.q_b, compute)
         q_nope, q_pe = jnp.split(q_BTHA, [self.cfg.qk_nope_head_dim], axis=-1)
         return jnp.concatenate([q_nope, rotate(q_pe, *cos_sin)], axis=-1)
 
-    def latent(self, x_BTD, cos_sin) -> tuple[Float[Array, "B T C"], Float[Array, "B T R"]]:
+    def latent(self, x_BTD, cos_sin, product: Product) -> tuple[Float[Array, "B T C"], Float[Array, "B T R"]]:
         """What a cache keeps of a token: the normed latent, and the one key part that knows the position."""
-        c_BTC, k_pe_BTR = jnp.split(
-            jnp.einsum("BTD,DC->BTC", x_BTD, self.use(self.kv_a)), [self.cfg.kv_lora_rank], axis=-1
-        )
+        both_BTC = product("BTD,DC->BTC", x_BTD, self.kv_a, self.precision.compute)
+        c_BTC, k_pe_BTR = jnp.split(both_BTC, [self.cfg.kv_lora_rank], axis=-1)
         return self.kv_a_norm(c_BTC), rotate(k_pe_BTR[:, :, None], *cos_sin)[:, :, 0]
 
     def _attend(self, q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids) -> Float[Array, "B T H V"]:
@@ -144,11 +145,10 @@ class MLAttention(nnx.Module):
         if mesh is None:
             return local(q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids)
 
-        fsdp = "fsdp" if len(kv_b) % mesh.shape["fsdp"] == 0 else None
+        place = spec(self.kv_b.get_metadata("axes"), kv_b.shape, mesh)
 
         def shared(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt):
-            if fsdp:
-                kv_b = jax.lax.all_gather(kv_b, fsdp, tiled=True)
+            kv_b = gathered(kv_b, place)
             if mesh.shape["context"] == 1:
                 return local(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt)
             first = jax.lax.axis_index("context") * q_bthA.shape[1]
@@ -160,7 +160,7 @@ class MLAttention(nnx.Module):
         tokens = P(*BATCH)
         return jax.shard_map(
             shared,
-            in_specs=(P(*BATCH, "tensor"), tokens, tokens, P(fsdp, "tensor"), tokens),
+            in_specs=(P(*BATCH, "tensor"), tokens, tokens, place, tokens),
             out_specs=P(*BATCH, "tensor"),
             check_vma=False,
         )(q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids)

@@ -1,12 +1,12 @@
 """The gated MLP: dense first layers and shared experts."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from mla_moe.config import ModelConfig
 from mla_moe.nn.param import Precision, matrix
+from mla_moe.nn.product import Product, gathered_product, product
 
 
 class MLP(nnx.Module):
@@ -21,6 +21,13 @@ class MLP(nnx.Module):
         self.precision = precision
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
-        gu_BT2F = jnp.einsum("BTD,DgF->BTgF", x_BTD, gate_up)
-        return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gu_BT2F[:, :, 0]) * gu_BT2F[:, :, 1], down)
+        return self._run(x_BTD, gathered_product)
+
+    def extend(self, x_bTD: Float[Array, "b T D"]) -> Float[Array, "b T D"]:
+        """The same for inference."""
+        return self._run(x_bTD, product)
+
+    def _run(self, x_BTD, product: Product):
+        gu_BT2F = product("BTD,DgF->BTgF", x_BTD, self.gate_up, self.precision.compute)
+        h_BTF = jax.nn.silu(gu_BT2F[:, :, 0]) * gu_BT2F[:, :, 1]
+        return product("BTF,FD->BTD", h_BTF, self.down, self.precision.compute)

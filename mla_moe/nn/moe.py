@@ -18,7 +18,7 @@ from mla_moe.ops.chosen_experts import chosen_experts
 from mla_moe.ops.expert_exchange import exchanged_experts, schedule
 from mla_moe.ops.experts import experts
 from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, ROWS, TOKENS, current_mesh, dividing, mesh_around
+from mla_moe.sharding import BATCH, ROWS, TOKENS, current_mesh, dividing, gathered, mesh_around, spec
 
 
 class RouterStats(NamedTuple):
@@ -105,22 +105,19 @@ class MoE(nnx.Module):
                 y_ND = run(*chosen, gate_up, down, layer=layer, implementation=self.kernels.grouped_matmul)
         if self.cfg.n_shared_experts:
             with jax.named_scope("shared"):
-                y_ND += self.shared(x_ND[None])[0]
+                y_ND += self.shared.extend(x_ND[None])[0]
         return y_ND.reshape(B, T, D), routing.experts_NK.reshape(B, T, -1)
 
     def _over(self, mesh: AbstractMesh, gate_up, down, x_BTD, real_BT, replay_BTK):
         """Each device routes its own tokens. Experts lie over `expert`, and their hidden width over `tensor`."""
         graph, router = nnx.split(self.router)
-        fsdp = "fsdp" if x_BTD.shape[2] % mesh.shape["fsdp"] == 0 else None
+        experts = [spec(w.get_metadata("axes"), w.shape, mesh) for w in (self.gate_up, self.down)]
 
         def local(router, gate_up, down, x_btD, real_bt, replay_btK):
-            if fsdp:  # in the type of computation, and so that their gradient is scattered
-                gate_up = jax.lax.all_gather(gate_up, fsdp, axis=1, tiled=True)
-                down = jax.lax.all_gather(down, fsdp, axis=2, tiled=True)
+            gate_up, down = (gathered(w, place, ["fsdp"]) for w, place in zip((gate_up, down), experts, strict=True))
             return self._routed(nnx.merge(graph, router), gate_up, down, x_btD, real_bt, replay_btK, mesh)
 
         tokens = P(*BATCH)
-        experts = P("expert", fsdp, None, "tensor"), P("expert", "tensor", fsdp)
         inputs = P(), *experts, tokens, tokens, tokens
         return jax.shard_map(local, in_specs=inputs, out_specs=(tokens, P()), check_vma=False)(
             router, gate_up, down, x_BTD, real_BT, replay_BTK

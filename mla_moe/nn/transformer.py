@@ -15,6 +15,7 @@ from mla_moe.nn.mlp import MLP
 from mla_moe.nn.moe import MoE, RouterStats
 from mla_moe.nn.norm import RMSNorm
 from mla_moe.nn.param import Embedding, Precision, matrix, stacked
+from mla_moe.nn.product import Product, gathered_product, product
 from mla_moe.nn.rope import rotary
 from mla_moe.ops.cached_attention import Form
 from mla_moe.recipe import Kernels
@@ -76,7 +77,7 @@ class Block(nnx.Module):
             x_bTD = as_rows(x_bTD + y_bTD)
         with jax.named_scope("mlp"):
             h_bTD = self.mlp_norm(x_bTD)
-            y_bTD, experts = self.moe.extend(h_bTD, place) if self.experts else (self.mlp(h_bTD), None)
+            y_bTD, experts = self.moe.extend(h_bTD, place) if self.experts else (self.mlp.extend(h_bTD), None)
         return as_rows(x_bTD + y_bTD), cache_LBSW, experts
 
 
@@ -101,18 +102,18 @@ class MTP(nnx.Module):
 
     def __call__(self, h_BTD, next_embedding_BTD, context: Context) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """From the model's final-normed `h_i` and the embedding of token i+1 to the hidden state that predicts i+2."""
-        x_BTD, stats = self.block(self._join(h_BTD, next_embedding_BTD), context)
+        x_BTD, stats = self.block(self._join(h_BTD, next_embedding_BTD, gathered_product), context)
         return self.norm(x_BTD), stats
 
     def extend(self, h_bTD, next_embedding_bTD, cache_LBSW, layer, reach: Reach):
         """The same for new tokens over the cache."""
-        x_bTD = self._join(h_bTD, next_embedding_bTD)
+        x_bTD = self._join(h_bTD, next_embedding_bTD, product)
         x_bTD, cache_LBSW, _ = self.block.extend(x_bTD, cache_LBSW, layer, reach)
         return self.norm(x_bTD), cache_LBSW
 
-    def _join(self, h_BTD, next_embedding_BTD):
+    def _join(self, h_BTD, next_embedding_BTD, product: Product):
         both = jnp.concatenate([self.embedding_norm(next_embedding_BTD), self.hidden_norm(h_BTD)], axis=-1)
-        return jnp.einsum("BTd,dD->BTD", both, self.project[...].astype(self.precision.compute))
+        return product("BTd,dD->BTD", both, self.project, self.precision.compute)
 
 
 def embedding_and_head(cfg: ModelConfig, rngs: nnx.Rngs, precision: Precision) -> tuple[nnx.Param, nnx.Param]:

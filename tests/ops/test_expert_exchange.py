@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mla_moe.ops.expert_exchange import exchanged_experts, schedule
+from mla_moe.ops.expert_exchange import chance, exchanged_experts, schedule
 from mla_moe.ops.experts import experts, reference
 
 E, K, D, F, N = 16, 3, 8, 5, 8 * 40
@@ -51,6 +51,16 @@ def ragged_by_buffers(operand, output, *, input_offsets, send_sizes, output_offs
     parts = jnp.where(sent[..., None], parts, jnp.nan)
     came = jax.lax.all_to_all(parts, axis_name, split_axis=0, concat_axis=0).reshape(operand.shape)
     return jnp.where(jnp.isnan(came), output, came)
+
+
+@pytest.mark.parametrize("exchange", ["all_to_all", "ragged"])
+def test_rounds_bring_what_an_even_routing_sends_and_little_more(cfg, exchange):
+    tokens, devices = 1 << 16, 4
+    s = schedule(cfg, tokens, devices, buffer=None, exchange=exchange, multiply=None)
+    even = tokens * (cfg.num_experts_per_tok if exchange == "ragged" else devices * chance(cfg, devices))
+    assert 1 <= s.rounds * s.devices * s.capacity * (s.unit if exchange == "ragged" else 1) / even <= 1.3
+    assert s.rounds > 1
+    assert schedule(cfg, 2, devices, buffer=None, exchange=exchange, multiply=None).capacity <= 2
 
 
 @pytest.mark.parametrize("exchange", ["all_to_all", "ragged"])

@@ -95,6 +95,7 @@ def test_a_stage_leaves_what_it_promises(whole, recipe):
     samples = read_rows(whole / "samples.jsonl")
     assert len(samples) == 3 * 2 * recipe.rl.eval_prompts
     assert {sample["kind"] for sample in samples} == {"greedy", "forced"}
+    assert all(sample["completion"].startswith("<think>") == (sample["kind"] == "forced") for sample in samples)
     assert sorted(path.name for path in (whole / "checkpoints" / "rl").iterdir()) == ["2", "3"]
     summary = json.loads((whole / "summary.json").read_text())
     first, last = (f"{row['eval/response_length']:.1f}" for row in (evals[0], evals[-1]))

@@ -1,0 +1,45 @@
+"""Products of activations with a weight that may lie in parts over a mesh. The mathematics is `einsum`'s.
+
+A weight's parts are gathered where it is used, in the type of computation, and its gradient is scattered to them
+(ZeRO-3, arXiv 1910.02054), one mesh axis after the other: XLA, left to itself, does both over all axes at once, for
+TPU by all-reduces of twice the bytes.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+from mla_moe.sharding import BATCH, current_mesh, gathered, mesh_axes, spec
+
+Product = Callable[[str, Array, nnx.Param, DTypeLike], Array]
+"""One of the two below."""
+
+
+def product(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLike) -> Array:
+    """`einsum(equation, x, weight)` with the weight in `dtype`, wherever it lies."""
+    return jnp.einsum(equation, x, weight[...].astype(dtype))
+
+
+def gathered_product(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLike) -> Array:
+    """The same for activations `[B, T, …]` in training, to which the weight travels: all of it but for `tensor`."""
+    mesh = current_mesh(x.shape)
+    if mesh is None:
+        return product(equation, x, weight, dtype)
+    place = spec(weight.get_metadata("axes"), weight.shape, mesh)
+    (of_x, of_weight), of_y = equation.split("->")[0].split(","), equation.split("->")[1]
+    split = {letter for letter, part in zip(of_weight, place, strict=True) if "tensor" in mesh_axes(part)}
+
+    def lies(letters: str) -> P:
+        return P(*BATCH, *("tensor" if letter in split else None for letter in letters[len(BATCH) :]))
+
+    def local(x, weight):
+        y = jnp.einsum(equation, x, gathered(weight, place))
+        return y if split <= set(of_y) else jax.lax.psum(y, "tensor")
+
+    run = jax.shard_map(local, in_specs=(lies(of_x), place), out_specs=lies(of_y), check_vma=False)
+    return run(x, weight[...].astype(dtype))

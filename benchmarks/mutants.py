@@ -109,7 +109,8 @@ def tests_of(mutant: dict, coverage: CoverageData, slow: set[str]) -> list[str]:
     room = f"tests/{file.parent.name}/"
     contexts = (coverage.contexts_by_lineno(mutant["file"]) or {}).get(mutant["line"], [])
     through = sorted({c.partition("|")[0] for c in contexts if c})
-    through.sort(key=lambda test: (test in slow, f"{room}test_{file.name}::" not in test, room not in test))
+    late = {test for test in through if test in slow or "tests/docs/" in test}  # commands of the docs are whole runs
+    through.sort(key=lambda test: (test in late, f"{room}test_{file.name}::" not in test, room not in test))
     return through or ROOMS[file.parent.name]
 
 

@@ -35,7 +35,6 @@ class Plan:
     topology: str
     devices: int
     mesh: dict[str, int]
-    fits: bool
     capacity_bytes: float | None
     """None where it is not known: a CPU's is the machine's."""
     argument_bytes: float
@@ -75,8 +74,12 @@ class Plan:
         """Of a device at the fullest time."""
         return max(self.argument_bytes + self.temp_bytes + sum(self.held.values()), self.sampling_bytes)
 
+    @property
+    def fits(self) -> bool:
+        return self.refusal is None and (self.capacity_bytes is None or self.bytes <= self.capacity_bytes)
+
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"fits": self.fits}
 
 
 def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", **how: Any) -> Plan:
@@ -101,14 +104,12 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", **how: A
     chip, total = topology.chip, sum(flops.values())
     times = None if chip is None else (total / chip.flops, moved / chip.hbm_bandwidth, sum(t.seconds for t in runs))
     step = None if times is None or refusal else max(times)
-    capacity, held = None if chip is None else chip.hbm_bytes, sum(program.held.values())
     return Plan(
         stage=stage,
         topology=topology.name,
         devices=program.mesh.size,
         mesh=dict(program.mesh.shape),
-        fits=refusal is None and (capacity is None or max(argument + temp + held, program.sampling) <= capacity),
-        capacity_bytes=capacity,
+        capacity_bytes=None if chip is None else chip.hbm_bytes,
         argument_bytes=argument,
         temp_bytes=temp,
         held=program.held,

@@ -76,7 +76,7 @@ def cached_plan(recipe: Recipe, topology: Topology, stage: str, **how: Any) -> P
         return Plan(**values | {"collectives": [Traffic(**t) for t in values["collectives"]]})
     plan = make_plan(recipe, topology, stage, **how)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(plan.to_json()))
+    file.write_text(json.dumps(dataclasses.asdict(plan)))
     return plan
 
 

@@ -23,7 +23,7 @@ def planned(monkeypatch, tmp_path):
         if expert == 2:
             raise ConfigError("mesh.expert", expert, "not two")
         sizes = {"argument_bytes": 1.0, "temp_bytes": 100.0 / expert, "step_seconds": 1.0 / expert, "mfu": 0.1 * expert}
-        return Plan(**FIELDS | sizes | {"fits": not dots})
+        return Plan(**FIELDS | sizes | {"refusal": "too large" if dots else None})
 
     monkeypatch.setattr("mla_moe.plan.search.make_plan", make_plan)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -45,7 +45,7 @@ class Updater:
         for minibatch in minibatches:
             state, metrics = self.update(state, minibatch)
             found.append(metrics)
-        return state, self._learned(jax.device_get(found))
+        return state, learned(jax.device_get(found))
 
     def update(self, state: TrainState, minibatch: Sequence[Part]) -> tuple[TrainState, dict[str, Any]]:
         total = self.programs.nothing(state.params, state.biases, minibatch[0])
@@ -67,29 +67,31 @@ class Updater:
         rows = self.rows(groups, which)
         return [self.setup.put(part, self.rl.rows) for part in parts(rows, self.rl.rows)]
 
-    def _learned(self, updates: Sequence[dict[str, Any]]) -> Learned:
-        sums = [update["sums"] for update in updates]
-        tokens = sum(int(s.tokens) for s in sums)
 
-        def per_token(name: str) -> float:
-            return sum(float(getattr(s, name)) for s in sums) / max(tokens, 1)
+def learned(updates: Sequence[dict[str, Any]]) -> Learned:
+    """Of the updates of a step."""
+    sums = [update["sums"] for update in updates]
+    tokens = sum(int(s.tokens) for s in sums)
 
-        load_LE = np.sum([update["load_LE"] for update in updates], axis=0)
-        metrics = {
-            "loss": float(np.mean([s.loss for s in sums])),
-            "grad_norm": float(np.mean([update["grad_norm"] for update in updates])),
-            "skipped": sum(int(update["skipped"]) for update in updates),
-            "kl": per_token("kl"),
-            "entropy": per_token("entropy"),
-            "clip_low": per_token("clipped_low"),
-            "clip_high": per_token("clipped_high"),
-            "mismatch": per_token("mismatch"),
-            "mismatch_max": float(max(s.mismatch_max for s in sums)),
-            "importance": per_token("importance"),
-            "importance_truncated": per_token("truncated"),
-            "off_policy_answers": sum(int(s.off_policy) for s in sums),
-        }
-        if load_LE.size:
-            metrics["moe/load_max"] = float((load_LE.max(axis=1) / np.maximum(load_LE.mean(axis=1), 1e-9)).max())
-            metrics["moe/dropped"] = sum(int(update["dropped"]) for update in updates)
-        return Learned(metrics, load_LE)
+    def per_token(name: str) -> float:
+        return sum(float(getattr(s, name)) for s in sums) / max(tokens, 1)
+
+    load_LE = np.sum([update["load_LE"] for update in updates], axis=0)
+    metrics = {
+        "loss": float(np.mean([s.loss for s in sums])),
+        "grad_norm": float(np.mean([update["grad_norm"] for update in updates])),
+        "skipped": sum(int(update["skipped"]) for update in updates),
+        "kl": per_token("kl"),
+        "entropy": per_token("entropy"),
+        "clip_low": per_token("clipped_low"),
+        "clip_high": per_token("clipped_high"),
+        "mismatch": per_token("mismatch"),
+        "mismatch_max": float(max(s.mismatch_max for s in sums)),
+        "importance": per_token("importance"),
+        "importance_truncated": per_token("truncated"),
+        "off_policy_answers": sum(int(s.off_policy) for s in sums),
+    }
+    if load_LE.size:
+        metrics["moe/load_max"] = float((load_LE.max(axis=1) / np.maximum(load_LE.mean(axis=1), 1e-9)).max())
+        metrics["moe/dropped"] = sum(int(update["dropped"]) for update in updates)
+    return Learned(metrics, load_LE)

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mla_moe.ops.expert_exchange import chance, exchanged_experts, schedule
+from mla_moe.ops.expert_exchange import ROUND, chance, exchanged_experts, schedule
 from mla_moe.ops.experts import experts, reference
 
 E, K, D, F, N = 16, 3, 8, 5, 8 * 40
@@ -57,10 +58,19 @@ def ragged_by_buffers(operand, output, *, input_offsets, send_sizes, output_offs
 def test_rounds_bring_what_an_even_routing_sends_and_little_more(cfg, exchange):
     tokens, devices = 1 << 16, 4
     s = schedule(cfg, tokens, devices, buffer=None, exchange=exchange, multiply=None)
-    even = tokens * (cfg.num_experts_per_tok if exchange == "ragged" else devices * chance(cfg, devices))
-    assert 1 <= s.rounds * s.devices * s.capacity * (s.unit if exchange == "ragged" else 1) / even <= 1.3
+    ragged, K = exchange == "ragged", cfg.num_experts_per_tok
+    even = tokens * (K if ragged else devices * chance(cfg, devices))  # choices, or rows
+    assert 1 <= s.rounds * s.devices * s.capacity / even <= 1.3
+    # A round is of one size in choices; rows are as many as may bring the choices of all tokens, if each brings all.
+    assert s.rounds == (
+        round(tokens * K / ROUND) if ragged else math.ceil(devices * chance(cfg, devices) * s.local / K)
+    )
     assert s.rounds > 1
-    assert schedule(cfg, 2, devices, buffer=None, exchange=exchange, multiply=None).capacity <= 2
+    # Another row is sent while the last one's choices do not fill the round.
+    assert s.most == devices * (s.capacity + s.local - 1 if ragged else s.capacity * s.local)
+    few = schedule(cfg, 2, devices, buffer=None, exchange=exchange, multiply=None)
+    assert few.capacity <= 2
+    assert few.rounds == (1 if ragged else s.rounds)
 
 
 @pytest.mark.parametrize("exchange", ["all_to_all", "ragged"])

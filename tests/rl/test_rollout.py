@@ -82,10 +82,11 @@ def test_what_is_asked_and_judged(make, opened):
     assert len(said) == 6
 
 
-def test_a_temperature_may_be_asked_for(make):
+def test_a_temperature_may_be_asked_for_and_nothing_is_opened_unasked(make):
     rollout = make()
     rollout.answers(rollout.questions("train", 0, 1)[0], seed=0, temperature=0.0)
     assert rollout._engine.asked[0].temperature == 0
+    assert text_of(rollout._engine.asked[0].prompt).endswith("=")
 
 
 def test_long_questions_are_passed_over_and_counted(make):

@@ -105,7 +105,6 @@ def test_a_stage_leaves_what_it_promises(whole, recipe):
     # Sampler and trainer compute the same, with the same experts.
     assert all(row["mismatch_max"] < 1e-4 for row in steps)
     assert all(row["kl"] > 1e-5 for row in steps)
-    assert steps[1]["kl"] > 2 * steps[2]["kl"], "the reference is renewed after two steps"
     assert steps[0]["reward"] == pytest.approx(steps[0]["reward/short"])
 
 

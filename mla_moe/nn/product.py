@@ -26,7 +26,8 @@ def product(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLike) -> Arr
 
 
 def gathered_product(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLike) -> Array:
-    """The same for activations `[B, T, …]` in training, to which the weight travels: all of it but for `tensor`."""
+    """The same for activations `[B, T, …]` in training, to which the weight travels: all of it but for `tensor`. It is
+    gathered from where `sharding.RULES` has it; XLA brings it there first if a recipe's `mesh.rules` say otherwise."""
     mesh = current_mesh(x.shape)
     if mesh is None:
         return product(equation, x, weight, dtype)

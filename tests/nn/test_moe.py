@@ -97,6 +97,8 @@ def test_balance_loss_is_the_papers(cfg):
     )
     _, balance = router_stats(cfg, peaked, jnp.ones((1, T), bool))
     np.testing.assert_allclose(balance, E / K, rtol=1e-6)
+    _, balance = router_stats(cfg, even, jnp.arange(T)[None] < 1)  # one token is a sequence too
+    np.testing.assert_allclose(balance, 1.0, rtol=1e-6)
 
 
 def test_block_size_follows_the_share():

@@ -32,7 +32,8 @@ def gathered_product(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLik
     if mesh is None:
         return product(equation, x, weight, dtype)
     place = spec(weight.get_metadata("axes"), weight.shape, mesh)
-    (of_x, of_weight), of_y = equation.split("->")[0].split(","), equation.split("->")[1]
+    inputs, of_y = equation.split("->")
+    of_x, of_weight = inputs.split(",")
     split = {letter for letter, part in zip(of_weight, place, strict=True) if "tensor" in mesh_axes(part)}
 
     def lies(letters: str) -> P:

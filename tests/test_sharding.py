@@ -27,7 +27,8 @@ def test_an_axis_is_split_once_and_only_where_it_divides():
         "expert", "fsdp", None, "tensor"
     )
     assert spec(("embed", "vocab"), (6, 7), mesh) == P("fsdp", None)
-    assert spec(("hidden", "heads"), (8, 8), mesh) == P("tensor", None)
+    assert spec(("hidden", "heads"), (8, 8), mesh) == P(("tensor", "expert"), None)
+    assert spec(("expert_hidden", "heads"), (8, 8), mesh) == P("tensor", "expert")
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from mla_moe.config import ModelConfig
 from mla_moe.nn.cache import Reach, write
 from mla_moe.nn.norm import RMSNorm
 from mla_moe.nn.param import Precision, matrix
-from mla_moe.nn.product import Product, gathered_product, product
+from mla_moe.nn.product import Product, gathered_product, place_of, product
 from mla_moe.nn.rope import rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
 from mla_moe.ops.cached_attention import cached_attention
 from mla_moe.ops.int8_entries import pack
 from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, as_rows, as_slots, current_mesh, gathered, spec
+from mla_moe.sharding import BATCH, as_rows, as_slots, current_mesh, gathered
 
 # transformers and the released code fix this value, whatever the config's rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -145,7 +145,7 @@ class MLAttention(nnx.Module):
         if mesh is None:
             return local(q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids)
 
-        place = spec(self.kv_b.get_metadata("axes"), kv_b.shape, mesh)
+        place = place_of(self.kv_b, mesh)
 
         def shared(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt):
             kv_b = gathered(kv_b, place)

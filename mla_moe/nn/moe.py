@@ -13,12 +13,13 @@ from jaxtyping import Array, Bool, Float, Int
 from mla_moe.config import ModelConfig
 from mla_moe.nn.mlp import MLP
 from mla_moe.nn.param import Precision, matrix
+from mla_moe.nn.product import place_of
 from mla_moe.nn.router import Router, Routing
 from mla_moe.ops.chosen_experts import chosen_experts
 from mla_moe.ops.expert_exchange import exchanged_experts, schedule
 from mla_moe.ops.experts import experts
 from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, ROWS, TOKENS, current_mesh, dividing, gathered, mesh_around, spec
+from mla_moe.sharding import BATCH, ROWS, TOKENS, current_mesh, dividing, gathered, mesh_around
 
 
 class RouterStats(NamedTuple):
@@ -111,7 +112,7 @@ class MoE(nnx.Module):
     def _over(self, mesh: AbstractMesh, gate_up, down, x_BTD, real_BT, replay_BTK):
         """Each device routes its own tokens. Experts lie over `expert`, and their hidden width over `tensor`."""
         graph, router = nnx.split(self.router)
-        experts = [spec(w.get_metadata("axes"), w.shape, mesh) for w in (self.gate_up, self.down)]
+        experts = [place_of(w, mesh) for w in (self.gate_up, self.down)]
 
         def local(router, gate_up, down, x_btD, real_bt, replay_btK):
             gate_up, down = (gathered(w, place, ["fsdp"]) for w, place in zip((gate_up, down), experts, strict=True))

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array
@@ -25,13 +26,18 @@ def product(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLike) -> Arr
     return jnp.einsum(equation, x, weight[...].astype(dtype))
 
 
+def place_of(weight: nnx.Param, mesh: AbstractMesh) -> P:
+    """Where the parts of one layer's weight are, by the table."""
+    return spec(weight.get_metadata("axes"), weight.shape, mesh)
+
+
 def gathered_product(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLike) -> Array:
     """The same for activations `[B, T, …]` in training, to which the weight travels: all of it but for `tensor`. It is
     gathered from where `sharding.RULES` has it; XLA brings it there first if a recipe's `mesh.rules` say otherwise."""
     mesh = current_mesh(x.shape)
     if mesh is None:
         return product(equation, x, weight, dtype)
-    place = spec(weight.get_metadata("axes"), weight.shape, mesh)
+    place = place_of(weight, mesh)
     inputs, of_y = equation.split("->")
     of_x, of_weight = inputs.split(",")
     split = {letter for letter, part in zip(of_weight, place, strict=True) if "tensor" in mesh_axes(part)}

@@ -13,7 +13,7 @@ from mla_moe import ConfigError
 from mla_moe.nn.kernels import resolve
 from mla_moe.nn.param import Precision
 from mla_moe.nn.skeleton import Skeleton
-from mla_moe.plan.plan import without_cache
+from mla_moe.plan.compiler import without_cache
 from mla_moe.recipe import Kernels, Mesh, Optimizer, Training
 from mla_moe.sharding import BATCH, make_mesh
 from mla_moe.training.optimizer import make_optimizer

@@ -4,20 +4,16 @@ import dataclasses
 import re
 import resource
 import sys
-import tempfile
 import textwrap
 import time
-from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental.compilation_cache import compilation_cache
-from jax.stages import Compiled, Traced
 
 from mla_moe.config import ConfigError
 from mla_moe.plan import stages
+from mla_moe.plan.compiler import assign
 from mla_moe.plan.costs import Traffic, traffic
 from mla_moe.plan.flops import Expected, count_flops
 from mla_moe.plan.program import Program
@@ -90,8 +86,7 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", **how: A
     start = time.perf_counter()
     refusal, text, argument, temp = None, "", 0.0, 0.0
     try:
-        compiled, (argument, temp) = compile_for(program.traced, topology.platform)
-        text = compiled.as_text() or ""
+        text, argument, temp = assign(program.traced, topology.platform)
     except jax.errors.JaxRuntimeError as error:
         refusal, argument, temp = _refused(str(error), program.kinds)
     seconds = time.perf_counter() - start
@@ -133,31 +128,6 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", **how: A
     )
 
 
-def compile_for(traced: Traced, platform: str) -> tuple[Compiled, tuple[float, float]]:
-    """The program, and its bytes of arguments and of temporaries."""
-    with without_cache(), tempfile.TemporaryDirectory() as folder:
-        told = {"xla_dump_to": folder} if platform == "tpu" else {}
-        compiled = traced.lower(lowering_platforms=(platform,)).compile(told)
-        argument, temp = bytes_needed(compiled)
-        return compiled, (argument, _assigned(Path(folder)) - argument if told else temp)
-
-
-def _assigned(folder: Path) -> float:
-    """Bytes of main memory in the TPU compiler's assignment of buffers, by which it accepts or refuses a program. Its
-    `memory_analysis` counts some that share their place as if they did not."""
-    (report,) = folder.glob("*memory-usage-report.txt")
-    found = re.search(r"\(color=0\)\nTotal bytes: (\d+)", report.read_text())
-    assert found is not None
-    return float(found.group(1))
-
-
-def bytes_needed(compiled: Compiled) -> tuple[float, float]:
-    """Of arguments and of temporaries. Results that do not take over an argument's memory are new memory."""
-    memory: Any = compiled.memory_analysis()
-    temp = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return float(memory.argument_size_in_bytes), float(temp)
-
-
 def _trips(expected: Expected, scope: str) -> float:
     """How often a loop runs whose end the program does not say, by JAX's name of it."""
     if "experts" in scope:
@@ -167,7 +137,7 @@ def _trips(expected: Expected, scope: str) -> float:
 
 def _refused(error: str, kinds: dict[str, float]) -> tuple[str, float, float]:
     """The compiler's refusal for want of memory: its words, and the bytes of arguments and temporaries."""
-    found = re.search(r"Used ([\d.]+)([KMGT]) of", error)
+    found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", error)
     if found is None:
         raise ConfigError("topology", "compiler", textwrap.shorten(error, 400))
     used = float(found.group(1)) * 1024.0 ** (1 + "KMGT".index(found.group(2)))
@@ -178,16 +148,3 @@ def _refused(error: str, kinds: dict[str, float]) -> tuple[str, float, float]:
 def _peak_memory() -> float:
     unit = 1 if sys.platform == "darwin" else 1024
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-
-
-@contextmanager
-def without_cache():
-    """What is compiled for absent devices cannot be read back from JAX's cache."""
-    before = jax.config.values["jax_enable_compilation_cache"]
-    try:
-        jax.config.update("jax_enable_compilation_cache", False)
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()

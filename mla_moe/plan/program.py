@@ -45,7 +45,7 @@ class Instruction:
             if depth == 0:
                 end = i
                 break
-        return re.findall(r"%([\w.\-]+)", self.rest[:end])
+        return re.findall(r"%([\w.\-#]+)", self.rest[:end])
 
     @cached_property
     def scope(self) -> str:
@@ -111,6 +111,8 @@ class Program:
                 self.entry = now.name if line.startswith("ENTRY") else self.entry
             elif now is not None and (found := _INSTRUCTION.match(line)):
                 instruction = Instruction(*found.groups())
+                for name in instruction.operands if "#" in instruction.rest else ():
+                    _name_element(now, name)
                 now.instructions[instruction.name] = instruction
                 if line.lstrip().startswith("ROOT"):
                     now.root = instruction
@@ -131,7 +133,7 @@ class Program:
                 branches = branches or instruction.called("true_computation") + instruction.called("false_computation")
                 longest = max(branches, key=lambda branch: len(self.computations[branch].instructions))
                 yield from self._walk(longest, times, fused)
-            elif instruction.op in ("fusion", "call") or instruction.op.endswith("-start"):
+            elif instruction.op in ("fusion", "call", "async-start"):
                 for called in instruction.called("calls") + instruction.called("to_apply")[: instruction.op == "call"]:
                     yield from self._walk(called, times, fused or instruction.op == "fusion")
 
@@ -172,10 +174,7 @@ class Program:
                 if kind not in _COLLECTIVES:
                     continue
                 group = first_group(instruction.rest)
-                arrays = [size_of(match) for match in _ARRAY.finditer(instruction.type)]
-                size = sum(arrays)
-                if instruction.op.endswith("-start") and instruction.type.startswith("("):
-                    size = max(arrays) if kind != "all-reduce" else size
+                size = sum(size_of(match) for match in _ARRAY.finditer(_result(instruction)))
                 if kind == "reduce-scatter":
                     size *= len(group)
                 if kind == "all-reduce" and scatters:
@@ -214,7 +213,7 @@ class Program:
         inner = self.computations[called[0]] if (called := instruction.called("calls")) else None
         if inner is not None and instruction.op == "fusion":
             return self._fused_traffic(computation, instruction, inner)
-        out = hbm_bytes(instruction.type)
+        out = hbm_bytes(_result(instruction))
         operands = [computation.instructions.get(name) for name in instruction.operands]
         sizes = [hbm_bytes(operand.type) * self._share(instruction, operand) for operand in operands if operand]
         if instruction.op in ("dynamic-slice", "slice", "gather"):
@@ -252,6 +251,13 @@ class Program:
             if update.operands[1] in inner.instructions
         )
         return total + (written if updates else hbm_bytes(fusion.type))
+
+
+def _result(instruction: Instruction) -> str:
+    """The type of what it makes. That of a collective that is started names operands, results and more."""
+    kind = instruction.op.removesuffix("-start")
+    started = kind != instruction.op and kind in _COLLECTIVES and kind != "all-reduce"
+    return _parts(instruction.type)[1] if started else instruction.type
 
 
 def size_of(array: re.Match[str]) -> float:
@@ -302,6 +308,28 @@ def _source(inner: Computation, name: str) -> str:
         name = instruction.operands[0]
         instruction = inner.instructions.get(name)
     return name
+
+
+def _name_element(computation: Computation, name: str) -> None:
+    """`%tuple#1`, as newer compilers write an element in place, is an instruction that takes it out here."""
+    whole, _, index = name.rpartition("#")
+    if whole and name not in computation.instructions:
+        _name_element(computation, whole)
+        kind = _parts(computation.instructions[whole].type)[int(index)]
+        rest = f"%{whole}), index={index}"
+        computation.instructions[name] = Instruction(name, kind, "get-tuple-element", rest)
+
+
+def _parts(type_: str) -> list[str]:
+    """Of a tuple's type."""
+    parts, depth = [""], 0
+    for letter in re.sub(r"/\*.*?\*/", "", type_)[1:-1]:
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts]
 
 
 def _elements(type_: str) -> list[str]:

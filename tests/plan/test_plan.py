@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from mla_moe import ConfigError, recipe
 from mla_moe.cli import main
 from mla_moe.plan import make_plan, open_topology
-from mla_moe.plan.plan import bytes_needed, compile_for
+from mla_moe.plan.compiler import assign, bytes_needed, without_cache
+from mla_moe.plan.program import Program
 from mla_moe.sharding import make_mesh
 
 QUICKSTART = "configs/quickstart.py"
@@ -79,8 +80,9 @@ def test_the_quickstart_on_a_small_pod(capsys):
     assert "data, all-reduce" in text
 
 
-def test_memory_is_what_the_compiler_assigns():
-    """Of this program `memory_analysis` counts two gathered layers twice; its own peak is what it assigns."""
+def test_the_program_is_what_the_compiler_makes_of_it():
+    """Compiled as far as a plan needs and to its end. Of this program `memory_analysis` counts two gathered layers
+    twice; its own peak is what it assigns."""
     pytest.importorskip("libtpu")
     mesh = make_mesh(recipe.Mesh(data=1, fsdp=4), open_topology("v5p:2x2x1").devices)
     x = jax.ShapeDtypeStruct((1024, 2048), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
@@ -91,12 +93,32 @@ def test_memory_is_what_the_compiler_assigns():
         def layer(h, w):
             return jnp.tanh(h.astype(w.dtype) @ w).astype(h.dtype), None
 
-        return jax.grad(lambda w: jax.lax.scan(layer, x, w)[0].sum())(w)
+        return jax.value_and_grad(lambda w: jax.lax.scan(layer, x, w)[0].sum())(w)
 
-    compiled, (argument, temporary) = compile_for(gradient.trace(w, x), "tpu")
+    traced = gradient.trace(w, x)
+    assigned = assign(traced, "tpu")
+    with without_cache():
+        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     analysed = compiled.memory_analysis()
-    assert argument + temporary == pytest.approx(analysed.peak_memory_in_bytes, rel=0.05)
-    assert argument + temporary < sum(bytes_needed(compiled))
+    needed = assigned.arguments + assigned.temporaries
+    assert assigned.arguments == analysed.argument_size_in_bytes
+    assert needed == pytest.approx(analysed.peak_memory_in_bytes, rel=0.05)
+    assert needed < sum(bytes_needed(compiled))
+    whole, part = Program(compiled.as_text()), Program(assigned.text)
+    assert whole.collectives()
+    assert part.collectives() == whole.collectives()
+    assert part.memory_traffic() == pytest.approx(whole.memory_traffic(), rel=1e-3)
+
+
+def test_what_does_not_fit_is_refused_with_what_it_would_need(capsys):
+    pytest.importorskip("libtpu")
+    rows = ["--training.batch-size", "8192", "--training.accumulation", "1"]
+    assert main(["plan", QUICKSTART, "--topology", "v5e:2x2", *rows, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert not plan["fits"]
+    assert "RESOURCE_EXHAUSTED" in plan["refusal"]
+    assert 17e9 < plan["argument_bytes"] + plan["temp_bytes"] < 500e9
+    assert plan["step_seconds"] is None
 
 
 def test_learning_from_rewards_on_a_small_pod(capsys):

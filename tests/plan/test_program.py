@@ -119,3 +119,40 @@ def test_of_a_stack_of_experts_those_that_are_chosen_are_moved():
 def test_memory_traffic_is_operands_and_results():
     text = jax.jit(lambda x: jnp.tanh(x) + 1).lower(jax.ShapeDtypeStruct((1024, 8), jnp.float32)).compile().as_text()
     assert Program(text).memory_traffic() == 2 * 1024 * 8 * 4
+
+
+def test_an_element_written_in_place():
+    """As the TPU compiler of jax 0.12 writes them down."""
+    arrays = "(f32[4]{0}, (s32[]{:T(128)}, /*index=2*/bf16[8,2]{1,0:T(8,128)(2,1)S(1)}), bf16[16]{0})"
+    lines = (
+        "ENTRY %main (p: f32[4]) -> bf16[16] {",
+        f"  %p = {arrays} parameter(0)",
+        "  %near = bf16[8,2]{1,0} copy(%p#1#1)",
+        "  ROOT %far = bf16[16]{0} copy(%p#2), metadata={}",
+        "}",
+    )
+    program = Program("\n".join(lines))
+    assert program.computations["main"].instructions["p#1#1"].type == "bf16[8,2]{1,0:T(8,128)(2,1)S(1)}"
+    assert program.memory_traffic() == 2 * 16 + 2 * 2 * 16  # the first is read from another memory
+
+
+def test_collectives_that_are_started():
+    """As the GPU compiler writes them: what goes in, and what comes out; several at once; and their own body."""
+    lines = (
+        "%scattered (p: f32[64]) -> f32[16] {",
+        "  %p = f32[64]{0} parameter(0)",
+        "  ROOT %inside = f32[16]{0} reduce-scatter(%p), replica_groups={{0,1,2,3}}",
+        "}",
+        "ENTRY %main (a: f32[64], b: bf16[8]) -> f32[16] {",
+        "  %a = f32[64]{0} parameter(0)",
+        "  %b = bf16[8]{0} parameter(1)",
+        "  %s = ((f32[64]{0}), f32[16]{0}) reduce-scatter-start(%a), replica_groups={{0,1,2,3}}, calls=%scattered",
+        "  %g = ((bf16[8]{0}, f32[64]{0}), (bf16[32]{0}, f32[256]{0})) all-gather-start(%b, %a), "
+        "replica_groups={{0,1,2,3}}",
+        "  %r = (f32[64]{0}, bf16[8]{0}) all-reduce-start(%a, %b), replica_groups={{0,1,2,3}}",
+        "  ROOT %done = f32[16]{0} reduce-scatter-done(%s)",
+        "}",
+    )
+    sizes = {c.kind: c.size for c in Program("\n".join(lines)).collectives()}
+    assert sizes == {"reduce-scatter": 64 * 4, "all-gather": 32 * 2 + 256 * 4, "all-reduce": 64 * 4 + 8 * 2}
+    assert len(Program("\n".join(lines)).collectives()) == 3

@@ -15,7 +15,7 @@ recipe = Recipe(
     optimizer=Optimizer(schedule=Schedule(peak=2e-4, warmup=0.0022, decay=0.35, final=0.1)),
     mesh=Mesh(data=1, fsdp=-1, expert=32),
     training=Training(
-        steps=231_000, batch_size=16_384, accumulation=64, sequence_length=4096, remat="full", log_every=10
+        steps=231_000, batch_size=16_384, accumulation=32, sequence_length=4096, remat="full", log_every=10
     ),
     checkpoint=Checkpoint(every=500),
 )

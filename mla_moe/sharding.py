@@ -27,7 +27,7 @@ RULES: Rules = {
     "experts": "expert",
     "heads": "tensor+expert",
     "hidden": "tensor+expert",
-    "expert_hidden": "tensor",
+    "expert_hidden": "tensor+fsdp",  # fsdp where `embed` does not have it, that is of the second matrix
     "vocab": "tensor",
 }
 
@@ -114,11 +114,14 @@ def mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 def gathered(weight: jax.Array, place: P, axes: Sequence[str] = ("fsdp", "expert")) -> jax.Array:
     """Within a `shard_map`: a weight of which this device has the part that `place` says, whole along `axes`. Its
-    derivative scatters the gradient."""
+    derivative scatters the gradient, natively on TPU if the axis that is split is the first or the last but one."""
     for dimension, part in enumerate(place):
         for axis in reversed(mesh_axes(part)):
             if axis in axes:
-                weight = jax.lax.all_gather(weight, axis, axis=dimension, tiled=True)
+                front, behind = weight.shape[: dimension + 1], weight.shape[dimension + 1 :]
+                flat = weight.reshape(*front, -1) if dimension and behind else weight
+                flat = jax.lax.all_gather(flat, axis, axis=dimension, tiled=True)
+                weight = flat.reshape(*flat.shape[: dimension + 1], *behind)
     return weight
 
 

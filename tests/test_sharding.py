@@ -28,7 +28,8 @@ def test_an_axis_is_split_once_and_only_where_it_divides():
     )
     assert spec(("embed", "vocab"), (6, 7), mesh) == P("fsdp", None)
     assert spec(("hidden", "heads"), (8, 8), mesh) == P(("tensor", "expert"), None)
-    assert spec(("expert_hidden", "heads"), (8, 8), mesh) == P("tensor", "expert")
+    assert spec(("expert_hidden", "heads"), (8, 8), mesh) == P(("tensor", "fsdp"), "expert")
+    assert spec(("experts", "expert_hidden", "embed"), (4, 8, 6), mesh) == P("expert", ("tensor", "fsdp"), None)
 
 
 @pytest.mark.parametrize(

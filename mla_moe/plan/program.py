@@ -21,8 +21,7 @@ _COLLECTIVES = (
 )  # fmt: skip
 _FREE = (  # what moves nothing by itself
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id", "replica-id",
-    "while", "conditional", "call", "opt-barrier", "copy-done", "all-gather-done", "all-reduce-done",
-    "collective-permute-done", "async-done", "async-update",
+    "while", "conditional", "call", "opt-barrier", "async-update",
 )  # fmt: skip
 _MESH_GROUP = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
@@ -208,7 +207,7 @@ class Program:
         return total if users else math.inf
 
     def _traffic(self, computation: Computation, instruction: Instruction) -> float:
-        if instruction.op in _FREE:
+        if instruction.op in _FREE or instruction.op.endswith("-done"):
             return 0.0
         inner = self.computations[called[0]] if (called := instruction.called("calls")) else None
         if inner is not None and instruction.op == "fusion":

@@ -83,6 +83,8 @@ def rules_of(changes: Sequence[str]) -> Rules:
         if not equals or axis not in LOGICAL_AXES or wrong:
             known = f"axes are {', '.join(LOGICAL_AXES)}; mesh axes are {', '.join(MESH_AXES)}"
             raise ConfigError("mesh.rules", change, f"write axis=mesh_axis, or axis= for none; {known}")
+        if axis == "experts":
+            raise ConfigError("mesh.rules", change, "experts lie over expert: that is where tokens travel to")
         table[axis] = mesh_axes or None
     return table
 
@@ -112,12 +114,12 @@ def mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (part,) if isinstance(part, str) else part or ()
 
 
-def gathered(weight: jax.Array, place: P, axes: Sequence[str] = ("fsdp", "expert")) -> jax.Array:
-    """Within a `shard_map`: a weight of which this device has the part that `place` says, whole along `axes`. Its
+def gathered(weight: jax.Array, place: P, but: Sequence[str] = ("tensor",)) -> jax.Array:
+    """Within a `shard_map`: a weight of which this device has the part that `place` says, whole but for some axes. Its
     derivative scatters the gradient, natively on TPU if the axis that is split is the first or the last but one."""
     for dimension, part in enumerate(place):
         for axis in reversed(mesh_axes(part)):
-            if axis in axes:
+            if axis not in but:
                 front, behind = weight.shape[: dimension + 1], weight.shape[dimension + 1 :]
                 flat = weight.reshape(*front, -1) if dimension and behind else weight
                 flat = jax.lax.all_gather(flat, axis, axis=dimension, tiled=True)

@@ -17,7 +17,7 @@ from mla_moe import MoE
 from mla_moe.nn.skeleton import Skeleton
 from mla_moe.ops.expert_exchange import chance, schedule
 from mla_moe.recipe import Kernels, Mesh
-from mla_moe.sharding import BATCH, make_mesh
+from mla_moe.sharding import BATCH, RULES, make_mesh, rules_of
 from mla_moe.training.loss import sizes, sums
 
 B, T = 8, 16
@@ -46,9 +46,9 @@ def packed_batch():
     return batch
 
 
-def loss_over(cfg, mesh, batch):
+def loss_over(cfg, mesh, batch, rules=RULES):
     """The compiled loss and gradients over a mesh, and a function from router biases to what they give."""
-    skeleton = Skeleton(cfg)
+    skeleton = Skeleton(cfg, rules=rules)
     arrays = skeleton.init(0, mesh)
     batch = jax.device_put(batch, NamedSharding(mesh, BATCH))
     params = {path: arrays[path] for path in skeleton.param_paths}
@@ -101,6 +101,27 @@ def test_loss_and_every_gradient_are_those_of_one_device(over, sizes_, routing):
     if ROUTING[routing]:
         assert (s.load_LE == 0).any()
         assert s.load_LE.max() * 2 == s.load_LE.sum(axis=1).max()
+
+
+def test_rules_say_where_weights_lie_and_whence_layers_gather_them(small, over):
+    """Over `data` too, as of slices none of which has room for the model: a layer at a time."""
+    rules = rules_of(["embed=data+fsdp+expert", "expert_hidden=tensor+data+fsdp", "vocab=", "heads="])
+    mesh = make_mesh(Mesh(data=2, fsdp=2, expert=2))
+    skeleton = Skeleton(small, rules=rules)
+    places = {path: place.spec for path, place in skeleton.shardings(mesh).items()}
+    assert places["moe_layers/moe/gate_up"] == P(None, "expert", ("data", "fsdp"), None, "tensor")
+    assert places["moe_layers/moe/down"] == P(None, "expert", ("tensor", "data"), "fsdp")
+    assert places["embed"] == P(None, ("data", "fsdp", "expert"))
+
+    (loss, _), grads = over(ONE)[1]({0: 9.0})
+    program, run = loss_over(small, mesh, packed_batch(), rules)
+    (other_loss, _), other_grads = run({0: 9.0})
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    for path, grad in grads.items():
+        assert np.abs(other_grads[path] - grad).max() <= 1e-5 * np.abs(grad).max(), path
+    gathered = [shape for kind, shapes in collectives(program) if kind == "all-gather" for shape in shapes]
+    E, D, F = small.n_routed_experts, small.hidden_size, small.moe_intermediate_size
+    assert (E // 2, D, 2 * F) in gathered
 
 
 COLLECTIVES = ("all-gather", "all-to-all", "all-reduce", "reduce-scatter", "collective-permute")

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec as P
 
 from mla_moe import ConfigError
 from mla_moe.recipe import Mesh, Recipe, Training
-from mla_moe.sharding import check_divisible, make_mesh, spec
+from mla_moe.sharding import check_divisible, make_mesh, rules_of, spec
 
 
 def test_the_rest_of_the_devices_goes_to_minus_one():
@@ -49,3 +49,12 @@ def test_what_the_mesh_cannot_split_is_named(cfg, mesh, training, field):
     with pytest.raises(ConfigError) as error:
         check_divisible(Recipe(run_dir="x", model=model, mesh=mesh, training=training), make_mesh(mesh))
     assert error.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("change", "fix"), [("embed", "axis=mesh_axis"), ("width=fsdp", "axes are embed"), ("embed=rows", "mesh axes are"),
+                        ("experts=data", "experts lie over expert")],
+)  # fmt: skip
+def test_a_rule_that_cannot_be(change, fix):
+    with pytest.raises(ConfigError, match=fix):
+        rules_of([change])

@@ -115,7 +115,8 @@ class MoE(nnx.Module):
         experts = [place_of(w, mesh) for w in (self.gate_up, self.down)]
 
         def local(router, gate_up, down, x_btD, real_bt, replay_btK):
-            gate_up, down = (gathered(w, place, ["fsdp"]) for w, place in zip((gate_up, down), experts, strict=True))
+            parted = zip((gate_up, down), experts, strict=True)
+            gate_up, down = (gathered(w, place, ("expert", "tensor")) for w, place in parted)
             return self._routed(nnx.merge(graph, router), gate_up, down, x_btD, real_bt, replay_btK, mesh)
 
         tokens = P(*BATCH)

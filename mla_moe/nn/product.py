@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from mla_moe.sharding import BATCH, current_mesh, gathered, mesh_axes, spec
+from mla_moe.sharding import BATCH, RULES, current_mesh, gathered, mesh_axes, spec
 
 Product = Callable[[str, Array, nnx.Param, DTypeLike], Array]
 """One of the two below."""
@@ -27,13 +27,13 @@ def product(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLike) -> Arr
 
 
 def place_of(weight: nnx.Param, mesh: AbstractMesh) -> P:
-    """Where the parts of one layer's weight are, by the table."""
-    return spec(weight.get_metadata("axes"), weight.shape, mesh)
+    """Where the parts of one layer's weight are: by `sharding.RULES`, or by those that the model was made with
+    (`nn.skeleton`)."""
+    return spec(weight.get_metadata("axes"), weight.shape, mesh, dict(weight.get_metadata("rules", RULES)))
 
 
 def gathered_product(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLike) -> Array:
-    """The same for activations `[B, T, …]` in training, to which the weight travels: all of it but for `tensor`. It is
-    gathered from where `sharding.RULES` has it; XLA brings it there first if a recipe's `mesh.rules` say otherwise."""
+    """The same for activations `[B, T, …]` in training, to which the weight travels: all of it but for `tensor`."""
     mesh = current_mesh(x.shape)
     if mesh is None:
         return product(equation, x, weight, dtype)

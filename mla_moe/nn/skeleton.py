@@ -37,8 +37,12 @@ class Skeleton:
     ):
         self.cfg, self.precision, self.rules = cfg, precision or Precision.default(), rules
         how: dict[str, Any] = {"precision": self.precision, "kernels": kernels, "remat": remat}
-        self._make = lambda rngs: Transformer(cfg, rngs=rngs, **how)
-        self.graph, state = nnx.split(nnx.eval_shape(lambda: self._make(nnx.Rngs(0))))
+        model = nnx.eval_shape(lambda: Transformer(cfg, rngs=nnx.Rngs(0), **how))
+        if rules != RULES:
+            for _, variable in nnx.iter_graph(model):
+                if isinstance(variable, nnx.Variable):
+                    variable.set_metadata("rules", tuple(rules.items()))
+        self.graph, state = nnx.split(model)
         self.variables: dict[str, nnx.Variable] = dict(_flat(state))
         self.param_paths = [p for p, v in self.variables.items() if isinstance(v, nnx.Param)]
         self.bias_paths = [p for p, v in self.variables.items() if isinstance(v, RouterBias)]

@@ -16,7 +16,7 @@ class Traffic:
     """All collectives of one kind over the same mesh axes."""
 
     axes: str
-    """Mesh axes that the groups span, joined by ×."""
+    """Mesh axes that the groups span, joined by ×; and whether they span slices."""
     kind: str
     count: float
     """Runs."""
@@ -35,7 +35,8 @@ def traffic(collectives: Iterable[Collective], mesh: Mesh, topology: Topology, r
         if len(c.group) < 2 or not sent:
             continue
         wait = 0.0 if topology.chip is None else sent / bandwidth(c, mesh, topology, topology.chip)
-        rows.setdefault((mesh_axes(c.group, mesh), c.kind), []).append((c.times, sent, wait))
+        axes = mesh_axes(c.group, mesh) + ", between slices" * (slices(c.group, mesh) > 1)
+        rows.setdefault((axes, c.kind), []).append((c.times, sent, wait))
     found = [
         Traffic(
             axes,
@@ -56,6 +57,10 @@ def mesh_axes(group: tuple[int, ...], mesh: Mesh) -> str:
     return "×".join(axis for axis, place in zip(mesh.axis_names, places, strict=True) if len(set(place)) > 1)
 
 
+def slices(group: tuple[int, ...], mesh: Mesh) -> int:
+    return len({getattr(mesh.devices.flat[i], "slice_index", 0) for i in group})
+
+
 def bandwidth(c: Collective, mesh: Mesh, topology: Topology, chip: Chip) -> float:
     """Bytes/s at which a device of the group can send.
 
@@ -63,7 +68,7 @@ def bandwidth(c: Collective, mesh: Mesh, topology: Topology, chip: Chip) -> floa
     all crosses a quarter of a dimension on average, in either direction, so that the longest dimension sets its time.
     """
     devices = [mesh.devices.flat[i] for i in c.group]
-    if len({getattr(d, "slice_index", 0) for d in devices}) > 1:
+    if slices(c.group, mesh) > 1:
         return chip.network
     if topology.platform != "tpu":
         one_host = len({d.process_index for d in devices}) == 1

@@ -27,6 +27,12 @@ _MESH_GROUP = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
 )
 
+_BETWEEN_SLICES = re.compile(
+    r'_xla_megascale_target="\{([\d,]+)\}x\{(\d+):(\d+)\}",_xla_megascale_transfer_type="(\w+)"'
+)
+"""Slices, and the first and last device of each, of what travels from host to host."""
+_ONE_TO_ONE = {"ONE_TO_ONE": "collective-permute"}
+
 
 @dataclass
 class Instruction:
@@ -169,11 +175,17 @@ class Program:
         for computation, times, fused in self.runs():
             scatters = fused and any(i.op == "dynamic-slice" for i in computation.instructions.values())
             for instruction in computation.instructions.values():
-                kind = instruction.op.removesuffix("-start")
-                if kind not in _COLLECTIVES:
+                kind, made = instruction.op.removesuffix("-start"), _result(instruction)
+                if kind == "recv" and (between := _BETWEEN_SLICES.search(instruction.rest)):
+                    slices, first, last, kind = between.groups()
+                    kind, made = _ONE_TO_ONE.get(kind, kind.lower().replace("_", "-")), _parts(made)[0]
+                    devices = int(last) - int(first) + 1
+                    group = tuple(devices * i for i in range(slices.count(",") + 1))
+                elif kind in _COLLECTIVES:
+                    group = first_group(instruction.rest)
+                else:
                     continue
-                group = first_group(instruction.rest)
-                size = sum(size_of(match) for match in _ARRAY.finditer(_result(instruction)))
+                size = sum(size_of(match) for match in _ARRAY.finditer(made))
                 if kind == "reduce-scatter":
                     size *= len(group)
                 if kind == "all-reduce" and scatters:

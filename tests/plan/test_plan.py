@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from mla_moe import ConfigError, recipe
 from mla_moe.cli import main
 from mla_moe.plan import make_plan, open_topology
+from mla_moe.plan.chips import CHIPS
 from mla_moe.plan.compiler import assign, bytes_needed, without_cache
 from mla_moe.plan.program import Program
 from mla_moe.sharding import make_mesh
@@ -78,6 +79,17 @@ def test_the_quickstart_on_a_small_pod(capsys):
     assert f"fits: {(plan['argument_bytes'] + plan['temp_bytes']) / 1e9:.2f} GB of 102.80 GB" in text
     assert f"{plan['mfu']:.1%}" in text
     assert "data, all-reduce" in text
+
+
+def test_what_travels_between_slices_counts(capsys):
+    """Gradients of data parallelism over two slices: scattered within one, added up between them, and gathered."""
+    pytest.importorskip("libtpu")
+    assert main(["plan", QUICKSTART, "--topology", "v5p:2x2x1", "--slices", "2", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    (between,) = [c for c in plan["collectives"] if c["axes"] == "data, between slices" and c["kind"] == "all-reduce"]
+    assert between["seconds"] == pytest.approx(between["bytes"] / CHIPS["v5p"].network)
+    gradients = plan["memory"]["gradients"] / 4  # of a slice's four devices; matrices' in bfloat16
+    assert 0.5 * gradients < between["bytes"] < 1.1 * gradients
 
 
 def test_the_program_is_what_the_compiler_makes_of_it():

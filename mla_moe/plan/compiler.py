@@ -5,6 +5,7 @@ import re
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import stablehlo
 from jax.stages import Compiled, Traced
+
+from mla_moe.config import ConfigError
 
 _END = "end_of_plan"
 
@@ -73,15 +76,16 @@ def _read(folder: Path) -> Assigned:
     program; `memory_analysis` counts some values that share their place as if they did not."""
 
     def written(what: str) -> str:
-        (file,) = folder.glob(f"*.after_optimizations{what}.txt")
-        return file.read_text()
+        files = list(folder.glob(f"*.after_optimizations{what}.txt"))
+        if len(files) != 1:
+            said = f"wrote {len(files)} files like {what or 'program'}.txt, not one; take that of requirements.lock"
+            raise ConfigError("libtpu", version("libtpu"), said)
+        return files[0].read_text()
 
     total = re.search(r"\(color=0\)\nTotal bytes: (\d+)", written("-memory-usage-report"))
     assert total is not None
-    parameters = re.findall(
-        r"^allocation \d+: size (\d+),.* parameter \d+,", written("-buffer-assignment"), re.MULTILINE
-    )
-    arguments = float(sum(map(int, parameters)))
+    parameters = re.compile(r"^allocation \d+: size (\d+),.* parameter \d+,", re.MULTILINE)
+    arguments = float(sum(map(int, parameters.findall(written("-buffer-assignment")))))
     return Assigned(written(""), arguments, float(total.group(1)) - arguments)
 
 

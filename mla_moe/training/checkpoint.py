@@ -6,7 +6,10 @@ is known when it is read. Digests are computed where the arrays are, and cost on
 
 import contextlib
 import dataclasses
+import gc
+import logging
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
@@ -57,19 +60,33 @@ State = TypeVar("State", bound=NamedTuple)
 
 @contextlib.contextmanager
 def _late_reads_unheard() -> Generator[None]:
-    """Orbax reads arrays side by side, and closes its loop when one cannot be read: each of the others would print that
-    it found the loop closed."""
-    before = sys.unraisablehook
+    """Orbax reads arrays side by side, and closes its loop when one cannot be read. Each of the others would print that
+    it failed too, that it was never awaited, or that it found the loop closed, whenever Python collects it: here."""
+    late = "Event loop is closed", "was never awaited", "exception was never retrieved"
+    before, log = sys.unraisablehook, logging.getLogger("asyncio")
+
+    def news(message: object) -> bool:
+        return not any(phrase in str(message) for phrase in late)
 
     def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        if "Event loop is closed" not in str(unraisable.exc_value):
+        if news(unraisable.exc_value):
             before(unraisable)
 
+    def heard(record: logging.LogRecord) -> bool:
+        return news(record.msg)
+
     sys.unraisablehook = hook
+    log.addFilter(heard)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
+            try:
+                yield
+            finally:
+                gc.collect()
     finally:
         sys.unraisablehook = before
+        log.removeFilter(heard)
 
 
 class Checkpoints:

@@ -63,7 +63,7 @@ def test_the_native_kernels_are_in_it(program):
 
 def test_no_expert_runs_on_another_experts_rows(program):
     """A dense expansion has an axis of a device's 8 experts beside one of many rows; weights have widths only."""
-    widths = {128, 256}
+    widths = {64, 128, 256}  # 64 of the 128 rows of the second matrix, which `fsdp` splits
     arrays = re.findall(r"(?:bf16|f32|pred)\[(\d+),(\d+),(\d+)\]", program)
     expanded = {dims for dims in arrays if dims[0] == "8" and int(dims[1]) not in widths and int(dims[2]) in widths}
     assert not expanded

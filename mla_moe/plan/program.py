@@ -232,7 +232,7 @@ class Program:
         if instruction.op == "dynamic-update-slice":
             return 2 * sizes[1] if len(sizes) > 1 else 0.0
         if instruction.op == "copy-start":
-            return sum(sizes) + sum(hbm_bytes(part) for part in _elements(instruction.type)[:1])
+            return sum(sizes) + sum(hbm_bytes(part) for part in _parts(instruction.type)[:1])
         return out + sum(sizes)
 
     def _share(self, instruction: Instruction, operand: Instruction) -> float:
@@ -341,7 +341,3 @@ def _parts(type_: str) -> list[str]:
         else:
             parts[-1] += letter
     return [part.strip() for part in parts]
-
-
-def _elements(type_: str) -> list[str]:
-    return [match.group(0) for match in _ARRAY.finditer(type_)]

@@ -135,9 +135,7 @@ def _gradients(
         item = jnp.dtype(skeleton.precision.compute).itemsize
         kinds = kinds | {"layer inputs": float(cfg.num_hidden_layers * local * cfg.hidden_size * item)}
     expected, row_share = even_routing(recipe, mesh, local)
-    rows = shape[0] // parts // math.prod(mesh.shape[axis] for axis in BATCH[0])
-    block = attention.block_size(rows * cfg.num_attention_heads // mesh.shape["tensor"], length)
-    expected = replace(expected, blocks=length / block / 2)  # on and below the diagonal
+    expected = replace(expected, blocks=length / attention.block_size(length) / 2)  # on and below the diagonal
     # Attention's derivative makes the scores again, and a rematerialised layer all of its forward pass.
     layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
     width = cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)

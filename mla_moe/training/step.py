@@ -127,13 +127,15 @@ def make_step(skeleton: Skeleton, tx: optax.GradientTransformation, training: re
     return step
 
 
-def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
+def compiler_options(mesh: Mesh) -> dict[str, bool | str] | None:
     """For every program that goes through all layers.
 
     XLA for TPU would turn all layers' weights to bfloat16 before the loop over them, and keep both: this way each
-    layer's are cast when they are used.
+    layer's are cast when they are used. XLA for CPU would give products to YNNPACK, whose batched ones, attention's, are
+    slower than Eigen's by a third.
     """
-    return {"xla_jf_bf16_propagation": False} if mesh.devices.flat[0].platform == "tpu" else None
+    options = {"tpu": {"xla_jf_bf16_propagation": False}, "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+    return options.get(mesh.devices.flat[0].platform)
 
 
 def move_biases(biases: Arrays, load_LE: Array, gamma: Array | float) -> Arrays:

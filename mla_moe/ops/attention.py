@@ -173,8 +173,8 @@ def _stack(x_nBHtV):
 
 
 def _mask(segments_BS, i, j, size):
-    """−1e30 where a query of block i, counted among all blocks of keys, does not see a key of block j: finite, so that a
-    running maximum over blocks that see nothing yet stays a number."""
+    """−1e30 where a query of block i, counted among all blocks of keys, does not see a key of block j: finite, so that
+    a running maximum over blocks that see nothing yet stays a number."""
     later_ts = (i * size + jnp.arange(size))[:, None] < j * size + jnp.arange(size)
     other_Bts = _block(segments_BS, i, size, 1)[:, :, None] != _block(segments_BS, j, size, 1)[:, None, :]
     return jnp.where(later_ts | other_Bts, -1e30, 0.0)
@@ -226,8 +226,8 @@ def _blockwise_forward(q_BHTA, k_BHSA, v_BHSV, segments_BS, first, scale, size):
 
 
 def _blockwise_backward(scale, size, residuals, g_BHTV):
-    """Scores stand with their keys in front: so four of the five products are plain ones, and the fifth, which gives the
-    queries' gradient, turns the small keys over. One that contracts the rows of both sides is half as fast on CPU."""
+    """Scores stand with their keys in front: so four of the five products are plain ones, and the fifth, which gives
+    the queries' gradient, turns the small keys over. One that contracts rows of both sides is half as fast on CPU."""
     q_BHTA, k_BHSA, v_BHSV, segments_BS, first, y_BHTV, log_z_BHT = residuals
     (B, H, T, A), S = q_BHTA.shape, k_BHSA.shape[2]
     # Σ_s p_st · ∂p_st, which the softmax's derivative subtracts

@@ -131,10 +131,13 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | str] | None:
     """For every program that goes through all layers.
 
     XLA for TPU would turn all layers' weights to bfloat16 before the loop over them, and keep both: this way each
-    layer's are cast when they are used. XLA for CPU would give products to YNNPACK, whose batched ones, attention's, are
-    slower than Eigen's by a third.
+    layer's are cast when they are used. XLA for CPU would give products to YNNPACK, whose batched ones, attention's,
+    are slower than Eigen's by a third.
     """
-    options = {"tpu": {"xla_jf_bf16_propagation": False}, "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""}}
+    options: dict[str, dict[str, bool | str]] = {
+        "tpu": {"xla_jf_bf16_propagation": False},
+        "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
+    }
     return options.get(mesh.devices.flat[0].platform)
 
 

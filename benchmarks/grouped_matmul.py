@@ -8,6 +8,7 @@ rows. Medians of five, in milliseconds and as multiples of the dense product, wh
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import jax
@@ -16,6 +17,9 @@ import numpy as np
 
 from mla_moe.ops.experts import block_size
 from mla_moe.ops.grouped_matmul import Implementation, grouped_matmul
+from mla_moe.recipe import Mesh
+from mla_moe.sharding import make_mesh
+from mla_moe.training.step import compiler_options
 
 ROWS, EXPERTS, DEPTH, WIDTH, TURNS = 16384, 32, 256, 256, 5
 LOADS = {
@@ -26,7 +30,8 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = ("chunks", "blocks", "ragged")
 
 
 def forward_and_backward(f: Callable) -> tuple[Callable, Callable]:
-    return jax.jit(f), jax.jit(jax.grad(lambda x, w: jnp.sum(f(x, w) ** 2), (0, 1)))
+    compiled = partial(jax.jit, compiler_options=compiler_options(make_mesh(Mesh(), jax.devices()[:1])))
+    return compiled(f), compiled(jax.grad(lambda x, w: jnp.sum(f(x, w) ** 2), (0, 1)))
 
 
 def multiply(load: np.ndarray, implementation: Implementation) -> Callable:

@@ -31,6 +31,22 @@ def test_blockwise_equals_reference_in_values_and_gradients(T, packed):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.parametrize(("B", "H"), [(2, 12), (4, 3)])
+def test_groups_of_heads_and_of_sequences_come_back_in_their_places(B, H):
+    """Of 256 tokens 8 heads attend at a time: 6 of 12, or two sequences of 3."""
+    q, k, v, segments = inputs(B, 256, H, 8, 6)
+
+    def loss(implementation):
+        def f(q, k, v):
+            y = attention(q, k, v, segments, scale=0.3, implementation=implementation)
+            return (jnp.sin(y) * jnp.arange(6.0)).sum(), y
+
+        return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+
+    for got, wanted in zip(jax.tree.leaves(loss("blockwise")), jax.tree.leaves(loss("reference")), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=3e-5)
+
+
 def test_a_document_in_a_pack_is_as_if_alone():
     q, k, v, _ = inputs(1, 200, 2, 8, 8)
     lengths = [70, 1, 129]

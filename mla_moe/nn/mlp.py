@@ -1,12 +1,12 @@
 """The gated MLP: dense first layers and shared experts."""
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
 from mla_moe.config import ModelConfig
 from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.product import Product, gathered_product, product
+from mla_moe.ops.swiglu import swiglu
 
 
 class MLP(nnx.Module):
@@ -29,5 +29,5 @@ class MLP(nnx.Module):
 
     def _run(self, x_BTD, product: Product):
         gu_BT2F = product("BTD,DgF->BTgF", x_BTD, self.gate_up, self.precision.compute)
-        h_BTF = jax.nn.silu(gu_BT2F[:, :, 0]) * gu_BT2F[:, :, 1]
+        h_BTF = swiglu(gu_BT2F, 2)[:, :, 0]
         return product("BTF,FD->BTD", h_BTF, self.down, self.precision.compute)

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from mla_moe.ops.dispatch import combine, dispatch, plan
 from mla_moe.ops.grouped_matmul import Implementation, default_implementation, grouped_matmul
+from mla_moe.ops.swiglu import swiglu
 
 
 def experts(
@@ -33,9 +34,15 @@ def experts(
     def multiply(x_RD, w_EDF):
         return grouped_matmul(x_RD, w_EDF, p.group_sizes_E, first, block=block, implementation=implementation)
 
-    gate_RF, up_RF = jnp.split(multiply(dispatch(x_ND, p), gate_up_EDgF.reshape(-1, D, 2 * F)), 2, axis=1)
-    y_RD = multiply(jax.nn.silu(gate_RF) * up_RF, down_EFD.reshape(-1, F, D))
-    return combine(y_RD, weights_NK, p)
+    @jax.checkpoint  # moving rows again, and gating, costs less than to keep them
+    def gate_up(x_ND, gate_up_EDgF):
+        return multiply(dispatch(x_ND, p), gate_up_EDgF.reshape(-1, D, 2 * F))
+
+    @jax.checkpoint
+    def down(gate_up_R2F, down_EFD):
+        return multiply(swiglu(gate_up_R2F, 1), down_EFD.reshape(-1, F, D))
+
+    return combine(down(gate_up(x_ND, gate_up_EDgF), down_EFD), weights_NK, p)
 
 
 def block_size(rows: int, num_experts: int, implementation: Implementation | None) -> int:

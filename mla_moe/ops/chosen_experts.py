@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from mla_moe.ops.dispatch import combine, dispatch, plan
+from mla_moe.ops.dispatch import by_row, combine, dispatch, plan
 
 FEW = 2
 """Up to so many rows an expert on average, rows alone beat a matrix product, which rearranges the weights first."""
@@ -75,7 +75,7 @@ def _each_row(expert, x_ND, experts_NK, weights_NK, E):
         return jax.lax.fori_loop(end_E[e] - p.group_sizes_E[e], end_E[e], row, y_RD)
 
     y_RD = jax.lax.fori_loop(0, (p.group_sizes_E > 0).sum(), turn, jnp.zeros(x_RD.shape, jnp.float32))
-    return combine(y_RD, weights_NK, p)
+    return combine(y_RD * by_row(weights_NK, p)[:, None], p)
 
 
 def _each_block(expert, x_ND, experts_NK, weights_NK, E):
@@ -92,4 +92,4 @@ def _each_block(expert, x_ND, experts_NK, weights_NK, E):
         return jax.lax.dynamic_update_slice_in_dim(y_RD, expert(e)(x_mD), i * block, 0)
 
     y_RD = jax.lax.fori_loop(0, last_E[-1], turn, jnp.zeros(x_RD.shape, jnp.float32))
-    return combine(y_RD, weights_NK, p)
+    return combine(y_RD * by_row(weights_NK, p)[:, None], p)

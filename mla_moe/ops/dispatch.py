@@ -5,7 +5,7 @@ part begins at a multiple of `block`; the grouped matmul then never has two expe
 the buffer holds the worst case, N·K + E·(block − 1) rows rounded up.
 
 The derivative of a gather is a scatter-add, which is slow on every platform. Here both gathers know each other's
-indices, so each one's derivative is again a gather.
+indices, so each one's derivative is again a gather. Rows are weighed before they come back, where padding gets 0.
 """
 
 import math
@@ -85,54 +85,44 @@ def _dispatch_backward(p, g_RD):
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
+def by_row(weight_NK: Float[Array, "N K"], p: Plan) -> Float[Array, "R"]:
+    """The weight of each row, 0 where it is padding."""
+    return jnp.zeros(len(p.token_R), weight_NK.dtype).at[p.row_NK].set(weight_NK, unique_indices=True, mode="drop")
+
+
 @jax.custom_vjp
-def combine(y_RD: Float[Array, "R D"], weight_NK: Float[Array, "N K"], p: Plan) -> Float[Array, "N D"]:
-    """Add up each token's K rows, weighed: `Σ_k weight[n, k] · y[row[n, k]]`."""
-    return _sum_choices(y_RD, p, weight_NK)
+def combine(y_RD: Float[Array, "R D"], p: Plan) -> Float[Array, "N D"]:
+    """Add up each token's K rows: `Σ_k y[row[n, k]]`. The derivative gives padding rows that of some token: what they
+    came from must have been multiplied by 0."""
+    return _sum_choices(y_RD, p)
 
 
-def _combine_forward(y_RD, weight_NK, p):
-    return combine(y_RD, weight_NK, p), (y_RD, weight_NK, p)
+def _combine_forward(y_RD, p):
+    return combine(y_RD, p), p
 
 
-def _combine_backward(residuals, g_ND):
-    y_RD, weight_NK, p = residuals
-    g_RD = g_ND[p.token_R]
-    gy_RD = g_RD * _by_row(weight_NK, p)[:, None].astype(g_ND.dtype)  # zero in padding rows: experts see none
-    gw_R = jnp.einsum("RD,RD->R", y_RD, g_RD, preferred_element_type=jnp.float32)
-    gw_NK = gw_R.at[p.row_NK].get(mode="fill", fill_value=0)
-    return gy_RD, gw_NK.astype(weight_NK.dtype), None
+def _combine_backward(p, g_ND):
+    return g_ND[p.token_R], None
 
 
 combine.defvjp(_combine_forward, _combine_backward)
 
 
-def _by_row(weight_NK, p: Plan):
-    """The weight of each row of the buffer, 0 where it is padding."""
-    return jnp.zeros(len(p.token_R), weight_NK.dtype).at[p.row_NK].set(weight_NK, unique_indices=True, mode="drop")
-
-
-def _sum_choices(y_RD, p: Plan, weight_NK=None):
+def _sum_choices(y_RD, p: Plan):
     """Sum of a token's rows, one choice at a time: K·N·D values never stand side by side. Where most choices are
     nobody's, the few rows are added to their tokens instead."""
     N, K = p.row_NK.shape
     total = jnp.zeros((N, y_RD.shape[1]), jnp.float32)
     if 2 * len(y_RD) < N * K:
-        wide_RD = y_RD.astype(jnp.float32)
-        if weight_NK is not None:
-            wide_RD *= _by_row(weight_NK, p)[:, None]
         token_R = jnp.where(p.filled_R, p.token_R, N)
-        return total.at[token_R].add(wide_RD, mode="drop").astype(y_RD.dtype)
+        return total.at[token_R].add(y_RD.astype(jnp.float32), mode="drop").astype(y_RD.dtype)
 
     if N * K <= FEW:
-        y_NKD = y_RD.at[p.row_NK].get(mode="fill", fill_value=0).astype(jnp.float32)
-        return (y_NKD if weight_NK is None else y_NKD * weight_NK[..., None]).sum(axis=1).astype(y_RD.dtype)
+        y_NKD = y_RD.at[p.row_NK].get(mode="fill", fill_value=0)
+        return y_NKD.astype(jnp.float32).sum(axis=1).astype(y_RD.dtype)
 
     def add(k, total):
         row_N = jax.lax.dynamic_index_in_dim(p.row_NK, k, 1, keepdims=False)
-        y_ND = y_RD.at[row_N].get(mode="fill", fill_value=0).astype(jnp.float32)
-        if weight_NK is not None:
-            y_ND *= jax.lax.dynamic_slice_in_dim(weight_NK, k, 1, 1)
-        return total + y_ND
+        return total + y_RD.at[row_N].get(mode="fill", fill_value=0).astype(jnp.float32)
 
     return jax.lax.fori_loop(0, K, add, total).astype(y_RD.dtype)

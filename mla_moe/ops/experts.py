@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mla_moe.ops.dispatch import combine, dispatch, plan
+from mla_moe.ops.dispatch import by_row, combine, dispatch, plan
 from mla_moe.ops.grouped_matmul import Implementation, default_implementation, grouped_matmul
 from mla_moe.ops.swiglu import swiglu
 
@@ -39,10 +39,12 @@ def experts(
         return multiply(dispatch(x_ND, p), gate_up_EDgF.reshape(-1, D, 2 * F))
 
     @jax.checkpoint
-    def down(gate_up_R2F, down_EFD):
-        return multiply(swiglu(gate_up_R2F, 1), down_EFD.reshape(-1, F, D))
+    def down(gate_up_R2F, weight_R, down_EFD):
+        # Weighed here, not behind the product, whose results need not be kept for the weights' derivative then.
+        h_RF = swiglu(gate_up_R2F, 1).astype(weight_R.dtype) * weight_R[:, None]
+        return multiply(h_RF.astype(x_ND.dtype), down_EFD.reshape(-1, F, D))
 
-    return combine(down(gate_up(x_ND, gate_up_EDgF), down_EFD), weights_NK, p)
+    return combine(down(gate_up(x_ND, gate_up_EDgF), by_row(weights_NK, p), down_EFD), p)
 
 
 def block_size(rows: int, num_experts: int, implementation: Implementation | None) -> int:

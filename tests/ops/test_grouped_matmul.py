@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla_moe.ops.dispatch import combine, dispatch, plan
+from mla_moe.ops.dispatch import by_row, combine, dispatch, plan
 from mla_moe.ops.grouped_matmul import default_implementation, grouped_matmul
 
 CASES = {
@@ -107,11 +107,11 @@ def test_dispatch_and_combine_are_a_weighted_sum_over_choices(block, few, expert
     def fast(x, weight, w):
         p = plan(ids, E, block)
         assert p.token_R.shape[0] % block == 0
-        y = grouped_matmul(dispatch(x, p), w, p.group_sizes_E, block=block)
-        return combine(jnp.tanh(y), weight, p)
+        h = jnp.tanh(dispatch(x, p)) * by_row(weight, p)[:, None]
+        return combine(grouped_matmul(h, w, p.group_sizes_E, block=block), p)
 
     def slow(x, weight, w):
-        return jnp.einsum("NK,NKD->ND", weight, jnp.tanh(jnp.einsum("ND,NKDF->NKF", x, w[ids])))
+        return jnp.einsum("NK,ND,NKDF->NF", weight, jnp.tanh(x), w[ids])
 
     np.testing.assert_allclose(fast(x, weight, w), slow(x, weight, w), rtol=1e-5, atol=1e-5)
     grads = (jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), argnums=(0, 1, 2))(x, weight, w) for f in (fast, slow))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from mla_moe.ops.dispatch import by_row, combine, dispatch, plan
+from mla_moe.ops.experts import block_size, experts
 from mla_moe.ops.grouped_matmul import default_implementation, grouped_matmul
 
 CASES = {
@@ -128,3 +129,14 @@ def test_no_row_is_lost_and_groups_begin_at_blocks():
     start = jnp.cumsum(p.group_sizes_E) - p.group_sizes_E
     assert (p.row_NK // 4 == start[ids] // 4).all()
     assert (p.token_R[p.row_NK] == jnp.arange(4)[:, None]).all()
+
+
+def test_of_each_row_the_derivative_keeps_the_first_product_alone():
+    N, K, E, D, F = 24, 2, 4, 6, 5
+    ids = jnp.stack([jnp.arange(N) % E, (jnp.arange(N) + 1) % E], axis=1)
+    x, weight = jnp.ones((N, D)), jnp.ones((N, K))
+    gate_up, down = jnp.ones((E, D, 2, F)), jnp.ones((E, F, D))
+    _, derivative = jax.vjp(lambda *a: experts(a[0], ids, *a[1:]), x, weight, gate_up, down)
+    rows = len(plan(ids, E, block_size(N * K, E, None)).token_R)
+    kept = [leaf.shape for leaf in jax.tree.leaves(derivative) if leaf.shape[:1] == (rows,) and leaf.ndim > 1]
+    assert kept == [(rows, 2 * F)]

@@ -15,6 +15,10 @@ from mla_moe.nn.skeleton import Skeleton
 # (Moonlight, arXiv 2502.16982, section 2.2).
 MUON_RMS = 0.2
 
+# Five steps with the coefficients of Keller Jordan's Muon. Given for each step, Optax loops over them; given once, it
+# unrolls, which takes longer to compile and holds more at once.
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
+
 
 def learning_rate(schedule: recipe.Schedule, steps: int, peak: float | None = None) -> optax.Schedule:
     """The rate of step 0, 1, …: linear from 0 to the peak, constant, cosine to `final` · peak, constant."""
@@ -41,7 +45,9 @@ def make_optimizer(cfg: recipe.Optimizer, steps: int, skeleton: Skeleton) -> opt
     if cfg.name == "muon":
         dimensions = {path: _muon_dimensions(v) for path, v in variables.items() if isinstance(v, Matrix)}
         groups["muon"] = optax.chain(
-            scale_by_muon(beta=cfg.muon_momentum, weight_dimension_numbers=lambda u: _like(u, dimensions)),
+            scale_by_muon(
+                NEWTON_SCHULZ, beta=cfg.muon_momentum, weight_dimension_numbers=lambda u: _like(u, dimensions)
+            ),
             optax.stateless(lambda u, _: _scale_to_rms(u, dimensions)),
             decay,
             optax.scale_by_learning_rate(learning_rate(cfg.schedule, steps, cfg.muon_peak)),

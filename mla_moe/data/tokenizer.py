@@ -149,12 +149,18 @@ def train_bpe(documents: Sequence[str], vocab_size: int, path: str | Path) -> No
     bpe.train_from_iterator(_sample(documents), trainer)
     if bpe.get_vocab_size() < vocab_size:
         raise ConfigError(_FIELD, f"bpe:{vocab_size}", f"the training text yields only {bpe.get_vocab_size()} tokens")
-    path.parent.mkdir(parents=True, exist_ok=True)
     names = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
-    for target, text in ((path.with_name("tokenizer_config.json"), json.dumps(names)), (path, bpe.to_str())):
-        unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
-        unfinished.write_text(text, encoding="utf-8")
-        os.replace(unfinished, target)
+    _write(path, bpe.to_str(), json.dumps(names))
+
+
+def _write(path: Path, tokenizer: str, config: str | None) -> None:
+    """`tokenizer.json` last: where it is, the other is too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for target, text in ((path.with_name("tokenizer_config.json"), config), (path, tokenizer)):
+        if text is not None:
+            unfinished = target.with_name(f"{target.name}.{uuid.uuid4().hex}")
+            unfinished.write_text(text, encoding="utf-8")
+            os.replace(unfinished, target)
 
 
 def _sample(documents: Sequence[str]) -> Iterator[str]:
@@ -168,10 +174,14 @@ def _sample(documents: Sequence[str]) -> Iterator[str]:
             return
 
 
-def load_tokenizer(spec: str, run_dir: str | Path, documents: Sequence[str]) -> Tokenizer:
+def load_tokenizer(
+    spec: str, run_dir: str | Path, documents: Sequence[str], inherited: Path | None = None
+) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names: `byte`, the path of a `tokenizer.json`, or `bpe:SIZE`.
 
     `bpe:SIZE` is trained on `documents` when the run starts and kept in `run_dir`, from where a resumed run loads it.
+    Where the run goes on from a checkpoint, it is that one's instead, `inherited`: to its model the ids of another
+    mean nothing.
     """
     if spec == "byte":
         return ByteTokenizer()
@@ -179,8 +189,17 @@ def load_tokenizer(spec: str, run_dir: str | Path, documents: Sequence[str]) -> 
         return HFTokenizer(spec)
     size, path = int(spec.removeprefix("bpe:")), Path(run_dir) / "tokenizer.json"
     if not path.exists():
-        train_bpe(documents, size, path)
+        if inherited is None:
+            train_bpe(documents, size, path)
+        else:
+            _check_size(spec, HFTokenizer(inherited), "ask for as many")
+            config = inherited.with_name("tokenizer_config.json")
+            _write(path, inherited.read_text("utf-8"), config.read_text("utf-8") if config.is_file() else None)
     tokenizer = HFTokenizer(path)
-    if tokenizer.vocab_size != size:
-        raise ConfigError(_FIELD, spec, f"{path} has {tokenizer.vocab_size} tokens; use another run_dir")
+    _check_size(spec, tokenizer, "use another run_dir")
     return tokenizer
+
+
+def _check_size(spec: str, tokenizer: HFTokenizer, fix: str) -> None:
+    if tokenizer.vocab_size != int(spec.removeprefix("bpe:")):
+        raise ConfigError(_FIELD, spec, f"{tokenizer.name} has {tokenizer.vocab_size} tokens; {fix}")

@@ -21,7 +21,8 @@ class Data:
     """Largest share of the documents that may turn out to be malformed: they are empty then, and counted. With more
     the run ends, and names one."""
     tokenizer: str = "byte"
-    """byte, the path of a tokenizer.json, or bpe:SIZE to train one of SIZE tokens on the training text."""
+    """byte, the path of a tokenizer.json, or bpe:SIZE to train one of SIZE tokens on the training text. With
+    `init_from`, bpe:SIZE is the one that the checkpoint brings."""
     shuffle_window: int = 256
     """Sequences among which a packed sequence may move, so that one long document does not fill a batch."""
     streams: int | None = None

@@ -18,6 +18,7 @@ from mla_moe.config import ConfigError
 from mla_moe.counting import count_parameters
 from mla_moe.data import Tokenizer
 from mla_moe.inference.language import Language, language_of
+from mla_moe.interop.carried import tokenizer_file
 from mla_moe.nn.kernels import resolve
 from mla_moe.nn.param import Precision
 from mla_moe.nn.skeleton import Skeleton
@@ -44,8 +45,14 @@ class Setup:
         """Raises `ConfigError` for a mesh, a text or a tokenizer that do not go with the recipe's model."""
         mesh = make_mesh(recipe.mesh)
         check_divisible(recipe, mesh)
-        text = open_text(recipe, "train") if recipe.training.steps or recipe.data.tokenizer.startswith("bpe:") else ()
-        tokenizer = data.load_tokenizer(recipe.data.tokenizer, run_dir, text)
+        spec = recipe.data.tokenizer
+        text, inherited = (), None
+        if spec.startswith("bpe:") and not (run_dir / "tokenizer.json").exists():
+            if recipe.init_from is None:
+                text = open_text(recipe, "train")
+            else:
+                inherited = _inherited(recipe.init_from, spec)
+        tokenizer = data.load_tokenizer(spec, run_dir, text, inherited)
         if tokenizer.vocab_size > recipe.model.vocab_size:
             fix = f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens; give the model as many or more"
             raise ConfigError("model.vocab_size", recipe.model.vocab_size, fix)
@@ -95,6 +102,14 @@ class Setup:
             ("compute", f"{jnp.dtype(self.skeleton.precision.compute).name} on {device.platform}"),
             ("tokenizer", f"{self.tokenizer.name}, {self.tokenizer.vocab_size} tokens"),
         ]
+
+
+def _inherited(init_from: str, spec: str) -> Path:
+    file = tokenizer_file(Path(init_from))
+    if file is None:
+        fix = f"{init_from} brings no tokenizer, and to its model the ids of a new one mean nothing; name its own"
+        raise ConfigError("data.tokenizer", spec, fix)
+    return file
 
 
 def open_text(recipe: Recipe, part: Literal["train", "heldout"]) -> data.LeavingOut:

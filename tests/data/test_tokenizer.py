@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,6 +107,16 @@ def test_a_run_trains_once_and_then_loads(tmp_path):
     assert first.encode(CORPUS[0]).tolist() == again.encode(CORPUS[0]).tolist()
     with pytest.raises(ConfigError, match="has 300 tokens; use another run_dir"):
         load_tokenizer("bpe:310", tmp_path / "run", CORPUS)
+
+
+def test_a_run_that_goes_on_from_a_checkpoint_has_its_tokenizer(tmp_path, bpe):
+    inherited = load_tokenizer("bpe:300", tmp_path, ["other text"], Path(bpe.name))
+    assert inherited.encode(CORPUS[0]).tolist() == bpe.encode(CORPUS[0]).tolist()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / name).read_bytes() == Path(bpe.name).with_name(name).read_bytes()
+    with pytest.raises(ConfigError, match="data.tokenizer = 'bpe:310': .* has 300 tokens; ask for as many"):
+        load_tokenizer("bpe:310", tmp_path / "other", CORPUS, Path(bpe.name))
+    assert not (tmp_path / "other").exists()
 
 
 def test_names_choose_the_tokenizer(tmp_path, bpe):

@@ -117,6 +117,26 @@ def test_what_does_not_fit_is_refused(recipe, run, tmp_path, changes, message):
         start(recipe, tmp_path / "new", **changes)
 
 
+def test_a_run_goes_on_with_the_tokenizer_of_its_model(recipe, run, tmp_path):
+    """Even on other text: one that is trained anew would give the ids other meanings. Later, the checkpoint may go."""
+    for name, letters in ("a", "abcdefgh"), ("b", "ijklmnop"):
+        words = np.random.default_rng(0).choice(list(letters), (400, 5))
+        (tmp_path / f"{name}.txt").write_text(" ".join(map("".join, words)))
+    data = dataclasses.replace(recipe.data, train=(f"{tmp_path}/a.txt",), streams=1, tokenizer="bpe:300")
+    with pytest.raises(ConfigError, match="data.tokenizer = 'bpe:300': .* brings no tokenizer"):
+        start(recipe, tmp_path / "of-bytes", init_from=str(run), data=data)
+    once = {"model": dataclasses.replace(recipe.model, vocab_size=300)}
+    once |= {"training": dataclasses.replace(recipe.training, steps=1)}
+    start(recipe, tmp_path / "first", data=data, **once)
+    other = once | {"data": dataclasses.replace(data, train=(f"{tmp_path}/b.txt",))}
+    other["init_from"] = str(tmp_path / "first")
+    start(recipe, tmp_path / "second", **other)
+    files = [tmp_path / name / "tokenizer.json" for name in ("first", "second")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    (tmp_path / "first").rename(tmp_path / "moved")
+    start(recipe, tmp_path / "second", **other)  # all done
+
+
 def test_a_prediction_module_may_be_left_behind(recipe, run, tmp_path):
     model = dataclasses.replace(recipe.model, num_nextn_predict_layers=0, max_position_embeddings=256)
     training = dataclasses.replace(recipe.training, steps=1)

@@ -1,10 +1,13 @@
 """AdamW, and Muon for the matrices inside the layers, from Optax, with the parameter groups of the papers."""
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
+from functools import partial
+from typing import Any, cast
 
 import jax
 import optax
+from flax import nnx
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mla_moe import recipe
@@ -14,6 +17,10 @@ from mla_moe.nn.skeleton import Skeleton
 # Muon's update is brought to the RMS that AdamW's usually has, so that both take one learning rate and one decay
 # (Moonlight, arXiv 2502.16982, section 2.2).
 MUON_RMS = 0.2
+
+# Five steps with the coefficients of Keller Jordan's Muon. Given for each step, Optax loops over them; given once, it
+# unrolls, which takes longer to compile and holds more at once.
+NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 def learning_rate(schedule: recipe.Schedule, steps: int, peak: float | None = None) -> optax.Schedule:
@@ -39,10 +46,8 @@ def make_optimizer(cfg: recipe.Optimizer, steps: int, skeleton: Skeleton) -> opt
         "undecayed": optax.chain(adam, rate),
     }
     if cfg.name == "muon":
-        dimensions = {path: _muon_dimensions(v) for path, v in variables.items() if isinstance(v, Matrix)}
         groups["muon"] = optax.chain(
-            scale_by_muon(beta=cfg.muon_momentum, weight_dimension_numbers=lambda u: _like(u, dimensions)),
-            optax.stateless(lambda u, _: _scale_to_rms(u, dimensions)),
+            scale_by_layered_muon(cfg.muon_momentum, variables),
             decay,
             optax.scale_by_learning_rate(learning_rate(cfg.schedule, steps, cfg.muon_peak)),
         )
@@ -56,24 +61,38 @@ def make_optimizer(cfg: recipe.Optimizer, steps: int, skeleton: Skeleton) -> opt
     return optax.chain(optax.clip_by_global_norm(cfg.clip), optax.partition(groups, labels))
 
 
-def _muon_dimensions(variable: Matrix) -> MuonDimensionNumbers:
-    """Which axes are a matrix's input and output. Layers, experts and gate/up index separate matrices."""
-    axes, contracts = logical_axes(variable), variable.get_metadata("contracts")
+def scale_by_layered_muon(momentum: float, variables: Mapping[str, nnx.Variable]) -> optax.GradientTransformation:
+    """Optax's `scale_by_muon` in a loop over the layers of each stack, brought to AdamW's RMS: what it computes on the
+    way is several times as large as the matrices, and exists for one layer at a time.
+
+    An orthogonal matrix has an RMS of 1 / √max(in, out).
+    """
+    whole = scale_by_muon(NEWTON_SCHULZ, beta=momentum)
+
+    def update(updates, state, params=None):
+        del params
+        new, mu = dict(updates), dict(state.mu)
+
+        def layer(axes, gradient_and_moment):
+            gradient, moment = gradient_and_moment
+            muon = scale_by_muon(NEWTON_SCHULZ, beta=momentum, weight_dimension_numbers=axes)
+            orthogonal, after = cast(Any, muon.update(gradient, state._replace(mu=moment)))
+            widths = (math.prod(gradient.shape[i] for i in side) for side in axes)
+            return orthogonal * (MUON_RMS * math.sqrt(max(widths))), after.mu
+
+        for path in (path for path, u in updates.items() if jax.tree.leaves(u)):  # other groups' are masked
+            run = partial(layer, _matrix_axes(variables[path]))
+            if "layers" in logical_axes(variables[path]):
+                run = partial(jax.lax.map, run)
+            new[path], mu[path] = run((updates[path], state.mu[path]))
+        return new, state._replace(count=optax.safe_increment(state.count), mu=mu)
+
+    return optax.GradientTransformation(whole.init, update)
+
+
+def _matrix_axes(variable: nnx.Variable) -> MuonDimensionNumbers:
+    """Which axes of one layer's weight are a matrix's input and output. Experts and gate/up index separate matrices."""
+    axes, contracts = variable.get_metadata("axes"), variable.get_metadata("contracts")
     inputs = tuple(i for i, axis in enumerate(axes) if axis in contracts)
     outputs = tuple(i for i, axis in enumerate(axes) if axis not in contracts and axis not in BATCH_AXES)
     return MuonDimensionNumbers(inputs, outputs)
-
-
-def _scale_to_rms(updates, dimensions):
-    """An orthogonal matrix has an RMS of 1 / √max(in, out); Optax's own scaling is not public yet."""
-
-    def scale(path, u):
-        widths = (math.prod(u.shape[i] for i in axes) for axes in dimensions[path])
-        return u * (MUON_RMS * math.sqrt(max(widths)))
-
-    return {path: scale(path, u) if jax.tree.leaves(u) else u for path, u in updates.items()}
-
-
-def _like(updates, dimensions):
-    """`dimensions` in the structure of `updates`, in which Optax has masked the other groups' leaves."""
-    return {path: dimensions[path] if jax.tree.leaves(u) else u for path, u in updates.items()}

@@ -1,15 +1,18 @@
 import dataclasses
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mla_moe.nn.param import Embedding, Matrix, Scale
 from mla_moe.nn.skeleton import Skeleton
 from mla_moe.recipe import Mesh, Optimizer, Schedule
 from mla_moe.sharding import make_mesh
-from mla_moe.training.optimizer import MUON_RMS, learning_rate, make_optimizer
+from mla_moe.training.optimizer import MUON_RMS, learning_rate, make_optimizer, scale_by_layered_muon
 
 
 def test_schedule_rises_stays_falls_and_stays():
@@ -71,6 +74,31 @@ def test_muon_makes_each_matrix_of_a_stack_orthogonal_by_itself(skeleton, params
     for path in params:
         if isinstance(skeleton.variables[path], Embedding | Scale):  # Adam's first step is the sign
             np.testing.assert_allclose(updates[path], -np.sign(grads[path]), atol=0.02)
+
+
+def test_muon_layer_by_layer_is_optax_muon(skeleton, params):
+    """Momentum, too, is that of the whole stack: after two updates of different gradients."""
+    dimensions = {
+        "moe_layers/moe/gate_up": MuonDimensionNumbers((2,), (4,)),
+        "moe_layers/attention/q_b": MuonDimensionNumbers((1,), (2, 3)),
+        "mtp/project": MuonDimensionNumbers((0,), (1,)),
+    }
+    matrices = {path: params[path] for path in dimensions}
+    layered = scale_by_layered_muon(0.9, skeleton.variables)
+    whole = scale_by_muon(beta=0.9, weight_dimension_numbers=dimensions)
+
+    @partial(jax.jit, static_argnums=0)
+    def two_updates(tx):
+        _, state = tx.update(matrices, tx.init(matrices))
+        return tx.update(jax.tree.map(jnp.cos, matrices), state)
+
+    (ours, state), (theirs, their_state) = two_updates(layered), two_updates(whole)
+    for path, axes in dimensions.items():
+        inputs, outputs = (math.prod(matrices[path].shape[i] for i in side) for side in axes)
+        rms = MUON_RMS * max(inputs, outputs) ** 0.5
+        np.testing.assert_allclose(ours[path], rms * theirs[path], rtol=1e-4, atol=1e-5, err_msg=path)
+        np.testing.assert_allclose(state.mu[path], their_state.mu[path], rtol=1e-6, err_msg=path)
+    assert state.count == their_state.count == 2
 
 
 def test_every_parameter_is_in_a_group(skeleton, params):

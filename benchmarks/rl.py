@@ -43,7 +43,6 @@ def run(base: Recipe, source: Path, name: str, rl: RL, task: Task, folder: Path)
         base,
         run_dir=str(folder / name.replace(" ", "-")),
         init_from=str(source / "checkpoints" / "pretrain"),
-        data=dataclasses.replace(base.data, tokenizer=str(source / "tokenizer.json")),
         training=dataclasses.replace(base.training, steps=0),
         checkpoint=dataclasses.replace(base.checkpoint, every=10**6),
         rl=rl,

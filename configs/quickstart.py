@@ -55,7 +55,10 @@ recipe = Recipe(
         row_tokens=192,
         rows=24,
         slots=128,
-        optimizer=Optimizer(schedule=Schedule(peak=1e-3, warmup=0.0, decay=0.9, final=0.05), weight_decay=0.0),
+        # The fewer groups still differ, the smaller and rarer are gradients: a short second moment would scale them up.
+        optimizer=Optimizer(
+            schedule=Schedule(peak=6e-4, warmup=0.0, decay=0.9, final=0.05), beta2=0.99, weight_decay=0.0
+        ),
         eval_every=5,
     ),
     checkpoint=Checkpoint(every=100),

@@ -19,6 +19,7 @@ from mla_moe.counting import count_parameters
 from mla_moe.data import Tokenizer
 from mla_moe.inference.language import Language, language_of
 from mla_moe.interop.carried import tokenizer_file
+from mla_moe.interop.source import open_source
 from mla_moe.nn.kernels import resolve
 from mla_moe.nn.param import Precision
 from mla_moe.nn.skeleton import Skeleton
@@ -105,7 +106,7 @@ class Setup:
 
 
 def _inherited(init_from: str, spec: str) -> Path:
-    file = tokenizer_file(Path(init_from))
+    file = tokenizer_file(open_source(init_from).directory)
     if file is None:
         fix = f"{init_from} brings no tokenizer, and to its model the ids of a new one mean nothing; name its own"
         raise ConfigError("data.tokenizer", spec, fix)

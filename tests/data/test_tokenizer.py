@@ -114,7 +114,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_has_its_tokenizer(tmp_path, bpe):
     assert inherited.encode(CORPUS[0]).tolist() == bpe.encode(CORPUS[0]).tolist()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == Path(bpe.name).with_name(name).read_bytes()
-    with pytest.raises(ConfigError, match="data.tokenizer = 'bpe:310': .* has 300 tokens; ask for as many"):
+    with pytest.raises(ConfigError, match=r"data.tokenizer = 'bpe:310': .* has 300 tokens; ask for as many"):
         load_tokenizer("bpe:310", tmp_path / "other", CORPUS, Path(bpe.name))
     assert not (tmp_path / "other").exists()
 

@@ -119,7 +119,7 @@ def train(arguments, monkeypatch):
             module.main()
 
 
-WHOLE = (("configs/quickstart.py",), ("tune.py",))
+WHOLE = (("configs/quickstart.py",), ("tune.py",), ("mine.py",))
 
 
 class Started(Exception):

@@ -123,8 +123,10 @@ def test_a_run_goes_on_with_the_tokenizer_of_its_model(recipe, run, tmp_path):
         words = np.random.default_rng(0).choice(list(letters), (400, 5))
         (tmp_path / f"{name}.txt").write_text(" ".join(map("".join, words)))
     data = dataclasses.replace(recipe.data, train=(f"{tmp_path}/a.txt",), streams=1, tokenizer="bpe:300")
-    with pytest.raises(ConfigError, match="data.tokenizer = 'bpe:300': .* brings no tokenizer"):
+    with pytest.raises(ConfigError, match=r"data.tokenizer = 'bpe:300': .* brings no tokenizer"):
         start(recipe, tmp_path / "of-bytes", init_from=str(run), data=data)
+    with pytest.raises(ConfigError, match="no such directory"):
+        start(recipe, tmp_path / "of-nothing", init_from="/nowhere", data=data)
     once = {"model": dataclasses.replace(recipe.model, vocab_size=300)}
     once |= {"training": dataclasses.replace(recipe.training, steps=1)}
     start(recipe, tmp_path / "first", data=data, **once)

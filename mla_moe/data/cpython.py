@@ -6,6 +6,7 @@ Both come with the running Python, so the text differs a little from one version
 import ast
 import functools
 import hashlib
+import os
 import sysconfig
 from pathlib import Path
 
@@ -34,13 +35,15 @@ def _is_heldout(key: str) -> bool:
 def _corpus() -> dict[str, str]:
     library = Path(sysconfig.get_path("stdlib"))
     found = {f"topics/{topic}": text for topic, text in _topics(library / "pydoc_data" / "topics.py").items()}
-    for path in library.rglob("*.py"):
-        key = path.relative_to(library).as_posix()
-        if _SKIPPED_PARTS.isdisjoint(path.relative_to(library).parts) and not key.startswith(_GENERATED):
-            try:
-                found[key] = path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError:  # old modules in Latin-1
-                continue
+    for folder, inside, names in os.walk(library):
+        inside[:] = set(inside) - _SKIPPED_PARTS  # and so never enters them: `site-packages` may be large
+        for path in (Path(folder, name) for name in names if name.endswith(".py")):
+            key = path.relative_to(library).as_posix()
+            if not key.startswith(_GENERATED):
+                try:
+                    found[key] = path.read_bytes().decode("utf-8")
+                except UnicodeDecodeError:  # old modules in Latin-1
+                    continue
     return _without_repeats({key: text for key, text in found.items() if _SMALLEST <= len(text.encode()) <= _LARGEST})
 
 

@@ -44,7 +44,7 @@ recipe = Recipe(
     task=Task(name="arithmetic", template=QUESTION, format=0.2),
     rl=RL(
         steps=20,
-        # Long right answers must count for as much as short wrong ones, or haste wins: a mean over all tokens.
+        # Long right answers count for as much as short wrong ones: at rates too high, haste wins under some others.
         objective="dapo",
         rounds=2,
         prompts=48,

@@ -7,7 +7,6 @@ A row is written when the step after it is under way. Each turn begins with an e
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ def seconds_to_first_row(run_dir: Path, cache: Path) -> float:
                 sys.exit(f"the run ended before its first row, with {run.returncode}")
             time.sleep(0.02)
         taken = time.perf_counter() - start
-        run.send_signal(signal.SIGKILL)
+        run.kill()
     return taken
 
 

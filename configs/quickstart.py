@@ -55,7 +55,7 @@ recipe = Recipe(
         row_tokens=192,
         rows=24,
         slots=128,
-        # The fewer groups still differ, the smaller and rarer are gradients: a short second moment would scale them up.
+        # The fewer groups still differ, the more gradients swing: with a short second moment the lesson may fall back.
         optimizer=Optimizer(
             schedule=Schedule(peak=6e-4, warmup=0.0, decay=0.9, final=0.05), beta2=0.99, weight_decay=0.0
         ),

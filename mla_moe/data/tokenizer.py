@@ -192,14 +192,14 @@ def load_tokenizer(
         if inherited is None:
             train_bpe(documents, size, path)
         else:
-            _check_size(spec, HFTokenizer(inherited), "ask for as many")
+            _check_size(HFTokenizer(inherited), size, "ask for as many")
             config = inherited.with_name("tokenizer_config.json")
             _write(path, inherited.read_text("utf-8"), config.read_text("utf-8") if config.is_file() else None)
     tokenizer = HFTokenizer(path)
-    _check_size(spec, tokenizer, "use another run_dir")
+    _check_size(tokenizer, size, "use another run_dir")
     return tokenizer
 
 
-def _check_size(spec: str, tokenizer: HFTokenizer, fix: str) -> None:
-    if tokenizer.vocab_size != int(spec.removeprefix("bpe:")):
-        raise ConfigError(_FIELD, spec, f"{tokenizer.name} has {tokenizer.vocab_size} tokens; {fix}")
+def _check_size(tokenizer: HFTokenizer, size: int, fix: str) -> None:
+    if tokenizer.vocab_size != size:
+        raise ConfigError(_FIELD, f"bpe:{size}", f"{tokenizer.name} has {tokenizer.vocab_size} tokens; {fix}")

@@ -203,7 +203,8 @@ class Engine:
         """Start a slot with what another holds, if that is worth it; else from what it has itself."""
         if length >= WORTH_COPYING:
             self._cache = copy(self._cache, source, slot, length, place=self._place)
-            self._held[slot] = self._held[source]
+            self._held[slot] = -1
+            self._held[slot, :length] = self._held[source, :length]
             if self._experts is not None:
                 self._experts[slot, :length] = self._experts[source, :length]
 

@@ -115,6 +115,25 @@ def test_completions_of_one_prompt_share_its_prefill(model, requests, monkeypatc
     assert len(pieces) == 5  # the beginning was there
 
 
+def test_a_copied_beginning_is_all_that_a_slot_holds(model, monkeypatch):
+    """The second of two requests that come together begins like all of what the first took only a block of."""
+    monkeypatch.setattr(module, "PIECES", (64,))
+    model = Transformer(dataclasses.replace(model.cfg, max_position_embeddings=512), rngs=nnx.Rngs(0))
+    read, other = np.random.default_rng(0).integers(0, 64, (2, 300)).tolist()
+    longer = Request([*read, 7], 8)
+
+    def engine():
+        return Engine(model, slots=3, capacity=512)
+
+    busy = engine()
+    first, _, last = (busy.submit(Request(prompt, 100)) for prompt in ([1], read, [2]))
+    busy.step()
+    busy.cancel(first)
+    busy.cancel(last)
+    _, answer = tokens_of(busy, [Request([*read[:10], *other], 8), longer])
+    assert answer == tokens_of(engine(), [longer])[0]
+
+
 def test_stop_tokens_and_stop_strings(model, requests):
     request = dataclasses.replace(requests[2], temperature=0.0, max_new_tokens=12)
     engine = engine_of(model, decode=lambda ids: "".join(f"<{i}>" for i in ids))

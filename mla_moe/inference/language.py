@@ -12,6 +12,7 @@ import tokenizers
 from mla_moe.config import ConfigError, require
 from mla_moe.inference.request import MAX_STOPS, Decode
 
+_SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 Message = Mapping[str, Any]
 """`{"role": …, "content": …}`"""
 
@@ -50,28 +51,22 @@ def language_of(directory: Path, tokenizer: Tokenizer) -> Language:
 def _chat(directory: Path) -> Callable[[Sequence[Message]], list[int]]:
     config, file = _read(directory / "tokenizer_config.json"), directory / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        source = next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
     if not isinstance(source, str) or not (directory / "tokenizer.json").is_file():
         return _unable("messages", f"{directory} has no chat template; send a prompt instead")
     try:
-        import jinja2.sandbox
+        from mla_moe.inference.chat_template import chat_template
     except ImportError:
         return _unable("messages", "chat templates need jinja2: pip install 'mla_moe[serve]'")
-
-    def refuse(message: str):
-        raise ConfigError("messages", "", message)
-
-    # A template comes with the checkpoint: it may compute text, and nothing else.
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(source, globals={"raise_exception": refuse})
-    special = {key: _content(config[key]) for key in ("bos_token", "eos_token") if config.get(key) is not None}
+    special = {key: _content(config[key]) for key in _SPECIAL if config.get(key) is not None}
+    render = chat_template(source, special)
     tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
 
     def encode(messages: Sequence[Message]) -> list[int]:
-        try:
-            text = template.render(messages=messages, add_generation_prompt=True, **special)
-        except jinja2.TemplateError as error:
-            raise ConfigError("messages", "", f"the chat template cannot take them: {error}") from None
-        return tokenizer.encode(_checked("messages", text), add_special_tokens=False).ids
+        return tokenizer.encode(_checked("messages", render(messages)), add_special_tokens=False).ids
 
     return encode
 

@@ -61,6 +61,22 @@ def test_a_conversation_goes_through_the_template(checkpoint):
         language.encode_chat([{"role": "tool", "content": "x"}])
 
 
+def test_conversations_are_whole_whatever_the_tokenizers_file_cuts(checkpoint, tmp_path):
+    """And of several templates the default one is taken."""
+    pytest.importorskip("jinja2")
+    messages = [{"role": "user", "content": "hello " * 9}]
+    wanted = language_of(checkpoint, HFTokenizer(checkpoint / "tokenizer.json")).encode_chat(messages)
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    filled = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer | {"truncation": cut, "padding": filled}))
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": TEMPLATE}]
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text()) | {"chat_template": templates}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    language = language_of(tmp_path, HFTokenizer(tmp_path / "tokenizer.json"))
+    assert language.encode_chat(messages) == wanted
+
+
 def test_directories_without_a_template_say_so(checkpoint, tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     language = language_of(tmp_path, HFTokenizer(checkpoint / "tokenizer.json"))

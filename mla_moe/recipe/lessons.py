@@ -1,6 +1,7 @@
 """What a model is taught after it has read: answers to copy, and questions with rewards."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from mla_moe.config import require
@@ -31,7 +32,7 @@ class Task:
     def __post_init__(self):
         for name in ("format", "accuracy"):
             require(getattr(self, name) >= 0, f"task.{name}", getattr(self, name), "a weight of 0 or more")
-        require(self.timeout > 0, "task.timeout", self.timeout, "a number of seconds")
+        require(0 < self.timeout < math.inf, "task.timeout", self.timeout, "a number of seconds")
         ok = self.template in ("r1_zero", "chat") or "{question}" in self.template
         require(ok, "task.template", self.template, "r1_zero, chat, or a text with {question}")
         wrong = [option for option in self.options if "=" not in option]

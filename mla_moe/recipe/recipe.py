@@ -68,7 +68,7 @@ class Recipe:
         if self.training.steps:
             length = self.training.sequence_length
             require(length <= limit, "training.sequence_length", length, fix)
-        if self.rl.steps:
+        if self.rl.steps or self.rejection.steps:
             length = self.rl.max_prompt_tokens + self.rl.max_new_tokens
             require(length <= limit, "rl.max_prompt_tokens + rl.max_new_tokens", length, fix)
         if self.tunes:
@@ -78,6 +78,8 @@ class Recipe:
             require(rows % streams == 0, "data.streams", streams, f"must divide {field}.batch_size = {rows}")
         whole = self.init_parts == "whole"
         require(not whole or self.init_from is not None, "init_parts", "whole", "name a run's checkpoint in init_from")
+        fix = "goes on with pretraining, of which there is none (training.steps = 0); ask for parameters"
+        require(not whole or self.training.steps > 0, "init_parts", "whole", fix)
 
     @property
     def tunes(self) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_moe.data.arithmetic import Split
-from mla_moe.rl.rewards import parse
+from mla_moe.rl.rewards import BUILT_IN, parse
 from mla_moe.rl.rollout import Answer, Rollout
 
 
@@ -57,7 +57,7 @@ class Evaluation(NamedTuple):
                 "length": answer.length,
                 "reward": answer.score.total,
             }
-            | answer.score.parts
+            | {part if part in BUILT_IN else f"reward/{part}": value for part, value in answer.score.parts.items()}
             for kind, answers in (("greedy", self.greedy), ("forced", self.forced))
             for answer in answers
         ]

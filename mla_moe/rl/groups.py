@@ -18,7 +18,7 @@ class Groups:
     """Float [questions, answers]: the score, less the penalty for length."""
     next_question: int
     left_out: int
-    """Groups that were sampled and not used, because all their answers were right or all were wrong."""
+    """Groups that were sampled and not used, because their answers were all alike: right, or wrong."""
     too_long: int
     """Questions passed over for the length of their prompt."""
 
@@ -58,7 +58,7 @@ def collect(
         groups = rollout.answers(questions, rl.group_size, seed=seed, first=question * rl.group_size, progress=note)
         question = after
         for group in groups:
-            useful = rl.objective != "dapo" or informative([answer.score.parts["accuracy"] for answer in group])
+            useful = rl.objective != "dapo" or informative([rollout.measure(answer) for answer in group])
             (kept if useful else idle).append(group)
         if len(kept) == rl.prompts:
             break

@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Mapping, Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mla_moe.config import ConfigError
@@ -149,10 +150,22 @@ class _Worker:
     def kill(self) -> int:
         """End the process and all that it started; its exit code. Doing so again changes nothing."""
         if self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError, PermissionError):  # it is ending already
-                os.killpg(self._process.pid, signal.SIGKILL)
+            for pid in [self._process.pid, *_descendants(self._process.pid)]:
+                with contextlib.suppress(ProcessLookupError, PermissionError):  # it is ending already
+                    os.killpg(os.getpgid(pid), signal.SIGKILL)
         self.channel.close()
         return self._process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    """Processes that a process has started, and those they have; none where the system does not tell."""
+    try:
+        children = [
+            int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
+        ]
+    except OSError:  # one of them has ended
+        return []
+    return [*children, *(below for child in children for below in _descendants(child))]
 
 
 def _end(workers: Sequence[_Worker]) -> None:

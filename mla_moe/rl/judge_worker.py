@@ -4,9 +4,11 @@
 imports nothing of the package.
 """
 
+import contextlib
 import functools
 import importlib
 import importlib.util
+import inspect
 import logging
 import math
 import os
@@ -60,13 +62,17 @@ def _math() -> Callable[[str, Example], float]:
 
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed")
 _WORD = re.compile(r"[^\W\d_]{2}")
+_EXPONENT = re.compile(r"(?<=\d)[eE]([+-]?\d+)(?!\w)")
 
 
 def _as_math(text: str) -> str:
-    """Marked as LaTeX unless it is marked, or has words: math-verify would multiply their letters, Paris = Pairs."""
+    """Marked as LaTeX unless it is marked, or has words: math-verify would multiply their letters, Paris = Pairs. The e
+    of 1e-5 is no factor."""
     text = text.strip()
-    words = "\\" not in text and _WORD.search(text)
-    return text if words or _DELIMITED.search(text) else f"${text}$"
+    if "\\" not in text and _WORD.search(text):
+        return text
+    text = _EXPONENT.sub(r" \\times 10^{\1}", text)
+    return text if _DELIMITED.search(text) else f"${text}$"
 
 
 def _reasoning_gym(options: Mapping[str, Any], name: str) -> Callable[[str, Example], float]:
@@ -95,6 +101,10 @@ def _function(path: str) -> Callable[..., Any]:
     function = getattr(module, name)
     if not callable(function):
         raise TypeError(f"{name} is not callable")
+    if inspect.iscoroutinefunction(function):
+        raise TypeError(f"{name} is a coroutine; write a plain function")
+    with contextlib.suppress(ValueError):  # written in C, of which Python cannot tell
+        inspect.signature(function).bind("prompt", "completion", "example")
     return function
 
 
@@ -138,4 +148,4 @@ def serve(channel: Connection) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
     serve(Connection(int(sys.argv[1])))
-    os._exit(0)  # a thread that a verifier left running keeps nothing alive
+    os.killpg(0, signal.SIGKILL)  # with what verifiers left running: threads, and processes

@@ -42,7 +42,7 @@ def advantages(reward_GS: Float[np.ndarray, "G S"], objective: str) -> Float[np.
 
 def informative(rewards: Sequence[float] | np.ndarray) -> bool:
     """Whether a group's answers differ in what they earned. Others teach nothing: DAPO samples other questions in
-    their place, judging by accuracy alone."""
+    their place (`Reward.measure`)."""
     return bool(max(rewards) > min(rewards))
 
 

@@ -1,7 +1,8 @@
 """What a completion is worth: form, right answer, and a function of the user's."""
 
+import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from mla_moe import recipe
@@ -10,7 +11,12 @@ from mla_moe.rl.judge import Call, Failure, Judges
 from mla_moe.rl.judge_worker import Example, Spec
 from mla_moe.rl.tasks import Task
 
+logger = logging.getLogger(__name__)
+
 _TAG = re.compile(r"(</?(?:think|answer)>)")
+OPENING = "<think>"
+BUILT_IN = ("format", "accuracy")
+"""The parts of a score that no function of the user can be called."""
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
 
@@ -26,6 +32,11 @@ def parse(completion: str) -> tuple[bool, str | None]:
     form = form and not "".join(pieces[0:9:4]).strip() and pieces[6].strip() != ""
     answers = _ANSWER.findall(completion)
     return form, (answers[-1].strip() or None) if answers else None
+
+
+def opens(prompt: str) -> bool:
+    """Whether a prompt has already put `<think>` into the model's mouth, as DeepSeek-R1's chat template does."""
+    return prompt.rstrip().endswith(OPENING)
 
 
 class Completion(NamedTuple):
@@ -51,12 +62,19 @@ class Reward:
     """The reward that a recipe's `task` describes.
 
     Form, and the answer where the task says that its check cannot hang, are judged in place; everything else in worker
-    processes, which start with the object and end with `close`. Raises `ConfigError` on `task.function` where the
-    function cannot be imported or called.
+    processes, which start with the object and end with `close`. The first failure of each kind is told in words. Raises
+    `ConfigError` on `task.function` where the function cannot be imported or called.
     """
 
-    def __init__(self, settings: recipe.Task, task: Task, workers: int | None = None):
-        self._task = task
+    def __init__(
+        self,
+        settings: recipe.Task,
+        task: Task,
+        workers: int | None = None,
+        tell: Callable[[str], None] = logger.warning,
+    ):
+        self._task, self._tell = task, tell
+        self._told: set[tuple[str, str]] = set()
         self._weights = {"format": settings.format, "accuracy": settings.accuracy}
         self._name = None
         judges: dict[str, Spec] = {}
@@ -77,7 +95,7 @@ class Reward:
         """The scores, in order."""
         parts, calls, owners = [], [], []
         for number, completion in enumerate(completions):
-            form, answer = parse(completion.text)
+            form, answer = parse(OPENING * opens(completion.prompt) + completion.text)
             parts.append(dict.fromkeys(self.names, 0.0) | {"format": float(form)})
             if answer is not None and self._task.verifier is None:
                 parts[-1]["accuracy"] = self._task.score(completion.example, answer)
@@ -88,15 +106,28 @@ class Reward:
                 calls.append(Call("task.function", (completion.prompt, completion.text), completion.example))
                 owners.append((number, self._name))
         failures: list[list[Failure]] = [[] for _ in completions]
-        for (number, name), result in zip(owners, self._judges(calls) if self._judges else (), strict=True):
+        results = self._judges(calls) if self._judges else ()
+        for (number, name), call, result in zip(owners, calls, results, strict=True):
             if isinstance(result, Failure):
                 failures[number].append(result)
+                self._tell_once(call.judge, result)
             else:
                 parts[number][name] = result
         return [
             Score(sum(self._weights[name] * value for name, value in part.items()), part, tuple(failed))
             for part, failed in zip(parts, failures, strict=True)
         ]
+
+    def measure(self, score: Score) -> float:
+        """What DAPO compares a group's answers by: accuracy (arXiv 2503.14476, section 3.2); or, where that weighs
+        nothing, all that they earned."""
+        return score.parts["accuracy"] if self._weights["accuracy"] else score.total
+
+    def _tell_once(self, judge: str, failure: Failure) -> None:
+        if (judge, failure.kind) not in self._told:
+            self._told.add((judge, failure.kind))
+            kind = failure.kind.replace("_", " ")
+            self._tell(f"{judge} {kind}: {failure.text} (a completion counts 0; more of the kind are only counted)")
 
     def close(self) -> None:
         """End the worker processes."""

@@ -19,12 +19,8 @@ from mla_moe.rl import rewards
 from mla_moe.rl.judge_worker import Example
 from mla_moe.rl.packing import Sampled
 from mla_moe.rl.prompts import prompt_of
-from mla_moe.rl.rewards import Reward, Score
+from mla_moe.rl.rewards import OPENING, Reward, Score, opens
 from mla_moe.rl.tasks import Task
-
-OPENING = "<think>"
-"""What is put into a model's mouth to see how well it thinks when it does."""
-
 
 PATIENCE = 100
 """Times as many questions may be passed over for their length as are asked."""
@@ -36,6 +32,8 @@ class Question:
 
     example: Example
     prompt: Sequence[int]
+    opens: bool = False
+    """Whether the prompt ends with `<think>` already."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -87,6 +85,10 @@ class Rollout:
         assert self._engine is not None
         self._engine.drop_weights()
 
+    def measure(self, answer: Answer) -> float:
+        """What DAPO compares a group's answers by."""
+        return self._reward.measure(answer.score)
+
     def questions(self, split: Split, start: int, count: int) -> tuple[list[Question], int]:
         """The next `count` questions of a split from number `start` on, and the number after the last one. Raises
         `ConfigError` where the prompts are too long time and again."""
@@ -99,7 +101,7 @@ class Rollout:
             prompt = prompt_of(self._template, example.question, self._language)
             start += 1
             if len(prompt) + len(self._opening) <= self._rl.max_prompt_tokens:
-                found.append(Question(example, prompt))
+                found.append(Question(example, prompt, opens(self._language.decode(prompt))))
             else:
                 self.too_long += 1
         return found, start
@@ -116,14 +118,14 @@ class Rollout:
         progress: Callable[[str], None] | None = None,
     ) -> list[list[Answer]]:
         """`each` answers to every question. Their randomness comes from the seed and their numbers, `first` and on; a
-        temperature of None is the recipe's. `opened` answers continue `<think>`."""
+        temperature of None is the recipe's. `opened` answers continue `<think>`, which the prompt may end with."""
         engine = self._engine
         assert engine is not None, "load weights first"
         rl, temperature = self._rl, self._rl.temperature if temperature is None else temperature
         asked = [question for question in questions for _ in range(each)]
         done: list[Completion] = []
         for number, question in enumerate(asked, first):
-            prompt = [*question.prompt, *self._opening] if opened else question.prompt
+            prompt = [*question.prompt, *self._opening] if opened and not question.opens else question.prompt
             stop_ids = self._language.stop_ids
             request = Request(prompt, rl.max_new_tokens, temperature, seed=seed, number=number, stop_ids=stop_ids)
             done.append(engine.submit(request))
@@ -131,7 +133,10 @@ class Rollout:
             engine.step()
             if progress is not None:
                 progress(f"{sum(c.finish is not None for c in done)} of {len(done)} answers")
-        texts = [(OPENING if opened else "") + self._language.decode(c.tokens) for c in done]
+        texts = [
+            OPENING * (opened and not question.opens) + self._language.decode(completion.tokens)
+            for question, completion in zip(asked, done, strict=True)
+        ]
         scores = self._judged(asked, texts)
         answers = [Answer(*parts) for parts in zip(asked, done, texts, scores, strict=True)]
         return [answers[i : i + each] for i in range(0, len(answers), each)]

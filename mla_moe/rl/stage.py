@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from mla_moe.config import require
 from mla_moe.nn.skeleton import Arrays
 from mla_moe.nn.transformer import Transformer
-from mla_moe.recipe import Recipe
+from mla_moe.recipe import Recipe, Task
 from mla_moe.rl.evaluate import evaluate
 from mla_moe.rl.groups import collect
 from mla_moe.rl.objective import beta
@@ -55,14 +56,19 @@ class State(NamedTuple):
 class Asked:
     """How far the training questions have been asked."""
 
-    def __init__(self):
-        self.next = 0
+    def __init__(self, task: Task, fingerprint: int):
+        """`fingerprint` tells the questions from others."""
+        self._task, self._fingerprint, self.next = task, fingerprint, 0
 
     def states(self) -> Mapping[int, str]:
-        return {0: json.dumps(self.next)}
+        return {0: json.dumps({"next": self.next, "questions": self._fingerprint})}
 
     def restore(self, read: Callable[[int], str]) -> None:
-        self.next = json.loads(read(0))
+        """Raises `ConfigError` where the questions are others than the checkpoint's."""
+        state = json.loads(read(0))
+        fix = "holds other questions than the run began with; put them back, or begin another run"
+        require(state["questions"] == self._fingerprint, "task.name", self._task.name, fix)
+        self.next = state["next"]
 
 
 def reinforce(recipe: Recipe, run_dir: Path, console: Console) -> None:
@@ -73,9 +79,11 @@ def reinforce(recipe: Recipe, run_dir: Path, console: Console) -> None:
     """
     setup = Setup.of(recipe, run_dir, console)
     task = open_task(recipe.task)
-    with Reward(recipe.task, task) as reward, Checkpoints(run_dir, STAGE, recipe.checkpoint) as checkpoints:
+    reward = Reward(recipe.task, task, tell=console.say)
+    with reward, Checkpoints(run_dir, STAGE, recipe.checkpoint) as checkpoints:
         rollout = Rollout(recipe.rl, recipe.task.template, task, reward, setup.language)
-        stage, asked, start = Stage(setup, rollout), Asked(), checkpoints.latest
+        asked = Asked(recipe.task, task.fingerprint)
+        stage, start = Stage(setup, rollout), checkpoints.latest
         if start == recipe.rl.steps:
             console.say(f"{STAGE}: all {start} steps are done already")
             return
@@ -171,9 +179,10 @@ class Stage:
                     self._evaluate(number, state, writer)
                 if is_last or number % setup.recipe.checkpoint.every == 0 or signals.stop(number):
                     checkpoints.save(number, state, asked, setup.skeleton)
+                if is_last:
+                    self._finish(seconds)
                 if signals.stop(number):
                     raise Interrupted(f"stopped at step {number} by {signals.name}; state saved")
-            self._finish(seconds)
 
     def _evaluate(self, number: int, state: State, writer) -> None:
         rl = self.setup.recipe.rl

@@ -4,8 +4,11 @@ import difflib
 import functools
 import importlib.util
 import json
+import math
 import re
+import zlib
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -29,6 +32,8 @@ class Task(Protocol):
 
     verifier: Spec | None
     """How a process of its own finds `score`; None where it cannot hang or fail and is called in place."""
+    fingerprint: int
+    """Tells these questions from others that the same recipe may mean another day."""
 
     def count(self, split: Split) -> int | None:
         """How many questions a split has; None where they are made as they are asked for."""
@@ -101,6 +106,8 @@ class Generated(_Checked):
     Held-out questions are those drawn for the first time, and are kept; training questions may come again.
     """
 
+    fingerprint = 0
+
     def __init__(self, name: str, draw: Callable[[Split, int], Example], verifier: Spec | None = None):
         self._name, self._draw, self.verifier = name, draw, verifier
         self._heldout: dict[Split, _New] = {}
@@ -113,7 +120,7 @@ class Generated(_Checked):
             return self._draw(split, number)
         found = self._heldout.setdefault(split, _New(functools.partial(self._draw, split)))
         if not found.reach(number):
-            raise _exhausted(split, number, self._name, len(found.examples))
+            raise _exhausted(split, self._name, len(found.examples))
         return found.examples[number]
 
 
@@ -139,8 +146,10 @@ class _New:
         return len(self.examples) > number
 
 
-def _exhausted(split: Split, number: int, name: str, count: int) -> ConfigError:
-    return ConfigError("task.name", name, f"has {count} different {split} questions; {number + 1} were asked for")
+def _exhausted(split: Split, name: str, count: int) -> ConfigError:
+    return ConfigError(
+        "task.name", name, f"has {count} different {split} questions; ask no more of them (rl.eval_prompts)"
+    )
 
 
 class File(_Checked):
@@ -159,6 +168,7 @@ class File(_Checked):
         self._path = path
         self._starts: dict[Split, list[int]] = {"train": [], "validation": [], "test": []}
         self._order = functools.lru_cache(maxsize=4)(self._shuffled)
+        self.fingerprint = 0
         seen: set[str] = set()
         for start, example in self._lines():
             if example.question not in seen:
@@ -172,7 +182,7 @@ class File(_Checked):
     def example(self, split: Split, number: int) -> Example:
         starts = self._starts[split]
         if split != "train" and number >= len(starts):
-            raise _exhausted(split, number, self._path, len(starts))
+            raise _exhausted(split, self._path, len(starts))
         epoch, place = divmod(number, len(starts))
         with open(self._path, "rb") as file:
             file.seek(starts[self._order(split, epoch)[place]])
@@ -187,6 +197,7 @@ class File(_Checked):
         with open(self._path, "rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.isspace():
+                    self.fingerprint = zlib.crc32(line, self.fingerprint)
                     yield start, _example(line, f"{self._path}:{number}")
                 start += len(line)
 
@@ -202,7 +213,9 @@ def _example(line: bytes, where: str) -> Example:
 
 def _text(record: dict[str, Any], key: str, where: str) -> str:
     value = record.get(key)
-    ok = isinstance(value, str | int | float) and not isinstance(value, bool) and str(value).strip() != ""
+    if isinstance(value, float) and math.isfinite(value):
+        value = format(Decimal(repr(value)), "f")  # 7e-05 would be read as 7 e − 5
+    ok = isinstance(value, str | int) and not isinstance(value, bool) and str(value).strip() != ""
     require(ok, "task.name", where, f"needs text or a number under {key!r}")
     text = str(value)
     require(not _HALF_PAIR.search(text), "task.name", where, "has half of a surrogate pair, which is no character")

@@ -2,22 +2,21 @@
 
 import dataclasses
 import json
+import signal
 
 import pytest
 from flax import nnx
 
 import mla_moe
 from mla_moe import ConfigError
-from mla_moe.inference.request import Completion, Request
 from mla_moe.recipe import SFT, Optimizer, Rejection, Schedule
 from mla_moe.rl import rejection
-from mla_moe.rl.judge_worker import Example
 from mla_moe.rl.rejection import choose, learn_from_the_best
-from mla_moe.rl.rewards import Score
-from mla_moe.rl.rollout import Answer, Question
+from mla_moe.rl.rollout import Rollout
 from mla_moe.training.console import Console
 from mla_moe.training.metrics import read_rows
 from mla_moe.training.run import open_run
+from mla_moe.training.setup import Interrupted
 
 
 @pytest.fixture
@@ -60,14 +59,40 @@ def test_nothing_right_is_an_error(start, tmp_path):
 
 
 def test_choosing_is_repeatable_and_takes_no_text_twice():
-    question = Question(Example("1+1", "2", {}), [1])
-
-    def answer(text):
-        return Answer(question, Completion(Request([1], 1), tokens=[0] * len(text)), text, Score(0.0, {}, ()))
-
-    answers = [answer(text) for text in ("long one", "b", "mid", "b")]
-    assert choose(answers, Rejection(keep=2, prefer="shortest"), "0") == ["b", "mid"]
-    drawn = choose(answers, Rejection(keep=5), "0 a")
+    texts = {"long one": 8, "b": 1, "mid": 3}
+    assert choose(texts, Rejection(keep=2, prefer="shortest"), "0") == ["b", "mid"]
+    drawn = choose(texts, Rejection(keep=5), "0 a")
     assert sorted(drawn) == ["b", "long one", "mid"]
-    assert choose(answers, Rejection(keep=5), "0 a") == drawn
-    assert {choose(answers, Rejection(), f"{seed} a")[0] for seed in range(20)} == {"b", "long one", "mid"}
+    assert choose(texts, Rejection(keep=5), "0 a") == drawn
+    assert {choose(texts, Rejection(), f"{seed} a")[0] for seed in range(20)} == {"b", "long one", "mid"}
+
+
+def test_stopped_while_it_asks_it_goes_on_behind_what_was_answered(start, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(rejection, "_is_best", lambda answer: True)
+    monkeypatch.setattr(rejection, "AT_ONCE", 2)
+    start()
+    path, parts = (tmp_path / "run" / name for name in (rejection.FILE, rejection.PARTS))
+    whole = path.read_bytes()
+    path.unlink()
+
+    asked = Rollout.answers
+
+    def stopped(*args, **how):
+        signal.raise_signal(signal.SIGTERM)
+        return asked(*args, **how)
+
+    monkeypatch.setattr(Rollout, "answers", stopped)
+    with pytest.raises(Interrupted, match="stopped after 2 of 6 questions by SIGTERM; answers saved"):
+        start()
+    with parts.open("a") as file:
+        file.write('{"key": 1')  # a kill cut it short
+    counts = []
+    monkeypatch.setattr(
+        Rollout,
+        "answers",
+        lambda self, questions, *a, **h: counts.append(len(questions)) or asked(self, questions, *a, **h),
+    )
+    start()
+    assert counts == [2, 2]
+    assert path.read_bytes() == whole
+    assert not parts.exists()

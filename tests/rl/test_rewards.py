@@ -80,7 +80,7 @@ def test_a_long_completion_takes_no_time():
 
 
 JUDGES = """
-import os, sys, time
+import os, subprocess, sys, time
 
 def worth(prompt, completion, example):
     assert "jax" not in sys.modules
@@ -102,6 +102,19 @@ def fails(prompt, completion, example):
     if word == "die": os._exit(7)
     if word == "killed": os.kill(os.getpid(), 9)
     return os.getpid() > 0
+
+def leaves(prompt, completion, example):
+    code = "import time; time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    with open(completion.rpartition(" ")[2], "w") as file:
+        file.write(str(child.pid))
+    time.sleep(60)
+
+def batched(prompts, completions):
+    return [1.0 for _ in completions]
+
+async def later(prompt, completion, example):
+    return 1.0
 
 def sleeps(prompt, completion, example):
     time.sleep(0.4)
@@ -199,6 +212,8 @@ def test_a_function_that_vanishes_does_not_end_the_run(tmp_path):
         ("{judges}", "write module:name or path.py:name"),
         ("{judges}:none", "AttributeError.*none"),
         ("{judges}:number", "number is not callable"),
+        ("{judges}:batched", "too many positional arguments"),
+        ("{judges}:later", "later is a coroutine"),
         ("{judges}:not a name", "write module:name"),
         ("{judges}:format", "format is taken"),
         ("/nowhere/judges.py:worth", "FileNotFoundError"),
@@ -285,3 +300,30 @@ def test_no_process_is_left_behind(judges, end, timeout):
             parent.send_signal(signal.SIGKILL if end == "spin" else signal.SIGINT)
         parent.wait(20)
     assert gone(pids, 5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_what_a_hanging_judge_has_started_ends_with_it(judges, tmp_path):
+    """In a session of its own too, as tools that run code begin it."""
+    with reward(settings(f"{judges}:leaves", timeout=3.0), workers=1) as judge:
+        (score,) = judge(completions([tmp_path / "pid"]))
+    assert score.failures[0].kind == "hung"
+    assert gone([int((tmp_path / "pid").read_text())], 5)
+
+
+def test_a_prompt_may_have_opened_the_thought():
+    """As DeepSeek-R1's chat template does."""
+    task = settings()
+    example = open_task(task).example("test", 0)
+    text = f"…</think><answer>{example.answer}</answer>"
+    with reward(task) as judge:
+        opened, not_opened = judge([Completion(prompt, text, example) for prompt in ("Q: <think>\n", "Q:")])
+    assert opened.parts == {"format": 1, "accuracy": 1}
+    assert not_opened.parts == {"format": 0, "accuracy": 1}
+
+
+@pytest.mark.parametrize(("accuracy", "measure"), [(1.0, 0.0), (0.0, 5.5)])
+def test_dapo_compares_what_was_right_or_else_all_that_was_earned(judges, accuracy, measure):
+    with reward(settings(f"{judges}:worth", format=0.0, accuracy=accuracy), workers=1) as judge:
+        (score,) = judge(completions([1]))
+        assert judge.measure(score) == measure

@@ -82,6 +82,16 @@ def test_what_is_asked_and_judged(make, opened):
     assert len(said) == 6
 
 
+def test_a_prompt_that_opens_the_thought_is_not_opened_again(make):
+    rollout = make()
+    rollout._template = "{question}=<think>\n"
+    questions, _ = rollout.questions("train", 0, 1)
+    ((answer,),) = rollout.answers(questions, seed=0, opened=True)
+    assert text_of(rollout._engine.asked[0].prompt).count("<think>") == 1
+    assert answer.text == ANSWER
+    assert answer.score.parts["format"] == 1
+
+
 def test_a_temperature_may_be_asked_for_and_nothing_is_opened_unasked(make):
     rollout = make()
     rollout.answers(rollout.questions("train", 0, 1)[0], seed=0, temperature=0.0)

@@ -17,7 +17,7 @@ from mla_moe.training.console import Console
 from mla_moe.training.guard import Halted
 from mla_moe.training.metrics import read_rows
 from mla_moe.training.optimizer import learning_rate
-from mla_moe.training.run import open_run
+from mla_moe.training.run import Signals, open_run
 from mla_moe.training.setup import Interrupted
 
 TIMES = ("tokens_per_s", "sample_seconds", "step_seconds")
@@ -168,8 +168,10 @@ def test_one_device_and_eight_learn_the_same(whole, start, tmp_path, monkeypatch
 
 # Their mathematics is in test_objective.py; dapo is the one that samples anew.
 @pytest.mark.parametrize("name", ["dapo", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("dr_grpo", "gspo"))])
-def test_other_objectives_run(start, tmp_path, name):
-    found = start(tmp_path, steps=1, objective=name, minibatches=1, eval_samples=0, overlong=4, routing_replay=False)
+def test_other_objectives_run(start, rewards, tmp_path, name):
+    task = {"function": f"{rewards}:short", "format": 0.0, "accuracy": float(name == "dapo")}
+    how = {"steps": 1, "objective": name, "minibatches": 1, "eval_samples": 0, "overlong": 4, "routing_replay": False}
+    found = start(tmp_path, task, **how)
     step = next(row for row in found if "reward" in row)
     assert np.isfinite(step["loss"])
     assert step["reward"] <= step["reward/short"], "the penalty for length is in the reward"
@@ -178,11 +180,39 @@ def test_other_objectives_run(start, tmp_path, name):
         assert step["groups_left_out"] == 7 * 4, "no answer is ever right: eight rounds, of which one is taken"
 
 
-def test_failures_of_a_reward_are_counted(start, rewards, tmp_path):
+def test_failures_of_a_reward_are_counted_and_told_once(start, rewards, tmp_path, capsys):
     found = start(tmp_path, task={"function": f"{rewards}:fails"}, steps=1, eval_samples=0)
     step = next(row for row in found if "reward" in row)
     assert step["judge/raised"] == 16
     assert step["reward/fails"] == 0
+    assert capsys.readouterr().out.count("task.function raised: ValueError: no") == 1
+    samples = read_rows(tmp_path / "samples.jsonl")
+    assert all({"format", "accuracy", "reward/fails"} <= row.keys() for row in samples)
+
+
+def test_a_stage_goes_on_with_its_own_questions_alone(start, tmp_path, monkeypatch):
+    pytest.importorskip("math_verify", reason="pip install 'mla_moe[rl]'")
+    questions = tmp_path / "questions.jsonl"
+
+    def ask(count):
+        lines = (json.dumps({"question": f"{i}+{i}", "answer": 2 * i}) for i in range(count))
+        questions.write_text("\n".join(lines))
+        return start(tmp_path / "run", {"name": str(questions), "options": ()}, eval_prompts=2, eval_samples=0)
+
+    monkeypatch.setattr(Signals, "stop", lambda self, step: step == 1)
+    with pytest.raises(Interrupted):
+        ask(60)
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="other questions than the run began with"):
+        ask(61)
+    assert ask(60)[-1]["step"] == 3
+
+
+def test_stopped_at_its_last_step_a_stage_is_whole(start, tmp_path, monkeypatch):
+    monkeypatch.setattr(Signals, "stop", lambda self, step: step == 1)
+    with pytest.raises(Interrupted):
+        start(tmp_path, steps=1, minibatches=1, eval_samples=0)
+    assert "time in RL steps" in json.loads((tmp_path / "summary.json").read_text())
 
 
 @pytest.mark.parametrize(

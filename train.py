@@ -38,6 +38,9 @@ def main() -> int:
     except (Halted, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the newest checkpoint", file=sys.stderr)
+        return 130
 
 
 def run(recipe: recipes.Recipe) -> int:
@@ -45,19 +48,21 @@ def run(recipe: recipes.Recipe) -> int:
     import jax
 
     from mla_moe.report import write_report
+    from mla_moe.rl.ahead import look_ahead
     from mla_moe.rl.prompts import prompt_of
     from mla_moe.rl.rejection import learn_from_the_best
     from mla_moe.rl.stage import reinforce
     from mla_moe.training.compile_cache import enable_compile_cache
     from mla_moe.training.console import Console
     from mla_moe.training.pretrain import pretrain
-    from mla_moe.training.run import open_run
+    from mla_moe.training.run import begun, open_run
     from mla_moe.training.setup import Interrupted
     from mla_moe.training.sft import fine_tune
 
     enable_compile_cache()
     console = Console(enabled=jax.process_index() == 0)
     run_dir = open_run(recipe)
+    look_ahead(recipe, begun(run_dir))
     try:
         if recipe.training.steps:
             pretrain(recipe, run_dir, console)

@@ -194,12 +194,13 @@ class Eval:
         from mla_moe.rl.evaluate import evaluate, table
         from mla_moe.rl.rewards import Reward
         from mla_moe.rl.rollout import Rollout
-        from mla_moe.rl.tasks import open_task
+        from mla_moe.rl.tasks import open_task, require_questions
 
         require(self.prompts >= 1, "prompts", self.prompts, "at least 1")
         require(self.samples >= 0, "samples", self.samples, "0 or more")
         settings, rl = self._settings()
         task = open_task(settings)
+        require_questions(task, self.split, "prompts", self.prompts)
         model, language = _model_and_language(self.checkpoint)
         limit, length = model.cfg.max_position_embeddings, rl.max_prompt_tokens + rl.max_new_tokens
         fix = f"at most the model's {limit} positions"

@@ -1,7 +1,9 @@
 """The command as people type it: bad input ends with one line and exit code 2, before anything compiles."""
 
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -29,6 +31,18 @@ def test_bad_input_is_one_clear_error(args, said, request, tmp_path):
     assert done.returncode == 2, done.stderr
     assert said.replace("_", "-") in (done.stdout + done.stderr).replace("_", "-")
     assert "Traceback" not in done.stderr
+
+
+def test_interrupted_while_it_compiles_is_one_line(request, tmp_path):
+    command = [sys.executable, "train.py", "configs/quickstart.py", "--run-dir", str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=request.config.rootpath, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "run" / "recipe.json").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted; the same command goes on" in said
+    assert "Traceback" not in said
 
 
 def test_help_lists_fields_with_their_docs(request):

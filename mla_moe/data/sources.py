@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mla_moe.config import ConfigError
+from mla_moe.config import ConfigError, require
 from mla_moe.data import arithmetic, cpython
 from mla_moe.data.files import Files, fingerprint
 from mla_moe.data.malformed import LeavingOut, Malformed
@@ -40,6 +40,8 @@ def open_sources(patterns: Sequence[str], *, field: str, text_field: str, malfor
             continue
         fresh = [path for path in find_files(pattern, field) if path not in seen]
         seen.update(fresh)
+        for path in fresh:
+            require(not path.endswith(_COMPRESSED), field, path, "is compressed; unpack it first")
         for read, paths in itertools.groupby(
             fresh, key=lambda path: _READERS.get(Path(path).suffix.lower(), TextFiles)
         ):
@@ -50,6 +52,9 @@ def open_sources(patterns: Sequence[str], *, field: str, text_field: str, malfor
     return source
 
 
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+
+
 def find_files(pattern: str, field: str) -> list[str]:
     """What a path or a glob matches, sorted. Raises `ConfigError` on the recipe's `field` where that is nothing."""
     path = os.path.expanduser(pattern)
@@ -57,7 +62,8 @@ def find_files(pattern: str, field: str) -> list[str]:
         return [path]
     matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
     if not matches:
-        raise ConfigError(field, pattern, f"matches no file from {os.getcwd()}; check the path or quote the glob")
+        fix = f"matches no file from {os.getcwd()}; check the path or quote the glob"
+        raise ConfigError(field, pattern, f"is a directory; write {pattern}/**/*" if os.path.isdir(path) else fix)
     return matches
 
 
@@ -100,7 +106,7 @@ class TextFiles(Sequence[str]):
 
 def _decode(text: bytes, field: str, where: str) -> str:
     try:
-        return text.decode("utf-8")
+        return text.decode("utf-8-sig")  # without the mark that some editors put in front
     except UnicodeDecodeError as error:
         raise Malformed(field, where, f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
 

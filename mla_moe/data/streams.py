@@ -6,7 +6,6 @@ devices hold, and each stream's place is saved on its own: another number of pro
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -14,16 +13,17 @@ from functools import cached_property
 import grain
 import numpy as np
 
-from mla_moe.config import ConfigError
+from mla_moe.config import ConfigError, require
 from mla_moe.data.pipeline import Batch
 
-MOST = 4
-"""Streams where a recipe names no number: enough for four processes, few enough that each mixes well."""
 
-
-def stream_count(streams: int | None, batch_size: int) -> int:
-    """How many streams feed a batch: those of `data.streams`, or as many as divide it, at most 4."""
-    return math.gcd(batch_size, MOST) if streams is None else streams
+def stream_count(streams: int | None, batch_size: int, documents: int) -> int:
+    """How many streams feed a batch: those of `data.streams`, or 4 or 2 that divide it and have a document each, or 1:
+    enough for four processes, few enough that each mixes well. Raises `ConfigError` for more streams than documents."""
+    if streams is None:
+        streams = next((n for n in (4, 2) if batch_size % n == 0 and n <= documents), 1)
+    require(streams <= documents, "data.streams", streams, f"{documents} documents cannot feed as many; set fewer")
+    return streams
 
 
 class Batches:

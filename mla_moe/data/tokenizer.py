@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 
-from mla_moe.config import ConfigError
+from mla_moe.config import ConfigError, require
 
 _FIELD = "data.tokenizer"
 _SAMPLE_CHARACTERS = 6_000_000  # enough to rank a few thousand merges; more only takes longer
@@ -68,7 +68,7 @@ class HFTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # a document that spells "</s>" must not end itself
-        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         bos = self._special_id(path, "bos_token", _BOS_NAMES)
         eos = self._special_id(path, "eos_token", _EOS_NAMES)
         found = [token_id for token_id in (bos, eos) if token_id is not None]
@@ -121,10 +121,13 @@ def _named_token(path: Path, key: str) -> str | None:
     if not path.is_file():
         return None
     try:
-        token = json.loads(path.read_text(encoding="utf-8")).get(key)
+        token = json.loads(path.read_text(encoding="utf-8-sig")).get(key)
     except (ValueError, AttributeError, RecursionError):
         raise ConfigError(_FIELD, str(path), "is not a JSON object") from None
-    return token["content"] if isinstance(token, dict) else token
+    if isinstance(token, dict):
+        token = token.get("content", token)
+    require(token is None or isinstance(token, str), _FIELD, str(path), f"{key} is no text and no object with content")
+    return token
 
 
 def train_bpe(documents: Sequence[str], vocab_size: int, path: str | Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from mla_moe.report.stage import Stage
 from mla_moe.training.console import duration, si
+from mla_moe.training.metrics import seconds_in_steps
 
 Headline = tuple[str, str, str]
 """Name, figure, and what puts it into proportion."""
@@ -44,10 +45,8 @@ def tokens_seen(stage: Stage) -> Headline | None:
 
 
 def time_taken(stage: Stage) -> Headline | None:
-    """Each row's seconds a step, times the steps since the row before: right also where not every step has a row."""
-    steps, seconds = stage.series("step_seconds")
-    total = np.nansum(np.diff(steps, prepend=0) * seconds)
-    return ("Wall time", duration(total), "in training steps") if len(steps) else None
+    seconds = seconds_in_steps(stage.rows, stage.recipe.get("training", {}).get("log_every", 1))
+    return ("Wall time", duration(seconds), "in training steps") if seconds else None
 
 
 def busiest_expert(stage: Stage) -> Headline | None:

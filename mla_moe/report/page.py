@@ -43,7 +43,8 @@ def write_report(run_dir: Path) -> Path:
             recipe_section(recipe),
         ]
     path, temporary = run_dir / "report.html", run_dir / "report.html.tmp"
-    temporary.write_text(PAGE.format(title=html.escape(run_dir.resolve().name), body="".join(sections)), "utf-8")
+    page = PAGE.format(title=html.escape(run_dir.resolve().name), body="".join(sections))
+    temporary.write_text(page, "utf-8", "replace")
     os.replace(temporary, path)
     return path
 
@@ -72,7 +73,10 @@ def recipe_section(recipe: Row) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    try:
+        return json.loads(path.read_text("utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise ConfigError("run_dir", str(path), f"is not JSON ({error}); put it back, or remove it") from None
 
 
 def _of(stage: str, rows: Sequence[Row]) -> list[Row]:

@@ -28,7 +28,7 @@ from mla_moe.training.begin import loaded_state, model_before
 from mla_moe.training.checkpoint import Checkpoints
 from mla_moe.training.console import Console, duration
 from mla_moe.training.guard import Guard
-from mla_moe.training.metrics import MetricsWriter, Silence, read_rows
+from mla_moe.training.metrics import MetricsWriter, Silence, read_rows, seconds_in_steps
 from mla_moe.training.optimizer import learning_rate, make_optimizer
 from mla_moe.training.run import Signals, add_summary
 from mla_moe.training.setup import Interrupted, Setup
@@ -149,7 +149,7 @@ class Stage:
             if start is None:
                 self._evaluate(0, state, writer)
             training = replace(setup.recipe.training, spike=None)  # a loss of advantages has no level to leap from
-            guard, seconds = Guard(training, setup.run_dir, STAGE, None), 0.0
+            guard = Guard(training, setup.run_dir, STAGE, None)
             for number in range(first + 1, last + 1):
                 began = time.monotonic()
                 self.rollout.load_weights(self.model(state))
@@ -162,7 +162,6 @@ class Stage:
                 if beta(rl) and rl.reference_every and number % rl.reference_every == 0:
                     state = state._replace(reference=_copy(state.params))
                 step_seconds = time.monotonic() - began
-                seconds += step_seconds
                 row = groups.metrics() | learned.metrics | {
                     "lr": float(np.asarray(rate(number * rl.minibatches - 1))),
                     "tokens_per_s": groups.tokens / step_seconds,
@@ -180,7 +179,7 @@ class Stage:
                 if is_last or number % setup.recipe.checkpoint.every == 0 or signals.stop(number):
                     checkpoints.save(number, state, asked, setup.skeleton)
                 if is_last:
-                    self._finish(seconds)
+                    self._finish()
                 if signals.stop(number):
                     raise Interrupted(f"stopped at step {number} by {signals.name}; state saved")
 
@@ -194,15 +193,15 @@ class Stage:
         texts = (f"{name.strip()} {metrics[key]:{form}}" for name, key, form in _SHOWN if key in metrics)
         self.setup.console.say(f"step {number}: {', '.join(texts)}")
 
-    def _finish(self, seconds: float) -> None:
+    def _finish(self) -> None:
         """A summary for the report and the terminal: held-out questions before and after."""
         if jax.process_index() > 0:
             return
-        rows = [r for r in read_rows(self.setup.run_dir / "metrics.jsonl") if r["stage"] == STAGE and _SHOWN[0][1] in r]
-        table = {
-            name: f"{rows[0][key]:{form}} -> {rows[-1][key]:{form}}" for name, key, form in _SHOWN if key in rows[0]
-        }
-        table |= {"time in RL steps": duration(seconds)}
+        rows = read_rows(self.setup.run_dir / "metrics.jsonl", STAGE)
+        found = [row for row in rows if _SHOWN[0][1] in row]
+        first, last = found[0], found[-1]
+        table = {name: f"{first[key]:{form}} -> {last[key]:{form}}" for name, key, form in _SHOWN if key in first}
+        table |= {"time in RL steps": duration(seconds_in_steps(rows, 1))}
         add_summary(self.setup.run_dir, table)
         self.setup.console.result_table("held-out questions, before and after", list(table.items()))
 

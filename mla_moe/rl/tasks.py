@@ -68,6 +68,13 @@ def open_task(task: recipe.Task) -> Task:
     raise ConfigError("task.name", name, fix)
 
 
+def require_questions(task: Task, split: Split, field: str, wanted: int) -> None:
+    """Raises `ConfigError` on the field that asks for more questions of a held-out split than it has."""
+    count = task.count(split)
+    fix = f"the task has {count} {split} questions, a tenth of all; ask for no more"
+    require(count is None or wanted <= count, field, wanted, fix)
+
+
 def _arithmetic(options: dict[str, str]) -> "Generated":
     sizes = {"least": 1, "most": 6}
     for key, text in options.items():
@@ -147,9 +154,7 @@ class _New:
 
 
 def _exhausted(split: Split, name: str, count: int) -> ConfigError:
-    return ConfigError(
-        "task.name", name, f"has {count} different {split} questions; ask no more of them (rl.eval_prompts)"
-    )
+    return ConfigError("task.name", name, f"has {count} different {split} questions; ask for no more of them")
 
 
 class File(_Checked):

@@ -19,7 +19,7 @@ from mla_moe.training.checkpoint import Checkpoints, Place, Stay
 from mla_moe.training.console import bytes_
 from mla_moe.training.guard import Guard, Halted, Spike
 from mla_moe.training.meter import Meter
-from mla_moe.training.metrics import MetricsWriter, Silence
+from mla_moe.training.metrics import MetricsWriter, Silence, read_rows, seconds_in_steps
 from mla_moe.training.optimizer import learning_rate, make_optimizer
 from mla_moe.training.run import Signals
 from mla_moe.training.setup import Interrupted, Setup
@@ -53,6 +53,11 @@ class Stage(abc.ABC):
     def fingerprint(self) -> int:
         """Tells the files that are read from others."""
 
+    @property
+    @abc.abstractmethod
+    def documents(self) -> int:
+        """How many documents, or pairs, there are."""
+
     @abc.abstractmethod
     def describe(self) -> list[tuple[str, str]]:
         """The start-up table's own rows. What is missing is missed here, before anything compiles."""
@@ -64,6 +69,12 @@ class Stage(abc.ABC):
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Rows of `metrics.jsonl`, at the end and every `eval_every` steps."""
         return {}
+
+    @property
+    def seconds(self) -> float:
+        """What the steps took, of earlier starts too."""
+        rows = read_rows(self.setup.run_dir / "metrics.jsonl", self.name)
+        return seconds_in_steps(rows, self.training.log_every)
 
     @cached_property
     def tx(self) -> optax.GradientTransformation:
@@ -116,7 +127,7 @@ class Stage(abc.ABC):
     def _open_batches(self) -> data.Batches:
         """Of which this process reads the rows that its devices hold."""
         rows, length = self.training.batch_size, self.training.sequence_length
-        streams = data.stream_count(self.setup.recipe.data.streams, rows)
+        streams = data.stream_count(self.setup.recipe.data.streams, rows, self.documents)
         place = NamedSharding(self.setup.mesh, BATCH).addressable_devices_indices_map((rows, length))
 
         def stream(number: int) -> grain.DatasetIterator[data.Batch]:

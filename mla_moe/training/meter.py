@@ -32,7 +32,7 @@ class Meter:
         self._load_every = max(1, training.steps // self.LOAD_ROWS)
         self._pending: tuple[int, dict[str, jax.Array], Batch] | None = None
         self._loads: list[float] = []
-        self.seconds, self.loss = 0.0, math.nan
+        self.loss = math.nan
         self.restart()
 
     def restart(self) -> None:
@@ -52,7 +52,6 @@ class Meter:
         values: dict[str, Any] = jax.device_get(metrics)
         now = time.monotonic()
         seconds, self._since = now - self._since, now
-        self.seconds += seconds
         load, tokens = values.pop("load_LE"), int(values.pop("tokens"))
         rate = float(np.asarray(self._rate(number - 1)))
         row: dict[str, Any] = {"loss": values.pop("loss"), "lr": rate, "tokens_per_s": tokens / seconds}

@@ -20,6 +20,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
+from mla_moe.config import ConfigError
+
 logger = logging.getLogger(__name__)
 
 
@@ -88,9 +90,19 @@ class Silence:
     write_load = append_samples = write
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, none if there is no file. A last line cut short by a kill is left out."""
-    return [row for _, row in _lines(path)] if path.exists() else []
+def read_rows(path: Path, stage: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, of one stage or of all, none if there is no file. A last line cut short by a kill
+    is left out."""
+    rows = [row for _, row in _lines(path)] if path.exists() else []
+    return [row for row in rows if stage is None or row["stage"] == stage]
+
+
+def seconds_in_steps(rows: Iterable[Mapping[str, Any]], log_every: int) -> float:
+    """What a stage's steps took, whichever start did them: each row's seconds, times the steps since the row before.
+    Before the first row that is `log_every`, for a run may begin where another stood."""
+    timed = [(row["step"], row["step_seconds"]) for row in rows if row.get("step_seconds") is not None]
+    before = [max(timed[0][0] - log_every, 0), *(step for step, _ in timed)] if timed else []
+    return sum((step - last) * seconds for (step, seconds), last in zip(timed, before, strict=False))
 
 
 class _RowFile:
@@ -138,7 +150,8 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 if next(file, None) is not None:
-                    raise ValueError(f"{path}:{number} is not JSON ({error}); delete that line") from None
+                    fix = f"is not JSON ({error}); delete that line"
+                    raise ConfigError("run_dir", f"{path}:{number}", fix) from None
                 logger.warning("%s:%d: the last line was cut short by a kill; left out", path, number)
                 return
             yield line, row

@@ -55,6 +55,10 @@ class Pretraining(Stage):
     def fingerprint(self) -> int:
         return self._text.fingerprint
 
+    @property
+    def documents(self) -> int:
+        return len(self._text)
+
     @cached_property
     def _heldout(self) -> tuple[list[data.Batch], int, float] | None:
         """Batches, bytes, and what gzip makes of them."""
@@ -105,7 +109,7 @@ class Pretraining(Stage):
         if self._text.malformed:
             rows |= {"malformed records": f"{self._text.malformed} left out"}
         rows |= {"busiest expert / mean, last tenth": f"{meter.load_last_tenth:.2f}"}
-        rows |= {"time in steps": duration(meter.seconds)}
+        rows |= {"time in steps": duration(self.seconds)}
         if jax.process_index() == 0:
             add_summary(self.setup.run_dir, rows)
         self.setup.console.result_table("result", list(rows.items()))

@@ -1,18 +1,20 @@
 """A run's directory: its recipe, and the signals that end it early."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import jax
 from jax.experimental import multihost_utils
 
-from mla_moe.config import ConfigError
+from mla_moe.config import ConfigError, require
 from mla_moe.recipe import Recipe
+from mla_moe.training.metrics import read_rows
 
 # What may change between two starts of one run: how it computes, shows and saves, not what it learns.
 FREE = (
@@ -30,20 +32,38 @@ FREE = (
     "training.spike",
     "training.log_every",
     "training.eval_every",
+    "rl.rows",
+    "rl.slots",
+    "rl.eval_every",
 )
+
+# Sections that the first stage does not read. They may change until one of these stages has begun.
+LATER = {
+    "task": {"sft", "rl", "rejection"},
+    "sft": {"sft", "rl", "rejection"},
+    "rl": {"rl", "rejection"},
+    "rejection": {"rejection"},
+}
+
+_locks: list[TextIO] = []  # held until the process ends
 
 
 def open_run(recipe: Recipe) -> Path:
     """Make the run's directory, or go on with the one there. `recipe.json` in it is complete and can be run again.
 
-    Raises `ConfigError` when the directory holds a run whose recipe learns something else.
+    Raises `ConfigError` when the directory holds a run whose recipe learns something else, and while another process
+    trains there.
     """
     run_dir = Path(recipe.run_dir)
-    path = run_dir / "recipe.json"
-    if path.exists() and (run_dir / "metrics.jsonl").exists():  # a start that was refused leaves no rows
+    path, stages = run_dir / "recipe.json", begun(run_dir)
+    # Orbax takes the directory's name for a pattern when it finishes a checkpoint, and finds nothing.
+    odd = set("*?[") & set(os.path.abspath(run_dir))
+    require(not odd, "run_dir", recipe.run_dir, f"checkpoints cannot be written below a name with {' '.join(odd)}")
+    if path.exists() and stages:  # a start that was refused leaves no rows
         old, new = (_flat(dataclasses.asdict(r)) for r in (Recipe.from_json(path.read_text()), recipe))
         for field in old | new:
-            if old.get(field) != new.get(field) and not field.startswith(FREE):
+            settled = stages & LATER.get(field.partition(".")[0], stages)
+            if old.get(field) != new.get(field) and settled and not field.startswith(FREE):
                 fix = f"{run_dir} holds a run with {old.get(field)!r}; keep that value or give another --run-dir"
                 raise ConfigError(field, new.get(field), fix)
     try:
@@ -51,8 +71,30 @@ def open_run(recipe: Recipe) -> Path:
     except OSError as error:
         raise ConfigError("run_dir", recipe.run_dir, f"cannot be made: {error.strerror}") from None
     if jax.process_index() == 0:
+        _lock(run_dir)
         write_atomically(path, recipe.to_json())
+        if not stages and recipe.data.tokenizer.startswith("bpe:"):
+            (run_dir / "tokenizer.json").unlink(missing_ok=True)  # of a start that was refused, perhaps of other text
+    multihost_utils.sync_global_devices("run_dir")
     return run_dir
+
+
+def begun(run_dir: Path) -> set[str]:
+    """The stages of a run that have left rows, or chosen answers to learn."""
+    stages = {row["stage"] for row in read_rows(run_dir / "metrics.jsonl")}
+    return stages | ({"rejection"} if (run_dir / "rejection.jsonl").exists() else set())
+
+
+def _lock(run_dir: Path) -> None:
+    """Two processes that train in one directory would write over each other's rows and checkpoints."""
+    file = (run_dir / ".lock").open("a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        raise ConfigError("run_dir", str(run_dir), "another process trains there; end it, or give another") from None
+    except OSError:  # a file system without locks
+        return
+    _locks.append(file)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -8,7 +8,6 @@ import grain
 import jax
 
 from mla_moe import data
-from mla_moe.config import require
 from mla_moe.inference.language import Language
 from mla_moe.recipe import Recipe
 from mla_moe.training.begin import loaded_state, model_before
@@ -69,10 +68,12 @@ class FineTuning(Stage):
     def fingerprint(self) -> int:
         return self._pairs.fingerprint
 
+    @property
+    def documents(self) -> int:
+        return len(self._pairs)
+
     def describe(self) -> list[tuple[str, str]]:
         pairs, training, say = self._pairs, self.training, self.setup.console.say
-        streams = data.stream_count(self.setup.recipe.data.streams, training.batch_size)
-        require(len(pairs) >= streams, "data.streams", streams, f"{len(pairs)} pairs cannot feed as many; set fewer")
         if pairs.malformed:
             say(f"{len(pairs.malformed)} broken lines are left out, the first at {pairs.malformed[0]}")
         if pairs.too_long:
@@ -87,7 +88,7 @@ class FineTuning(Stage):
         rows = {
             f"{self.name} steps": f"{self.training.steps} on {len(self._pairs):,} pairs",
             f"{self.name} loss": f"{meter.loss:.3f} nats a token of the completions",
-            f"time in {self.name} steps": duration(meter.seconds),
+            f"time in {self.name} steps": duration(self.seconds),
         }
         if jax.process_index() == 0:
             add_summary(self.setup.run_dir, rows)

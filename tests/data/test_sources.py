@@ -120,6 +120,19 @@ def test_only_empty_documents_are_refused(tmp_path, documents):
         assert "empty" in error.fix or "matches no file" in error.fix
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbftext")
+    assert list(opened(tmp_path / "a.txt")) == ["text"]
+
+
+def test_what_must_be_unpacked_or_named_file_by_file(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"x")
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.gz': is compressed; unpack it first"):
+        opened(tmp_path / "a.jsonl.gz")
+    with pytest.raises(ConfigError, match=r"is a directory; write .*/\*\*/\*"):
+        opened(tmp_path)
+
+
 def test_other_encodings_are_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     error = refused(tmp_path / "latin.txt")

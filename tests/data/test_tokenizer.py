@@ -165,5 +165,8 @@ def test_what_cannot_be_used_is_named(tmp_path):
     assert "no bos or eos" in refused(path)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<gone>"}')
     assert "no token '<gone>'" in refused(path)
+    for token in ("3", "[]", '{"lstrip": true}'):
+        (tmp_path / "tokenizer_config.json").write_text(f'{{"bos_token": {token}}}')
+        assert "bos_token is no text" in refused(path)
     (tmp_path / "tokenizer_config.json").write_text("[")
     assert "not a JSON object" in refused(path)

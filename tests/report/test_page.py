@@ -37,7 +37,7 @@ def full(tmp_path_factory):
         for step, bits in ((20, 3.0), (40, 1.5)):
             writer.write(step, {"eval/bits_per_byte": bits, "eval/gzip_bits_per_byte": 2.0, "eval/loss": bits / 2})
         writer.append_samples([{"step": 40, "prompt": "def f(", "completion": ATTACK}] * 40)
-    recipe = Recipe(run_dir="x</pre><script>", training=Training(batch_size=4, sequence_length=100))
+    recipe = Recipe(run_dir="x</pre><script>", training=Training(batch_size=4, sequence_length=100, log_every=2))
     (run_dir / "recipe.json").write_text(recipe.to_json())
     (run_dir / "summary.json").write_text(json.dumps({"Parameters <all>": "1.2 M & more"}))
     return write_report(run_dir).read_text()
@@ -155,6 +155,14 @@ def test_no_run_is_an_error_that_names_the_field(tmp_path):
         write_report(tmp_path / "absent")
     (tmp_path / "metrics.jsonl").touch()
     with pytest.raises(ConfigError, match=r"^run_dir = .*no metrics\.jsonl"):
+        write_report(tmp_path)
+
+
+def test_a_broken_file_is_named(tmp_path):
+    with MetricsWriter(tmp_path, None, "pretrain") as writer:
+        writer.write(1, {"loss": 1.0})
+    (tmp_path / "summary.json").write_text('{"cut')
+    with pytest.raises(ConfigError, match=r"summary.json': is not JSON"):
         write_report(tmp_path)
 
 

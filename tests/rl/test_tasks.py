@@ -55,7 +55,7 @@ def test_heldout_questions_that_are_used_up_are_counted(numbers):
     assert 10 < count < 50
     found = [few.example("test", number).question for number in range(count)]
     assert len(set(found)) == count
-    with pytest.raises(ConfigError, match=rf"has {count} different test questions; ask no more of them"):
+    with pytest.raises(ConfigError, match=rf"has {count} different test questions; ask for no more of them"):
         few.example("test", count)
     assert few.count("test") is None
 

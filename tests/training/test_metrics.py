@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mla_moe.training.metrics import MetricsWriter, read_rows
+from mla_moe.config import ConfigError
+from mla_moe.training.metrics import MetricsWriter, read_rows, seconds_in_steps
 
 
 def write_steps(run_dir, resume_step, steps, stage="pretrain", loss=1.0):
@@ -79,8 +80,18 @@ def test_a_last_line_that_only_lost_its_newline_is_kept(tmp_path):
 
 def test_a_broken_line_inside_is_an_error_with_its_place(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:2"):
         read_rows(tmp_path / "metrics.jsonl")
+
+
+def test_seconds_count_steps_of_every_start():
+    def of(*steps):
+        return seconds_in_steps([{"step": step, "step_seconds": 0.5} for step in steps] + [{"step": 4}], log_every=2)
+
+    assert of(2, 4, 6) == 3.0
+    assert of(42, 44) == 2.0, "a branch does not count the steps of the run it goes on from"
+    assert of(1, 3) == 1.5
+    assert of() == 0
 
 
 def test_no_file_has_no_rows(tmp_path):

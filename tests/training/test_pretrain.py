@@ -2,11 +2,15 @@ import dataclasses
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import mla_moe
 from mla_moe import ConfigError
 from mla_moe.recipe import Checkpoint, Data, Mesh, Optimizer, Recipe, Sample, Schedule, Training
 from mla_moe.sharding import make_mesh
@@ -159,6 +163,62 @@ def test_a_refused_start_can_be_corrected(recipe, tmp_path):
     with pytest.raises(ConfigError):
         start(recipe, tmp_path, data=Data(train=("nowhere/*.txt",)))
     assert open_run(dataclasses.replace(recipe, run_dir=str(tmp_path))) == tmp_path
+
+
+def test_a_refused_start_leaves_no_tokenizer_of_its_text(recipe, tmp_path):
+    run = dataclasses.replace(recipe, run_dir=str(tmp_path), data=dataclasses.replace(recipe.data, tokenizer="bpe:300"))
+    (tmp_path / "tokenizer.json").write_text("of other text")
+    open_run(run)
+    assert not (tmp_path / "tokenizer.json").exists()
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 1}\n')
+    (tmp_path / "tokenizer.json").write_text("of this run")
+    open_run(run)
+    assert (tmp_path / "tokenizer.json").exists()
+
+
+def test_what_later_stages_read_may_change_until_they_begin(recipe, tmp_path):
+    def again(**task):
+        rl = dataclasses.replace(recipe.rl, kl=task.pop("kl", 0.0))
+        open_run(
+            dataclasses.replace(recipe, run_dir=str(tmp_path), rl=rl, task=dataclasses.replace(recipe.task, **task))
+        )
+
+    rows = tmp_path / "metrics.jsonl"
+    again()
+    rows.write_text('{"stage": "pretrain", "step": 1}\n')
+    again(format=2.0, kl=1.0)
+    rows.write_text('{"stage": "pretrain", "step": 1}\n{"stage": "sft", "step": 1}\n')
+    again(format=2.0, kl=2.0)
+    with pytest.raises(ConfigError, match=r"task.format = 3.0: .* holds a run with 2.0"):
+        again(format=3.0, kl=2.0)
+    (tmp_path / "rejection.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"rl.kl = 0.0"):
+        again(format=2.0)
+
+
+def test_a_name_that_checkpoints_cannot_be_written_below(recipe, tmp_path):
+    with pytest.raises(ConfigError, match=r"run_dir = '.*lr\[3e-4\]': checkpoints cannot be written below"):
+        open_run(dataclasses.replace(recipe, run_dir=str(tmp_path / "lr[3e-4]")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_process_trains_in_a_directory(recipe, tmp_path):
+    open_run(dataclasses.replace(recipe, run_dir=str(tmp_path)))
+    code = f"from mla_moe.training.run import _lock; from pathlib import Path; _lock(Path({str(tmp_path)!r}))"
+    environment = os.environ | {"PYTHONPATH": str(Path(mla_moe.__file__).parents[1])}
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert "another process trains there" in other.stderr
+
+
+def test_one_document_is_enough(recipe, tmp_path):
+    text = tmp_path / "input.txt"
+    text.write_text("to be or not to be, that is the question. " * 100)
+    training = dataclasses.replace(recipe.training, steps=1, eval_every=0)
+    data = dataclasses.replace(recipe.data, train=(str(text),), heldout=(), streams=None)
+    start(recipe, tmp_path / "run", data=data, training=training, sample=Sample())
+    assert len(rows(tmp_path / "run")) == 1
+    with pytest.raises(ConfigError, match=r"data.streams = 2: 1 documents cannot feed as many"):
+        start(recipe, tmp_path / "two", data=dataclasses.replace(data, streams=2), training=training)
 
 
 def test_a_vocabulary_too_small_for_the_tokenizer(recipe, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import sys
 from functools import partial
 from pathlib import Path
@@ -141,7 +142,7 @@ class Generate:
     stop: tuple[str, ...] = ()
     """Strings that end the answer."""
     speculative: bool = False
-    """Let the prediction module guess ahead: the same text, sooner."""
+    """Let the prediction module guess ahead: the same text, up to rounding, and sooner."""
     int8_cache: bool = False
     """Keep the cache in eight bits: half the memory of bfloat16."""
 
@@ -255,14 +256,14 @@ class Serve:
     port: int = 8000
     slots: int = 8
     """Requests that run at a time."""
-    capacity: int = 4096
-    """Most tokens of a request, its answer included."""
+    capacity: int | None = None
+    """Most tokens of a request, its answer included. By default 4096, or the model's positions if they are fewer."""
     max_waiting: int = 256
     """Requests beyond these are turned away with status 429."""
     max_seconds: float = 600.0
     """Longest time that an answer may take, waiting included; then it is given up, with status 504."""
     speculative: bool = False
-    """Let the prediction module guess ahead: the same text, sooner."""
+    """Let the prediction module guess ahead: the same text, up to rounding, and sooner."""
     int8_cache: bool = False
     """Keep the cache in eight bits: half the memory of bfloat16."""
 
@@ -270,9 +271,11 @@ class Serve:
         from mla_moe.inference.engine import Engine
         from mla_moe.inference.server import application, serve
 
+        require(1 <= self.port < 1 << 16, "port", self.port, "must be in [1, 65535]")
         model, language = _model_and_language(self.checkpoint)
+        capacity = min(4096, model.cfg.max_position_embeddings) if self.capacity is None else self.capacity
         engine = Engine(
-            model, slots=self.slots, capacity=self.capacity, decode=language.decode, speculative=self.speculative,
+            model, slots=self.slots, capacity=capacity, decode=language.decode, speculative=self.speculative,
             int8_cache=self.int8_cache,
         )  # fmt: skip
         limits = {"max_waiting": self.max_waiting, "seconds": self.max_seconds}
@@ -377,6 +380,11 @@ def main(args: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # nobody reads on, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nor what is flushed at exit
+        return 141
     except OSError as error:
         print(f"error: {error.filename or ''}: {error.strerror}", file=sys.stderr)
         return 1

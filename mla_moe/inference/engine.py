@@ -63,8 +63,8 @@ class Engine:
     A model that lies on a mesh stays there, and the cache is split over it. `decode` (a tokenizer's) is needed for stop
     strings and gives completions their text. `record_experts` keeps which experts read which token. `tempered` gives
     log-probabilities at the requests' temperatures in place of 1. `speculative` lets the prediction module guess ahead:
-    the same tokens in fewer steps. `int8_cache` keeps the cache in eight bits: half of bfloat16's bytes, and text that
-    is as good but not the same.
+    the same tokens, up to rounding, in fewer steps. `int8_cache` keeps the cache in eight bits: half of bfloat16's
+    bytes, and text that is as good but not the same.
     """
 
     def __init__(
@@ -82,10 +82,12 @@ class Engine:
         require(slots > 0, "slots", slots, "must be at least 1")
         require(capacity > 1, "capacity", capacity, "must hold a prompt and a new token")
         self.cfg, self.speculative, self._tempered = model.cfg, speculative, tempered
+        limit = self.cfg.max_position_embeddings
+        require(capacity <= limit, "capacity", capacity, f"at most the model's max_position_embeddings = {limit}")
         fix = "needs a model with a prediction module (num_nextn_predict_layers = 1)"
         require(not speculative or self.cfg.num_nextn_predict_layers > 0, "speculative", speculative, fix)
         self._places = capacity_for(capacity + speculative)
-        self.capacity = self._places - speculative  # the last place is for a guess
+        self.capacity = min(self._places - speculative, limit)  # the last place is for a guess
         self._held = np.full((slots, self._places), -1, np.int32)  # the tokens whose entries are in the cache
         self._used = np.zeros(slots, np.int64)  # when a slot was last given away
         self.load_weights(model)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from mla_moe.config import require
 from mla_moe.inference.engine import Engine
-from mla_moe.inference.request import Completion, Request
+from mla_moe.inference.request import Completion, Request, whole
 from mla_moe.nn.transformer import Transformer
 
 MOST_SLOTS = 32
@@ -22,8 +22,9 @@ def generate(
 ) -> list[list[int]]:
     """New tokens of each prompt, up to and without `eos_id`. Temperature 0 takes the likeliest token.
 
-    A prompt's result does not depend on its neighbours. Raises `ConfigError`, a `ValueError`, for an empty prompt or a
-    setting out of range. `Engine` has more settings, probabilities, and requests that come and go.
+    A prompt's result does not depend on its neighbours, up to rounding. Raises `ConfigError`, a `ValueError`, for a
+    prompt that is empty or no list of whole numbers, and for a setting out of range. `Engine` has more settings,
+    probabilities, and requests that come and go.
     """
     out: list[list[int]] = [[] for _ in prompts]
     pieces = stream(
@@ -46,13 +47,14 @@ def stream(
 ) -> Iterator[tuple[int, list[int]]]:
     """The same as it comes: pairs of a prompt's number and its next few tokens."""
     require(len(prompts) > 0, "prompts", [], "give at least one")
+    require(eos_id is None or whole([eos_id]), "eos_id", eos_id, "must be one token id, or None")
     stop_ids = () if eos_id is None else (eos_id,)
     requests = [
         Request(prompt, max_new_tokens, temperature, top_p=top_p, seed=seed, number=number, stop_ids=stop_ids)
         for number, prompt in enumerate(prompts)
     ]
     slots = min(1 << (len(prompts) - 1).bit_length(), MOST_SLOTS)
-    engine = Engine(model, slots=slots, capacity=max(len(prompt) for prompt in prompts) + max_new_tokens)
+    engine = Engine(model, slots=slots, capacity=capacity_of(model, requests))
     number_of: dict[Completion, int] = {engine.submit(request): number for number, request in enumerate(requests)}
     sent = [0] * len(prompts)
     while engine.busy:
@@ -61,3 +63,12 @@ def stream(
             new = completion.tokens[sent[number] :]
             sent[number] += len(new)
             yield number, new[:-1] if new and new[-1] == eos_id else new
+
+
+def capacity_of(model: Transformer, requests: Sequence[Request]) -> int:
+    """What the longest of them needs. Raises `ConfigError` where the model has fewer positions."""
+    request = max(requests, key=lambda request: len(request.prompt) + request.max_new_tokens)
+    capacity, limit = len(request.prompt) + request.max_new_tokens, model.cfg.max_position_embeddings
+    fix = f"with {len(request.prompt)} tokens of prompt more than the model's {limit} positions"
+    require(capacity <= limit, "max_new_tokens", request.max_new_tokens, fix)
+    return capacity

@@ -1,8 +1,9 @@
 """What a client asks of the engine, and what it gets."""
 
 import dataclasses
+import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -15,11 +16,20 @@ Finish = Literal["stop", "length", "cancelled"]
 Decode = Callable[[Iterable[int]], str]
 
 
+def whole(values: Iterable[Any]) -> bool:
+    """Whether they are whole numbers, be it Python's, NumPy's or JAX's."""
+    try:
+        return all(operator.index(value) is not None for value in values)
+    except TypeError:
+        return False
+
+
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One completion of one prompt. Raises `ConfigError` for what cannot be meant.
 
-    The result follows from the request alone: not from its slot, from others in the batch, or from when it comes.
+    The result follows from the request alone: not from its slot, from others in the batch, or from when it comes. In
+    bfloat16 rounding depends on these, so that of two tokens almost as likely either may come.
     """
 
     prompt: Sequence[int]
@@ -36,6 +46,9 @@ class Request:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
+        require(whole(self.prompt), "prompt", self.prompt, "must be a list of token ids, which are whole numbers")
+        for field in ("max_new_tokens", "top_k", "seed", "number"):
+            require(whole([getattr(self, field)]), field, getattr(self, field), "must be a whole number")
         require(len(self.prompt) > 0, "prompt", [], "needs at least one token; begin with the tokenizer's bos_id")
         require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "must be at least 1")
         require(0 <= self.temperature <= MAX_TEMPERATURE, "temperature", self.temperature, "must be in [0, 100]")

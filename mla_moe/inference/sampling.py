@@ -19,7 +19,8 @@ class Settings(NamedTuple):
     top_k_B: Int[Either, "B"]
     """Only so many of the likeliest; 0 for all."""
     top_p_B: Float[Either, "B"]
-    """Only the fewest of the likeliest that reach this share (arXiv 1904.09751); 1 for all."""
+    """Only the fewest of the likeliest that reach this share (arXiv 1904.09751), and what ties with the last of them; 1
+    for all."""
     min_p_B: Float[Either, "B"]
     """Only tokens at least this share of the likeliest one's probability (arXiv 2407.01082); 0 for all."""
     key_B2: UInt[Either, "B 2"]

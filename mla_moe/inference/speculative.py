@@ -4,9 +4,10 @@ A step reads the next token and a guess of the one behind it. If the token drawn
 read of the guess counts, and the step has made two tokens.
 
 It is exact in the strongest sense: token n is the same function of the model's logits and of the noise of number n as
-in plain decoding, whether it was guessed or not, so both make the same tokens, greedy or drawn. A guess is drawn with
-the noise of its number too: then guess and token agree nearly as often as their distributions overlap (Gumbel
-coupling), and no distribution has to be corrected after a wrong guess.
+in plain decoding, whether it was guessed or not, so both make the same tokens, greedy or drawn, as far as the logits
+round alike (in bfloat16 near-ties may fall otherwise). A guess is drawn with the noise of its number too: then guess
+and token agree nearly as often as their distributions overlap (Gumbel coupling), and no distribution has to be
+corrected after a wrong guess.
 """
 
 from functools import partial

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from mla_moe.inference.engine import Engine
+from mla_moe.inference.generate import capacity_of
 from mla_moe.inference.language import Language
 from mla_moe.inference.request import Request
 from mla_moe.nn.transformer import Transformer
@@ -14,9 +15,8 @@ def print_answer(
     model: Transformer, language: Language, request: Request, *, speculative: bool, int8_cache: bool
 ) -> None:
     """To standard output, and to standard error how long it took."""
-    capacity = len(request.prompt) + request.max_new_tokens
     how: dict[str, Any] = {"speculative": speculative, "int8_cache": int8_cache}
-    engine = Engine(model, slots=1, capacity=capacity, decode=language.decode, **how)
+    engine = Engine(model, slots=1, capacity=capacity_of(model, [request]), decode=language.decode, **how)
     start = time.perf_counter()
     completion = engine.submit(request)
     sent = 0

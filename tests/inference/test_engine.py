@@ -187,6 +187,13 @@ def test_on_a_mesh_as_on_one_device(model, requests, alone):
     assert engine._cache.sharding.shard_shape(engine._cache.shape)[1] == 1
 
 
+def test_requests_fit_the_models_positions(model):
+    short = Transformer(dataclasses.replace(model.cfg, max_position_embeddings=40), rngs=nnx.Rngs(0))
+    assert Engine(short, slots=1, capacity=40).capacity == 40
+    with pytest.raises(ConfigError, match=r"capacity = 41: .* max_position_embeddings = 40"):
+        Engine(short, slots=1, capacity=41)
+
+
 @pytest.mark.parametrize(
     ("field", "values"),
     [

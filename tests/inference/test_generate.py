@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from mla_moe import Transformer, generate
+from mla_moe import ConfigError, Transformer, generate
 
 
 @pytest.fixture(scope="module")
@@ -32,12 +32,24 @@ def test_neighbours_do_not_matter(model):
     assert generate(model, PROMPTS, max_new_tokens=5, temperature=1.0, seed=4) != together
 
 
+def test_prompts_may_be_arrays(model):
+    prompts = jnp.array([[1, 2, 3], [9, 8, 7]])
+    assert generate(model, prompts, max_new_tokens=2) == generate(model, prompts.tolist(), max_new_tokens=2)
+
+
 def test_stops_before_the_end_token(model):
     tokens = generate(model, PROMPTS[:1], max_new_tokens=6)[0]
     assert generate(model, PROMPTS[:1], max_new_tokens=6, eos_id=tokens[2])[0] == tokens[: tokens.index(tokens[2])]
 
 
-@pytest.mark.parametrize("bad", [{"prompts": []}, {"prompts": [[]]}, {"temperature": -1.0}, {"top_p": 0.0}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"prompts": []}, {"prompts": [[]]}, {"prompts": [1, 2]}, {"prompts": ["text"]}, {"prompts": [[1.7]]},
+        {"temperature": -1.0}, {"top_p": 0.0}, {"max_new_tokens": 3.0}, {"max_new_tokens": 124}, {"seed": None},
+        {"eos_id": [3, 4]},
+    ],
+)  # fmt: skip
 def test_impossible_requests(model, bad):
-    with pytest.raises(ValueError, match=r"prompt|temperature|top_p"):
+    with pytest.raises(ConfigError, match=next(iter(bad)).removesuffix("s")):
         generate(model, **{"prompts": PROMPTS, "max_new_tokens": 2} | bad)

@@ -1,4 +1,7 @@
 import json
+import os
+import signal
+import sys
 
 import pytest
 from flax import nnx
@@ -6,6 +9,7 @@ from flax import nnx
 from mla_moe import ConfigError, Transformer, save_pretrained
 from mla_moe.cli import main
 from mla_moe.data.tokenizer import HFTokenizer, train_bpe
+from mla_moe.inference.engine import Engine
 from mla_moe.inference.language import language_of
 from mla_moe.inference.request import TextStream
 from mla_moe.interop import convert
@@ -97,6 +101,34 @@ def test_command_prints_an_answer(checkpoint, capsys):
     assert "guesses right" in err
     assert main([*command, "--temperature", "-1"]) == 2
     assert "temperature" in capsys.readouterr().err
+    assert main([*command, "--max-new-tokens", "200"]) == 2
+    assert "max_new_tokens = 200" in capsys.readouterr().err
+
+
+def test_command_ends_quietly_when_nobody_listens(checkpoint, monkeypatch, capsys):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "8"]) == 141
+    monkeypatch.undo()
+    monkeypatch.setattr(Engine, "step", lambda self: signal.raise_signal(signal.SIGINT))
+    assert main(["generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "8"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_serving_takes_the_models_positions(checkpoint, monkeypatch, capsys):
+    server = pytest.importorskip("mla_moe.inference.server")
+    seen = []
+    monkeypatch.setattr(server, "application", lambda engine, *_, **__: seen.append(engine.capacity))
+    monkeypatch.setattr(server, "serve", lambda *_: None)
+    assert main(["serve", str(checkpoint)]) == 0
+    assert seen == [128]
+    assert main(["serve", str(checkpoint), "--capacity", "129"]) == 2
+    assert main(["serve", str(checkpoint), "--port", "99999"]) == 2
+    err = capsys.readouterr().err
+    assert "capacity = 129" in err
+    assert "port = 99999" in err
 
 
 @pytest.mark.parametrize("named_by", ["training", "path", "nothing"])

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import tokenizers
 
-from mla_moe.config import ConfigError, require
+from mla_moe.config import ConfigError
 from mla_moe.inference.request import MAX_STOPS, Decode
 
 _SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
@@ -76,17 +76,6 @@ def _unable(field: str, why: str) -> Callable[[Sequence[Message]], list[int]]:
         raise ConfigError(field, len(messages), why)
 
     return raise_error
-
-
-def check_messages(messages: Any) -> Sequence[Message]:
-    """Raise `ConfigError` unless they are a conversation as OpenAI's interface has it, with text alone."""
-    require(isinstance(messages, list) and len(messages) > 0, "messages", messages, "a list with at least one message")
-    for i, message in enumerate(messages):
-        ok = isinstance(message, dict) and isinstance(message.get("role"), str)
-        require(ok, f"messages[{i}]", message, "an object with role and content")
-        content = message.get("content")
-        require(isinstance(content, str), f"messages[{i}].content", content, "must be text")
-    return messages
 
 
 def _checked(field: str, text: str) -> str:

@@ -1,6 +1,6 @@
 """An HTTP server with OpenAI's interface: completions, chat completions, streams.
 
-    POST /v1/completions    POST /v1/chat/completions    GET /v1/models    GET /health
+    POST /v1/completions    POST /v1/chat/completions    GET /v1/models    GET /v1/models/NAME    GET /health
 
 Errors are `{"error": {"message", "type", "param", "code"}}`: 400 for a request that makes no sense, 408 for one that
 does not come, 413 for one that is too large, 429 when too many are waiting, 504 for an answer that takes too long. A
@@ -15,11 +15,13 @@ import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from mla_moe.config import ConfigError, require
+from mla_moe.config import ConfigError
+from mla_moe.inference.answers import chat_choice, completion_choice, usage
+from mla_moe.inference.bodies import CHAT, COMPLETION, conversation, parse, prompts_of, requests_of
 from mla_moe.inference.desk import Broken, Busy, Desk, News
 from mla_moe.inference.engine import Engine
-from mla_moe.inference.language import Language, check_messages
-from mla_moe.inference.request import Completion, Request
+from mla_moe.inference.language import Language
+from mla_moe.inference.request import Completion, Decode
 
 try:
     from starlette.applications import Starlette
@@ -31,21 +33,17 @@ except ImportError:
     raise ConfigError("serve", "starlette", "is not installed: pip install 'mla_moe[serve]'") from None
 
 MAX_BODY = 4 << 20
-MAX_CHOICES = 64
 MAX_CONNECTIONS = 1024
 BODY_SECONDS = 30.0
 """Longest time in which a body may come."""
-_COMMON = {
-    "model": str, "max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int,
-    "n": int, "stop": str | list, "stream": bool, "logprobs": bool | int, "user": str,
-}  # fmt: skip
-_COMPLETION = _COMMON | {"prompt": str | list}
-_CHAT = _COMMON | {"messages": list, "max_completion_tokens": int}
+GRACE = 2
+"""Seconds that running answers have when the server is told to stop."""
 
 
 def application(engine: Engine, language: Language, name: str, *, max_waiting: int, seconds: float = 600) -> Starlette:
     """The server. `name` is what clients call the model, `seconds` the longest time that an answer may take."""
     desk = Desk(engine, max_waiting)
+    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "mla_moe"}
 
     @contextlib.asynccontextmanager
     async def lifespan(_):
@@ -54,19 +52,24 @@ def application(engine: Engine, language: Language, name: str, *, max_waiting: i
         desk.stop()
 
     async def completions(http: HTTPRequest) -> Response:
-        body = await _body(http, _COMPLETION)
-        prompts = _prompts(body.get("prompt"), language)
-        return await _answer(http, desk, language, name, seconds, body, prompts, _completion_choice, "text_completion")
+        body = await _body(http, COMPLETION)
+        prompts = prompts_of(body.get("prompt"), language)
+        return await _answer(http, desk, language, name, seconds, body, prompts, completion_choice, "text_completion")
 
     async def chat(http: HTTPRequest) -> Response:
-        body = await _body(http, _CHAT)
+        body = await _body(http, CHAT)
         if "max_completion_tokens" in body:
             body.setdefault("max_tokens", body["max_completion_tokens"])
-        prompts = [language.encode_chat(check_messages(body.get("messages")))]
-        return await _answer(http, desk, language, name, seconds, body, prompts, _chat_choice, "chat.completion")
+        prompts = [language.encode_chat(conversation(body.get("messages")))]
+        return await _answer(http, desk, language, name, seconds, body, prompts, chat_choice, "chat.completion")
 
     async def models(_: HTTPRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [{"id": name, "object": "model", "owned_by": "mla_moe"}]})
+        return JSONResponse({"object": "list", "data": [model]})
+
+    async def one_model(http: HTTPRequest) -> Response:
+        if http.path_params["id"] == name:
+            return JSONResponse(model)
+        return JSONResponse(_error(f"there is no model but {name}", "invalid_request_error", "model"), status_code=404)
 
     async def health(_: HTTPRequest) -> Response:
         used, offered = engine.load
@@ -83,6 +86,7 @@ def application(engine: Engine, language: Language, name: str, *, max_waiting: i
         Route("/v1/completions", completions, methods=["POST"]),
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/models", models),
+        Route("/v1/models/{id:path}", one_model),
         Route("/health", health),
     ]
     handlers: dict[Any, Any] = dict.fromkeys((ConfigError, *_REFUSALS), _refuse)
@@ -93,7 +97,10 @@ def application(engine: Engine, language: Language, name: str, *, max_waiting: i
 def serve(app: Starlette, host: str, port: int) -> None:
     import uvicorn
 
-    uvicorn.run(app, host=host, port=port, log_level="warning", limit_concurrency=MAX_CONNECTIONS)
+    uvicorn.run(
+        app, host=host, port=port, log_level="warning", limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=GRACE,
+    )  # fmt: skip
 
 
 class _TooLarge(Exception):
@@ -134,7 +141,6 @@ async def _nobody(*_: Any) -> Response:
 
 
 async def _body(http: HTTPRequest, fields: dict[str, Any]) -> dict[str, Any]:
-    """The request's fields, of the right types. Null is the same as absent."""
     content = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
@@ -144,47 +150,7 @@ async def _body(http: HTTPRequest, fields: dict[str, Any]) -> dict[str, Any]:
                     raise _TooLarge
     except TimeoutError:
         raise _TooSlow from None
-    try:
-        body = json.loads(content)
-    except (ValueError, RecursionError):
-        body = None
-    if not isinstance(body, dict):
-        raise ConfigError("body", content[:40].decode(errors="replace"), "must be a JSON object")
-    for name, value in body.items():
-        known = f"is not supported; there are {', '.join(fields)}"
-        require(name in fields or value in (None, 0), name, value, known)
-        kind = fields.get(name)
-        fits = value is None or kind is None or isinstance(value, kind | int if kind is float else kind)
-        fits = fits and not (isinstance(value, bool) and kind in (int, float))
-        require(fits, name, value, f"must be of type {getattr(kind, '__name__', kind)}")
-    return {name: value for name, value in body.items() if value is not None}
-
-
-def _prompts(prompt: Any, language: Language) -> list[list[int]]:
-    """One text or list of tokens, or several."""
-    several = isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt)
-    prompts = prompt if isinstance(prompt, list) and several else [prompt]
-    for p in prompts:
-        tokens = isinstance(p, list) and all(type(token) is int for token in p)
-        require(isinstance(p, str) or tokens, "prompt", p, "a text, a list of token ids, or several of them")
-    return [language.encode(p) if isinstance(p, str) else p for p in prompts]
-
-
-def _requests(body: dict[str, Any], prompts: Sequence[list[int]], language: Language, capacity: int) -> list[Request]:
-    n, stop = body.get("n", 1), body.get("stop", [])
-    require(1 <= n * len(prompts) <= MAX_CHOICES, "n", n, f"at most {MAX_CHOICES} choices a request")
-    require(body.get("max_tokens", 1) > 0, "max_tokens", body.get("max_tokens"), "must be at least 1")
-    stop = [stop] if isinstance(stop, str) else stop
-    require(all(isinstance(s, str) for s in stop), "stop", stop, "a string, or a list of strings")
-    if "seed" not in body:
-        body["seed"] = uuid.uuid4().int & 0xFFFFFFFF
-    settings = {name: body[name] for name in ("top_k", "top_p", "min_p", "seed") if name in body}
-    settings |= {"temperature": body.get("temperature", 1.0), "stop": tuple(stop), "stop_ids": language.stop_ids}
-    return [
-        Request(prompt, body.get("max_tokens", max(capacity - len(prompt), 1)), number=number, **settings)
-        for prompt in prompts
-        for number in range(n)
-    ]
+    return parse(content, fields)
 
 
 async def _answer(
@@ -201,17 +167,19 @@ async def _answer(
     """Queue the choices; answer when all are done, or as they come."""
     completions: list[Completion] = []
     try:
-        for request in _requests(body, prompts, language, desk.engine.capacity):
+        for request in requests_of(body, prompts, language, desk.engine.capacity):
             completions.append(desk.submit(request))
     except Exception:
         for completion in completions:
             desk.cancel(completion)
         raise
-    head = {"id": f"{kind[:4]}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
-    logprobs = bool(body.get("logprobs"))
+    head: dict[str, Any] = {"id": f"{kind[:4]}-{uuid.uuid4().hex}", "created": int(time.time()), "model": name}
+    told = language.decode if body.get("logprobs", False) is not False else None  # completions ask with 0
     if body.get("stream"):
         head["object"] = "chat.completion.chunk" if kind == "chat.completion" else kind
-        events = _events(desk, completions, head, choice, logprobs, seconds)
+        if body.get("stream_options", {}).get("include_usage"):
+            head["usage"] = None
+        events = _events(desk, prompts, completions, head, choice, told, seconds)
         return StreamingResponse(events, media_type="text/event-stream")
     gathered = asyncio.gather(*(_all_news(desk, completion) for completion in completions))
     watch = asyncio.ensure_future(_hung_up(http))
@@ -221,13 +189,13 @@ async def _answer(
             raise TimeoutError
         if not gathered.done():
             return await _nobody()
-        choices = [choice(i, news, logprobs, whole=True) for i, news in enumerate(gathered.result())]
+        choices = [choice(i, news, told, whole=True) for i, news in enumerate(gathered.result())]
     finally:
         watch.cancel()
         gathered.cancel()
-    read, made = sum(map(len, prompts)), sum(len(news.tokens) for news in gathered.result())
-    usage = {"prompt_tokens": read, "completion_tokens": made, "total_tokens": read + made}
-    return JSONResponse(head | {"object": kind, "choices": choices, "usage": usage})
+        with contextlib.suppress(asyncio.CancelledError, Broken):  # the loop reports what nobody has awaited
+            await gathered
+    return JSONResponse(head | {"object": kind, "choices": choices, "usage": usage(prompts, completions)})
 
 
 async def _all_news(desk: Desk, completion: Completion) -> News:
@@ -241,8 +209,17 @@ async def _hung_up(http: HTTPRequest) -> None:
         pass
 
 
-async def _events(desk: Desk, completions: list[Completion], head, choice: Callable, logprobs: bool, seconds: float):
-    """Server-sent events of all choices as they come. When the client hangs up, closing this cancels them."""
+async def _events(
+    desk: Desk,
+    prompts: Sequence[list[int]],
+    completions: list[Completion],
+    head: dict[str, Any],
+    choice: Callable,
+    told: Decode | None,
+    seconds: float,
+):
+    """Server-sent events of all choices as they come, and of usage where the head has its place. When the client hangs
+    up, closing this cancels them."""
     merged: asyncio.Queue[tuple[int, News | Exception]] = asyncio.Queue()
 
     async def follow(index: int, completion: Completion) -> None:
@@ -265,22 +242,11 @@ async def _events(desk: Desk, completions: list[Completion], head, choice: Calla
                 yield f"data: {json.dumps(_error(message, kind))}\n\n"
                 return
             left -= news.finish is not None
-            yield f"data: {json.dumps(head | {'choices': [choice(index, news, logprobs, whole=False)]})}\n\n"
+            yield f"data: {json.dumps(head | {'choices': [choice(index, news, told, whole=False)]})}\n\n"
+        if "usage" in head:
+            yield f"data: {json.dumps(head | {'choices': [], 'usage': usage(prompts, completions)})}\n\n"
         yield "data: [DONE]\n\n"
     finally:
         for task, completion in zip(tasks, completions, strict=True):
             task.cancel()
             desk.cancel(completion)
-
-
-def _completion_choice(index: int, news: News, logprobs: bool, *, whole: bool) -> dict[str, Any]:
-    kept = {"tokens": news.tokens, "token_logprobs": news.logprobs} if logprobs else None
-    return {"index": index, "text": news.text, "logprobs": kept, "finish_reason": news.finish}
-
-
-def _chat_choice(index: int, news: News, logprobs: bool, *, whole: bool) -> dict[str, Any]:
-    pairs = zip(news.tokens, news.logprobs, strict=True)
-    kept = {"content": [{"token": t, "logprob": p} for t, p in pairs]} if logprobs else None
-    message = {"role": "assistant", "content": news.text}
-    place = "message" if whole else "delta"
-    return {"index": index, place: message, "logprobs": kept, "finish_reason": news.finish}

@@ -20,9 +20,12 @@ server = pytest.importorskip("mla_moe.inference.server")
 
 COMPLETION = {
     "prompt": "def ", "max_tokens": 3, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 1, "n": 2,
-    "stop": ["a", "b"], "stream": False, "logprobs": True, "user": "x", "model": "tiny",
+    "stop": ["a", "b"], "stream": False, "logprobs": 0, "user": "x", "model": "tiny",
 }  # fmt: skip
-CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 3, "stream": True, "n": 1}
+CHAT = {
+    "messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 3, "stream": True, "n": 1,
+    "logprobs": True, "stream_options": {"include_usage": True}, "response_format": {"type": "text"},
+}  # fmt: skip
 
 
 class Echo:

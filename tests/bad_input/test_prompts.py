@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mla_moe import ConfigError
 from mla_moe.data import HFTokenizer, train_bpe
-from mla_moe.inference.language import check_messages, language_of
+from mla_moe.inference.bodies import conversation
+from mla_moe.inference.language import language_of
 from mla_moe.inference.request import Request, TextStream
 from mla_moe.report.answers import pre
 
@@ -44,7 +45,7 @@ def test_any_prompt(language, text):
 @given(MESSAGES)
 def test_any_conversation(language, messages):
     with contextlib.suppress(ConfigError):
-        tokens = language.encode_chat(check_messages(messages))
+        tokens = language.encode_chat(conversation(messages))
         assert "49" not in language.decode(tokens) or "49" in str(messages)  # nothing in a message is computed
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import http.client
 import json
 import random
@@ -129,7 +130,11 @@ def test_none_of_200_requests_is_lost_or_mixed_up(port, engine):
         ("completions", {"\ud800": 1}, 400, "?"),
         ("completions", b"[" * 100_000, 400, "body"),
         ("completions", {"prompt": "a", "frequency_penalty": 1.0}, 400, "frequency_penalty"),
+        ("completions", {"prompt": "a", "logprobs": 2}, 400, "logprobs"),
+        ("completions", {"prompt": "a", "tools": [{}]}, 400, "tools"),
+        ("chat/completions", {"messages": [], "logprobs": True, "top_logprobs": 2}, 400, "top_logprobs"),
         ("chat/completions", {"messages": []}, 400, "messages"),
+        ("chat/completions", {"messages": [{"role": "user", "content": None}]}, 400, "messages[0].content"),
         ("chat/completions", {"messages": [{"role": "user", "content": [1]}]}, 400, "messages[0].content"),
         ("completions", b"{", 400, "body"),
         ("completions", b" " * (5 << 20), 413, None),
@@ -140,6 +145,49 @@ def test_malformed_requests_get_an_error_that_names_the_field(port, path, body, 
     got, answer = call(port, f"/v1/{path}", body, raw)
     assert (got, answer["error"]["param"]) == (status, param)
     wait_until_idle(port)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("completions", {"prompt": "a", "seed": -1}),
+        ("completions", {"prompt": "a", "seed": 1 << 40}),
+        ("completions", {"prompt": "a", "logit_bias": {}, "best_of": 1, "echo": False, "presence_penalty": 0.0}),
+        ("chat/completions", {"tools": [], "tool_choice": "auto", "response_format": {"type": "text"}}),
+        ("chat/completions", {"top_logprobs": 0, "stream_options": None}),
+    ],
+)
+def test_what_asks_for_nothing_else_is_answered(port, path, body):
+    messages = {} if path == "completions" else {"messages": [{"role": "user", "content": "hi"}]}
+    assert call(port, f"/v1/{path}", {"max_tokens": 2} | messages | body)[0] == 200
+
+
+def test_messages_may_come_in_parts(port):
+    def ask(*contents):
+        messages = [{"role": role, "content": c} for role, c in zip(("user", "assistant"), contents, strict=False)]
+        return call(port, "/v1/chat/completions", {"messages": messages, "max_tokens": 8, "temperature": 0})[1]
+
+    parts = [{"type": "text", "text": "good"}, {"type": "text", "text": "day"}]
+    one, other = ask(parts, None), ask("good\nday")
+    assert one["choices"] == other["choices"]
+    assert one["usage"] == other["usage"]
+
+
+def test_without_a_seed_no_two_choices_are_the_same(port):
+    _, answer = call(port, "/v1/completions", {"prompt": ["a", "a"], "n": 2, "max_tokens": 12})
+    assert len({choice["text"] for choice in answer["choices"]}) == 4
+
+
+def test_log_probabilities_come_with_their_tokens_text(port):
+    body = {"prompt": "a", "logprobs": 0, "max_tokens": 3, "temperature": 0}
+    choice = call(port, "/v1/completions", body)[1]["choices"][0]
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    assert len(choice["logprobs"]["token_logprobs"]) == 3
+    body = {"messages": [{"role": "user", "content": "a"}], "logprobs": True, "max_tokens": 3, "temperature": 0}
+    choice = call(port, "/v1/chat/completions", body)[1]["choices"][0]
+    tokens = choice["logprobs"]["content"]
+    assert "".join(t["token"] for t in tokens) == choice["message"]["content"]
+    assert all(bytes(t["bytes"]).decode() == t["token"] and t["top_logprobs"] == [] for t in tokens)
 
 
 def test_a_chat_needs_no_limit(port):
@@ -158,8 +206,8 @@ def test_a_body_that_does_not_come_is_given_up(port, monkeypatch):
     connection.close()
 
 
-def test_an_answer_that_takes_too_long_is_given_up(engine):
-    """And its place is free again; a stream ends with the error."""
+def test_an_answer_that_takes_too_long_is_given_up(engine, caplog):
+    """And its place is free again, and nothing about it is in the log; a stream ends with the error."""
     app = server.application(engine, LANGUAGE, "tiny", max_waiting=250, seconds=0.0)
     with serving(app) as port:
         body = {"prompt": [5], "max_tokens": 60, "n": 8}
@@ -170,6 +218,8 @@ def test_an_answer_that_takes_too_long_is_given_up(engine):
         assert b"the answer took too long" in connection.getresponse().read()
         connection.close()
         wait_until_idle(port)
+    gc.collect()
+    assert not caplog.records
 
 
 def test_a_client_that_hangs_up_frees_its_slot(port):
@@ -190,14 +240,18 @@ def test_a_client_that_hangs_up_frees_its_slot(port):
 def test_streams_are_the_whole_answer(port):
     message = [{"role": "user", "content": "hello"}]
     body = {"messages": message, "max_completion_tokens": 40, "seed": 3, "n": 2, "logprobs": True}
+    usage = {"stream_options": {"include_usage": True}}
     _, whole = call(port, "/v1/chat/completions", body)
     connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True}))
+    connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True} | usage))
     with connection.getresponse() as answer:
         lines = answer.read().decode().split("\n\n")
     connection.close()
     assert lines[-2:] == ["data: [DONE]", ""]
     events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
+    last = events.pop()
+    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert all(event["usage"] is None for event in events)
     for index, choice in enumerate(whole["choices"]):
         parts = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
         assert "".join(p["delta"]["content"] for p in parts) == choice["message"]["content"]
@@ -225,4 +279,15 @@ def test_too_many_waiting_are_turned_away(port):
 
 
 def test_models_are_listed(port):
-    assert call(port, "/v1/models")[1]["data"][0]["id"] == "tiny"
+    model = call(port, "/v1/models")[1]["data"][0]
+    assert model["id"] == "tiny"
+    assert call(port, "/v1/models/tiny") == (200, model)
+    status, answer = call(port, "/v1/models/huge")
+    assert (status, answer["error"]["param"]) == (404, "model")
+
+
+def test_running_answers_do_not_hold_up_the_end(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(uvicorn, "run", lambda app, **how: seen.update(how))
+    server.serve(None, "127.0.0.1", 8000)
+    assert 0 < seen["timeout_graceful_shutdown"] < 10

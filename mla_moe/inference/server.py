@@ -48,8 +48,10 @@ def application(engine: Engine, language: Language, name: str, *, max_waiting: i
     @contextlib.asynccontextmanager
     async def lifespan(_):
         desk.start()
-        yield
-        desk.stop()
+        try:
+            yield
+        finally:  # a second Ctrl-C cancels this; to exit amid a step would abort
+            desk.stop()
 
     async def completions(http: HTTPRequest) -> Response:
         body = await _body(http, COMPLETION)

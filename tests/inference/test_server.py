@@ -1,5 +1,6 @@
 """The server over real connections."""
 
+import asyncio
 import contextlib
 import dataclasses
 import gc
@@ -284,6 +285,20 @@ def test_models_are_listed(port):
     assert call(port, "/v1/models/tiny") == (200, model)
     status, answer = call(port, "/v1/models/huge")
     assert (status, answer["error"]["param"]) == (404, "model")
+
+
+def test_an_end_by_force_waits_for_the_step_under_way(engine):
+    """A second Ctrl-C cancels what the server's life hangs on."""
+    app = server.application(engine, LANGUAGE, "tiny", max_waiting=1)
+    before = set(threading.enumerate())
+
+    async def live():
+        async with app.router.lifespan_context(app):
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(live())
+    assert set(threading.enumerate()) == before
 
 
 def test_running_answers_do_not_hold_up_the_end(monkeypatch):

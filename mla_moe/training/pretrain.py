@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from mla_moe import data
+from mla_moe.config import require
 from mla_moe.counting import cache_bytes_per_token, multi_head_cache_bytes_per_token, train_flops_per_token
 from mla_moe.inference.generate import generate
 from mla_moe.recipe import Recipe
@@ -75,7 +76,12 @@ class Pretraining(Stage):
         item = jnp.dtype(self.setup.skeleton.precision.compute).itemsize
         latent, multi_head = cache_bytes_per_token(cfg, item), multi_head_cache_bytes_per_token(cfg, item)
         flops = train_flops_per_token(cfg, training.sequence_length)
-        heldout = self._heldout
+        heldout, wanted = self._heldout, self.setup.recipe.sample
+        room = cfg.max_position_embeddings - max(map(len, self._prompts), default=0)
+        fix = f"behind the longest of sample.prompts the model has {room} positions"
+        require(
+            not wanted.prompts or wanted.max_new_tokens <= room, "sample.max_new_tokens", wanted.max_new_tokens, fix
+        )
         text = f"{bytes_(heldout[1])}; gzip -9 needs {heldout[2]:.3f} bits a byte" if heldout else "none"
         return [
             ("KV cache a token", f"{bytes_(latent)}; multi-head {bytes_(multi_head)} ({multi_head / latent:.1f} x)"),
@@ -116,6 +122,11 @@ class Pretraining(Stage):
         for sample in samples:
             self.setup.console.say(f"\n--- {sample['prompt']!r}\n{sample['prompt']}{sample['completion']}")
 
+    @property
+    def _prompts(self) -> list[list[int]]:
+        tokenizer = self.setup.tokenizer
+        return [[tokenizer.bos_id, *tokenizer.encode(prompt).tolist()] for prompt in self.setup.recipe.sample.prompts]
+
     def _sample(self, state: TrainState) -> list[dict[str, str]]:
         wanted = self.setup.recipe.sample
         if not wanted.prompts:
@@ -123,7 +134,7 @@ class Pretraining(Stage):
         model = self.setup.skeleton.merge(state.params | state.biases)
         new = generate(
             model,
-            [[self.setup.tokenizer.bos_id, *self.setup.tokenizer.encode(prompt).tolist()] for prompt in wanted.prompts],
+            self._prompts,
             max_new_tokens=wanted.max_new_tokens,
             temperature=wanted.temperature,
             seed=self.setup.recipe.seed,

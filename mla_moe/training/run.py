@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self, TextIO
+from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
@@ -44,8 +44,6 @@ LATER = {
     "rl": {"rl", "rejection"},
     "rejection": {"rejection"},
 }
-
-_locks: list[TextIO] = []  # held until the process ends
 
 
 def open_run(recipe: Recipe) -> Path:
@@ -87,14 +85,13 @@ def begun(run_dir: Path) -> set[str]:
 
 def _lock(run_dir: Path) -> None:
     """Two processes that train in one directory would write over each other's rows and checkpoints."""
-    file = (run_dir / ".lock").open("a")
+    lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT)  # held until the process ends
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise ConfigError("run_dir", str(run_dir), "another process trains there; end it, or give another") from None
     except OSError:  # a file system without locks
-        return
-    _locks.append(file)
+        pass
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -150,6 +150,7 @@ def test_a_directory_of_another_run_is_refused(whole, recipe):
         ({"data": Data(train=("nowhere/*.txt",))}, "data.train"),
         ({"data": Data(heldout=("nowhere/*.txt",))}, "data.heldout"),
         ({"data": Data(tokenizer="no/tokenizer.json")}, "data.tokenizer"),
+        ({"sample": Sample(prompts=("ab", "abc"), max_new_tokens=125)}, "sample.max_new_tokens"),
     ],
 )
 def test_what_cannot_run_is_said_before_compiling(recipe, tmp_path, changes, field, capsys):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -27,7 +28,7 @@ from mla_moe.interop.names import Cut, Index, Piece, Slices
 from mla_moe.interop.reader import CheckpointError, read_json
 from mla_moe.interop.writer import flush
 from mla_moe.nn.skeleton import Arrays, Skeleton
-from mla_moe.ops.digest import digest
+from mla_moe.ops.digest import digest, digest_of_part
 
 _CACHE_BYTES = 256 << 20  # parts of one stored chunk are asked for one after the other
 _PENDING = 4  # parts on their way to the disk
@@ -70,9 +71,9 @@ def _committed(step: Path) -> tuple[int, int]:
 
 
 def run_directory(step: Path) -> Path | None:
-    """The run that a step's directory is part of."""
-    run = step.absolute().parents[2:3]
-    return run[0] if run and (run[0] / "recipe.json").is_file() else None
+    """The run that a step's directory is part of, however it is reached: by a link to it, or over a link within."""
+    runs = [run for path in (step.resolve(), step.absolute()) for run in path.parents[2:3]]
+    return next((run for run in runs if (run / "recipe.json").is_file()), None)
 
 
 class NativeArrays:
@@ -93,6 +94,8 @@ class NativeArrays:
         self._groups = {key[1]: key[0] for key in keys if len(key) == 2 and key[0] in ("params", "biases")}
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
         self._open: dict[str, ts.TensorStore] = {}
+        self._unread: dict[str, tuple[int, int]] = {}
+        self._parts: dict[str, dict[str, int]] = {}
         self._check()
 
     def _check(self) -> None:
@@ -130,25 +133,56 @@ class NativeArrays:
         return self._store(path).size * self.dtype(path).itemsize
 
     def check(self, arrays: Arrays) -> None:
-        """Raise `CheckpointError` where an array that has been read in its own type is not as it was written."""
-        whole = {path: x for path, x in arrays.items() if x.dtype == self.dtype(path)} if self._digests else {}
-        then = self._digests["arrays"] if self._digests else {}
-        for path, number in digests(whole).items():
-            if number != then.get(f"{self._groups[path]}.{path}"):
-                raise CheckpointError("checkpoint", str(self.directory), f"is damaged: {path} is not as it was written")
+        """Raise `CheckpointError` where an array that has been read, on a mesh, is not as it was written."""
+        if not self._digests:
+            return
+        now = digests({path: x for path, x in arrays.items() if x.dtype == self.dtype(path)})
+        cast = [path for path in arrays if path not in now]
+        parts = [[self._parts[path][str(s.index)] for s in _once(arrays[path])] for path in cast]
+        ours = np.array([sum(numbers) % 2**32 for numbers in parts], np.uint32)
+        everywhere = np.reshape(multihost_utils.process_allgather(ours), (jax.process_count(), len(cast)))
+        now |= dict(zip(cast, everywhere.sum(0, np.uint32).tolist(), strict=True))
+        for path, number in now.items():
+            self._compare(path, number)
+
+    def _compare(self, path: str, number: int) -> None:
+        if self._digests and number != self._digests["arrays"].get(f"{self._groups[path]}.{path}"):
+            raise CheckpointError("checkpoint", str(self.directory), f"is damaged: {path} is not as it was written")
 
     def read(self, path: str, dtype: DTypeLike, index: Slices) -> np.ndarray:
-        """A part of an array. Raises `CheckpointError` for a file that is cut short or changed."""
-        return self._part(path, dtype, index)
+        """A part of an array. Raises `CheckpointError` for a file that is cut short or changed.
+
+        What is cast cannot be looked at later: its share of the digest is kept for `check`.
+        """
+        part = self._part(path, index)
+        if self._digests and part.dtype != dtype:
+            shape = self._store(path).shape
+            self._parts.setdefault(path, {})[str(index)] = digest_of_part(part, index, shape)
+        return part.astype(dtype, copy=False)
 
     def rows(self, piece: Piece, dtype: DTypeLike, cut: Cut) -> np.ndarray:
-        return piece.to_theirs(self._part(piece.path, dtype, cut.index))
+        """Some rows of a tensor. With an array's last ones it is compared with what was written."""
+        part, path = self._part(piece.path, cut.index), piece.path
+        if self._digests:
+            store = self._store(path)
+            left, number = self._unread.pop(path, (store.size, 0))
+            left, number = left - part.size, (number + digest_of_part(part, cut.index, store.shape)) % 2**32
+            if left:
+                self._unread[path] = left, number
+            else:
+                self._compare(path, number)
+        return piece.to_theirs(part.astype(dtype, copy=False))
 
-    def _part(self, path: str, dtype: DTypeLike, index: Index) -> np.ndarray:
+    def _part(self, path: str, index: Index) -> np.ndarray:
         try:
-            return self._store(path)[index].read().result().astype(dtype, copy=False)
+            return self._store(path)[index].read().result()
         except ValueError as error:
             raise CheckpointError("checkpoint", path, f"cannot be read: {str(error)[:200]}") from None
+
+
+def _once(array: jax.Array) -> list[jax.Shard]:
+    """This process's parts of an array, each of them in one process alone."""
+    return [shard for shard in array.addressable_shards if shard.replica_id == 0]
 
 
 class Planned(NamedTuple):
@@ -211,7 +245,8 @@ def create(directory: Path, cfg: ModelConfig, plan: Mapping[str, Planned]) -> Ge
 
 
 def _spec(state: Path, name: str, ocdbt: bool) -> dict[str, Any]:
-    base = {"driver": "file", "path": f"{state.absolute()}/"}
+    state = state.resolve()  # TensorStore takes no `..`
+    base = {"driver": "file", "path": f"{state}/"}
     if ocdbt:
         return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
-    return {"driver": "zarr", "kvstore": base | {"path": f"{state.absolute() / name}/"}}
+    return {"driver": "zarr", "kvstore": base | {"path": f"{state / name}/"}}

@@ -1,15 +1,17 @@
 """Checkpoints that are cut short or changed: known when they are read, and the one before is taken, aloud."""
 
 import dataclasses
+import json
 import random
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from mla_moe import ConfigError
-from mla_moe.interop import load_pretrained
+from mla_moe.interop import convert, load_pretrained
 from mla_moe.nn.skeleton import Skeleton
 from mla_moe.recipe import Checkpoint, Mesh
 from mla_moe.sharding import make_mesh
@@ -148,6 +150,32 @@ def test_whoever_else_reads_it_is_told(saved, tmp_path, file):
     file(step).write_bytes(raw.replace(b"10000.0", b"10001.0") if b"10000.0" in raw else zeroed)
     with pytest.raises(ConfigError, match=r"is damaged|cannot be read"):
         load_pretrained(step)
+
+
+READERS = {
+    "loaded": load_pretrained,
+    "in another type": lambda step: load_pretrained(step, jnp.bfloat16),
+    "on a mesh": lambda step: load_pretrained(step, jnp.bfloat16, make_mesh(Mesh(data=2, fsdp=2, expert=2))),
+    "converted": lambda step: convert(step, step.with_name("out")),
+    "in this layout": lambda step: convert(step, step.with_name("out"), to="orbax", dtype=jnp.bfloat16),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_every_reader_compares_every_array(saved, tmp_path, read):
+    run_dir, _, _ = saved
+    step = tmp_path / "copy" / "checkpoints" / "pretrain" / "2"
+    shutil.copytree(run_dir, tmp_path / "copy")
+    read(step)
+    shutil.rmtree(step.with_name("out"), ignore_errors=True)
+    file = step / "digests" / "metadata"
+    good = json.loads(file.read_text())
+    for path in ("params.embed", "params.moe_layers/moe/gate_up", "biases.moe_layers/moe/router/bias"):
+        changed = good["arrays"] | {path: good["arrays"][path] ^ 1}
+        file.write_text(json.dumps(good | {"arrays": changed}))
+        with pytest.raises(ConfigError, match=f"is damaged: {path.partition('.')[2]} is not as it was written"):
+            read(step)
+    assert {path.name for path in step.parent.iterdir()} == {"1", "2"}
 
 
 def test_a_checkpoint_half_removed_by_a_kill_is_passed_over(saved, tmp_path):

@@ -12,6 +12,7 @@ from flax import nnx
 
 from mla_moe import ConfigError, Transformer
 from mla_moe.interop import convert, load_pretrained, save_pretrained
+from mla_moe.interop.native import run_directory
 from mla_moe.interop.reader import Reader
 from mla_moe.interop.source import open_source
 from mla_moe.nn.skeleton import arrays_of
@@ -87,6 +88,25 @@ def test_a_module_with_its_own_embedding(cfg, tmp_path):
     convert(tmp_path / "orbax", tmp_path / "back")
     assert tensors(tmp_path / "back") == tensors(tmp_path / "hf")
     assert load_pretrained(tmp_path / "orbax").cfg == model.cfg
+
+
+def test_any_way_to_a_directory_will_do(tmp_path):
+    """Up and down again, and over links: to a run's checkpoints, or to one of them."""
+    (tmp_path / "side").mkdir()
+    convert(GOLDEN / "v3", tmp_path / "side" / ".." / "orbax", to="orbax")
+    assert load_pretrained(tmp_path / "side" / ".." / "orbax").cfg == load_pretrained(GOLDEN / "v3").cfg
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "recipe.json").write_text("{}")
+    (elsewhere / "pretrain").mkdir(parents=True)
+    (tmp_path / "orbax").rename(elsewhere / "pretrain" / "1")
+    (run / "checkpoints" / "pretrain").symlink_to(elsewhere / "pretrain")
+    assert run_directory(run / "checkpoints" / "pretrain" / "1") == run
+    (run / "checkpoints" / "pretrain").unlink()
+    (elsewhere / "pretrain").rename(run / "checkpoints" / "pretrain")
+    (tmp_path / "link").symlink_to(run / "checkpoints" / "pretrain" / "1")
+    for path in (tmp_path / "link", tmp_path / "side" / ".." / "run" / "checkpoints" / "pretrain" / "1"):
+        assert run_directory(path) == run
 
 
 def _truncate(directory):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mla_moe.ops.digest import digest
+from mla_moe.ops.digest import digest, digest_of_part
 from mla_moe.recipe import Mesh
 from mla_moe.sharding import make_mesh
 
@@ -38,3 +38,13 @@ def test_a_mesh_changes_nothing():
 def test_single_numbers_and_nothing():
     assert of(jnp.int32(3)) != of(jnp.int32(4))
     assert of(jnp.zeros((0, 3))) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_host_adds_up_parts(dtype):
+    """Of any shape, with some of their axes taken away, and not all rows at a time."""
+    x = np.random.default_rng(0).normal(size=(3, 10, 2, 7)).astype(jnp.dtype(dtype))
+    indices = [(i, rows, g, slice(None)) for i in range(3) for rows in (slice(4), slice(4, 10)) for g in range(2)]
+    assert sum(digest_of_part(x[index], index, x.shape) for index in indices) % 2**32 == of(x)
+    long = np.asfortranarray(x.reshape(210, 2).repeat(400, 1))
+    assert digest_of_part(long, (slice(None), slice(0, None)), long.shape) == of(long)

@@ -291,8 +291,8 @@ def _model_and_language(checkpoint: Path):
     from mla_moe.interop import load_pretrained
     from mla_moe.interop.carried import tokenizer_file
 
-    model = load_pretrained(checkpoint)
     file = tokenizer_file(checkpoint)
+    model = load_pretrained(checkpoint)
     tokenizer = HFTokenizer(file) if file else ByteTokenizer()
     require(
         tokenizer.vocab_size <= model.cfg.vocab_size,

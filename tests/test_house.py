@@ -8,7 +8,7 @@ import mla_moe
 HOUSE = Path(mla_moe.__file__).parent
 FLOORS = [
     ("config",),
-    ("recipe",),
+    ("recipe", "special_tokens"),
     ("sharding", "ops"),
     ("nn",),
     ("counting",),

@@ -10,7 +10,8 @@ from typing import Protocol
 import numpy as np
 import tokenizers
 
-from mla_moe.config import ConfigError, require
+from mla_moe.config import ConfigError
+from mla_moe.special_tokens import BYTES, open_tokenizer, special_ids
 
 _FIELD = "data.tokenizer"
 _SAMPLE_CHARACTERS = 6_000_000  # enough to rank a few thousand merges; more only takes longer
@@ -39,8 +40,8 @@ class ByteTokenizer:
 
     name = "byte"
     vocab_size = 258
-    bos_id = 256
-    eos_id = 257
+    bos_id = BYTES["bos_token_id"]
+    eos_id = BYTES["eos_token_id"]
 
     def encode(self, text: str) -> np.ndarray:
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
@@ -50,84 +51,26 @@ class ByteTokenizer:
 
 
 class HFTokenizer:
-    """A Hugging Face `tokenizer.json`.
-
-    bos and eos are those of a `tokenizer_config.json` beside it, or else the special tokens with a usual name; where
-    only one exists it serves as both, as GPT-2's `<|endoftext|>` does.
-    """
+    """A Hugging Face `tokenizer.json`, with the bos and eos that `special_ids` finds."""
 
     def __init__(self, path: str | Path):
         path = Path(path)
         self.name = str(path)
         if not path.is_file():
             raise ConfigError(_FIELD, self.name, "no such file; give byte, bpe:SIZE or the path of a tokenizer.json")
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(self.name)
-        except Exception as error:  # the Rust side raises bare `Exception`
-            raise ConfigError(_FIELD, self.name, f"is not a tokenizer.json: {error}") from None
+        self._tokenizer = open_tokenizer(path)
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # a document that spells "</s>" must not end itself
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        bos = self._special_id(path, "bos_token", _BOS_NAMES)
-        eos = self._special_id(path, "eos_token", _EOS_NAMES)
-        found = [token_id for token_id in (bos, eos) if token_id is not None]
-        if not found:
-            raise ConfigError(
-                _FIELD, self.name, "has no bos or eos token; name them in a tokenizer_config.json beside it"
-            )
-        self.bos_id, self.eos_id = found[0], found[-1]
-
-    def _special_id(self, path: Path, key: str, usual: Sequence[str]) -> int | None:
-        token = _named_token(path.with_name("tokenizer_config.json"), key)
-        if token is not None:
-            if (token_id := self._tokenizer.token_to_id(token)) is None:
-                raise ConfigError(_FIELD, self.name, f"has no token {token!r}, the {key} of tokenizer_config.json")
-            return token_id
-        special = {t.content: i for i, t in self._tokenizer.get_added_tokens_decoder().items() if t.special}
-        return next((special[name] for name in usual if name in special), None)
+        ids = special_ids(self._tokenizer, path)
+        self.bos_id, self.eos_id = ids["bos_token_id"], ids["eos_token_id"]
 
     def encode(self, text: str) -> np.ndarray:
         return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
-
-
-_BOS_NAMES = (
-    "<｜begin▁of▁sentence｜>",  # full-width bars: DeepSeek's own
-    "<|begin▁of▁sentence|>",
-    "<|begin_of_text|>",
-    "<|startoftext|>",
-    "<s>",
-    "<bos>",
-    "[BOS]",
-    "<|im_start|>",
-)
-_EOS_NAMES = (
-    "<｜end▁of▁sentence｜>",
-    "<|end▁of▁sentence|>",
-    "<|end_of_text|>",
-    "<|endoftext|>",
-    "</s>",
-    "<eos>",
-    "[EOS]",
-    "<|im_end|>",
-)
-
-
-def _named_token(path: Path, key: str) -> str | None:
-    """The token under `key` of a `tokenizer_config.json`, which gives a string, an object with `content`, or null."""
-    if not path.is_file():
-        return None
-    try:
-        token = json.loads(path.read_text(encoding="utf-8-sig")).get(key)
-    except (ValueError, AttributeError, RecursionError):
-        raise ConfigError(_FIELD, str(path), "is not a JSON object") from None
-    if isinstance(token, dict):
-        token = token.get("content", token)
-    require(token is None or isinstance(token, str), _FIELD, str(path), f"{key} is no text and no object with content")
-    return token
 
 
 def train_bpe(documents: Sequence[str], vocab_size: int, path: str | Path) -> None:

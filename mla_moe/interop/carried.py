@@ -12,47 +12,61 @@ from mla_moe.config import ConfigError, ModelConfig
 from mla_moe.interop.fp8 import QUANTIZATION_CONFIG
 from mla_moe.interop.native import run_directory, step_directory
 from mla_moe.interop.reader import CheckpointError, leaves, read_json
+from mla_moe.special_tokens import BYTES, open_tokenizer, special_ids
 
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".md"}
 _MADE_ANEW = {"config.json", "model.safetensors.index.json"}
 _OF_A_TOKENIZER = ("tokenizer", "special_tokens", "chat_template", "vocab", "merges", "generation_config", "tiktoken")
+_OF_OTHERS = ("tokenizer", "tiktoken", "vocab", "merges")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def carried(directory: Path) -> list[Path]:
-    """Files beside the weights; of a run, those of its tokenizer. They are copied and never run.
+def carried(directory: Path) -> dict[str, Path]:
+    """Files beside the weights, by the names they are to have; of a run, those of its tokenizer, whose own file becomes
+    `tokenizer.json`. They are copied and never run.
 
     Raises `CheckpointError` for a link that leads out of the directory.
     """
-    home, names = directory, ("",)
-    if run := run_directory(directory):
-        home, names = _tokenizer_home(run), _OF_A_TOKENIZER
-    files = [
-        path
+    home, names, run = directory, ("",), run_directory(directory)
+    file = _named_by_recipe(run) if run else None
+    if file and not file.is_file():
+        logger.warning("the run's tokenizer %s is not there; the weights go without it", file)
+        file = None
+    if run:
+        home, names = file.parent if file else run, _OF_A_TOKENIZER
+    files = {
+        path.name: path
         for path in sorted(home.iterdir())
         if path.is_file()
         and path.name.startswith(names)
         and path.name not in _MADE_ANEW
         and (path.suffix in _SUFFIXES or path.name == "LICENSE")
-    ]
-    for path in files:
+        and not (run and path.name == "tokenizer.json")  # the recipe says which
+    }
+    for name, path in files.items():
         if path.is_symlink() and leaves(path):
-            raise CheckpointError("checkpoint", path.name, "is a link out of the directory; put the file in its place")
-    return files
+            raise CheckpointError("checkpoint", name, "is a link out of the directory; put the file in its place")
+    return files | ({"tokenizer.json": file} if file else {})
 
 
 def tokenizer_file(path: Path) -> Path | None:
     """The `tokenizer.json` that belongs to what `load_pretrained` opens; None where text is bytes.
 
-    Of a run it is the one its recipe names, which may be gone.
+    Of a run it is the one its recipe names, which may be gone. Raises `CheckpointError` for a directory whose tokenizer
+    is of another kind.
     """
     directory = step_directory(path) or path
     if run := run_directory(directory):
         return _named_by_recipe(run)
-    file = directory / "tokenizer.json"
-    return file if file.is_file() else None
+    if (file := directory / "tokenizer.json").is_file():
+        return file
+    for other in sorted(directory.iterdir()):
+        if other.name.startswith(_OF_OTHERS):
+            fix = "only tokenizer.json is read; write one with AutoTokenizer.from_pretrained(…).save_pretrained(…)"
+            raise CheckpointError("tokenizer", str(other), fix)
+    return None
 
 
 def _named_by_recipe(run: Path) -> Path | None:
@@ -63,15 +77,6 @@ def _named_by_recipe(run: Path) -> Path | None:
     return run / "tokenizer.json" if spec.startswith("bpe:") else Path(spec)
 
 
-def _tokenizer_home(run: Path) -> Path:
-    """Where the files of a run's tokenizer are; the run, where there are none."""
-    file = _named_by_recipe(run)
-    if file is None or file.is_file():
-        return run if file is None else file.parent
-    logger.warning("the run's tokenizer %s is not there; the weights go without it", file)
-    return run
-
-
 def hub_config(
     cfg: ModelConfig, dtype: DTypeLike | None, *, fp8: bool = False, beside: Path | None = None
 ) -> dict[str, Any]:
@@ -80,7 +85,7 @@ def hub_config(
     config = cfg.to_hf()
     if beside is not None:
         theirs = read_json(beside / "config.json") if (beside / "config.json").is_file() else {}
-        config = theirs if _describes(theirs, cfg) else config | _token_ids(theirs, carried(beside))
+        config = theirs if _describes(theirs, cfg) else config | _token_ids(theirs, beside)
     config.pop("quantization_config", None)
     if dtype is not None:
         config.pop("dtype", None)
@@ -95,15 +100,12 @@ def _describes(config: Mapping[str, Any], cfg: ModelConfig) -> bool:
         return False
 
 
-def _token_ids(config: Mapping[str, Any], files: list[Path]) -> dict[str, Any]:
-    """From a config.json, or from a tokenizer's own files."""
+def _token_ids(config: Mapping[str, Any], directory: Path) -> dict[str, int]:
+    """From a config.json, or from the tokenizer that is carried."""
     ids = {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
-    by_name = {path.name: path for path in files}
-    if ids or not {"tokenizer.json", "tokenizer_config.json"} <= by_name.keys():
+    if ids:
         return ids
-    added = read_json(by_name["tokenizer.json"]).get("added_tokens")
-    numbers = {token["content"]: token["id"] for token in added if isinstance(token, dict)} if added else {}
-    names = read_json(by_name["tokenizer_config.json"])
-    tokens = {name: names.get(name.removesuffix("_id")) for name in _TOKEN_IDS}
-    contents = {name: token["content"] if isinstance(token, dict) else token for name, token in tokens.items()}
-    return {name: numbers[token] for name, token in contents.items() if token in numbers}
+    if file := carried(directory).get("tokenizer.json"):
+        return special_ids(open_tokenizer(file), file)
+    run = run_directory(directory)
+    return dict(BYTES) if run and _named_by_recipe(run) is None else {}

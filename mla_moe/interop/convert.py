@@ -109,6 +109,8 @@ def _to_native(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
     all_pieces = list(without_copies(pieces(skeleton)))
     shapes = {path: variable.get_value().shape for path, variable in skeleton.variables.items()}
     plan = {p.path: Planned(kinds[p.path], shapes[p.path], _chunk(p, shapes[p.path])) for p in all_pieces}
+    others = carried(source.directory)
+    config = hub_config(source.cfg, dtype if dtype is not None else kinds["embed"], beside=source.directory)
     with whole_directory(dst) as directory:
         with create(directory / "step", source.cfg, plan) as writer, progress("Writing", _size(plan)) as advance:
             for piece in all_pieces:
@@ -119,10 +121,8 @@ def _to_native(source: Source, dst: Path, dtype: DTypeLike | None) -> None:
         for path in (directory / "step").iterdir():
             path.rename(directory / path.name)
         (directory / "step").rmdir()
-        for path in carried(source.directory):
-            shutil.copyfile(path, directory / path.name)
-        changed = dtype if dtype is not None else kinds["embed"]
-        config = hub_config(source.cfg, changed, beside=source.directory)
+        for name, path in others.items():
+            shutil.copyfile(path, directory / name)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -57,12 +57,18 @@ def config_digest(config: Mapping[str, Any]) -> int:
 
 
 def step_directory(path: Path) -> Path | None:
-    """The checkpoint that `path` is, or the newest of a stage's or a run's directory; None where there is none."""
+    """The checkpoint that `path` is, or the newest of a stage's or a run's directory; None where there is none.
+
+    Raises `CheckpointError` for what is no directory, and for a run that has not come to its first checkpoint."""
+    if not path.is_dir():
+        raise CheckpointError("checkpoint", str(path), "no such directory")
     if (path / "state").is_dir() and (path / "model").is_dir():
         return path
     stages = (path / "checkpoints").glob("*") if (path / "checkpoints").is_dir() else [path]
     steps = [step for stage in stages if stage.is_dir() for step in stage.iterdir() if step.name.isdigit()]
     whole = [step for step in steps if (step / _METADATA).is_file()]  # others were being removed when a run was killed
+    if not whole and (path / "recipe.json").is_file() and not (path / "config.json").is_file():
+        raise CheckpointError("checkpoint", str(path), "is a run without a checkpoint yet")
     return max(whole, key=_committed, default=None)
 
 

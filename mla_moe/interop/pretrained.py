@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from mla_moe.interop.carried import carried, hub_config
 from mla_moe.interop.names import Piece, pieces
+from mla_moe.interop.native import step_directory
 from mla_moe.interop.progress import progress
 from mla_moe.interop.source import Source, open_source
 from mla_moe.interop.writer import SHARD_BYTES, Entry, entries_of, write_checkpoint
@@ -73,9 +74,9 @@ def save_pretrained(
     """Write a directory that transformers, vLLM and SGLang load, all of it or nothing.
 
     Weights keep the model's types, and a loaded router its file's, unless `dtype` gives another; router biases stay
-    float32 then. `like` is a directory whose tokenizer, chat template and token ids are carried along. With `fp8`,
-    matrices go into FP8 blocks as in DeepSeek's releases. Of many processes all must call this, and the first writes.
-    Raises `CheckpointError` if `path` exists.
+    float32 then. `like` is a directory, or a run, whose tokenizer, chat template and token ids are carried along. With
+    `fp8`, matrices go into FP8 blocks as in DeepSeek's releases. Of many processes all must call this, and the first
+    writes. Raises `CheckpointError` if `path` exists.
     """
     skeleton, arrays = Skeleton(model.cfg, precision=model.precision), arrays_of(model)
     file_types = {p: v.get_metadata(_FILE_TYPE, arrays[p].dtype) for p, v in variables_of(model).items()}
@@ -90,8 +91,9 @@ def save_pretrained(
         for entry in entries:
             deque(entry.parts(), maxlen=0)  # join in what the first process gathers
         return
-    config = hub_config(model.cfg, dtype or model.precision.param, fp8=fp8, beside=Path(like) if like else None)
-    write_checkpoint(Path(path), config, entries, max_shard_bytes, carried(Path(like)) if like else ())
+    beside = (step_directory(Path(like)) or Path(like)) if like else None
+    config = hub_config(model.cfg, dtype or model.precision.param, fp8=fp8, beside=beside)
+    write_checkpoint(Path(path), config, entries, max_shard_bytes, carried(beside) if beside else {})
 
 
 def _is_router(path: str) -> bool:

@@ -10,7 +10,6 @@ from jax.typing import DTypeLike
 from mla_moe.config import ModelConfig
 from mla_moe.interop.names import Cut, Piece, Slices, pieces
 from mla_moe.interop.native import NativeArrays, step_directory
-from mla_moe.interop.reader import CheckpointError
 from mla_moe.interop.weights import open_checkpoint
 from mla_moe.nn.skeleton import Arrays, Skeleton
 
@@ -45,8 +44,6 @@ class Source(Protocol):
 def open_source(path: str | Path) -> Source:
     """A Hugging Face directory, or a run's, a stage's or a step's. Raises `CheckpointError` for anything else."""
     path = Path(path)
-    if not path.is_dir():
-        raise CheckpointError("checkpoint", str(path), "no such directory")
     step = step_directory(path)
     return HubArrays(path) if step is None else NativeArrays(step)
 

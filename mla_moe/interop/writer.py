@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,20 +57,20 @@ def entries_of(name: str, dtype: np.dtype, shape: tuple[int, ...], parts: Parts,
 
 
 def write_checkpoint(
-    path: Path, config: dict[str, Any], entries: Sequence[Entry], max_bytes: int, others: Sequence[Path] = ()
+    path: Path, config: dict[str, Any], entries: Sequence[Entry], max_bytes: int, others: Mapping[str, Path]
 ) -> None:
-    """Tensors, their config.json, and copies of `others`: a directory that is whole or does not exist."""
+    """Tensors, their config.json, and copies of `others` by name: a directory that is whole or does not exist."""
     with whole_directory(path) as directory, progress("Writing", sum(e.bytes for e in entries)) as advance:
         write_shards(directory, entries, max_bytes, advance)
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for other in others:
-            shutil.copyfile(other, directory / other.name)
+        for name, other in others.items():
+            shutil.copyfile(other, directory / name)
 
 
 @contextlib.contextmanager
 def whole_directory(path: Path) -> Generator[Path]:
     """A directory beside `path` that becomes `path` when the block ends well, and vanishes when it does not."""
-    if path.exists():
+    if os.path.lexists(path):
         raise CheckpointError("path", str(path), "exists already; choose another or remove it")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))

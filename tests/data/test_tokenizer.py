@@ -167,6 +167,6 @@ def test_what_cannot_be_used_is_named(tmp_path):
     assert "no token '<gone>'" in refused(path)
     for token in ("3", "[]", '{"lstrip": true}'):
         (tmp_path / "tokenizer_config.json").write_text(f'{{"bos_token": {token}}}')
-        assert "bos_token is no text" in refused(path)
+        assert "bos_token in tokenizer_config.json is no text" in refused(path)
     (tmp_path / "tokenizer_config.json").write_text("[")
     assert "not a JSON object" in refused(path)

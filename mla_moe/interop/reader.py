@@ -73,7 +73,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
+    """As transformers chooses: one file goes before an index, which may be left of an earlier save. A weight file may be
+    a link to another disk."""
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
     if not index.exists():
         files = sorted(directory.glob("*.safetensors"))
         if not files:
@@ -84,12 +88,11 @@ def _files(directory: Path) -> list[Path]:
         raise CheckpointError(index.name, "weight_map", "must map tensor names to file names")
     files = []
     for name in sorted(set(weight_map.values())):
-        path = directory / name
-        if Path(name).name != name or not name.endswith(".safetensors") or (path.is_symlink() and leaves(path)):
+        if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(index.name, name, "must name a .safetensors file in the directory itself")
-        if not path.is_file():
+        if not (directory / name).is_file():
             raise CheckpointError(index.name, name, "is missing; fetch it again")
-        files.append(path)
+        files.append(directory / name)
     return files
 
 

@@ -193,9 +193,15 @@ def configure(directory, **fields):
 
 def index_to(name):
     def spoil(directory):
+        (directory / "model.safetensors").rename(directory / "model-1.safetensors")
         (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
 
     return spoil
+
+
+def index_of_another_kind(directory):
+    index_to("")(directory)
+    (directory / "model.safetensors.index.json").write_text("[]")
 
 
 def update(name, **fields):
@@ -242,7 +248,7 @@ SPOILT = {
     "index leads out": (index_to("../model.safetensors"), "in the directory itself"),
     "index leads to a root": (index_to("/etc/passwd"), "in the directory itself"),
     "index names nothing": (index_to("other.safetensors"), "is missing"),
-    "index of another kind": (lambda d: (d / "model.safetensors.index.json").write_text("[]"), "JSON object"),
+    "index of another kind": (index_of_another_kind, "JSON object"),
     "no files": (remove("model.safetensors"), "holds no .safetensors file"),
     "no config": (remove("config.json"), "no such file"),
 }
@@ -255,12 +261,29 @@ def test_spoilt_checkpoints_are_refused(broken, spoil, message):
         load_pretrained(broken)
 
 
-def test_links_out_of_the_directory_are_not_followed(broken, tmp_path):
-    (broken / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
-    (broken / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
-    index_to("model.safetensors")(broken)
-    with pytest.raises(CheckpointError, match="in the directory itself"):
-        load_pretrained(broken)
+def test_files_on_another_disk_may_be_linked(broken, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for path in broken.iterdir():
+        (tmp_path / "elsewhere" / path.name).symlink_to(path)
+    assert load_pretrained(tmp_path / "elsewhere").cfg == load_pretrained(broken).cfg
+    save_pretrained(load_pretrained(broken), tmp_path / "cut", max_shard_bytes=20_000)
+    for shard in list((tmp_path / "cut").glob("*.safetensors")):
+        shard.rename(tmp_path / shard.name)
+        shard.symlink_to(tmp_path / shard.name)
+    assert tensors(tmp_path / "cut") == tensors(broken)
+
+
+def test_one_file_goes_before_what_else_lies_there(broken, tmp_path):
+    """An index and shards of an earlier save, an adapter, the same weights under their makers' name."""
+    model = load_pretrained(GOLDEN / "v3", dtype=jnp.float32)
+    save_pretrained(model, tmp_path / "old", max_shard_bytes=20_000)
+    for path in (tmp_path / "old").iterdir():
+        if path.name != "config.json":
+            shutil.copy(path, broken)
+    save_file({"lora": np.zeros(2, np.float32)}, broken / "adapter_model.safetensors")
+    shutil.copy(broken / "model.safetensors", broken / "consolidated.safetensors")
+    assert tensors(broken) == tensors(GOLDEN / "v3")
+    assert load_pretrained(broken).embed[...].dtype == jnp.bfloat16
 
 
 @given(st.data())

@@ -12,14 +12,22 @@ from mla_moe.interop.native import NativeArrays
 from mla_moe.interop.pretrained import read_arrays
 from mla_moe.interop.source import open_source
 from mla_moe.nn.skeleton import Skeleton
-from mla_moe.recipe import Recipe
+from mla_moe.recipe import Data, Recipe
 from mla_moe.training.checkpoint import Place, restore_step
 from mla_moe.training.step import TrainState, abstract_state, init_state
 
 # What may differ between a checkpoint and the model that goes on from it: how far it reaches, how it was drawn, and a
 # prediction module that is left behind.
 _FREE = ("max_position_embeddings", "rope_theta", "rope_scaling", "initializer_range", "num_nextn_predict_layers")
-_DATA = ("seed", "data", "training.batch_size", "training.sequence_length")
+# What may not, if the whole state is taken: what the optimizer is of, and the way through the data.
+_SAME = (
+    "seed",
+    "model.num_nextn_predict_layers",
+    "optimizer.name",
+    *(f"data.{field.name}" for field in dataclasses.fields(Data) if field.name != "prefetch"),
+    "training.batch_size",
+    "training.sequence_length",
+)
 
 
 def first_state(
@@ -32,18 +40,21 @@ def first_state(
     """The state that `recipe.init_from` and `recipe.init_parts` ask for, each array straight to its place.
 
     A whole state moves the data to `place` too. Raises `ConfigError` for a checkpoint of another model, and for a
-    whole state of a run on other data.
+    whole state of a run on other data or with another optimizer.
     """
     if recipe.init_from is None:
         return init_state(skeleton, tx, recipe.seed, mesh)
     if recipe.init_parts == "parameters":
         return loaded_state(recipe.init_from, recipe, skeleton, tx, mesh)
-    source = open_source(recipe.init_from)
+    stage = Path(recipe.init_from) / "checkpoints" / "pretrain"
+    source = open_source(stage if stage.is_dir() else recipe.init_from)
     _check_model(source.cfg, recipe.model, recipe.init_from)
     if not isinstance(source, NativeArrays) or (run := source.run) is None:
         raise ConfigError("init_parts", "whole", f"{recipe.init_from} holds parameters only; ask for those")
+    if source.directory.resolve().parent.name != "pretrain":
+        raise ConfigError("init_parts", "whole", f"{source.directory} is of a later stage; ask for its parameters")
     other = Recipe.from_json((run / "recipe.json").read_text())
-    for field in _DATA:
+    for field in _SAME:
         ours, theirs = (_get(r, field) for r in (recipe, other))
         if ours != theirs:
             fix = f"{recipe.init_from} had {theirs!r}; keep that value, or take init_parts = 'parameters'"
@@ -81,7 +92,8 @@ def loaded_state(
 def _check_model(theirs: ModelConfig, ours: ModelConfig, path: str) -> None:
     for field in dataclasses.fields(ModelConfig):
         there, here = getattr(theirs, field.name), getattr(ours, field.name)
-        if there != here and field.name not in _FREE:
+        idle = field.name == "mtp_shares_embedding" and not ours.num_nextn_predict_layers
+        if there != here and field.name not in _FREE and not idle:
             raise ConfigError(f"model.{field.name}", here, f"{path} has {there!r}; give the recipe the same model")
     if ours.num_nextn_predict_layers > theirs.num_nextn_predict_layers:
         raise ConfigError("model.num_nextn_predict_layers", 1, f"{path} has no prediction module; set it to 0")

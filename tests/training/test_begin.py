@@ -1,6 +1,8 @@
 """Where a run begins: a checkpoint of Hugging Face, of this project, or another run's whole state."""
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -55,9 +57,22 @@ def rows(run_dir):
 
 
 def test_a_branch_of_a_run_goes_on_as_the_run_itself(recipe, run, tmp_path, capsys):
-    start(recipe, tmp_path, init_from=str(run / "checkpoints" / "pretrain" / "2"), init_parts="whole")
+    data = dataclasses.replace(recipe.data, prefetch=1)
+    start(recipe, tmp_path, init_from=str(run / "checkpoints" / "pretrain" / "2"), init_parts="whole", data=data)
     assert "step 2" in capsys.readouterr().out
     assert rows(tmp_path) == rows(run)[2:]
+
+
+def test_a_branch_begins_with_the_pretraining_of_a_run_that_went_further(recipe, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "tuned")
+    later = tmp_path / "tuned" / "checkpoints" / "sft" / "9"
+    shutil.copytree(run / "checkpoints" / "pretrain" / "2", later)
+    (later / "_CHECKPOINT_METADATA").write_text(json.dumps({"commit_timestamp_nsecs": 1 << 62}))
+    (tmp_path / "up").mkdir()
+    source = str(tmp_path / "up" / ".." / "tuned")
+    training = dataclasses.replace(recipe.training, steps=5)
+    start(recipe, tmp_path / "on", init_from=source, init_parts="whole", training=training)
+    assert "step 4" in capsys.readouterr().out
 
 
 def test_parameters_alone_begin_anew(recipe, run, tmp_path):
@@ -104,6 +119,17 @@ REFUSED = {
     "nothing there": ({"init_from": "/nowhere"}, "no such directory"),
     "nothing left to do": ({"init_from": "run", "init_parts": "whole"}, "has done 4 already"),
     "other data": ({"init_from": "run", "init_parts": "whole", "seed": 1}, "seed = 1: .* had 0"),
+    "packed otherwise": (
+        {"init_from": "run", "init_parts": "whole", "data": {"shuffle_window": 8}}, "data.shuffle_window = 8: .* had 4;"
+    ),
+    "another optimizer": (
+        {"init_from": "run", "init_parts": "whole", "optimizer": {"name": "muon"}}, "optimizer.name = .* had 'adamw'"
+    ),
+    "a module less": (
+        {"init_from": "run", "init_parts": "whole", "model": {"num_nextn_predict_layers": 0}},
+        "model.num_nextn_predict_layers = 0: .* had 1",
+    ),
+    "another stage": ({"init_from": "sft", "init_parts": "whole"}, "sft/4 is of a later stage"),
 }  # fmt: skip
 
 
@@ -111,8 +137,14 @@ REFUSED = {
 def test_what_does_not_fit_is_refused(recipe, run, tmp_path, changes, message):
     if changes["init_from"] == "hf":
         convert(run, tmp_path / "hf")
-    places = {"hf": str(tmp_path / "hf"), "run": str(run)}
+    later = tmp_path / "tuned" / "checkpoints" / "sft"
+    if changes["init_from"] == "sft":
+        shutil.copytree(run / "checkpoints" / "pretrain", later)
+        shutil.copy(run / "recipe.json", tmp_path / "tuned")
+    places = {"hf": str(tmp_path / "hf"), "run": str(run), "sft": str(later)}
     changes = changes | {"init_from": places.get(changes["init_from"], changes["init_from"])}
+    sections = {name: value for name, value in changes.items() if isinstance(value, dict)}
+    changes |= {name: dataclasses.replace(getattr(recipe, name), **value) for name, value in sections.items()}
     with pytest.raises(ConfigError, match=message):
         start(recipe, tmp_path / "new", **changes)
 
@@ -144,6 +176,10 @@ def test_a_prediction_module_may_be_left_behind(recipe, run, tmp_path):
     training = dataclasses.replace(recipe.training, steps=1)
     start(recipe, tmp_path / "without", init_from=str(run), model=model, training=training)
     assert "mtp_loss" not in rows(tmp_path / "without")[0]
+    own = dataclasses.replace(recipe.model, mtp_shares_embedding=False)
+    start(recipe, tmp_path / "own", model=own, training=training)
+    start(recipe, tmp_path / "shorn", init_from=str(tmp_path / "own"), model=model, training=training)
+    assert load_pretrained(tmp_path / "shorn").cfg == model
     with pytest.raises(ConfigError, match="has no prediction module"):
         start(recipe, tmp_path / "with", init_from=str(tmp_path / "without"))
     assert load_pretrained(tmp_path / "without", dtype=jnp.bfloat16).cfg == model

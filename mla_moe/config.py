@@ -178,12 +178,16 @@ class ModelConfig:
         Everything is read from the file and nothing from the model's name. Raises `ConfigError` for a field that is
         missing or asks for something the family's architecture does not have.
         """
+        kind = config.get("model_type")
+        require(kind in _FAMILY, "model_type", kind, f"another architecture; this one has {', '.join(_FAMILY[1:])}")
         for field, only in (("hidden_act", "silu"), ("tie_word_embeddings", False), ("attention_bias", False),
                             ("moe_layer_freq", 1), ("ep_size", 1), ("rope_interleave", True)):  # fmt: skip
             if config.get(field, only) not in (only, None):
                 raise ConfigError(field, config[field], f"only {only!r} is part of this architecture")
-        is_v2 = config.get("model_type") == "deepseek_v2"
-        method = config.get("topk_method") or ("greedy" if is_v2 else "noaux_tc")
+        method = config.get("topk_method") or ("greedy" if kind == "deepseek_v2" else "noaux_tc")
+        if method == "noaux_tc":  # no tensor tells
+            for field in ("routed_scaling_factor", "n_group", "topk_group"):
+                require(config.get(field) is not None, f"config.json.{field}", None, "is required")
         values = {f.name: config[f.name] for f in dataclasses.fields(cls) if config.get(f.name) is not None}
         values |= {
             "topk_method": method,
@@ -195,17 +199,18 @@ class ModelConfig:
         require(isinstance(rope, dict), "rope_scaling", rope, "an object")
         rope = dict(rope)
         values["rope_theta"] = rope.pop("rope_theta", values.get("rope_theta", 10_000.0))
-        kind = rope.pop("type", None) or rope.pop("rope_type", None) or "default"
-        if kind not in ("default", "yarn"):
-            raise ConfigError("rope_scaling.type", kind, "use 'yarn' or no scaling")
+        scaling = rope.pop("type", None) or rope.pop("rope_type", None) or "default"
+        if scaling not in ("default", "yarn"):
+            raise ConfigError("rope_scaling.type", scaling, "use 'yarn' or no scaling")
         values["rope_scaling"] = None
         if config.get("n_shared_experts", 1) is None:
             values["n_shared_experts"] = 0
-        if rope.get("attention_factor") is not None:
-            raise ConfigError("rope_scaling.attention_factor", rope["attention_factor"], "is not supported; remove it")
-        if kind == "yarn" and "original_max_position_embeddings" not in rope:
+        for field, only in (("attention_factor", None), ("truncate", True), ("partial_rotary_factor", 1)):
+            if rope.get(field, only) not in (only, None):
+                raise ConfigError(f"rope_scaling.{field}", rope[field], "is not part of this architecture")
+        if scaling == "yarn" and "original_max_position_embeddings" not in rope:
             raise ConfigError("rope_scaling.original_max_position_embeddings", None, "YaRN needs the original length")
-        if kind == "yarn":
+        if scaling == "yarn":
             known = {f.name for f in dataclasses.fields(Yarn)}
             given = {name: value for name, value in rope.items() if name in known and value is not None}
             values["rope_scaling"] = {"mscale_all_dim": 0.0} | given  # as transformers has it where a file is silent
@@ -231,6 +236,10 @@ class ModelConfig:
             "moe_layer_freq": 1,
             "num_key_value_heads": self.num_attention_heads,
         }
+
+
+_FAMILY = (None, "deepseek_v2", "deepseek_v3", "kimi_k2")
+"""What `model_type` may be."""
 
 
 def _yarn40(mscale: float) -> Yarn:

@@ -82,6 +82,9 @@ def test_impossible_models_name_the_field(cfg, change, field):
     assert error.value.field == field
 
 
+YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
+
+
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -92,6 +95,15 @@ def test_impossible_models_name_the_field(cfg, change, field):
         ({"vocab_size": None}, "config.json.vocab_size"),
         ({"rope_scaling": {"type": "yarn", "attention_factor": 1.5}}, "rope_scaling.attention_factor"),
         ({"vocab_size": "many"}, "config.json.vocab_size"),
+        ({"model_type": "deepseek_v32"}, "model_type"),
+        ({"routed_scaling_factor": None}, "config.json.routed_scaling_factor"),
+        ({"n_group": None}, "config.json.n_group"),
+        ({"topk_group": None}, "config.json.topk_group"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "rope_scaling.truncate"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}, "rope_scaling": None},
+            "rope_scaling.partial_rotary_factor",
+        ),
         (
             {"rope_scaling": {"type": "yarn", "factor": "4", "original_max_position_embeddings": 3}},
             "config.json.rope_scaling.factor",
@@ -102,6 +114,16 @@ def test_foreign_config_json_is_refused(change, field):
     with pytest.raises(ConfigError) as error:
         ModelConfig.from_hf(preset("deepseek-v3").to_hf() | change)
     assert error.value.field == field
+
+
+def test_what_released_files_say_or_leave_out_is_read():
+    """Kimi's own type; what transformers writes where nothing is changed; a greedy V2 file without groups."""
+    v3 = preset("deepseek-v3").to_hf()
+    usual = {"truncate": True, "attention_factor": None, "partial_rotary_factor": 1.0}
+    v3["rope_scaling"] |= usual
+    assert ModelConfig.from_hf(v3 | {"model_type": "kimi_k2"}) == preset("deepseek-v3")
+    v2 = {k: v for k, v in preset("deepseek-v2-lite").to_hf().items() if k not in ("n_group", "topk_group")}
+    assert ModelConfig.from_hf(v2) == preset("deepseek-v2-lite")
 
 
 def test_no_shared_expert_may_be_null():

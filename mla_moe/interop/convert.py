@@ -5,11 +5,12 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from jax.typing import DTypeLike
 
+from mla_moe.config import require
 from mla_moe.interop import fp8 as blocks
 from mla_moe.interop.carried import carried, hub_config
 from mla_moe.interop.names import Piece, pieces
@@ -17,7 +18,7 @@ from mla_moe.interop.native import Planned, create
 from mla_moe.interop.progress import progress
 from mla_moe.interop.reader import CheckpointError
 from mla_moe.interop.source import HubArrays, Source, open_source, without_copies
-from mla_moe.interop.weights import PART_BYTES, Weights
+from mla_moe.interop.weights import PART_BYTES, Weights, weight_type
 from mla_moe.interop.writer import SHARD_BYTES, Entry, entries_of, whole_directory, write_checkpoint
 from mla_moe.nn.skeleton import Skeleton
 
@@ -42,7 +43,9 @@ def convert(
     DeepSeek releases so join them. What lies beside the weights (tokenizer, chat template, generation settings, code)
     is copied and never run.
     """
+    require(to in get_args(Layout), "to", to, f"one of {', '.join(get_args(Layout))}")
     source, target = open_source(src), Path(dst)
+    dtype = None if dtype is None else weight_type(dtype)
     if to == "orbax":
         if fp8:
             raise CheckpointError("fp8", True, "this project's checkpoints have no FP8 blocks; convert with --to hf")
@@ -61,9 +64,10 @@ def _between_hubs(source: HubArrays, dst: Path, dtype: DTypeLike | None, fp8: bo
         fix = f"of {list(weights.block)} cannot be mixed with blocks of {list(blocks.BLOCK)}: write bfloat16 first"
         raise CheckpointError("checkpoint", "FP8 blocks", fix)
     entries = [entry for name in weights.reader.stored for entry in _entries(weights, name, dtype, fp8)]
-    blocked = config.pop("quantization_config", None) or dict(blocks.QUANTIZATION_CONFIG)
-    if fp8:
-        config["quantization_config"] = blocked
+    blocked = config.pop("quantization_config", None)
+    if fp8:  # theirs may leave out matrices that are in blocks now, or speak of other scales
+        anew = any(blocks.is_quantised(name) for name in weights.names - weights.quantised)
+        config["quantization_config"] = dict(blocks.QUANTIZATION_CONFIG) if anew or not blocked else blocked
     if dtype is not None:
         config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": np.dtype(dtype).name}
     write_checkpoint(dst, config, entries, max_shard_bytes, carried(source.directory))

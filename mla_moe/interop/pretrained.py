@@ -16,6 +16,7 @@ from mla_moe.interop.names import Piece, pieces
 from mla_moe.interop.native import step_directory
 from mla_moe.interop.progress import progress
 from mla_moe.interop.source import Source, open_source
+from mla_moe.interop.weights import weight_type
 from mla_moe.interop.writer import SHARD_BYTES, Entry, entries_of, write_checkpoint
 from mla_moe.nn.param import Precision, RouterBias
 from mla_moe.nn.skeleton import Arrays, Skeleton, arrays_of, variables_of
@@ -37,7 +38,7 @@ def load_pretrained(path: str | Path, dtype: DTypeLike | None = None, mesh: Mesh
     claim, and for tensors missing or unknown.
     """
     source = open_source(path)
-    param = dtype or source.dtype("embed")
+    param = source.dtype("embed") if dtype is None else weight_type(dtype)
     skeleton = Skeleton(source.cfg, precision=Precision(param=param, compute=Precision.default().compute))
     if mesh is None:
         mesh = make_mesh(MeshSizes(), jax.devices()[:1])
@@ -78,6 +79,7 @@ def save_pretrained(
     `fp8`, matrices go into FP8 blocks as in DeepSeek's releases. Of many processes all must call this, and the first
     writes. Raises `CheckpointError` if `path` exists.
     """
+    dtype = None if dtype is None else weight_type(dtype)
     skeleton, arrays = Skeleton(model.cfg, precision=model.precision), arrays_of(model)
     file_types = {p: v.get_metadata(_FILE_TYPE, arrays[p].dtype) for p, v in variables_of(model).items()}
     entries: list[Entry] = []

@@ -73,8 +73,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _files(directory: Path) -> list[Path]:
-    """As transformers chooses: one file goes before an index, which may be left of an earlier save. They may be links to
-    another disk."""
+    """As transformers chooses: one file goes before an index, which may be left of an earlier save. Links to another
+    disk are followed."""
     whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]

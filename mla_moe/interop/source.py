@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -61,7 +62,7 @@ class HubArrays:
             self.pieces[piece.path].append(piece)
 
     def dtype(self, path: str) -> np.dtype:
-        return np.result_type(*{self.weights.dtype(piece.name) for piece in self.pieces[path]})
+        return np.dtype(jnp.result_type(*{self.weights.dtype(piece.name) for piece in self.pieces[path]}))
 
     def bytes(self, path: str) -> int:
         return sum(self.weights.bytes(piece.name) for piece in self.pieces[path])

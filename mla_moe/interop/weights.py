@@ -1,5 +1,6 @@
 """A checkpoint's tensors as numbers: checked against what its config.json asks for, FP8 multiplied by its scales."""
 
+import contextlib
 import dataclasses
 import logging
 import re
@@ -11,7 +12,7 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-from mla_moe.config import ModelConfig
+from mla_moe.config import ConfigError, ModelConfig
 from mla_moe.interop import fp8
 from mla_moe.interop.names import WHOLE, Piece, pieces
 from mla_moe.interop.reader import CheckpointError, Reader, read_json
@@ -23,6 +24,14 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 PART_BYTES = 16 << 20
 _COMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
+
+
+def weight_type(dtype: DTypeLike) -> np.dtype:
+    """A type that weights can have. Raises `ConfigError` for any other, and for what names none."""
+    with contextlib.suppress(TypeError):
+        if (kind := np.dtype(dtype)) in FLOATS:
+            return kind
+    raise ConfigError("dtype", str(dtype), f"one of {', '.join(map(str, FLOATS))}")
 
 
 def open_checkpoint(directory: Path) -> tuple[dict[str, Any], ModelConfig, "Weights"]:

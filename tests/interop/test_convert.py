@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from mla_moe import ConfigError, ModelConfig, Transformer
 from mla_moe.interop import convert, load_pretrained, save_pretrained
-from mla_moe.interop.fp8 import E4M3, is_quantised
+from mla_moe.interop.fp8 import E4M3, QUANTIZATION_CONFIG, is_quantised
 from mla_moe.interop.names import pieces
 from mla_moe.interop.reader import Reader
 from mla_moe.nn.skeleton import Skeleton, arrays_of
@@ -109,6 +109,20 @@ def test_blocks_are_kept_as_they_are(blocks, tmp_path):
     assert tensors(tmp_path / "out") == tensors(blocks)
 
 
+def test_new_blocks_among_old_ones_are_described_anew(blocks, tmp_path):
+    """Or transformers would take their numbers for weights, where the old description leaves a module out."""
+    config = json.loads((blocks / "config.json").read_text())
+    theirs = config["quantization_config"] | {"modules_to_not_convert": ["model.layers.0.self_attn"]}
+    (blocks / "config.json").write_text(json.dumps(config | {"quantization_config": theirs}))
+    convert(blocks, tmp_path / "kept", fp8=True)
+    change(blocks, SCALE, lambda given: {n: x for n, x in given.items() if n != SCALE})
+    change(blocks, WEIGHT, lambda given: given | {WEIGHT: given[WEIGHT].astype(np.float32)})
+    convert(blocks, tmp_path / "anew", fp8=True)
+    found = [json.loads((tmp_path / d / "config.json").read_text())["quantization_config"] for d in ("kept", "anew")]
+    assert found == [theirs, dict(QUANTIZATION_CONFIG)]
+    assert Reader(tmp_path / "anew")[WEIGHT].dtype == E4M3
+
+
 def test_scales_that_are_powers_of_two(blocks, tmp_path):
     """V3.1's: stored as float32, or in eight bits of exponent."""
     model = {}
@@ -176,10 +190,36 @@ def test_a_spoilt_scale_is_an_error(blocks, action, edit, message):
     assert [p.name for p in blocks.parent.iterdir()] == ["fp8"]
 
 
-def test_a_link_out_of_the_directory_is_not_copied(tmp_path):
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_a_link_out_of_the_directory_is_not_copied(tmp_path, to, monkeypatch):
+    """Nor is anything written before it is found."""
     shutil.copytree(GOLDEN / "v3", tmp_path / "source")
     (tmp_path / "secret").write_text("password")
     (tmp_path / "source" / "tokenizer.json").symlink_to(tmp_path / "secret")
+    monkeypatch.setattr("mla_moe.interop.native.NativeWriter.write", None)
     with pytest.raises(ConfigError, match="out of the directory"):
-        convert(tmp_path / "source", tmp_path / "out")
+        convert(tmp_path / "source", tmp_path / "out", to=to)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("to", ["hf", "orbax"])
+def test_a_link_to_nowhere_is_in_the_way(tmp_path, to):
+    (tmp_path / "out").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="exists already"):
+        convert(GOLDEN / "v3", tmp_path / "out", to=to)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "int8", "float8_e4m3fn", np.float64])
+def test_only_types_of_weights_can_be_asked_for(tmp_path, dtype):
+    source = GOLDEN / "v3"
+    actions = (
+        lambda: load_pretrained(source, dtype),
+        lambda: convert(source, tmp_path / "out", dtype=dtype),
+        lambda: save_pretrained(load_pretrained(source), tmp_path / "out", dtype),
+    )
+    for action in actions:
+        with pytest.raises(ConfigError, match=r"dtype = .*: one of float32, float16, bfloat16"):
+            action()
+    with pytest.raises(ConfigError, match="to = 'huggingface': one of hf, orbax"):
+        convert(source, tmp_path / "out", to="huggingface")
+    assert not list(tmp_path.iterdir())

@@ -96,6 +96,17 @@ def test_every_array_keeps_the_type_of_its_file(broken):
     assert tensors(broken.parent / "out") == tensors(broken)
 
 
+def test_experts_of_two_types_are_held_by_a_third(broken):
+    reader, names = Reader(broken), [f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in range(2)]
+    given = {name: np.array(reader[name]) for name in reader.stored}
+    given[names[0]] = given[names[0]].astype(np.float16)
+    save_file(given, broken / "model.safetensors")
+    down = arrays_of(load_pretrained(broken))["moe_layers/moe/down"]
+    assert down.dtype == jnp.float32
+    for e, name in enumerate(names):
+        np.testing.assert_array_equal(down[0, e], given[name].astype(np.float32).T)
+
+
 def test_a_prediction_module_may_have_its_own_embedding_and_head(broken):
     reader, name = Reader(broken), "model.layers.3.embed_tokens.weight"
     given = {name: np.array(reader[name]) for name in reader.stored}

@@ -43,7 +43,7 @@ def carried(directory: Path) -> dict[str, Path]:
         and path.name.startswith(names)
         and path.name not in _MADE_ANEW
         and (path.suffix in _SUFFIXES or path.name == "LICENSE")
-        and not (run and path.name == "tokenizer.json")  # the recipe says which
+        and not (run and path in (file, home / "tokenizer.json"))  # the recipe says which
     }
     for name, path in files.items():
         if path.is_symlink() and leaves(path):

@@ -21,10 +21,10 @@ def plain(cfg, tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module")
-def toks(tmp_path_factory):
+@pytest.fixture
+def toks(tmp_path):
     """Two tokenizers, of which no tokenizer_config.json speaks."""
-    path = tmp_path_factory.mktemp("toks")
+    path = tmp_path / "toks"
     train_bpe(["hello there, how are you? " * 4 + "ein paar Wörter, 日本語"], 280, path / "my-bpe.json")
     (path / "tokenizer_config.json").unlink()
     (path / "tokenizer.json").write_text("{}")
@@ -49,12 +49,14 @@ def save_like(run, out):
     save_pretrained(load_pretrained(run), out, like=run)
 
 
+@pytest.mark.parametrize("name", ["my-bpe.json", "tokenizer-280.json"])
 @pytest.mark.parametrize("export", [convert, save_like])
-def test_the_recipes_own_file_is_carried_as_tokenizer_json(run, toks, tmp_path, export):
-    speaks(run, toks / "my-bpe.json")
+def test_the_recipes_own_file_is_carried_as_tokenizer_json(run, toks, tmp_path, export, name):
+    (toks / "my-bpe.json").rename(toks / name)
+    speaks(run, toks / name)
     export(run, tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
-    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (toks / "my-bpe.json").read_bytes()
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (toks / name).read_bytes()
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"]) == (0, 1)
 

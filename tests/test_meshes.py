@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mla_moe import MoE
+from mla_moe import ConfigError, MLAttention, MoE
 from mla_moe.nn.skeleton import Skeleton
 from mla_moe.ops.expert_exchange import chance, schedule
 from mla_moe.recipe import Kernels, Mesh
@@ -122,6 +122,25 @@ def test_rules_say_where_weights_lie_and_whence_layers_gather_them(small, over):
     gathered = [shape for kind, shapes in collectives(program) if kind == "all-gather" for shape in shapes]
     E, D, F = small.n_routed_experts, small.hidden_size, small.moe_intermediate_size
     assert {(E // 2, D // 2, 2 * F), (E // 2, D, 2 * F)} <= set(gathered), "over fsdp, and that over data"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["heads=fsdp+tensor", "hidden=expert+tensor", "expert_hidden=fsdp+tensor"],
+        ["vocab=fsdp", "embed=fsdp+expert", "heads=", "expert_hidden="],
+        ["embed=tensor", "kv_latent=tensor", "v=expert"],
+    ],
+    ids=str,
+)
+def test_whatever_the_rules_the_numbers_are_those_of_one_device(small, over, changes):
+    """`tensor` behind another axis, nowhere, or on an axis that no device computes a part of."""
+    (loss, _), grads = over(ONE)[1]({})
+    mesh = make_mesh(Mesh(data=1, fsdp=2, expert=2, tensor=2))
+    (other_loss, _), other_grads = loss_over(small, mesh, packed_batch(), rules_of(changes))[1]({})
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    for path, grad in grads.items():
+        assert np.abs(other_grads[path] - grad).max() <= 1e-5 * np.abs(grad).max(), path
 
 
 COLLECTIVES = ("all-gather", "all-to-all", "all-reduce", "reduce-scatter", "collective-permute")
@@ -235,3 +254,29 @@ def test_what_cannot_be_split_is_computed_all_the_same(small):
         with jax.set_mesh(place):
             logits.append(np.asarray(jax.jit(lambda m, t: m(t))(skeleton.merge(skeleton.init(0, place)), tokens)))
     np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "odd", "run"),
+    [
+        (MoE, {"moe_intermediate_size": 15}, lambda moe, x: moe(x)),
+        (MoE, {"moe_intermediate_size": 15}, lambda moe, x: moe.extend(x)[0]),
+        (MLAttention, {"num_attention_heads": 3}, lambda attention, x: attention(x)),
+    ],
+)
+def test_modules_whose_width_tensor_does_not_divide_compute_the_same(cfg, kind, odd, run):
+    module = kind(dataclasses.replace(cfg, **odd), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (4, 4, cfg.hidden_size))
+    wanted = jax.jit(run)(module, x)
+    with jax.set_mesh(make_mesh(Mesh(fsdp=2, tensor=2))):
+        got = jax.jit(run)(module, x)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_experts_that_the_mesh_does_not_divide_are_named(cfg):
+    moe = MoE(dataclasses.replace(cfg, n_routed_experts=6, n_group=1, topk_group=1), rngs=nnx.Rngs(0))
+    x = jnp.ones((8, 4, cfg.hidden_size))
+    with jax.set_mesh(make_mesh(Mesh(expert=4))):
+        for run in (moe, moe.extend):
+            with pytest.raises(ConfigError, match="n_routed_experts = 6: must be a multiple of 4"):
+                run(x)

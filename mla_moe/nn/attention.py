@@ -18,7 +18,7 @@ from mla_moe.ops.attention import attention
 from mla_moe.ops.cached_attention import cached_attention
 from mla_moe.ops.int8_entries import pack
 from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, as_rows, as_slots, current_mesh, gathered
+from mla_moe.sharding import BATCH, as_rows, as_slots, current_mesh, gathered, mesh_axes
 
 # transformers and the released code fix this value, whatever the config's rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -146,6 +146,7 @@ class MLAttention(nnx.Module):
             return local(q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids)
 
         place = place_of(self.kv_b, mesh)
+        heads = "tensor" if "tensor" in mesh_axes(place[1]) else None
 
         def shared(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt):
             kv_b = gathered(kv_b, place)
@@ -160,8 +161,8 @@ class MLAttention(nnx.Module):
         tokens = P(*BATCH)
         return jax.shard_map(
             shared,
-            in_specs=(P(*BATCH, "tensor"), tokens, tokens, place, tokens),
-            out_specs=P(*BATCH, "tensor"),
+            in_specs=(P(*BATCH, heads), tokens, tokens, place, tokens),
+            out_specs=P(*BATCH, heads),
             check_vma=False,
         )(q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids)
 

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_moe.config import ModelConfig
+from mla_moe.config import ModelConfig, require
 from mla_moe.nn.mlp import MLP
 from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.product import place_of
@@ -102,17 +102,24 @@ class MoE(nnx.Module):
             else:
                 gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
                 mesh = mesh_around()
-                run = experts if mesh is None else partial(spread_experts, mesh)
+                run = experts if mesh is None else partial(spread_experts, self._whole_experts(mesh))
                 y_ND = run(*chosen, gate_up, down, layer=layer, implementation=self.kernels.grouped_matmul)
         if self.cfg.n_shared_experts:
             with jax.named_scope("shared"):
                 y_ND += self.shared.extend(x_ND[None])[0]
         return y_ND.reshape(B, T, D), routing.experts_NK.reshape(B, T, -1)
 
+    def _whole_experts(self, mesh: AbstractMesh) -> AbstractMesh:
+        """The mesh, over whose axis `expert` all must be split evenly."""
+        E, parts = self.cfg.n_routed_experts, mesh.shape["expert"]
+        require(E % parts == 0, "n_routed_experts", E, f"must be a multiple of {parts}: experts over mesh.expert")
+        return mesh
+
     def _over(self, mesh: AbstractMesh, gate_up, down, x_BTD, real_BT, replay_BTK):
-        """Each device routes its own tokens. Experts lie over `expert`, and their hidden width over `tensor`."""
+        """Each device routes its own tokens. Experts lie over `expert`, their hidden width over `tensor` if that
+        divides it."""
         graph, router = nnx.split(self.router)
-        experts = [place_of(w, mesh) for w in (self.gate_up, self.down)]
+        experts = [place_of(w, self._whole_experts(mesh)) for w in (self.gate_up, self.down)]
 
         def local(router, gate_up, down, x_btD, real_bt, replay_btK):
             parted = zip((gate_up, down), experts, strict=True)
@@ -148,7 +155,7 @@ class MoE(nnx.Module):
                 )
                 y_ND, dropped = exchanged_experts(*weighted, plan, "expert")
                 dropped = jax.lax.psum(dropped, TOKENS)
-            if mesh is not None and mesh.shape["tensor"] > 1:
+            if down.shape[1] < self.cfg.moe_intermediate_size:  # a part of the width is here
                 y_ND = jax.lax.psum(y_ND, "tensor")
         return y_ND.reshape(B, T, D), RouterStats(*stats, dropped)
 
@@ -163,12 +170,12 @@ def spread_experts(mesh: AbstractMesh, x_ND, experts_NK, weights_NK, gate_up, do
         here_nK = jnp.where((here_nK >= 0) & (here_nK < e), here_nK, e)
         how = {"layer": layer, "most": len(x_nD) * min(here_nK.shape[1], e), "implementation": implementation}
         y_nD = experts(x_nD, here_nK, weights_nK, gate_up, down, **how).astype(jnp.float32)
-        return jax.lax.psum(y_nD, ("expert", "tensor")).astype(x_nD.dtype)
+        return jax.lax.psum(y_nD, ("expert", *width)).astype(x_nD.dtype)
 
-    rows = P(dividing(mesh, len(x_ND), ROWS))
+    rows, width = P(dividing(mesh, len(x_ND), ROWS)), dividing(mesh, down.shape[-2], ("tensor",))
     stack = (None,) * (down.ndim - 3)
     between = (None,) * (gate_up.ndim - down.ndim + 1)  # width, and gate and up where they are an axis
-    inputs = rows, rows, rows, P(*stack, "expert", *between, "tensor"), P(*stack, "expert", "tensor"), P()
+    inputs = rows, rows, rows, P(*stack, "expert", *between, width), P(*stack, "expert", width), P()
     return jax.shard_map(local, in_specs=inputs, out_specs=rows, check_vma=False)(
         x_ND, experts_NK, weights_NK, gate_up, down, layer
     )

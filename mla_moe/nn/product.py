@@ -26,10 +26,20 @@ def product(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLike) -> Arr
     return jnp.einsum(equation, x, weight[...].astype(dtype))
 
 
+INNER = ("heads", "hidden", "expert_hidden")
+"""Axes of activations within a layer, which may stay in parts over `tensor`."""
+
+
 def place_of(weight: nnx.Param, mesh: AbstractMesh) -> P:
-    """Where the parts of one layer's weight are: by `sharding.RULES`, or by those that the model was made with
-    (`nn.skeleton`)."""
-    return spec(weight.get_metadata("axes"), weight.shape, mesh, dict(weight.get_metadata("rules", RULES)))
+    """Where the parts of one layer's weight are when it is used: by `sharding.RULES`, or by those that the model was
+    made with (`nn.skeleton`), but with `tensor` only where it is the first to split an inner axis, so that what is not
+    gathered is a run of that axis. From any other place XLA brings the parts there."""
+    rules = dict(weight.get_metadata("rules", RULES))
+    for axis, rule in rules.items():
+        stays = axis in INNER and (rule or "").startswith("tensor")
+        others = (other for other in (rule or "").split("+") if other != "tensor")
+        rules[axis] = "+".join(("tensor", *others) if stays else others)
+    return spec(weight.get_metadata("axes"), weight.shape, mesh, rules)
 
 
 def gathered_product(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLike) -> Array:

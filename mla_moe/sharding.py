@@ -148,6 +148,14 @@ def mesh_around() -> jax.sharding.AbstractMesh | None:
     return mesh if all(kind == AxisType.Auto for kind in mesh.axis_types) else None
 
 
+def left_to_xla(x: jax.Array) -> None:
+    """Raise `ConfigError` for an array that a mesh of Explicit axes splits: here XLA says where arrays lie."""
+    split = any(part is not None for part in jax.typeof(x).sharding.spec)
+    fix = "its axes must be left to XLA: jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))"
+    if split:
+        raise ConfigError("mesh", "of AxisType.Explicit", fix)
+
+
 def vocabulary_axes(mesh: jax.sharding.AbstractMesh, size: int, candidates: Sequence[str]) -> tuple[str, ...]:
     """The mesh axes over which the head's columns are split when logits are made: those that divide them."""
     return tuple(axis for axis in dividing(mesh, size, candidates) if mesh.shape[axis] > 1)

@@ -69,6 +69,8 @@ class MLAttention(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
         x_BTD = x_BTD.astype(self.precision.compute)
+        if not x_BTD.size:
+            return x_BTD
         cos_sin = rotary(self.cfg, positions)
         with jax.named_scope("queries"):
             q_BTHA = self.queries(x_BTD, cos_sin, gathered_product)

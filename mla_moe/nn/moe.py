@@ -19,7 +19,7 @@ from mla_moe.ops.chosen_experts import chosen_experts
 from mla_moe.ops.expert_exchange import exchanged_experts, schedule
 from mla_moe.ops.experts import experts
 from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, ROWS, TOKENS, current_mesh, dividing, gathered, mesh_around
+from mla_moe.sharding import BATCH, ROWS, TOKENS, current_mesh, dividing, gathered, left_to_xla, mesh_around
 
 
 class RouterStats(NamedTuple):
@@ -72,7 +72,10 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """The output, and how the router spread the tokens. `real_BT` is False at padding, which is not counted;
         `replay_BTK` names the experts of each token, −1 for the router's choice."""
+        left_to_xla(x_BTD)
         x_BTD = x_BTD.astype(self.precision.compute)
+        if not x_BTD.size:
+            return x_BTD, RouterStats(jnp.zeros(self.cfg.n_routed_experts, jnp.int32), jnp.float32(0), jnp.int32(0))
         if real_BT is None:
             real_BT = jnp.ones(x_BTD.shape[:2], bool)
         gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))

@@ -19,7 +19,7 @@ from mla_moe.nn.product import Product, gathered_product, product
 from mla_moe.nn.rope import rotary
 from mla_moe.ops.cached_attention import Form
 from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, as_rows, constrain, current_mesh
+from mla_moe.sharding import BATCH, as_rows, constrain, current_mesh, left_to_xla
 
 Remat = Literal["none", "dots", "full"]
 
@@ -297,6 +297,7 @@ def _extend(layers, x_bTD, cache_LBSW, first: int, reach: Reach):
 def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of the embedding. Under a mesh the table stays where it is: a device looks up its part of every row of the
     tokens that share its `fsdp` axis, and the parts are exchanged, N · D values where the table has V · D."""
+    left_to_xla(tokens_BT)
     mesh = current_mesh(tokens_BT.shape)
     if mesh is None:
         return table_VD[tokens_BT]

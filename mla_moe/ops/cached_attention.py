@@ -48,15 +48,18 @@ def cached_attention(
     uk_CHN, uv_CHV = kv_b_CHk[:, :, :N], kv_b_CHk[:, :, N:]
     size = min(BLOCK, S)
 
+    def at(*places):
+        return [jnp.asarray(place, jnp.int32) for place in places]  # of one type, with 64-bit numbers too
+
     def read(start, size):
         """`[b, size, W]` of this layer."""
         if slots_b is None:
             B = cache_LBSW.shape[1]
-            entries = jax.lax.dynamic_slice(cache_LBSW, (layer, 0, start, 0), (1, B, size, Z))[0]
+            entries = jax.lax.dynamic_slice(cache_LBSW, at(layer, 0, start, 0), (1, B, size, Z))[0]
         else:
 
             def one(slot):
-                return jax.lax.dynamic_slice(cache_LBSW, (layer, slot, start, 0), (1, 1, size, Z))[0, 0]
+                return jax.lax.dynamic_slice(cache_LBSW, at(layer, slot, start, 0), (1, 1, size, Z))[0, 0]
 
             entries = jax.vmap(one)(slots_b)
         return unpack(entries, C, q_bTHA.dtype) if packed else entries

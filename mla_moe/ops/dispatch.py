@@ -46,7 +46,7 @@ def plan(experts_NK: Int[Array, "N K"], num_experts: int, block: int, most: int 
     padded_E = -(-chosen_RE.sum(axis=0, dtype=jnp.int32) // block) * block
     start_E = jnp.cumsum(padded_E) - padded_E
     place_R = jnp.sum(jnp.where(chosen_RE, running_sum(chosen_RE) + start_E, 0), axis=1)
-    number_R = jnp.arange(rows)
+    number_R = jnp.arange(rows, dtype=jnp.int32)
     target = jnp.where(expert_R < num_experts, place_R, R + number_R)
     token_R = jnp.zeros(R, jnp.int32).at[target].set(number_R // K, unique_indices=True, mode="drop")
     filled_R = jnp.zeros(R, bool).at[target].set(True, unique_indices=True, mode="drop")

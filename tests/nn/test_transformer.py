@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mla_moe import Precision, Transformer
+from mla_moe import ConfigError, Precision, Transformer
 from mla_moe.nn.skeleton import Skeleton, arrays_of
 from mla_moe.recipe import Mesh
 from mla_moe.sharding import make_mesh
@@ -136,3 +136,17 @@ def test_fresh_parameters_have_the_configured_spread(cfg):
     assert jnp.abs(gate_up[0, 0] - gate_up[0, 1]).max() > 0.01
     assert (arrays["norm/scale"] == 1).all()
     assert (arrays["moe_layers/moe/router/bias"] == 0).all()
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_nothing_in_nothing_out(model, cfg, shape):
+    assert model(jnp.zeros(shape, jnp.int32)).shape == (*shape, cfg.vocab_size)
+
+
+def test_a_mesh_of_explicit_axes_is_named_where_it_splits_the_batch(model):
+    with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+        tokens = jax.device_put(jnp.zeros((8, 4), jnp.int32), jax.P("data"))
+        x = jax.device_put(jnp.zeros((8, 4, 32)), jax.P("data"))
+        for run, batch in ((model, tokens), (model.mtp.block.moe, x)):
+            with pytest.raises(ConfigError, match=r"AxisType\.Auto"):
+                run(batch)

@@ -55,3 +55,12 @@ def test_idle_slots_cost_no_blocks_and_give_numbers(arrays):
     positions = jnp.array([[3], [1 << 30], [1 << 30], [7]])
     poisoned = cache.at[:, :, 8:].set(jnp.nan)  # a block that only idle slots would reach
     assert jnp.isfinite(run((poisoned, kv_b, q), positions, None, "absorbed")).all()
+
+
+@pytest.mark.parametrize("slots", [None, (2, 0, 1, 3)])
+def test_64_bit_numbers_change_nothing(arrays, slots):
+    positions = np.arange(4, dtype=np.int32)[:, None]
+    wanted = run(arrays, positions, None if slots is None else jnp.array(slots), "absorbed")
+    with jax.enable_x64(True):
+        got = run(arrays, positions, None if slots is None else jnp.array(slots), "absorbed")
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)

@@ -125,6 +125,8 @@ class ModelConfig:
             if field.type in (int, int | None) and value is not None:
                 least = 0 if zero_is_fine else 1
                 require(least <= value < 1 << 31, field.name, value, "a size is a positive whole number, below 2**31")
+            if typing.get_origin(field.type) is Literal:
+                structure(field.type, value, field.name)
             if field.type is float:
                 require(0 < value < math.inf, field.name, value, "a positive number")
         if self.num_experts_per_tok > self.n_routed_experts:

@@ -74,6 +74,7 @@ def test_rope_parameters_of_newer_files_are_read():
         ({"kv_lora_rank": -1}, "kv_lora_rank"),
         ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers"),
         ({"scoring_func": "softmax"}, "scoring_func"),
+        ({"topk_method": "group_limited"}, "topk_method"),
     ],
 )
 def test_impossible_models_name_the_field(cfg, change, field):

@@ -1,9 +1,10 @@
 import json
+import math
 
 import pytest
 
 from mla_moe import ConfigError, preset
-from mla_moe.recipe import Data, Mesh, Optimizer, Recipe, Schedule, Training, load
+from mla_moe.recipe import Data, Kernels, Mesh, Optimizer, Recipe, Sample, Schedule, Training, load
 
 RECIPE = Recipe(run_dir="runs/x", model=preset("deepseek-v3"), data=Data(train=("a", "b")), optimizer=Optimizer("muon"))
 
@@ -62,6 +63,15 @@ def test_whole_numbers_are_fine_where_floats_are_wanted():
         (lambda: Optimizer(clip=0.0), "optimizer.clip"),
         (lambda: Mesh(data=-1, expert=-1), "mesh"),
         (lambda: Mesh(fsdp=0), "mesh.fsdp"),
+        (lambda: Schedule(peak=math.inf), "optimizer.schedule.peak"),
+        (lambda: Optimizer(eps=0.0), "optimizer.eps"),
+        (lambda: Optimizer(weight_decay=math.inf), "optimizer.weight_decay"),
+        (lambda: Optimizer(muon_peak=math.inf), "optimizer.muon_peak"),
+        (lambda: Training(balance_weight=math.inf), "training.balance_weight"),
+        (lambda: Kernels(attention="flash"), "kernels.attention"),
+        (lambda: Sample(temperature=-1.0), "sample.temperature"),
+        (lambda: Sample(max_new_tokens=0), "sample.max_new_tokens"),
+        (lambda: Recipe(run_dir="x", seed=-1), "seed"),
         (lambda: Data(train=()), "data.train"),
         (lambda: Data(tokenizer="bpe:10"), "data.tokenizer"),
         (lambda: Recipe(run_dir="x", training=Training(sequence_length=4096)), "training.sequence_length"),
@@ -83,6 +93,23 @@ def test_load(tmp_path):
         load(tmp_path / "c.py")
     with pytest.raises(ConfigError, match="no such file"):
         load(tmp_path / "d.py")
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [
+        ("optimizer=Optimizer(name='Muon')", "optimizer.name"),
+        ("training=Training(steps=2.0)", "training.steps"),
+        ("training=Training(compute_dtype='float16')", "training.compute_dtype"),
+        ("data=Data(train='books/*.txt')", "data.train"),
+    ],
+)
+def test_types_hold_in_a_python_file_too(tmp_path, section, field):
+    path = tmp_path / "a.py"
+    path.write_text(f"from mla_moe.recipe import *\nrecipe = Recipe(run_dir='here', {section})\n")
+    with pytest.raises(ConfigError) as error:
+        load(path)
+    assert error.value.field == f"recipe.{field}"
 
 
 @pytest.mark.parametrize("path", ["configs/quickstart.py", "configs/r1_pipeline.py"])

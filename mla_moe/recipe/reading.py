@@ -1,9 +1,10 @@
 """What a model learns from text, and how: data, optimizer, mesh, kernels."""
 
 import dataclasses
+import math
 from typing import Literal
 
-from mla_moe.config import require
+from mla_moe.config import require, structure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Schedule:
     """Share of the steps after the decay, spent at `final`."""
 
     def __post_init__(self):
-        require(self.peak > 0, "optimizer.schedule.peak", self.peak, "a learning rate is positive")
+        require(0 < self.peak < math.inf, "optimizer.schedule.peak", self.peak, "a learning rate is positive")
         for name in ("warmup", "decay", "tail", "final"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optimizer.schedule.{name}", value, "a share between 0 and 1")
@@ -88,8 +89,11 @@ class Optimizer:
             value = getattr(self, name)
             require(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
         require(self.clip > 0, "optimizer.clip", self.clip, "a positive norm; a very large one clips nothing")
-        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        require(self.muon_peak is None or self.muon_peak > 0, "optimizer.muon_peak", self.muon_peak, "a positive rate")
+        require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "0 or more")
+        ok = self.muon_peak is None or 0 < self.muon_peak < math.inf
+        require(ok, "optimizer.muon_peak", self.muon_peak, "a positive rate")
+        fix = "a positive number: a gradient of 0 is divided by it"
+        require(0 < self.eps < math.inf, "optimizer.eps", self.eps, fix)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +111,8 @@ class Kernels:
     counts; None drops none, and takes more rounds where the routing is uneven."""
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            structure(field.type, getattr(self, field.name), f"kernels.{field.name}")
         ok = self.expert_buffer is None or self.expert_buffer > 0
         require(ok, "kernels.expert_buffer", self.expert_buffer, "a positive share; 1 is that of an even routing")
 
@@ -177,7 +183,7 @@ class Training:
             require(value >= 1, f"training.{name}", value, "at least 1")
         for name in ("steps", "eval_every", "mtp_weight", "balance_weight", "bias_update"):
             value = getattr(self, name)
-            require(value >= 0, f"training.{name}", value, "0 or more")
+            require(0 <= value < math.inf, f"training.{name}", value, "0 or more")
         require(self.spike is None or self.spike > 0, "training.spike", self.spike, "a positive number, or None")
         require(0 <= self.bias_freeze <= 1, "training.bias_freeze", self.bias_freeze, "a share between 0 and 1")
         require(

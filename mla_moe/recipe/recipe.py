@@ -35,6 +35,10 @@ class Sample:
     max_new_tokens: int = 96
     temperature: float = 0.7
 
+    def __post_init__(self):
+        require(self.max_new_tokens >= 1, "sample.max_new_tokens", self.max_new_tokens, "at least 1")
+        require(0 <= self.temperature <= 100, "sample.temperature", self.temperature, "in [0, 100]; 0 is greedy")
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -63,6 +67,7 @@ class Recipe:
     sample: Sample = Sample()
 
     def __post_init__(self):
+        require(0 <= self.seed < 1 << 31, "seed", self.seed, "in [0, 2**31)")
         limit = self.model.max_position_embeddings
         fix = f"at most model.max_position_embeddings = {limit}"
         if self.training.steps:
@@ -121,4 +126,4 @@ def load(path: str | Path) -> Recipe:
     recipe = runpy.run_path(str(path)).get("recipe")
     if not isinstance(recipe, Recipe):
         raise ConfigError("recipe", str(path), "the file must bind `recipe = Recipe(…)`")
-    return recipe
+    return structure(Recipe, dataclasses.asdict(recipe), "recipe")  # Python itself takes any type for any field

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,8 @@ def make_step(skeleton: Skeleton, tx: optax.GradientTransformation, training: re
     def update(state, grads, s):
         updates, optimizer = tx.update(grads, state.optimizer, state.params)
         gamma = jnp.where(state.step < freeze_from, training.bias_update, 0.0)
-        return optax.apply_updates(state.params, updates), move_biases(state.biases, s.load_LE, gamma), optimizer
+        params = apply_updates(state.params, updates, mtp=with_mtp)
+        return params, move_biases(state.biases, s.load_LE, gamma), optimizer
 
     everywhere = NamedSharding(mesh, P())  # what the host reads of a step is whole on every process
 
@@ -141,12 +142,20 @@ def compiler_options(mesh: Mesh) -> dict[str, bool | str] | None:
     return options.get(mesh.devices.flat[0].platform)
 
 
+def apply_updates(params: Arrays, updates: optax.Updates, *, mtp: bool) -> Arrays:
+    """The updated parameters. A prediction module that was not run stays what it was: it would only decay."""
+    new: Any = optax.apply_updates(params, updates)
+    return new if mtp else new | {path: old for path, old in params.items() if path.startswith("mtp/")}
+
+
 def move_biases(biases: Arrays, load_LE: Array, gamma: Array | float) -> Arrays:
-    """`b_i += γ · sign(mean(c) − c_i)` with c the whole batch's tokens per expert (DeepSeek-V3, section 2.1.2)."""
+    """`b_i += γ · sign(mean(c) − c_i)` with c the whole batch's tokens per expert (DeepSeek-V3, section 2.1.2). The
+    prediction module's moves only if it was run, which adds its load behind those of the stacked layers."""
     load_LE = load_LE.astype(jnp.float32)
     move_LE = gamma * jnp.sign(load_LE.mean(axis=-1, keepdims=True) - load_LE)
     stacked = sum(b.shape[0] for b in biases.values() if b.ndim == 2)
-    return {path: b + (move_LE[:stacked] if b.ndim == 2 else move_LE[-1]) for path, b in biases.items()}
+    moves = {2: move_LE[:stacked], 1: move_LE[-1] if len(move_LE) > stacked else 0}
+    return {path: b + moves[b.ndim] for path, b in biases.items()}
 
 
 def make_eval_step(skeleton: Skeleton, chunk: int, mesh: Mesh) -> Callable[[TrainState, dict[str, Array]], Array]:

@@ -195,6 +195,20 @@ def test_biases_move_against_the_load():
     assert moved["mtp/block/moe/router/bias"].tolist() == [1.25, 1.25, 0.75]
 
 
+def test_a_prediction_module_that_is_not_run_stays_as_it_is(skeleton):
+    start = init_state(skeleton, make_optimizer(OPTIMIZER, 10, skeleton), 0, make_mesh(Mesh(), jax.devices()[:1]))
+    state, _ = run(skeleton, dataclasses.replace(TRAINING, mtp_weight=0.0))
+    before, after = (s.params | s.biases for s in (start, state))
+    for path in before:
+        assert bool((before[path] == after[path]).all()) == path.startswith("mtp/"), path
+
+
+def test_a_model_without_expert_layers_trains(cfg):
+    dense = Skeleton(dataclasses.replace(cfg, num_hidden_layers=1, first_k_dense_replace=1))
+    _, metrics = run(dense, dataclasses.replace(TRAINING, mtp_weight=0.0))
+    assert int(metrics["skipped"]) == 0
+
+
 def test_biases_freeze_at_the_end(skeleton):
     training = dataclasses.replace(TRAINING, bias_freeze=0.8)
     two, ten = run(skeleton, training, batches=range(2))[0], run(skeleton, training, batches=range(10))[0]

@@ -223,7 +223,8 @@ def test_a_model_is_loaded_and_saved_by_two_processes(pytestconfig, tmp_path):
 def test_a_cluster_is_recognised():
     assert not in_cluster({})
     assert not in_cluster({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "TPU_WORKER_HOSTNAMES": "localhost"})
-    assert in_cluster({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"})
+    assert in_cluster({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_STEP_NODELIST": "node[01-16]"})
+    assert not in_cluster({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16"}), "a batch script, or a shell: not srun's"
     assert in_cluster({"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"})
     assert in_cluster({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"})
 
@@ -232,3 +233,20 @@ def test_flags_about_processes_are_complete_or_absent():
     assert initialize(["recipe.json", "--seed", "1"]) == ["recipe.json", "--seed", "1"]
     with pytest.raises(ConfigError, match=r"distributed\.process = None"):
         initialize(["--distributed.coordinator", "localhost:1", "--distributed.processes", "2"])
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "processes", "process", "field"),
+    [
+        ("localhost", 2, 0, "coordinator"),
+        ("localhost:port", 2, 0, "coordinator"),
+        ("localhost:1", 0, 0, "processes"),
+        ("localhost:1", 1, 5, "process"),
+        ("localhost:1", 2, -1, "process"),
+    ],
+)
+def test_flags_about_processes_make_sense(coordinator, processes, process, field):
+    values = {"coordinator": coordinator, "processes": processes, "process": process}
+    with pytest.raises(ConfigError) as error:
+        initialize([f"--distributed.{flag}={value}" for flag, value in values.items()])
+    assert error.value.field == f"distributed.{field}"

@@ -9,7 +9,7 @@ from collections.abc import Generator, Mapping, Sequence
 
 import jax
 
-from mla_moe.config import ConfigError
+from mla_moe.config import ConfigError, require
 
 _FLAGS = ("coordinator", "processes", "process")
 _SILENCE = 100
@@ -37,7 +37,13 @@ def initialize(arguments: Sequence[str]) -> list[str]:
         for flag, value in given.items():
             if value is None:
                 raise ConfigError(f"distributed.{flag}", None, "give all three of --distributed." + ", .".join(_FLAGS))
-        jax.distributed.initialize(given["coordinator"], given["processes"], given["process"], **how)
+        coordinator, processes, process = given.values()
+        fix = "HOST:PORT, of the host that runs process 0"
+        _, colon, port = coordinator.rpartition(":")
+        require(bool(colon) and port.isdigit(), "distributed.coordinator", coordinator, fix)
+        require(processes >= 1, "distributed.processes", processes, "at least 1")
+        require(0 <= process < processes, "distributed.process", process, f"one of 0 to {processes - 1}")
+        jax.distributed.initialize(coordinator, processes, process, **how)
     elif in_cluster(os.environ):
         jax.distributed.initialize(**how)
     return rest
@@ -72,7 +78,7 @@ def in_cluster(environment: Mapping[str, str]) -> bool:
 
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "")
     return (
-        ("SLURM_JOB_ID" in environment and count("SLURM_NTASKS") > 1)
+        ("SLURM_STEP_NODELIST" in environment and count("SLURM_NTASKS") > 1)  # srun's; a batch script is alone
         or count("OMPI_COMM_WORLD_SIZE") > 1
         or ("KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment)
         or "MEGASCALE_COORDINATOR_ADDRESS" in environment

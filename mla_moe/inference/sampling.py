@@ -69,7 +69,8 @@ def filtered(logits_BV: Float[Array, "B V"], settings: Settings) -> Float[Array,
 
     # Sorting the vocabulary costs more than the rest of a small model's step.
     ranked = jnp.any((top_k_B < V) | (settings.top_p_B < 1))
-    least_B1 = jax.lax.cond(ranked, by_rank, lambda _: jnp.full((len(scaled_BV), 1), -jnp.inf), None)
+    all_B1 = jnp.full((len(scaled_BV), 1), -jnp.inf, scaled_BV.dtype)
+    least_B1 = jax.lax.cond(ranked, by_rank, lambda _: all_B1, None)
     # log(0) is −inf: nothing is left out.
     floor_B1 = scaled_BV.max(axis=-1, keepdims=True) + jnp.log(settings.min_p_B)[:, None]
     return jnp.where((scaled_BV >= least_B1) & (scaled_BV >= floor_B1), scaled_BV, -jnp.inf)

@@ -57,7 +57,8 @@ def arranged(variable: nnx.Variable, compute: DTypeLike, mesh: Mesh | None) -> j
     device's columns of both side by side."""
     value = _cast(variable, compute)
     if {"experts", "gate_up"} <= set(variable.get_metadata("axes")):
-        value = _side_by_side(value, 1 if mesh is None else mesh.shape["tensor"])
+        parts = 1 if mesh is None else mesh.shape["tensor"]
+        value = _side_by_side(value, 1 if value.shape[-1] % parts else parts)  # a width that is not split is whole
     return value if mesh is None else jax.lax.with_sharding_constraint(value, decode_sharding(variable, mesh))
 
 

@@ -15,7 +15,7 @@ from mla_moe.recipe import Recipe
 from mla_moe.rl import objective
 from mla_moe.rl.objective import Sums, Tokens
 from mla_moe.training.loss import token_logprobs
-from mla_moe.training.step import TrainState, compiler_options, move_biases, shardings
+from mla_moe.training.step import TrainState, apply_updates, compiler_options, move_biases, shardings
 
 Part = dict[str, jax.Array]
 """Some rows of a minibatch on their devices, with what `Tokens` names."""
@@ -109,7 +109,7 @@ class Programs:
 
             updates, optimizer = self.tx.update(total.gradient, state.optimizer, state.params)
             biases = move_biases(state.biases, total.load_LE, self.rl.bias_update)
-            new = optax.apply_updates(state.params, updates), biases, optimizer
+            new = apply_updates(state.params, updates, mtp=False), biases, optimizer
             kept = state.params, state.biases, state.optimizer
             new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, kept)
             metrics = total._asdict() | {"grad_norm": norm, "skipped": 1 - finite.astype(jnp.int32)}

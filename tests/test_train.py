@@ -35,11 +35,19 @@ def test_bad_input_is_one_clear_error(args, said, request, tmp_path):
 
 def test_interrupted_while_it_compiles_is_one_line(request, tmp_path):
     command = [sys.executable, "train.py", "configs/quickstart.py", "--run-dir", str(tmp_path / "run")]
-    with subprocess.Popen(command, cwd=request.config.rootpath, stderr=subprocess.PIPE, text=True) as process:
+
+    def heed():  # a shell in the background has it ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    how = {"cwd": request.config.rootpath, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heed}
+    with subprocess.Popen(command, **how) as process:
         while process.poll() is None and not (tmp_path / "run" / "recipe.json").exists():
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=180)
+        try:
+            _, said = process.communicate(timeout=120)
+        finally:
+            process.kill()
     assert process.returncode == 130
     assert "interrupted; the same command goes on" in said
     assert "Traceback" not in said

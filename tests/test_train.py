@@ -33,14 +33,17 @@ def test_bad_input_is_one_clear_error(args, said, request, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_interrupted_while_it_compiles_is_one_line(request, tmp_path):
+@pytest.fixture
+def heeding_interrupts():
+    """A shell in the background ignores them, and what is begun there inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupted_while_it_compiles_is_one_line(request, tmp_path, heeding_interrupts):
     command = [sys.executable, "train.py", "configs/quickstart.py", "--run-dir", str(tmp_path / "run")]
-
-    def heed():  # a shell in the background has it ignored
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    how = {"cwd": request.config.rootpath, "stderr": subprocess.PIPE, "text": True, "preexec_fn": heed}
-    with subprocess.Popen(command, **how) as process:
+    with subprocess.Popen(command, cwd=request.config.rootpath, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not (tmp_path / "run" / "recipe.json").exists():
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

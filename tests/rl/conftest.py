@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 
-from mla_moe.recipe import RL, Checkpoint, Data, Optimizer, Recipe, Schedule, Task, Training
+from mla_moe.recipe import RL, SFT, Checkpoint, Data, Optimizer, Recipe, Schedule, Task, Training
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +14,7 @@ def recipe(cfg):
         data=Data(tokenizer="byte"),
         training=Training(steps=0, batch_size=8, loss_chunk=16),
         task=Task(template="{question}=", options=("least=1", "most=2")),
+        sft=SFT(sequence_length=64),
         rl=RL(
             steps=3,
             prompts=4,

@@ -6,12 +6,14 @@ import json
 import pytest
 
 from mla_moe import ConfigError
-from mla_moe.recipe import SFT, Rejection
+from mla_moe.recipe import Rejection
 from mla_moe.rl.ahead import look_ahead
 
 
 def test_files_of_fine_tuning(recipe, tmp_path):
-    missing = dataclasses.replace(recipe, sft=SFT(steps=1, data=(str(tmp_path / "nope.jsonl"),)))
+    missing = dataclasses.replace(
+        recipe, sft=dataclasses.replace(recipe.sft, steps=1, data=(str(tmp_path / "nope.jsonl"),))
+    )
     with pytest.raises(ConfigError, match=r"sft\.data = .*nope\.jsonl"):
         look_ahead(missing, {"pretrain"})
     look_ahead(missing, {"pretrain", "sft"})

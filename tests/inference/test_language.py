@@ -1,6 +1,5 @@
 import json
 import os
-import signal
 import sys
 
 import pytest
@@ -106,13 +105,16 @@ def test_command_prints_an_answer(checkpoint, capsys):
 
 
 def test_command_ends_quietly_when_nobody_listens(checkpoint, monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
     read, write = os.pipe()
     os.close(read)
     with os.fdopen(write, "w") as out:
         monkeypatch.setattr(sys, "stdout", out)
         assert main(["generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "8"]) == 141
     monkeypatch.undo()
-    monkeypatch.setattr(Engine, "step", lambda self: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(Engine, "step", interrupted)
     assert main(["generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "8"]) == 130
     assert capsys.readouterr().err == ""
 

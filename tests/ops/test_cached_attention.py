@@ -59,7 +59,7 @@ def test_idle_slots_cost_no_blocks_and_give_numbers(arrays):
 
 @pytest.mark.parametrize("slots", [None, (2, 0, 1, 3)])
 def test_64_bit_numbers_change_nothing(arrays, slots):
-    positions = np.arange(4, dtype=np.int32)[:, None]
+    positions = jnp.arange(4, dtype=jnp.int32)[:, None]
     wanted = run(arrays, positions, None if slots is None else jnp.array(slots), "absorbed")
     with jax.enable_x64(True):
         got = run(arrays, positions, None if slots is None else jnp.array(slots), "absorbed")

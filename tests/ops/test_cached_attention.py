@@ -61,6 +61,6 @@ def test_idle_slots_cost_no_blocks_and_give_numbers(arrays):
 def test_64_bit_numbers_change_nothing(arrays, slots):
     positions = jnp.arange(4, dtype=jnp.int32)[:, None]
     wanted = run(arrays, positions, None if slots is None else jnp.array(slots), "absorbed")
-    with jax.enable_x64(True):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # places in a loop are of 64 bits
         got = run(arrays, positions, None if slots is None else jnp.array(slots), "absorbed")
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import sys
 from functools import partial
@@ -106,6 +107,7 @@ class Convert:
     def run(self) -> None:
         import jax.numpy as jnp
 
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that of one process nothing is merged
         convert(self.src, self.dst, to=self.to, dtype=self.dtype and jnp.dtype(self.dtype), fp8=self.fp8)
         size = sum(file.stat().st_size for file in self.dst.rglob("*") if file.is_file())
         print(f"{self.dst}: {size / 1e9:.2f} GB")

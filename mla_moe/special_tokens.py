@@ -35,11 +35,14 @@ _EOS_NAMES = (
 
 
 def open_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    """Raises `ConfigError` for a file that is no `tokenizer.json`."""
+    """One that neither cuts nor pads. Raises `ConfigError` for a file that is no `tokenizer.json`."""
     try:
-        return tokenizers.Tokenizer.from_file(str(path))
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare `Exception`
         raise ConfigError(_FIELD, str(path), f"is not a tokenizer.json: {error}") from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def special_ids(tokenizer: tokenizers.Tokenizer, path: Path) -> dict[str, int]:
@@ -48,7 +51,7 @@ def special_ids(tokenizer: tokenizers.Tokenizer, path: Path) -> dict[str, int]:
     They are those of a `tokenizer_config.json` beside it, or else the special tokens with a usual name; where only one
     of bos and eos exists it serves as both, as GPT-2's `<|endoftext|>` does. Raises `ConfigError` where there is none.
     """
-    names = _config(path.with_name("tokenizer_config.json"))
+    names = read_object(path.with_name("tokenizer_config.json"), _FIELD)
     special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
     ids = {}
     for key, usual in (("bos_token", _BOS_NAMES), ("eos_token", _EOS_NAMES), ("pad_token", ())):
@@ -67,7 +70,8 @@ def special_ids(tokenizer: tokenizers.Tokenizer, path: Path) -> dict[str, int]:
     return {"bos_token_id": either, "eos_token_id": either} | ids
 
 
-def _config(path: Path) -> dict[str, Any]:
+def read_object(path: Path, field: str) -> dict[str, Any]:
+    """A JSON object beside a tokenizer, empty without a file. Raises `ConfigError` on `field` for anything else."""
     if not path.is_file():
         return {}
     try:
@@ -75,5 +79,5 @@ def _config(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        raise ConfigError(_FIELD, str(path), "is not a JSON object")
+        raise ConfigError(field, str(path), "is not a JSON object")
     return config

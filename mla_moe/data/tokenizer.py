@@ -59,8 +59,6 @@ class HFTokenizer:
         if not path.is_file():
             raise ConfigError(_FIELD, self.name, "no such file; give byte, bpe:SIZE or the path of a tokenizer.json")
         self._tokenizer = open_tokenizer(path)
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True  # a document that spells "</s>" must not end itself
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         ids = special_ids(self._tokenizer, path)

@@ -1,16 +1,15 @@
 """How text goes into a model and comes out: a tokenizer, the tokens that end an answer, and the chat template."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import tokenizers
 
 from mla_moe.config import ConfigError
 from mla_moe.inference.request import MAX_STOPS, Decode
+from mla_moe.special_tokens import open_tokenizer, read_object
 
 _SPECIAL = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 Message = Mapping[str, Any]
@@ -38,7 +37,7 @@ class Language:
 
 def language_of(directory: Path, tokenizer: Tokenizer) -> Language:
     """Of a Hugging Face directory. What ends an answer is named by its `generation_config.json`, or is eos."""
-    stops = _read(directory / "generation_config.json").get("eos_token_id")
+    stops = read_object(directory / "generation_config.json", "generation_config.json").get("eos_token_id")
     stops = tokenizer.eos_id if stops is None else stops
     return Language(
         encode=lambda text: [tokenizer.bos_id, *tokenizer.encode(_checked("prompt", text)).tolist()],
@@ -49,7 +48,8 @@ def language_of(directory: Path, tokenizer: Tokenizer) -> Language:
 
 
 def _chat(directory: Path) -> Callable[[Sequence[Message]], list[int]]:
-    config, file = _read(directory / "tokenizer_config.json"), directory / "chat_template.jinja"
+    config = read_object(directory / "tokenizer_config.json", "tokenizer_config.json")
+    file = directory / "chat_template.jinja"
     source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
     if isinstance(source, list):  # several, by name
         source = next((t.get("template") for t in source if isinstance(t, dict) and t.get("name") == "default"), None)
@@ -61,9 +61,7 @@ def _chat(directory: Path) -> Callable[[Sequence[Message]], list[int]]:
         return _unable("messages", "chat templates need jinja2: pip install 'mla_moe[serve]'")
     special = {key: _content(config[key]) for key in _SPECIAL if config.get(key) is not None}
     render = chat_template(source, special)
-    tokenizer = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
+    tokenizer = open_tokenizer(directory / "tokenizer.json")
 
     def encode(messages: Sequence[Message]) -> list[int]:
         return tokenizer.encode(_checked("messages", render(messages)), add_special_tokens=False).ids
@@ -85,18 +83,6 @@ def _checked(field: str, text: str) -> str:
     except UnicodeEncodeError as error:
         raise ConfigError(field, text[error.start], "is half of a surrogate pair, which is no character") from None
     return text
-
-
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise ConfigError(path.name, str(path), "is not a JSON object")
-    return value
 
 
 def _content(token: str | dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import logging
 import os
 import signal
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from jax.experimental import multihost_utils
 from mla_moe.config import ConfigError, require
 from mla_moe.recipe import Recipe
 from mla_moe.training.metrics import read_rows
+
+logger = logging.getLogger(__name__)
 
 # What may change between two starts of one run: how it computes, shows and saves, not what it learns.
 FREE = (
@@ -90,8 +93,8 @@ def _lock(run_dir: Path) -> None:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         raise ConfigError("run_dir", str(run_dir), "another process trains there; end it, or give another") from None
-    except OSError:  # a file system without locks
-        pass
+    except OSError as error:
+        logger.warning("%s: the file system has no locks (%s); start no second process there", run_dir, error.strerror)
 
 
 def write_atomically(path: Path, text: str) -> None:

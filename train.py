@@ -12,10 +12,10 @@ if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not i
     # Arrays in huge pages: a step on CPU takes a fifth less time. The C library reads this when a program begins.
     os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
 
-from mla_moe import recipe as recipes
-from mla_moe.config import ConfigError
-from mla_moe.training.distributed import ending_together, initialize
-from mla_moe.training.guard import Halted
+
+from mla_moe.config import ConfigError, Recipe, load_recipe, with_overrides
+from mla_moe.parallel.distributed import ending_together, initialize
+from mla_moe.training.loss_monitor import TrainingHaltedError
 
 
 def main() -> int:
@@ -29,13 +29,13 @@ def main() -> int:
         print(__doc__ if "--help" in arguments or "-h" in arguments else "error: name a recipe first\n\n" + __doc__)
         return 0 if "--help" in arguments or "-h" in arguments else 2
     try:
-        recipe = recipes.with_flags(recipes.load(path), arguments, f"train.py {path}", __doc__)
+        recipe = with_overrides(load_recipe(path), arguments, f"train.py {path}", __doc__)
         with ending_together():
             return run(recipe)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (Halted, OSError) as error:
+    except (TrainingHaltedError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -43,36 +43,36 @@ def main() -> int:
         return 130
 
 
-def run(recipe: recipes.Recipe) -> int:
+def run(recipe: Recipe) -> int:
     """The stages of a recipe, one after the other, and the report."""
     import jax
 
-    from mla_moe.report import write_report
-    from mla_moe.rl.ahead import look_ahead
-    from mla_moe.rl.prompts import prompt_of
-    from mla_moe.rl.rejection import learn_from_the_best
-    from mla_moe.rl.stage import reinforce
+    from mla_moe.report.page import write_report
+    from mla_moe.rl.preflight import preflight
+    from mla_moe.rl.rejection_sampling import train_rejection
+    from mla_moe.rl.trainer import train_rl
+    from mla_moe.text.prompts import render_prompt
     from mla_moe.training.compile_cache import enable_compile_cache
     from mla_moe.training.console import Console
     from mla_moe.training.pretrain import pretrain
-    from mla_moe.training.run import begun, open_run
-    from mla_moe.training.setup import Interrupted
-    from mla_moe.training.sft import fine_tune
+    from mla_moe.training.run_context import InterruptedRun
+    from mla_moe.training.run_directory import open_run_directory, started_stages
+    from mla_moe.training.sft import train_sft
 
     enable_compile_cache()
     console = Console(enabled=jax.process_index() == 0)
-    run_dir = open_run(recipe)
-    look_ahead(recipe, begun(run_dir))
+    run_dir = open_run_directory(recipe)
+    preflight(recipe, started_stages(run_dir))
     try:
         if recipe.training.steps:
             pretrain(recipe, run_dir, console)
         if recipe.sft.steps:
-            fine_tune(recipe, run_dir, console, prompt_of)
+            train_sft(recipe, run_dir, console, render_prompt)
         if recipe.rl.steps:
-            reinforce(recipe, run_dir, console)
+            train_rl(recipe, run_dir, console)
         if recipe.rejection.steps:
-            learn_from_the_best(recipe, run_dir, console)
-    except Interrupted as stop:
+            train_rejection(recipe, run_dir, console)
+    except InterruptedRun as stop:
         console.say(f"{stop}. The same command goes on from there.")
         return 130
     if jax.process_index() == 0:

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from model import CFG, stepper
 
-from mla_moe.counting import train_flops_per_token
+from mla_moe.config import MeshConfig
+from mla_moe.nn.model_costs import train_flops_per_token
 from mla_moe.ops.attention import attention
-from mla_moe.recipe import Mesh
-from mla_moe.sharding import make_mesh
+from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training.step import compiler_options
 
 HEADS, KEY, VALUE = 8, 48, 32
@@ -33,7 +33,7 @@ def seconds(length: int, implementation) -> float:
     def loss(q, k, v):
         return jnp.sum(attention(q, k, v, None, scale=KEY**-0.5, implementation=implementation) ** 2)
 
-    options = compiler_options(make_mesh(Mesh(), jax.devices()[:1]))
+    options = compiler_options(make_mesh(MeshConfig(), jax.devices()[:1]))
     f = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=options)
     jax.block_until_ready(f(q, k, v))
     times = []

@@ -25,11 +25,11 @@ import ml_dtypes
 import numpy as np
 
 from mla_moe import preset
-from mla_moe.interop import convert
-from mla_moe.interop import fp8 as blocks
-from mla_moe.interop.names import pieces
-from mla_moe.interop.writer import Entry, write_checkpoint
-from mla_moe.nn.skeleton import Skeleton
+from mla_moe.checkpoint import fp8 as blocks
+from mla_moe.checkpoint.convert import convert
+from mla_moe.checkpoint.hf_mapping import tensor_mappings
+from mla_moe.checkpoint.safetensors_writer import TensorEntry, write_checkpoint
+from mla_moe.nn.abstract_model import AbstractModel
 
 TASKS: dict[str, Callable[[Path, Path], None]] = {
     "copy": lambda src, dst: _synced(shutil.copytree(src, dst)),
@@ -55,13 +55,13 @@ def synthetic(path: Path, gigabytes: float) -> None:
     by_type |= {blocks.E4M3: (1000 * noise).astype(blocks.E4M3)}
     by_type = {np.dtype(d): x for d, x in by_type.items()}
 
-    def entry(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> Entry:
+    def entry(name: str, dtype: np.dtype, shape: tuple[int, ...]) -> TensorEntry:
         size = int(np.prod(shape))
         starts = range(0, size, noise.size)
-        return Entry(name, dtype, shape, lambda: (by_type[dtype][: size - start] for start in starts))
+        return TensorEntry(name, dtype, shape, lambda: (by_type[dtype][: size - start] for start in starts))
 
     entries = []
-    for piece in pieces(Skeleton(cfg)):
+    for piece in tensor_mappings(AbstractModel(cfg)):
         quantised = blocks.is_quantised(piece.name)
         bias = piece.name.endswith("bias")
         kind = blocks.E4M3 if quantised else np.dtype(np.float32 if bias else ml_dtypes.bfloat16)

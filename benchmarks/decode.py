@@ -22,9 +22,9 @@ from model import CFG
 
 from mla_moe import Precision, Transformer, preset, save_pretrained
 from mla_moe.config import PRESETS
-from mla_moe.counting import cache_bytes_per_token, count_parameters
 from mla_moe.inference.engine import Engine
 from mla_moe.inference.request import Request
+from mla_moe.nn.model_costs import count_parameters, kv_cache_bytes_per_token
 
 PROMPT, NEW = 64, 128
 
@@ -65,7 +65,7 @@ def cache_table() -> None:
     for name in PRESETS:
         cfg = preset(name)
         one = 2 * cfg.v_head_dim * cfg.num_hidden_layers * 2
-        latent, heads = cache_bytes_per_token(cfg), cfg.num_attention_heads
+        latent, heads = kv_cache_bytes_per_token(cfg), cfg.num_attention_heads
         gqa = one * min(8, heads)
         print(f"{name:26}{latent:10,}{one:10,}{gqa:10,}{one * heads:12,}{one * heads / latent:14.1f}")
 

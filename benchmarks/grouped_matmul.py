@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mla_moe.config import MeshConfig
 from mla_moe.ops.experts import block_size
 from mla_moe.ops.grouped_matmul import Implementation, grouped_matmul
-from mla_moe.recipe import Mesh
-from mla_moe.sharding import make_mesh
+from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training.step import compiler_options
 
 ROWS, EXPERTS, DEPTH, WIDTH, TURNS = 16384, 32, 256, 256, 5
@@ -30,7 +30,7 @@ IMPLEMENTATIONS: tuple[Implementation, ...] = ("chunks", "blocks", "ragged")
 
 
 def forward_and_backward(f: Callable) -> tuple[Callable, Callable]:
-    compiled = partial(jax.jit, compiler_options=compiler_options(make_mesh(Mesh(), jax.devices()[:1])))
+    compiled = partial(jax.jit, compiler_options=compiler_options(make_mesh(MeshConfig(), jax.devices()[:1])))
     return compiled(f), compiled(jax.grad(lambda x, w: jnp.sum(f(x, w) ** 2), (0, 1)))
 
 

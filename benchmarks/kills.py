@@ -19,8 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-from mla_moe import recipe as recipes
-from mla_moe.recipe import Checkpoint, Data, Recipe, Sample
+from mla_moe.config import CheckpointConfig, DataConfig, Recipe, SampleConfig, load_recipe
 from mla_moe.training.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
@@ -29,16 +28,16 @@ MOMENTS = ("save", "steps", "restore", "start")
 
 
 def recipe(run_dir: Path, steps: int) -> Recipe:
-    quick = recipes.load(ROOT / "configs" / "quickstart.py")
+    quick = load_recipe(ROOT / "configs" / "quickstart.py")
     training = dataclasses.replace(quick.training, steps=steps, batch_size=4, sequence_length=64)
     return Recipe(
         run_dir=str(run_dir),
         model=quick.model,
-        data=Data(train=("arithmetic:train",), heldout=(), shuffle_window=64),
+        data=DataConfig(train=("arithmetic:train",), heldout=(), shuffle_buffer_size=64),
         optimizer=quick.optimizer,
         training=training,
-        checkpoint=Checkpoint(every=3, keep=2),
-        sample=Sample(),
+        checkpoint=CheckpointConfig(every=3, max_to_keep=2),
+        sample=SampleConfig(),
     )
 
 

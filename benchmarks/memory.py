@@ -13,36 +13,40 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from mla_moe import ModelConfig
-from mla_moe.nn.skeleton import Skeleton
-from mla_moe.recipe import Mesh, Optimizer, Training
-from mla_moe.sharding import BATCH, make_mesh
+from mla_moe.config import MeshConfig, OptimizerConfig, TrainingConfig
+from mla_moe.nn.abstract_model import AbstractModel
+from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
 from mla_moe.training.optimizer import make_optimizer
-from mla_moe.training.step import abstract_state, make_step
+from mla_moe.training.step import abstract_state, make_train_step
 
 CFG = ModelConfig(
     vocab_size=8192, hidden_size=512, num_hidden_layers=4, num_attention_heads=8, intermediate_size=1024,
     moe_intermediate_size=256, n_routed_experts=32, num_experts_per_tok=4, kv_lora_rank=128, q_lora_rank=128,
     qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64, max_position_embeddings=1024,
 )  # fmt: skip
-TRAINING = Training(batch_size=16, sequence_length=1024, remat="full")
+TRAINING = TrainingConfig(batch_size=16, sequence_length=1024, remat="full")
 
 MESHES = {
-    1: [Mesh()],
-    2: [Mesh(data=1, fsdp=2), Mesh(data=1, expert=2)],
-    4: [Mesh(data=1, fsdp=4), Mesh(data=1, expert=4), Mesh(data=1, fsdp=2, expert=2)],
-    8: [Mesh(data=1, fsdp=8), Mesh(data=1, expert=8), Mesh(data=1, fsdp=2, expert=4),
-        Mesh(data=1, fsdp=2, expert=2, tensor=2), Mesh(data=1, fsdp=1, expert=2, context=4)],
+    1: [MeshConfig()],
+    2: [MeshConfig(data=1, fsdp=2), MeshConfig(data=1, expert=2)],
+    4: [MeshConfig(data=1, fsdp=4), MeshConfig(data=1, expert=4), MeshConfig(data=1, fsdp=2, expert=2)],
+    8: [MeshConfig(data=1, fsdp=8), MeshConfig(data=1, expert=8), MeshConfig(data=1, fsdp=2, expert=4),
+        MeshConfig(data=1, fsdp=2, expert=2, tensor=2), MeshConfig(data=1, fsdp=1, expert=2, context=4)],
 }  # fmt: skip
 
 
 def step_memory(mesh: jax.sharding.Mesh) -> tuple[int, int]:
     """Bytes a device of arguments and of temporaries."""
-    skeleton = Skeleton(CFG, remat=TRAINING.remat)
-    tx = make_optimizer(Optimizer(), TRAINING.steps, skeleton)
+    abstract_model = AbstractModel(CFG, remat=TRAINING.remat)
+    tx = make_optimizer(OptimizerConfig(), TRAINING.steps, abstract_model)
     shape = TRAINING.batch_size, TRAINING.sequence_length
-    batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH))
+    batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), batch)
-    step = make_step(skeleton, tx, TRAINING, mesh).lower(abstract_state(skeleton, tx, mesh), batch).compile()
+    step = (
+        make_train_step(abstract_model, tx, TRAINING, mesh)
+        .lower(abstract_state(abstract_model, tx, mesh), batch)
+        .compile()
+    )
     memory = step.memory_analysis()
     return memory.argument_size_in_bytes, memory.temp_size_in_bytes
 

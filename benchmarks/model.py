@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_moe import ModelConfig, Precision
-from mla_moe.nn.skeleton import Skeleton
+from mla_moe.config import MeshConfig, OptimizerConfig, TrainingConfig
+from mla_moe.nn.abstract_model import AbstractModel
 from mla_moe.nn.transformer import Remat
-from mla_moe.recipe import Mesh, Optimizer, Training
-from mla_moe.sharding import make_mesh
+from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training.optimizer import make_optimizer
-from mla_moe.training.step import init_state, make_step
+from mla_moe.training.step import init_state, make_train_step
 
 CFG = ModelConfig(
     vocab_size=2048, hidden_size=256, intermediate_size=512, moe_intermediate_size=128, num_hidden_layers=6,
@@ -25,13 +25,13 @@ CFG = ModelConfig(
 
 def stepper(cfg: ModelConfig, dtype: str, batch: int, length: int, remat: Remat = "none") -> Callable[[], float]:
     """A function that takes one step and says how long it took; the first, which compiles, is done."""
-    mesh = make_mesh(Mesh(), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     precision = Precision(compute=jnp.dtype(dtype))
-    training = Training(batch_size=batch, sequence_length=length, compute_dtype=dtype, remat=remat)
-    skeleton = Skeleton(cfg, precision=precision, remat=training.remat)
-    tx = make_optimizer(Optimizer(), training.steps, skeleton)
-    state = init_state(skeleton, tx, 0, mesh)
-    step = make_step(skeleton, tx, training, mesh)
+    training = TrainingConfig(batch_size=batch, sequence_length=length, compute_dtype=dtype, remat=remat)
+    abstract_model = AbstractModel(cfg, precision=precision, remat=training.remat)
+    tx = make_optimizer(OptimizerConfig(), training.steps, abstract_model)
+    state = init_state(abstract_model, tx, 0, mesh)
+    step = make_train_step(abstract_model, tx, training, mesh)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, length), dtype=np.int32)
     ones, places = np.ones_like(tokens), np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
     data = jax.device_put({"tokens": tokens, "targets": tokens, "segment_ids": ones, "positions": places})

@@ -12,33 +12,34 @@ from pathlib import Path
 
 import numpy as np
 
-from mla_moe import recipe as recipes
-from mla_moe.recipe import RL, Recipe, Task
-from mla_moe.rl.stage import reinforce
+from mla_moe.config import Recipe, RLConfig, TaskConfig, load_recipe
+from mla_moe.rl.trainer import train_rl
 from mla_moe.training.compile_cache import enable_compile_cache
 from mla_moe.training.console import Console
 from mla_moe.training.metrics import read_rows
-from mla_moe.training.run import open_run
+from mla_moe.training.run_directory import open_run_directory
 
 
-def variants(rl: RL, task: Task) -> dict[str, tuple[RL, Task]]:
+def variants(rl: RLConfig, task: TaskConfig) -> dict[str, tuple[RLConfig, TaskConfig]]:
     """Name → settings; the first is the quickstart's own."""
     change = dataclasses.replace
-    answers = rl.prompts * rl.group_size
-    sizes = {f"groups of {size}": (change(rl, group_size=size, prompts=answers // size), task) for size in (4, 16)}
+    answers = rl.prompts_per_step * rl.group_size
+    sizes = {
+        f"groups of {size}": (change(rl, group_size=size, prompts_per_step=answers // size), task) for size in (4, 16)
+    }
     return {
         "quickstart": (rl, task),
-        "grpo, no divergence": (change(rl, objective="grpo", kl=0.0), task),
-        "grpo, divergence 1e-3": (change(rl, objective="grpo", kl=1e-3), task),
-        "dr_grpo": (change(rl, objective="dr_grpo", kl=0.0), task),
-        "gspo": (change(rl, objective="gspo", kl=0.0), task),
-        "no reward for form": (rl, change(task, format=0.0)),
+        "grpo, no divergence": (change(rl, objective="grpo", kl_coef=0.0), task),
+        "grpo, divergence 1e-3": (change(rl, objective="grpo", kl_coef=1e-3), task),
+        "dr_grpo": (change(rl, objective="dr_grpo", kl_coef=0.0), task),
+        "gspo": (change(rl, objective="gspo", kl_coef=0.0), task),
+        "no reward for form": (rl, change(task, format_weight=0.0)),
         "no routing replay": (change(rl, routing_replay=False), task),
         **sizes,
     }
 
 
-def run(base: Recipe, source: Path, name: str, rl: RL, task: Task, folder: Path) -> list[str]:
+def run(base: Recipe, source: Path, name: str, rl: RLConfig, task: TaskConfig, folder: Path) -> list[str]:
     settings = dataclasses.replace(
         base,
         run_dir=str(folder / name.replace(" ", "-")),
@@ -48,7 +49,7 @@ def run(base: Recipe, source: Path, name: str, rl: RL, task: Task, folder: Path)
         rl=rl,
         task=task,
     )
-    reinforce(settings, open_run(settings), Console(enabled=False))
+    train_rl(settings, open_run_directory(settings), Console(enabled=False))
     rows = read_rows(Path(settings.run_dir) / "metrics.jsonl")
     evals = [row for row in rows if "eval/accuracy" in row]
     steps = [row for row in rows if "reward" in row]
@@ -64,7 +65,7 @@ def run(base: Recipe, source: Path, name: str, rl: RL, task: Task, folder: Path)
         change("eval/forced_accuracy"),
         change("eval/format_rate"),
         change("eval/response_length", ".0f"),
-        f"{max(row['mismatch_max'] for row in steps):.1e}",
+        f"{max(row['sampler_logprob_diff_max'] for row in steps):.1e}",
         f"{np.median(seconds):.1f}",
         f"{np.median(sampling / seconds):.0%}",
     ]
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*")
     args = parser.parse_args()
     enable_compile_cache()
-    base = recipes.load(args.run / "recipe.json")
+    base = load_recipe(args.run / "recipe.json")
     changes = {key: value for key in ("steps", "prompts") if (value := getattr(args, key)) is not None}
     rl = dataclasses.replace(base.rl, eval_every=0, eval_samples=2, eval_split="validation", **changes)
     print("| " + " | ".join(HEAD) + " |\n" + "|---" * len(HEAD) + "|", flush=True)

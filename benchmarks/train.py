@@ -20,7 +20,8 @@ from flax import nnx
 from model import CFG, stepper
 
 from mla_moe import Transformer, save_pretrained
-from mla_moe.counting import count_parameters, peak_flops, train_flops_per_token
+from mla_moe.nn.model_costs import count_parameters, train_flops_per_token
+from mla_moe.parallel.accelerators import peak_flops
 
 BATCH, LENGTH, TURNS = 8, 512, 5
 

@@ -7,23 +7,35 @@ chip, no token dropped.
 What it costs on this and on other pods: docs/plan.md. The recipes for those start from this one.
 """
 
-from mla_moe.config import preset
-from mla_moe.recipe import Checkpoint, Data, Mesh, Optimizer, Recipe, Schedule, Training
+from mla_moe.config import (
+    CheckpointConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    Recipe,
+    ScheduleConfig,
+    TrainingConfig,
+    preset,
+)
 
 recipe = Recipe(
     run_dir="runs/deepseek_v3",
     model=preset("deepseek-v3"),
-    data=Data(tokenizer="tokenizer.json"),
+    data=DataConfig(tokenizer="tokenizer.json"),
     # Section 4.2: 14.8 T tokens in sequences of 4,096; here in steps of 8 M tokens from the first on.
-    optimizer=Optimizer(schedule=Schedule(peak=2.2e-4, warmup=0.0011, decay=0.29, final=0.1, tail=0.034)),
-    mesh=Mesh(data=1, fsdp=-1, expert=32),
-    training=Training(
+    optimizer=OptimizerConfig(
+        schedule=ScheduleConfig(
+            peak_lr=2.2e-4, warmup_fraction=0.0011, decay_fraction=0.29, final_lr_fraction=0.1, tail_fraction=0.034
+        )
+    ),
+    mesh=MeshConfig(data=1, fsdp=-1, expert=32),
+    training=TrainingConfig(
         steps=1_764_000,
         batch_size=2048,
         sequence_length=4096,
         remat="full",
-        bias_freeze=0.034,
+        router_bias_freeze_fraction=0.034,
         log_every=10,
     ),
-    checkpoint=Checkpoint(every=500),
+    checkpoint=CheckpointConfig(every=500),
 )

@@ -7,12 +7,12 @@
 import dataclasses
 from pathlib import Path
 
-from mla_moe.recipe import Optimizer, Schedule, load
+from mla_moe.config import OptimizerConfig, ScheduleConfig, load_recipe
 
-v3 = load(Path(__file__).with_name("deepseek_v3.py"))
+v3 = load_recipe(Path(__file__).with_name("deepseek_v3.py"))
 recipe = dataclasses.replace(
     v3,
     run_dir="runs/deepseek_v3_mlperf",
-    optimizer=Optimizer(schedule=Schedule(peak=2.4e-5)),
-    training=dataclasses.replace(v3.training, batch_size=16_384, accumulation=8),
+    optimizer=OptimizerConfig(schedule=ScheduleConfig(peak_lr=2.4e-5)),
+    training=dataclasses.replace(v3.training, batch_size=16_384, gradient_accumulation_steps=8),
 )

@@ -4,18 +4,33 @@ mla-moe plan configs/kimi_k2.py --topology v5p:4x8x8
 python train.py configs/kimi_k2.py --data.train 'text/*.parquet' --data.tokenizer path/to/tokenizer.json
 """
 
-from mla_moe.config import preset
-from mla_moe.recipe import Checkpoint, Data, Mesh, Optimizer, Recipe, Schedule, Training
+from mla_moe.config import (
+    CheckpointConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    Recipe,
+    ScheduleConfig,
+    TrainingConfig,
+    preset,
+)
 
 recipe = Recipe(
     run_dir="runs/kimi_k2",
     model=preset("kimi-k2"),
-    data=Data(tokenizer="tokenizer.json"),
+    data=DataConfig(tokenizer="tokenizer.json"),
     # arXiv 2507.20534, section 2.5: 15.5 T tokens in sequences of 4,096, 67 M tokens a step.
-    optimizer=Optimizer(schedule=Schedule(peak=2e-4, warmup=0.0022, decay=0.35, final=0.1)),
-    mesh=Mesh(data=1, fsdp=-1, expert=32),
-    training=Training(
-        steps=231_000, batch_size=16_384, accumulation=32, sequence_length=4096, remat="full", log_every=10
+    optimizer=OptimizerConfig(
+        schedule=ScheduleConfig(peak_lr=2e-4, warmup_fraction=0.0022, decay_fraction=0.35, final_lr_fraction=0.1)
     ),
-    checkpoint=Checkpoint(every=500),
+    mesh=MeshConfig(data=1, fsdp=-1, expert=32),
+    training=TrainingConfig(
+        steps=231_000,
+        batch_size=16_384,
+        gradient_accumulation_steps=32,
+        sequence_length=4096,
+        remat="full",
+        log_every=10,
+    ),
+    checkpoint=CheckpointConfig(every=500),
 )

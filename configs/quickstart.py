@@ -8,9 +8,19 @@ fewer bits a byte than `gzip -9` needs. Reinforcement learning shows it other su
 kept and the answer right. About 10 minutes on 2 cores.
 """
 
-from mla_moe.config import ModelConfig
+from mla_moe.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    RLConfig,
+    SampleConfig,
+    ScheduleConfig,
+    TaskConfig,
+    TrainingConfig,
+)
 from mla_moe.data.arithmetic import QUESTION
-from mla_moe.recipe import RL, Checkpoint, Data, Optimizer, Recipe, Sample, Schedule, Task, Training
 
 recipe = Recipe(
     run_dir="runs/quickstart",
@@ -33,34 +43,38 @@ recipe = Recipe(
         initializer_range=0.02,
     ),
     # Files differ so much that a batch from one alone would have its own favourite experts: mix half a million tokens.
-    data=Data(train=("cpython:train", "arithmetic:train"), tokenizer="bpe:2048", shuffle_window=2048),
-    optimizer=Optimizer(
+    data=DataConfig(train=("cpython:train", "arithmetic:train"), tokenizer="bpe:2048", shuffle_buffer_size=2048),
+    optimizer=OptimizerConfig(
         name="muon",
         # So short a run wants high rates (8e-3 for both, mixing 256 sequences: 1.88 bits; this: 1.74).
-        schedule=Schedule(peak=2e-2, warmup=0.02, decay=0.6, final=0.02),
-        muon_peak=1e-2,
+        schedule=ScheduleConfig(peak_lr=2e-2, warmup_fraction=0.02, decay_fraction=0.6, final_lr_fraction=0.02),
+        muon_peak_lr=1e-2,
     ),
-    training=Training(steps=360, batch_size=16, sequence_length=256, bias_update=1e-2, balance_weight=3e-3),
-    task=Task(name="arithmetic", template=QUESTION, format=0.2),
-    rl=RL(
+    training=TrainingConfig(
+        steps=360, batch_size=16, sequence_length=256, router_bias_update_rate=1e-2, aux_loss_weight=3e-3
+    ),
+    task=TaskConfig(name="arithmetic", template=QUESTION, format_weight=0.2),
+    rl=RLConfig(
         steps=20,
         # Long right answers count for as much as short wrong ones: at rates too high, haste wins under some others.
         objective="dapo",
-        rounds=2,
-        prompts=48,
+        max_resample_rounds=2,
+        prompts_per_step=48,
         group_size=8,
         minibatches=2,
         max_prompt_tokens=24,
         max_new_tokens=72,
-        row_tokens=192,
-        rows=24,
-        slots=128,
+        packed_length=192,
+        micro_batch_size=24,
+        max_num_seqs=128,
         # The fewer groups still differ, the more gradients swing: with a short second moment the lesson may fall back.
-        optimizer=Optimizer(
-            schedule=Schedule(peak=6e-4, warmup=0.0, decay=0.9, final=0.05), beta2=0.99, weight_decay=0.0
+        optimizer=OptimizerConfig(
+            schedule=ScheduleConfig(peak_lr=6e-4, warmup_fraction=0.0, decay_fraction=0.9, final_lr_fraction=0.05),
+            beta2=0.99,
+            weight_decay=0.0,
         ),
         eval_every=5,
     ),
-    checkpoint=Checkpoint(every=100),
-    sample=Sample(prompts=("def read_lines(path):\n", "class Queue:\n    ", "7*2-2*1-7 = ?\n")),
+    checkpoint=CheckpointConfig(every=100),
+    sample=SampleConfig(prompts=("def read_lines(path):\n", "class Queue:\n    ", "7*2-2*1-7 = ?\n")),
 )

@@ -10,9 +10,20 @@ reinforcement learning had to find.
 
 from pathlib import Path
 
-from mla_moe.config import ModelConfig
+from mla_moe.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Recipe,
+    RejectionConfig,
+    RLConfig,
+    ScheduleConfig,
+    SFTConfig,
+    TaskConfig,
+    TrainingConfig,
+)
 from mla_moe.data.arithmetic import QUESTION
-from mla_moe.recipe import RL, SFT, Checkpoint, Data, Optimizer, Recipe, Rejection, Schedule, Task, Training
 
 recipe = Recipe(
     run_dir="runs/r1_pipeline",
@@ -34,29 +45,41 @@ recipe = Recipe(
         max_position_embeddings=256,
         initializer_range=0.02,
     ),
-    data=Data(train=("arithmetic:train",), heldout=("arithmetic:heldout",), tokenizer="byte"),
-    optimizer=Optimizer(name="muon", schedule=Schedule(peak=2e-2, warmup=0.02, decay=0.6, final=0.02), muon_peak=1e-2),
-    training=Training(steps=200, batch_size=16, sequence_length=192, bias_update=1e-2, balance_weight=3e-3),
-    task=Task(name="arithmetic", template=QUESTION),
-    sft=SFT(
+    data=DataConfig(train=("arithmetic:train",), heldout=("arithmetic:heldout",), tokenizer="byte"),
+    optimizer=OptimizerConfig(
+        name="muon",
+        schedule=ScheduleConfig(peak_lr=2e-2, warmup_fraction=0.02, decay_fraction=0.6, final_lr_fraction=0.02),
+        muon_peak_lr=1e-2,
+    ),
+    training=TrainingConfig(
+        steps=200, batch_size=16, sequence_length=192, router_bias_update_rate=1e-2, aux_loss_weight=3e-3
+    ),
+    task=TaskConfig(name="arithmetic", template=QUESTION),
+    sft=SFTConfig(
         steps=12,
         data=(str(Path(__file__).with_suffix(".jsonl")),),
         batch_size=8,
         sequence_length=192,
-        optimizer=Optimizer(schedule=Schedule(peak=5e-4, warmup=0.1, decay=0.9, final=0.1), weight_decay=0.0),
+        optimizer=OptimizerConfig(
+            schedule=ScheduleConfig(peak_lr=5e-4, warmup_fraction=0.1, decay_fraction=0.9, final_lr_fraction=0.1),
+            weight_decay=0.0,
+        ),
     ),
-    rl=RL(
+    rl=RLConfig(
         steps=12,
-        prompts=48,
+        prompts_per_step=48,
         group_size=8,
         minibatches=2,
         max_prompt_tokens=32,
         max_new_tokens=96,
-        row_tokens=192,
-        rows=24,
-        slots=128,
-        optimizer=Optimizer(schedule=Schedule(peak=1e-3, warmup=0.0, decay=1.0, final=0.1), weight_decay=0.0),
+        packed_length=192,
+        micro_batch_size=24,
+        max_num_seqs=128,
+        optimizer=OptimizerConfig(
+            schedule=ScheduleConfig(peak_lr=1e-3, warmup_fraction=0.0, decay_fraction=1.0, final_lr_fraction=0.1),
+            weight_decay=0.0,
+        ),
     ),
-    rejection=Rejection(steps=60, questions=512, samples=4, keep=1, start="base"),
-    checkpoint=Checkpoint(every=100),
+    rejection=RejectionConfig(steps=60, prompts=512, samples=4, keep=1, start="base"),
+    checkpoint=CheckpointConfig(every=100),
 )

@@ -13,8 +13,18 @@ The mesh is for 1,024 TPU v5p; half as many have no room for an update of such r
     mla-moe plan configs/r1_zero_v3.py --topology v5p:8x8x16 --stage rl
 """
 
-from mla_moe.config import preset
-from mla_moe.recipe import RL, Checkpoint, Data, Mesh, Optimizer, Recipe, Schedule, Task, Training
+from mla_moe.config import (
+    CheckpointConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    Recipe,
+    RLConfig,
+    ScheduleConfig,
+    TaskConfig,
+    TrainingConfig,
+    preset,
+)
 
 UPDATES_A_STEP = 16
 
@@ -22,25 +32,27 @@ recipe = Recipe(
     run_dir="runs/r1-zero-v3",
     model=preset("deepseek-v3"),
     init_from="path/to/orbax",
-    data=Data(tokenizer="path/to/tokenizer.json"),
-    mesh=Mesh(data=1, fsdp=16, expert=64),
-    training=Training(steps=0, batch_size=512, remat="full"),
-    task=Task(name="path/to/questions.jsonl", template="r1_zero"),
-    rl=RL(
+    data=DataConfig(tokenizer="path/to/tokenizer.json"),
+    mesh=MeshConfig(data=1, fsdp=16, expert=64),
+    training=TrainingConfig(steps=0, batch_size=512, remat="full"),
+    task=TaskConfig(name="path/to/questions.jsonl", template="r1_zero"),
+    rl=RLConfig(
         steps=10_400 // UPDATES_A_STEP,
         objective="grpo",
-        prompts=32 * UPDATES_A_STEP,
+        prompts_per_step=32 * UPDATES_A_STEP,
         group_size=16,
         minibatches=UPDATES_A_STEP,
         max_prompt_tokens=1024,
         max_new_tokens=32_768 - 1024,
         temperature=1.0,
-        kl=1e-3,
-        reference_every=400 // UPDATES_A_STEP,
-        rows=1024,
-        slots=1024,
+        kl_coef=1e-3,
+        ref_sync_steps=400 // UPDATES_A_STEP,
+        micro_batch_size=1024,
+        max_num_seqs=1024,
         eval_every=25,
-        optimizer=Optimizer(schedule=Schedule(peak=3e-6, warmup=0.0, decay=0.0), weight_decay=0.0),
+        optimizer=OptimizerConfig(
+            schedule=ScheduleConfig(peak_lr=3e-6, warmup_fraction=0.0, decay_fraction=0.0), weight_decay=0.0
+        ),
     ),
-    checkpoint=Checkpoint(every=25),
+    checkpoint=CheckpointConfig(every=25),
 )

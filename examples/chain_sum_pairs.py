@@ -11,8 +11,8 @@ import re
 import sys
 from pathlib import Path
 
-from mla_moe.recipe import load
-from mla_moe.rl.tasks import open_task
+from mla_moe.config import load_recipe
+from mla_moe.rl.tasks.task import open_task
 
 PAIRS = 16_000
 HASTY = 0.55
@@ -30,7 +30,7 @@ def steps(question: str) -> list[str]:
 
 
 def main(path: Path) -> None:
-    task = open_task(load(Path(__file__).parents[1] / "configs" / "chain_sum.py").task)
+    task = open_task(load_recipe(Path(__file__).parents[1] / "configs" / "chain_sum.py").task)
     draw = random.Random(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:

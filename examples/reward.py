@@ -1,6 +1,6 @@
 """A reward of one's own: answers that are right are worth more the sooner they come.
 
-    python train.py RECIPE --task.function examples/reward.py:brief --task.function-weight 0.5
+    python train.py RECIPE --task.reward_function examples/reward.py:brief --task.reward_function-weight 0.5
 
 It runs in a process of its own; what it raises is counted, and worth 0.
 """

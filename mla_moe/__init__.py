@@ -1,8 +1,8 @@
 """DeepSeek's recipe in JAX: multi-head latent attention, mixture of experts, reinforcement learning from rules."""
 
+from mla_moe.checkpoint.pretrained import load_pretrained, save_pretrained
 from mla_moe.config import ConfigError, ModelConfig, Yarn, preset
 from mla_moe.inference.generate import generate
-from mla_moe.interop.pretrained import load_pretrained, save_pretrained
 from mla_moe.nn.attention import MLAttention
 from mla_moe.nn.moe import MoE
 from mla_moe.nn.param import Precision

@@ -11,17 +11,27 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from mla_moe import recipe as recipes
-from mla_moe.config import PRESETS, ConfigError, ModelConfig, preset, require
-from mla_moe.counting import (
-    cache_bytes_per_token,
+from mla_moe.checkpoint.convert import convert
+from mla_moe.checkpoint.orbax_arrays import OrbaxCheckpoint, run_directory, step_directory
+from mla_moe.checkpoint.safetensors_reader import read_json
+from mla_moe.config import (
+    PRESETS,
+    ConfigError,
+    ModelConfig,
+    Recipe,
+    RLConfig,
+    TaskConfig,
+    load_recipe,
+    preset,
+    require,
+    with_overrides,
+)
+from mla_moe.nn.model_costs import (
     count_parameters,
-    multi_head_cache_bytes_per_token,
+    kv_cache_bytes_per_token,
+    mha_kv_cache_bytes_per_token,
     train_flops_per_token,
 )
-from mla_moe.interop import convert
-from mla_moe.interop.native import NativeArrays, run_directory, step_directory
-from mla_moe.interop.reader import read_json
 from mla_moe.training.console import Console, si
 
 
@@ -66,7 +76,7 @@ def _shapes(cfg: ModelConfig) -> list[tuple[str, str]]:
 
 def _costs(cfg: ModelConfig, length: int) -> list[tuple[str, str]]:
     count = count_parameters(cfg)
-    latent, multi_head = cache_bytes_per_token(cfg), multi_head_cache_bytes_per_token(cfg)
+    latent, multi_head = kv_cache_bytes_per_token(cfg), mha_kv_cache_bytes_per_token(cfg)
     return [
         ("parameters", f"{count.total:,} ({si(count.total)})"),
         ("active a token", f"{count.active:,} ({si(count.active)})"),
@@ -82,7 +92,7 @@ def _config(model: str) -> ModelConfig:
     if model in PRESETS or not path.exists():
         return preset(model)
     if path.is_dir() and (step := step_directory(path)) is not None:
-        return NativeArrays(step).cfg
+        return OrbaxCheckpoint(step).cfg
     return ModelConfig.from_hf(read_json(path if path.is_file() else path / "config.json"))  # no weights are read
 
 
@@ -120,7 +130,7 @@ class Report:
     run_dir: tyro.conf.Positional[Path]
 
     def run(self) -> None:
-        from mla_moe.report import write_report
+        from mla_moe.report.page import write_report
 
         print(write_report(self.run_dir))
 
@@ -145,12 +155,12 @@ class Generate:
     """Strings that end the answer."""
     speculative: bool = False
     """Let the prediction module guess ahead: the same text, up to rounding, and sooner."""
-    int8_cache: bool = False
+    int8_kv_cache: bool = False
     """Keep the cache in eight bits: half the memory of bfloat16."""
 
     def run(self) -> None:
         from mla_moe.inference.request import Request
-        from mla_moe.inference.terminal import print_answer
+        from mla_moe.inference.terminal import print_completion
 
         model, language = _model_and_language(self.checkpoint)
         message = [{"role": "user", "content": self.prompt}]
@@ -159,7 +169,7 @@ class Generate:
             tokens, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.seed,
             stop_ids=language.stop_ids, stop=self.stop,
         )  # fmt: skip
-        print_answer(model, language, request, speculative=self.speculative, int8_cache=self.int8_cache)
+        print_completion(model, language, request, speculative=self.speculative, int8_kv_cache=self.int8_kv_cache)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,7 +207,7 @@ class Eval:
         from mla_moe.rl.evaluate import evaluate, table
         from mla_moe.rl.rewards import Reward
         from mla_moe.rl.rollout import Rollout
-        from mla_moe.rl.tasks import open_task, require_questions
+        from mla_moe.rl.tasks.task import open_task, require_questions
 
         require(self.prompts >= 1, "prompts", self.prompts, "at least 1")
         require(self.samples >= 0, "samples", self.samples, "0 or more")
@@ -223,21 +233,21 @@ class Eval:
             ]
             Console(enabled=True).result_table("held-out questions", what + table(metrics))
 
-    def _settings(self) -> tuple[recipes.Task, recipes.RL]:
+    def _settings(self) -> tuple[TaskConfig, RLConfig]:
         """What is asked, and how. Nothing that a run brings is executed: the reward function of its recipe is left out.
 
         Raises `ConfigError` where there is no run to take the task from."""
         step = step_directory(self.checkpoint)
         run = run_directory(step) if step else None
         require(run is not None or self.task is not None, "task", self.task, "name one; only a run has its own")
-        recipe = recipes.load(run / "recipe.json") if run else recipes.Recipe(run_dir="")
-        own = recipe.task if self.task in (None, recipe.task.name) else recipes.Task(template=recipe.task.template)
+        recipe = load_recipe(run / "recipe.json") if run else Recipe(run_dir="")
+        own = recipe.task if self.task in (None, recipe.task.name) else TaskConfig(template=recipe.task.template)
         given = self._given("options", "template") | ({"name": self.task} if self.task else {})
-        rl = recipes.RL(
+        rl = RLConfig(
             max_prompt_tokens=recipe.rl.max_prompt_tokens,
             max_new_tokens=recipe.rl.max_new_tokens,
             temperature=recipe.rl.temperature,
-            slots=self.slots,
+            max_num_seqs=self.slots,
             routing_replay=False,
         )
         limits = self._given("max_prompt_tokens", "max_new_tokens", "temperature")
@@ -266,19 +276,19 @@ class Serve:
     """Longest time that an answer may take, waiting included; then it is given up, with status 504."""
     speculative: bool = False
     """Let the prediction module guess ahead: the same text, up to rounding, and sooner."""
-    int8_cache: bool = False
+    int8_kv_cache: bool = False
     """Keep the cache in eight bits: half the memory of bfloat16."""
 
     def run(self) -> None:
         from mla_moe.inference.engine import Engine
-        from mla_moe.inference.server import application, serve
+        from mla_moe.inference.openai_server import application, serve
 
         require(1 <= self.port < 1 << 16, "port", self.port, "must be in [1, 65535]")
         model, language = _model_and_language(self.checkpoint)
         capacity = min(4096, model.cfg.max_position_embeddings) if self.capacity is None else self.capacity
         engine = Engine(
             model, slots=self.slots, capacity=capacity, decode=language.decode, speculative=self.speculative,
-            int8_cache=self.int8_cache,
+            int8_kv_cache=self.int8_kv_cache,
         )  # fmt: skip
         limits = {"max_waiting": self.max_waiting, "seconds": self.max_seconds}
         app = application(engine, language, self.checkpoint.resolve().name, **limits)
@@ -288,10 +298,10 @@ class Serve:
 
 def _model_and_language(checkpoint: Path):
     """A checkpoint's model, and how text goes into it and comes out."""
-    from mla_moe.data.tokenizer import ByteTokenizer, HFTokenizer
-    from mla_moe.inference.language import language_of
-    from mla_moe.interop import load_pretrained
-    from mla_moe.interop.carried import tokenizer_file
+    from mla_moe.checkpoint.pretrained import load_pretrained
+    from mla_moe.checkpoint.tokenizer_files import tokenizer_file
+    from mla_moe.text.chat_tokenizer import load_chat_tokenizer
+    from mla_moe.text.tokenizer import ByteTokenizer, HFTokenizer
 
     file = tokenizer_file(checkpoint)
     model = load_pretrained(checkpoint)
@@ -302,7 +312,7 @@ def _model_and_language(checkpoint: Path):
         tokenizer.name,
         f"has {tokenizer.vocab_size} tokens, more than the model's {model.cfg.vocab_size}: it is another model's",
     )
-    return model, language_of(file.parent if file else checkpoint, tokenizer)
+    return model, load_chat_tokenizer(file.parent if file else checkpoint, tokenizer)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -317,12 +327,12 @@ class Plan:
     slices: int = 1
     """How many of them, with a slow network between: they lie along mesh.data."""
     stage: Literal["train", "decode", "rl"] = "train"
-    """A training step; a token for each of `batch` sequences; or the gradients of `rl.rows` rows of answers."""
+    """A training step; a token for each of `batch` sequences; or the gradients of `rl.micro_batch_size` rows of answers."""
     batch: int = 128
     """Sequences that are decoded."""
     context: int = 4096
     """Tokens that each of them has in the cache."""
-    int8_cache: bool = False
+    int8_kv_cache: bool = False
     """Decode with a cache in eight bits."""
     search: bool = False
     """Try other meshes, rematerialisation and accumulation too, and rank what fits. Plans are kept under
@@ -334,11 +344,11 @@ class Plan:
         from mla_moe.plan.topology import open_topology, quiet_compilers
 
         quiet_compilers()
-        from mla_moe import recipe as recipes
+
         from mla_moe.plan import report
         from mla_moe.plan.search import cached_plan, search
 
-        recipe = recipes.with_flags(recipes.load(self.recipe), flags, f"mla-moe plan {self.recipe}")
+        recipe = with_overrides(load_recipe(self.recipe), flags, f"mla-moe plan {self.recipe}")
         topology = open_topology(self.topology, self.slices)
         console = Console(enabled=True)
         if self.search:
@@ -349,7 +359,7 @@ class Plan:
             else:
                 report.show_ranking(ranked, console)
             return
-        asked = {"batch": self.batch, "context": self.context, "int8_cache": self.int8_cache}
+        asked = {"batch": self.batch, "context": self.context, "int8_kv_cache": self.int8_kv_cache}
         how = asked if self.stage == "decode" else {}
         plan = cached_plan(recipe, topology, self.stage, **how)
         if self.json:

@@ -9,13 +9,13 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from mla_moe.nn.kernels import resolve
+from mla_moe.config import KernelConfig, MeshConfig, OptimizerConfig, TrainingConfig
+from mla_moe.nn.abstract_model import AbstractModel
+from mla_moe.nn.kernels import resolve_kernels
 from mla_moe.nn.param import Precision
-from mla_moe.nn.skeleton import Skeleton
-from mla_moe.recipe import Kernels, Mesh, Optimizer, Training
-from mla_moe.sharding import BATCH, make_mesh
+from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
 from mla_moe.training.optimizer import make_optimizer
-from mla_moe.training.step import abstract_state, make_step
+from mla_moe.training.step import abstract_state, make_train_step
 
 pytest.importorskip("jax_cuda13_plugin")
 
@@ -40,13 +40,13 @@ def test_the_step_compiles_for_h100(cfg):
         max_position_embeddings=LENGTH,
     )  # fmt: skip
     devices = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x8").devices
-    mesh = make_mesh(Mesh(data=1, fsdp=2, expert=4), devices)
-    kernels = resolve(Kernels(attention="blockwise"), mesh.devices.flat[0].platform)
-    skeleton = Skeleton(cfg, precision=Precision(compute=jnp.bfloat16), kernels=kernels)
-    tx = make_optimizer(Optimizer(), 10, skeleton)
-    batch = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=NamedSharding(mesh, BATCH))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4), devices)
+    kernels = resolve_kernels(KernelConfig(attention="blockwise"), mesh.devices.flat[0].platform)
+    abstract_model = AbstractModel(cfg, precision=Precision(compute=jnp.bfloat16), kernels=kernels)
+    tx = make_optimizer(OptimizerConfig(), 10, abstract_model)
+    batch = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), batch)
-    step = make_step(skeleton, tx, Training(steps=10, batch_size=ROWS, sequence_length=LENGTH), mesh)
-    program = step.lower(abstract_state(skeleton, tx, mesh), batch).compile().as_text()
+    step = make_train_step(abstract_model, tx, TrainingConfig(steps=10, batch_size=ROWS, sequence_length=LENGTH), mesh)
+    program = step.lower(abstract_state(abstract_model, tx, mesh), batch).compile().as_text()
     assert "ragged-all-to-all" in program
     assert "ragged-dot" not in program  # XLA would expand it to every expert's rows

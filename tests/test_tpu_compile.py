@@ -10,14 +10,14 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from mla_moe import ConfigError
-from mla_moe.nn.kernels import resolve
+from mla_moe.config import KernelConfig, MeshConfig, OptimizerConfig, TrainingConfig
+from mla_moe.nn.abstract_model import AbstractModel
+from mla_moe.nn.kernels import resolve_kernels
 from mla_moe.nn.param import Precision
-from mla_moe.nn.skeleton import Skeleton
+from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
 from mla_moe.plan.compiler import without_cache
-from mla_moe.recipe import Kernels, Mesh, Optimizer, Training
-from mla_moe.sharding import BATCH, make_mesh
 from mla_moe.training.optimizer import make_optimizer
-from mla_moe.training.step import abstract_state, make_step
+from mla_moe.training.step import abstract_state, make_train_step
 
 pytest.importorskip("libtpu")
 
@@ -34,25 +34,25 @@ def program(cfg):
         max_position_embeddings=LENGTH, num_nextn_predict_layers=0,
     )  # fmt: skip
     topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2")
-    mesh = make_mesh(Mesh(data=1, fsdp=2, expert=4), topology.devices)
-    kernels = resolve(Kernels(), mesh.devices.flat[0].platform)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4), topology.devices)
+    kernels = resolve_kernels(KernelConfig(), mesh.devices.flat[0].platform)
     assert dataclasses.astuple(kernels)[:3] == ("splash", "megablox", "ragged")
-    skeleton = Skeleton(cfg, precision=Precision(compute=jnp.bfloat16), kernels=kernels)
-    training = Training(steps=10, batch_size=ROWS, sequence_length=LENGTH)
-    tx = make_optimizer(Optimizer(), training.steps, skeleton)
-    batch = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=NamedSharding(mesh, BATCH))
+    abstract_model = AbstractModel(cfg, precision=Precision(compute=jnp.bfloat16), kernels=kernels)
+    training = TrainingConfig(steps=10, batch_size=ROWS, sequence_length=LENGTH)
+    tx = make_optimizer(OptimizerConfig(), training.steps, abstract_model)
+    batch = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), batch)
-    lowered = make_step(skeleton, tx, training, mesh).lower(abstract_state(skeleton, tx, mesh), batch)
+    lowered = make_train_step(abstract_model, tx, training, mesh).lower(abstract_state(abstract_model, tx, mesh), batch)
     with without_cache():
         return lowered.compile().as_text()
 
 
 def test_slices_lie_along_data():
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1", num_slices=2).devices
-    mesh = make_mesh(Mesh(data=4, expert=2), devices)
+    mesh = make_mesh(MeshConfig(data=4, expert=2), devices)
     assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
     with pytest.raises(ConfigError, match="multiple of the 2 slices"):
-        make_mesh(Mesh(data=1, fsdp=8), devices)
+        make_mesh(MeshConfig(data=1, fsdp=8), devices)
 
 
 def test_the_native_kernels_are_in_it(program):

@@ -64,7 +64,7 @@ def test_help_lists_fields_with_their_docs(request):
         "--mesh.fsdp",
         "--checkpoint.every",
         "--data.tokenizer",
-        "--optimizer.schedule.peak",
+        "--optimizer.schedule.peak_lr",
     ):
         assert flag in done.stdout
     assert "router bias" in done.stdout

@@ -13,8 +13,8 @@ import numpy as np
 
 from mla_moe import preset
 from mla_moe.nn.router import sigmoid_gate
-from mla_moe.ops.expert_exchange import schedule
-from mla_moe.rl.objective import advantages
+from mla_moe.parallel.expert_parallel import dispatch_plan
+from mla_moe.rl.objectives import advantages
 
 WIDTH, LEFT, SPAN = 380, 20, 340
 STYLE = """
@@ -140,7 +140,7 @@ def exchange() -> str:
     """One token's rows over 4 devices, and everybody's rows in rounds."""
     P, E, K, n = 4, 16, 4, 16
     cfg = dataclasses.replace(preset("moonlight-16b-a3b"), n_routed_experts=E, num_experts_per_tok=K)
-    rounds = schedule(cfg, n, P, buffer=None, exchange="all_to_all", multiply=None)
+    rounds = dispatch_plan(cfg, n, P, buffer=None, exchange="all_to_all", multiply=None)
     random = np.random.default_rng(3)
     popular_E = np.where(np.arange(E) // 4 == 2, 2.5, 1.0)
     choice_PnK = np.stack(

@@ -1,29 +1,23 @@
-"""Text to batches: sources of documents, tokenizers, and Grain pipelines that pack and shuffle."""
+"""Text to batches: sources of documents, and Grain pipelines that pack and shuffle."""
 
-from mla_moe.data.malformed import LeavingOut
-from mla_moe.data.pairs import PAIR_FIELDS, Coding, Pairs, pair_batches
-from mla_moe.data.pipeline import Batch, gzip_bits_per_byte, heldout_batches, train_batches
-from mla_moe.data.sources import open_sources
-from mla_moe.data.streams import Batches, rows_of, stream_count
-from mla_moe.data.tokenizer import ByteTokenizer, HFTokenizer, Tokenizer, load_tokenizer, train_bpe
+from mla_moe.data.malformed_records import SkipMalformed
+from mla_moe.data.packing import Batch, gzip_bits_per_byte, heldout_batches, train_batches
+from mla_moe.data.sft import SFT_FEATURES, PromptCompletionDataset, PromptCompletionEncoding, sft_batches
+from mla_moe.data.sources import open_documents
+from mla_moe.data.streams import Batches, process_rows, stream_count
 
 __all__ = [
-    "PAIR_FIELDS",
+    "SFT_FEATURES",
     "Batch",
     "Batches",
-    "ByteTokenizer",
-    "Coding",
-    "HFTokenizer",
-    "LeavingOut",
-    "Pairs",
-    "Tokenizer",
+    "PromptCompletionDataset",
+    "PromptCompletionEncoding",
+    "SkipMalformed",
     "gzip_bits_per_byte",
     "heldout_batches",
-    "load_tokenizer",
-    "open_sources",
-    "pair_batches",
-    "rows_of",
+    "open_documents",
+    "process_rows",
+    "sft_batches",
     "stream_count",
     "train_batches",
-    "train_bpe",
 ]

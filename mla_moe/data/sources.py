@@ -17,11 +17,11 @@ from pathlib import Path
 
 from mla_moe.config import ConfigError, require
 from mla_moe.data import arithmetic, cpython
-from mla_moe.data.files import Files, fingerprint
-from mla_moe.data.malformed import LeavingOut, Malformed
+from mla_moe.data.frozen_files import FrozenFiles, fingerprint
+from mla_moe.data.malformed_records import SkipMalformed, TooManyMalformedError
 
 
-def open_sources(patterns: Sequence[str], *, field: str, text_field: str, malformed: float = 0.0) -> LeavingOut:
+def open_documents(patterns: Sequence[str], *, field: str, text_field: str, malformed: float = 0.0) -> SkipMalformed:
     """The documents of all files that `patterns` match, in the patterns' order and sorted by path within each.
 
     A pattern is a path, a glob (`**` descends), or `NAME:train` or `NAME:heldout` of `cpython` or `arithmetic`. The
@@ -46,7 +46,7 @@ def open_sources(patterns: Sequence[str], *, field: str, text_field: str, malfor
             fresh, key=lambda path: _READERS.get(Path(path).suffix.lower(), TextFiles)
         ):
             parts.append(read(list(paths), field, text_field))
-    source = LeavingOut(Concatenation(parts), malformed, fingerprint(parts))
+    source = SkipMalformed(ConcatenatedDocuments(parts), malformed, fingerprint(parts))
     if not any(source):  # stops at the first document with text, which also tries the format before training starts
         raise ConfigError(field, tuple(patterns), "holds no text: every document is empty")
     return source
@@ -67,7 +67,7 @@ def find_files(pattern: str, field: str) -> list[str]:
     return matches
 
 
-class Concatenation(Sequence[str]):
+class ConcatenatedDocuments(Sequence[str]):
     """Several sources, one after the other."""
 
     def __init__(self, parts: Sequence[Sequence[str]]):
@@ -94,7 +94,7 @@ class TextFiles(Sequence[str]):
     """Files of UTF-8 text, each one document."""
 
     def __init__(self, paths: list[str], field: str, text_field: str):
-        self.files, self._field = Files(paths, field), field
+        self.files, self._field = FrozenFiles(paths, field), field
 
     def __len__(self) -> int:
         return len(self.files.paths)
@@ -108,22 +108,22 @@ def _decode(text: bytes, field: str, where: str) -> str:
     try:
         return text.decode("utf-8-sig")  # without the mark that some editors put in front
     except UnicodeDecodeError as error:
-        raise Malformed(field, where, f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise TooManyMalformedError(field, where, f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
-_HALF_PAIR = re.compile("[\ud800-\udfff]")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def has_half_pair(text: str) -> bool:
+def has_lone_surrogate(text: str) -> bool:
     """JSON can spell what no UTF-8 can hold."""
-    return not text.isascii() and _HALF_PAIR.search(text) is not None
+    return not text.isascii() and _LONE_SURROGATE.search(text) is not None
 
 
 class Lines(Sequence[bytes]):
     """The lines of files, found through an index of where they start; blank ones do not count."""
 
     def __init__(self, paths: Sequence[str], field: str):
-        self.files = Files(paths, field)
+        self.files = FrozenFiles(paths, field)
         self._starts = array.array("q")  # 8 bytes a line: a billion lines fit a host's memory
         self._numbers = array.array("q")  # in the file, to name a broken one
         self._ends: list[int] = []
@@ -167,12 +167,14 @@ class JsonLines(Sequence[str]):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise Malformed(self._field, where, f"is not JSON: {error}") from None
+            raise TooManyMalformedError(self._field, where, f"is not JSON: {error}") from None
         text = value.get(self._key) if isinstance(value, dict) else None
         if not isinstance(text, str):
-            raise Malformed(self._field, where, f"needs an object with text under {self._key!r} (data.text_field)")
-        if has_half_pair(text):
-            raise Malformed(self._field, where, "has half of a surrogate pair, which is no character")
+            raise TooManyMalformedError(
+                self._field, where, f"needs an object with text under {self._key!r} (data.text_field)"
+            )
+        if has_lone_surrogate(text):
+            raise TooManyMalformedError(self._field, where, "has half of a surrogate pair, which is no character")
         return text
 
 
@@ -189,7 +191,7 @@ class Parquet(Sequence[str]):
             import pyarrow.parquet
         except ImportError:
             raise ConfigError(field, paths[0], "Parquet needs pyarrow: pip install 'mla_moe[parquet]'") from None
-        self._field, self._column, self.files = field, text_field, Files(paths, field)
+        self._field, self._column, self.files = field, text_field, FrozenFiles(paths, field)
         self._groups: list[tuple[int, int]] = []
         self._ends: list[int] = []
         for number, path in enumerate(paths):
@@ -235,9 +237,9 @@ class Parquet(Sequence[str]):
         try:
             text = cell.as_py()
         except UnicodeDecodeError as error:
-            raise Malformed(self._field, where, f"is not UTF-8 text ({error.reason})") from None
+            raise TooManyMalformedError(self._field, where, f"is not UTF-8 text ({error.reason})") from None
         if text is None:
-            raise Malformed(self._field, where, f"{self._column!r} is null")
+            raise TooManyMalformedError(self._field, where, f"{self._column!r} is null")
         return text
 
 
@@ -247,7 +249,7 @@ class ArrayRecord(Sequence[str]):
     def __init__(self, paths: list[str], field: str, text_field: str):
         from grain.sources import ArrayRecordDataSource
 
-        self.files, self._field = Files(paths, field), field
+        self.files, self._field = FrozenFiles(paths, field), field
         try:
             self._records = ArrayRecordDataSource(paths)
         except (RuntimeError, ValueError) as error:

@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from mla_moe.config import ConfigError, require
-from mla_moe.data.pipeline import Batch
+from mla_moe.data.packing import Batch
 
 
 def stream_count(streams: int | None, batch_size: int, documents: int) -> int:
@@ -93,7 +93,7 @@ class Batches:
                 stream.close()
 
 
-def rows_of(indices: Iterable[tuple[slice, ...] | None], batch_size: int) -> slice:
+def process_rows(indices: Iterable[tuple[slice, ...] | None], batch_size: int) -> slice:
     """The rows of a batch that are held by devices with these parts of it. Raises `ConfigError` for rows apart."""
     spans = sorted({index[0].indices(batch_size)[:2] for index in indices if index is not None})
     for (_, stop), (start, _) in itertools.pairwise(spans):

@@ -19,37 +19,37 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_moe.config import require
-from mla_moe.inference.request import Completion, Decode, Request, TextStream
-from mla_moe.inference.speculative import decode_guessing
-from mla_moe.inference.steps import NO_TOKEN, STEPS, copy, decode, empty_slots, prefill
-from mla_moe.inference.weights import for_inference, mesh_of
-from mla_moe.nn.cache import cache_shape, cache_sharding, capacity_for, empty_cache
+from mla_moe.inference.model_runner import DECODE_STEPS, NO_TOKEN, copy_prefix, decode, empty_slots, prefill
+from mla_moe.inference.request import Completion, Decode, IncrementalDetokenizer, Request
+from mla_moe.inference.speculative import speculative_decode
+from mla_moe.inference.weights import mesh_of, prepare_for_inference
+from mla_moe.nn.kv_cache import cache_shape, cache_sharding, empty_cache, round_up_capacity
 from mla_moe.nn.transformer import Transformer
 
-PIECES = (16, 64, 256)
+PREFILL_CHUNK_SIZES = (16, 64, 256)
 """Sizes of a piece of prompt: each is compiled once for one row and once for `ROWS`."""
-ROWS = 8
-PREFILL_BUDGET = 4096
+PREFILL_BATCH = 8
+MAX_PREFILL_TOKENS = 4096
 """Tokens of prompts read between two rounds of decoding, so that long prompts do not hold up running requests."""
-WORTH_COPYING = 32
+MIN_SHARED_PREFIX = 32
 """A shorter common beginning is cheaper to read again than to copy."""
 
 
-class Load(NamedTuple):
+class BatchOccupancy(NamedTuple):
     """How full the batch was, counted in slots times decode steps while requests were waiting."""
 
     used: int = 0
     offered: int = 0
 
 
-class Guesses(NamedTuple):
+class DraftStats(NamedTuple):
     """How many tokens the prediction module guessed, and how many of them were right."""
 
     made: int = 0
     right: int = 0
 
 
-class _Reading(NamedTuple):
+class _Prefill(NamedTuple):
     """A prompt on its way into a slot."""
 
     completion: Completion
@@ -77,7 +77,7 @@ class Engine:
         record_experts: bool = False,
         tempered: bool = False,
         speculative: bool = False,
-        int8_cache: bool = False,
+        int8_kv_cache: bool = False,
     ):
         require(slots > 0, "slots", slots, "must be at least 1")
         require(capacity > 1, "capacity", capacity, "must hold a prompt and a new token")
@@ -86,21 +86,21 @@ class Engine:
         require(capacity <= limit, "capacity", capacity, f"at most the model's max_position_embeddings = {limit}")
         fix = "needs a model with a prediction module (num_nextn_predict_layers = 1)"
         require(not speculative or self.cfg.num_nextn_predict_layers > 0, "speculative", speculative, fix)
-        self._places = capacity_for(capacity + speculative)
+        self._places = round_up_capacity(capacity + speculative)
         self.capacity = min(self._places - speculative, limit)  # the last place is for a guess
         self._held = np.full((slots, self._places), -1, np.int32)  # the tokens whose entries are in the cache
         self._used = np.zeros(slots, np.int64)  # when a slot was last given away
         self.load_weights(model)
         self._mesh = mesh_of(model)
         self._place = None if self._mesh is None else cache_sharding(self._mesh, slots)
-        layers, dtype = self.cfg.num_hidden_layers + speculative, jnp.int8 if int8_cache else model.precision.compute
+        layers, dtype = self.cfg.num_hidden_layers + speculative, jnp.int8 if int8_kv_cache else model.precision.compute
         shape = cache_shape(self.cfg, slots, self._places, dtype, layers=layers, place=self._place)
         self._cache = empty_cache(shape)
         self._decode_text = decode
         self.waiting: deque[Completion] = deque()
-        self.load, self.guesses = Load(), Guesses()
-        self._reading: list[_Reading] = []
-        self._followers: list[_Reading] = []
+        self.load, self.guesses = BatchOccupancy(), DraftStats()
+        self._reading: list[_Prefill] = []
+        self._followers: list[_Prefill] = []
         self._running: list[Completion | None] = [None] * slots
         self._experts = None
         if record_experts and self.cfg.num_moe_layers:
@@ -111,7 +111,7 @@ class Engine:
     def load_weights(self, model: Transformer) -> None:
         """Go on with other weights of the same model. What slots hold was read with the old ones, and is forgotten."""
         self.drop_weights()
-        self._structure, self._state = for_inference(model)
+        self._structure, self._state = prepare_for_inference(model)
         self._held[:], self._used[:] = -1, 0
 
     def drop_weights(self) -> None:
@@ -147,7 +147,7 @@ class Engine:
         require(not wrong, "prompt", wrong[:4], f"token ids are below vocab_size = {self.cfg.vocab_size}")
         fix = "stop strings need an engine that was given a tokenizer's decode"
         require(not request.stop or self._decode_text is not None, "stop", request.stop, fix)
-        text = None if self._decode_text is None else TextStream(self._decode_text, request.stop)
+        text = None if self._decode_text is None else IncrementalDetokenizer(self._decode_text, request.stop)
         return Completion(request, text=text)
 
     def cancel(self, completion: Completion) -> None:
@@ -168,7 +168,7 @@ class Engine:
         """
         with jax.set_mesh(self._mesh) if self._mesh else nullcontext():
             self._admit()
-            budget = PREFILL_BUDGET
+            budget = MAX_PREFILL_TOKENS
             while self._reading and budget > 0:
                 budget -= self._read()
             self._follow()
@@ -181,11 +181,11 @@ class Engine:
             free = [slot for slot, running in enumerate(self._running) if running is None]
             common = self._common(tokens)
             slot = max(free, key=lambda slot: (common[slot], -self._used[slot]))
-            if common[slot] < WORTH_COPYING:
+            if common[slot] < MIN_SHARED_PREFIX:
                 slot = min(free, key=lambda slot: self._used[slot])
             self._running[slot] = completion
             self._used[slot] = self._used.max() + 1
-            reading = _Reading(completion, tokens, slot)
+            reading = _Prefill(completion, tokens, slot)
             if any(len(r.tokens) == len(tokens) and (r.tokens == tokens).all() for r in self._reading):
                 self._followers.append(reading)
                 continue
@@ -203,8 +203,8 @@ class Engine:
 
     def _copy(self, source: int, slot: int, length: int) -> None:
         """Start a slot with what another holds, if that is worth it; else from what it has itself."""
-        if length >= WORTH_COPYING:
-            self._cache = copy(self._cache, source, slot, length, place=self._place)
+        if length >= MIN_SHARED_PREFIX:
+            self._cache = copy_prefix(self._cache, source, slot, length, place=self._place)
             self._held[slot] = -1
             self._held[slot, :length] = self._held[source, :length]
             if self._experts is not None:
@@ -213,12 +213,12 @@ class Engine:
     def _read(self) -> int:
         """One call of prefill, for requests at the head of the line: the tokens that it read, padding included."""
         batch, starts = [], []
-        for reading in self._reading[:ROWS]:
+        for reading in self._reading[:PREFILL_BATCH]:
             start = int(self._common(reading.tokens)[reading.slot])
             batch, starts = [*batch, reading], [*starts, start]
         left = max(len(r.tokens) - s for r, s in zip(batch, starts, strict=True))
-        size = min(next((p for p in PIECES if p >= left), PIECES[-1]), self._places)
-        rows = 1 if len(batch) == 1 else ROWS
+        size = min(next((p for p in PREFILL_CHUNK_SIZES if p >= left), PREFILL_CHUNK_SIZES[-1]), self._places)
+        rows = 1 if len(batch) == 1 else PREFILL_BATCH
         tokens_bT, next_bT = np.zeros((2, rows, size), np.int32)
         start_b, slot_b = np.zeros((2, rows), np.int32)
         for row in range(rows):
@@ -255,7 +255,7 @@ class Engine:
                 continue
             source = int(common.argmax())
             if source != reading.slot:
-                self._cache = copy(self._cache, source, reading.slot, len(reading.tokens), place=self._place)
+                self._cache = copy_prefix(self._cache, source, reading.slot, len(reading.tokens), place=self._place)
                 self._held[reading.slot] = -1
                 self._held[reading.slot, : len(reading.tokens)] = reading.tokens
                 if self._experts is not None:
@@ -265,7 +265,7 @@ class Engine:
             self._reading, waiting = [waiting[0]], waiting[1:]
         self._followers = waiting
 
-    def _start(self, reading: _Reading) -> None:
+    def _start(self, reading: _Prefill) -> None:
         """The prompt is in the cache up to its last token: decode."""
         request, slot, now = reading.completion.request, reading.slot, self._slots
         self._held[slot, len(reading.tokens) :] = -1
@@ -282,19 +282,19 @@ class Engine:
     def _make(self) -> list[Completion]:
         before = self._slots
         queue = bool(self.waiting)
-        self._cache, slots, made, taken = (decode_guessing if self.speculative else decode)(
-            self._structure, self._state, self._cache, before, np.int32(STEPS), queue,
+        self._cache, slots, made, taken = (speculative_decode if self.speculative else decode)(
+            self._structure, self._state, self._cache, before, np.int32(DECODE_STEPS), queue,
             record=self._experts is not None, tempered=self._tempered, place=self._place,
         )  # fmt: skip
         slots, made, taken = jax.device_get((slots, made, taken))
         if queue:
             used, offered = self.load
             lives = made.live_iB[:: 1 + self.speculative]
-            self.load = Load(used + int(lives.sum()), offered + int(taken) * len(self._running))
+            self.load = BatchOccupancy(used + int(lives.sum()), offered + int(taken) * len(self._running))
         if self.speculative:
             made_before, right = self.guesses
             both = made.live_iB.reshape(-1, 2, len(self._running)).sum(axis=(0, 2))
-            self.guesses = Guesses(made_before + int(both[0]), right + int(both[1]))
+            self.guesses = DraftStats(made_before + int(both[0]), right + int(both[1]))
         self._slots = jax.tree.map(np.array, slots)
         changed = []
         for slot in np.flatnonzero(before.live_B).tolist():

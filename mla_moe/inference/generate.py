@@ -4,10 +4,10 @@ from collections.abc import Iterator, Sequence
 
 from mla_moe.config import require
 from mla_moe.inference.engine import Engine
-from mla_moe.inference.request import Completion, Request, whole
+from mla_moe.inference.request import Completion, Request, are_integers
 from mla_moe.nn.transformer import Transformer
 
-MOST_SLOTS = 32
+MAX_SLOTS = 32
 
 
 def generate(
@@ -47,14 +47,14 @@ def stream(
 ) -> Iterator[tuple[int, list[int]]]:
     """The same as it comes: pairs of a prompt's number and its next few tokens."""
     require(len(prompts) > 0, "prompts", [], "give at least one")
-    require(eos_id is None or whole([eos_id]), "eos_id", eos_id, "must be one token id, or None")
+    require(eos_id is None or are_integers([eos_id]), "eos_id", eos_id, "must be one token id, or None")
     stop_ids = () if eos_id is None else (eos_id,)
     requests = [
         Request(prompt, max_new_tokens, temperature, top_p=top_p, seed=seed, number=number, stop_ids=stop_ids)
         for number, prompt in enumerate(prompts)
     ]
-    slots = min(1 << (len(prompts) - 1).bit_length(), MOST_SLOTS)
-    engine = Engine(model, slots=slots, capacity=capacity_of(model, requests))
+    slots = min(1 << (len(prompts) - 1).bit_length(), MAX_SLOTS)
+    engine = Engine(model, slots=slots, capacity=required_length(model, requests))
     number_of: dict[Completion, int] = {engine.submit(request): number for number, request in enumerate(requests)}
     sent = [0] * len(prompts)
     while engine.busy:
@@ -65,7 +65,7 @@ def stream(
             yield number, new[:-1] if new and new[-1] == eos_id else new
 
 
-def capacity_of(model: Transformer, requests: Sequence[Request]) -> int:
+def required_length(model: Transformer, requests: Sequence[Request]) -> int:
     """What the longest of them needs. Raises `ConfigError` where the model has fewer positions."""
     request = max(requests, key=lambda request: len(request.prompt) + request.max_new_tokens)
     capacity, limit = len(request.prompt) + request.max_new_tokens, model.cfg.max_position_embeddings

@@ -12,11 +12,11 @@ from mla_moe.config import require
 MAX_STOPS = 8
 MAX_STOP_LENGTH = 256
 MAX_TEMPERATURE = 100
-Finish = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled"]
 Decode = Callable[[Iterable[int]], str]
 
 
-def whole(values: Iterable[Any]) -> bool:
+def are_integers(values: Iterable[Any]) -> bool:
     """Whether they are whole numbers, be it Python's, NumPy's or JAX's."""
     try:
         return all(operator.index(value) is not None for value in values)
@@ -46,9 +46,11 @@ class Request:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self):
-        require(whole(self.prompt), "prompt", self.prompt, "must be a list of token ids, which are whole numbers")
+        require(
+            are_integers(self.prompt), "prompt", self.prompt, "must be a list of token ids, which are whole numbers"
+        )
         for field in ("max_new_tokens", "top_k", "seed", "number"):
-            require(whole([getattr(self, field)]), field, getattr(self, field), "must be a whole number")
+            require(are_integers([getattr(self, field)]), field, getattr(self, field), "must be a whole number")
         require(len(self.prompt) > 0, "prompt", [], "needs at least one token; begin with the tokenizer's bos_id")
         require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "must be at least 1")
         require(0 <= self.temperature <= MAX_TEMPERATURE, "temperature", self.temperature, "must be in [0, 100]")
@@ -72,8 +74,8 @@ class Completion:
     """New tokens, with the stop token that ended them."""
     logprobs: list[float] = dataclasses.field(default_factory=list)
     """Of each new token under the model, before any filter; at temperature 1 unless the engine is `tempered`."""
-    finish: Finish | None = None
-    text: "TextStream | None" = None
+    finish: FinishReason | None = None
+    text: "IncrementalDetokenizer | None" = None
     experts_TlK: np.ndarray | None = None
     """When recorded: the experts of every token that was read, prompt first; all but the last new one."""
 
@@ -94,7 +96,7 @@ class Completion:
                 return
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Tokens to text as they come. Withheld until it is sure: half a character, and what may begin a stop string."""
 
     def __init__(self, decode: Decode, stop: Sequence[str] = ()):

@@ -11,7 +11,7 @@ Either = Array | np.ndarray
 """On the host between steps, on the device within one."""
 
 
-class Settings(NamedTuple):
+class SamplingParams(NamedTuple):
     """How each row draws. Filters apply in this order, as in transformers."""
 
     temperature_B: Float[Either, "B"]
@@ -28,14 +28,16 @@ class Settings(NamedTuple):
 
 
 def sample(
-    logits_BV: Float[Array, "B V"], settings: Settings, number_B: Int[Either, "B"], *, tempered: bool = False
+    logits_BV: Float[Array, "B V"], settings: SamplingParams, number_B: Int[Either, "B"], *, tempered: bool = False
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """Each row's token, and the logarithm of its probability under the model: at temperature 1, or if `tempered` at the
     row's own where that is not 0; nothing is filtered."""
 
     def drawn(_):
         noise_BV = jax.vmap(lambda key, n: gumbel(key, n, logits_BV.shape[1]))(settings.key_B2, number_B)
-        kept_BV = jnp.where(settings.temperature_B[:, None] > 0, filtered(logits_BV, settings) + noise_BV, logits_BV)
+        kept_BV = jnp.where(
+            settings.temperature_B[:, None] > 0, filter_logits(logits_BV, settings) + noise_BV, logits_BV
+        )
         return jnp.argmax(kept_BV, axis=-1)
 
     # Greedy batches, the usual ones in evaluation, pay for no random numbers.
@@ -52,7 +54,7 @@ def gumbel(key_2: UInt[Array, "2"], number: Int[Array, ""], size: int) -> Float[
     return jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key_2), number), (size,))
 
 
-def filtered(logits_BV: Float[Array, "B V"], settings: Settings) -> Float[Array, "B V"]:
+def filter_logits(logits_BV: Float[Array, "B V"], settings: SamplingParams) -> Float[Array, "B V"]:
     """Logits over the temperature, −inf where a filter leaves a token out."""
     V = logits_BV.shape[1]
     scaled_BV = logits_BV / jnp.maximum(settings.temperature_B, 1e-6)[:, None]

@@ -15,33 +15,42 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from mla_moe.inference.sampling import sample
-from mla_moe.inference.steps import (
-    STEPS,
-    Made,
-    Slots,
+from mla_moe.inference.model_runner import (
+    DECODE_STEPS,
+    DecodeOutput,
+    SlotState,
     advance,
-    go_on,
-    keep,
-    note_experts,
-    nothing_made,
-    on_every_device,
+    constrain_cache,
+    empty_output,
+    record_experts,
+    replicate,
+    should_continue,
 )
-from mla_moe.inference.weights import Structure
-from mla_moe.nn.cache import NOWHERE
+from mla_moe.inference.sampling import sample
+from mla_moe.inference.weights import ModelGraph
+from mla_moe.nn.kv_cache import OUT_OF_RANGE
 
 
 @partial(jax.jit, static_argnames=("structure", "record", "tempered", "place"), donate_argnames=("cache_LBSW",))
-def decode_guessing(
-    structure: Structure, state, cache_LBSW, slots: Slots, steps, stop_early, *, record: bool, tempered: bool, place
+def speculative_decode(
+    structure: ModelGraph,
+    state,
+    cache_LBSW,
+    slots: SlotState,
+    steps,
+    stop_early,
+    *,
+    record: bool,
+    tempered: bool,
+    place,
 ):
     """`steps.decode` with up to two tokens a step; the cache's last layer is the prediction module's."""
     model = structure.merge(state)
-    made = nothing_made(model.cfg, (STEPS, 2), len(slots.token_B), record)
+    made = empty_output(model.cfg, (DECODE_STEPS, 2), len(slots.token_B), record)
 
     def step(carry):
         i, cache_LBSW, now, made = carry
-        position_B = jnp.where(now.live_B, now.position_B, NOWHERE)
+        position_B = jnp.where(now.live_B, now.position_B, OUT_OF_RANGE)
         read_B2 = jnp.stack([now.token_B, jnp.maximum(now.guess_B, 0)], axis=1)
         h_B2D, cache_LBSW, experts = model.extend(read_B2, cache_LBSW, position_B)
         logits_B2V = model.logits(h_B2D)
@@ -55,16 +64,16 @@ def decode_guessing(
         h_B2D, cache_LBSW = model.mtp_extend(h_B2D, after_B2, cache_LBSW, position_B)
         end_BD = jnp.where(right_B[:, None], h_B2D[:, 1], h_B2D[:, 0])
         guess_B, _ = sample(model.logits(end_BD[:, None], model.mtp_head)[:, 0], now.settings, two.number_B)
-        made = Made(
+        made = DecodeOutput(
             made.token_iB.at[i].set(after_B2.T),
             made.logprob_iB.at[i].set(jnp.stack([first_logprob_B, second_logprob_B])),
             made.live_iB.at[i].set(jnp.stack([now.live_B, right_B])),
-            note_experts(made, i, experts),
+            record_experts(made, i, experts),
         )
         live_B = jnp.where(right_B, two.live_B, one.live_B)
         return i + 1, cache_LBSW, two._replace(live_B=live_B, guess_B=guess_B), made
 
     start = jnp.int32(0), cache_LBSW, slots, made
-    taken, cache_LBSW, slots, made = jax.lax.while_loop(go_on(steps, stop_early, slots), step, start)
-    made = jax.tree.map(lambda x: x.reshape(2 * STEPS, *x.shape[2:]), made)
-    return keep(cache_LBSW, place), *on_every_device((slots, made, taken), place)
+    taken, cache_LBSW, slots, made = jax.lax.while_loop(should_continue(steps, stop_early, slots), step, start)
+    made = jax.tree.map(lambda x: x.reshape(2 * DECODE_STEPS, *x.shape[2:]), made)
+    return constrain_cache(cache_LBSW, place), *replicate((slots, made, taken), place)

@@ -5,18 +5,18 @@ import time
 from typing import Any
 
 from mla_moe.inference.engine import Engine
-from mla_moe.inference.generate import capacity_of
-from mla_moe.inference.language import Language
+from mla_moe.inference.generate import required_length
 from mla_moe.inference.request import Request
 from mla_moe.nn.transformer import Transformer
+from mla_moe.text.chat_tokenizer import ChatTokenizer
 
 
-def print_answer(
-    model: Transformer, language: Language, request: Request, *, speculative: bool, int8_cache: bool
+def print_completion(
+    model: Transformer, language: ChatTokenizer, request: Request, *, speculative: bool, int8_kv_cache: bool
 ) -> None:
     """To standard output, and to standard error how long it took."""
-    how: dict[str, Any] = {"speculative": speculative, "int8_cache": int8_cache}
-    engine = Engine(model, slots=1, capacity=capacity_of(model, [request]), decode=language.decode, **how)
+    how: dict[str, Any] = {"speculative": speculative, "int8_kv_cache": int8_kv_cache}
+    engine = Engine(model, slots=1, capacity=required_length(model, [request]), decode=language.decode, **how)
     start = time.perf_counter()
     completion = engine.submit(request)
     sent = 0

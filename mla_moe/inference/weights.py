@@ -8,12 +8,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from mla_moe.nn.param import Embedding, Matrix, logical_axes
-from mla_moe.nn.transformer import Transformer, unstacked
-from mla_moe.ops.chosen_experts import packed
-from mla_moe.sharding import DECODE_RULES, spec
+from mla_moe.nn.transformer import Transformer, unstack_layers
+from mla_moe.ops.moe_inference_cpu import is_packed
+from mla_moe.parallel.sharding import DECODE_RULES, partition_spec
 
 
-class Structure:
+class ModelGraph:
     """A model without its arrays, as a static argument. Its hash is taken once: hashing a graph takes 2 ms."""
 
     def __init__(self, graph: nnx.GraphDef[Transformer]):
@@ -23,13 +23,13 @@ class Structure:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Structure) and self.graph == other.graph)
+        return self is other or (isinstance(other, ModelGraph) and self.graph == other.graph)
 
     def merge(self, state: nnx.State) -> Transformer:
         return nnx.merge(self.graph, state)
 
 
-def for_inference(model: Transformer) -> tuple[Structure, nnx.State]:
+def prepare_for_inference(model: Transformer) -> tuple[ModelGraph, nnx.State]:
     """The same model with matrices in the compute type; on one CPU, its layers one by one.
 
     Routers stay in float32, and on one CPU experts in as many bytes as they have: reading them from memory is what
@@ -40,19 +40,19 @@ def for_inference(model: Transformer) -> tuple[Structure, nnx.State]:
     one_cpu = mesh is None and jax.default_backend() == "cpu"
     graph, state = nnx.split(model)
     if mesh is not None:
-        return Structure(graph), _arrange(state, compute, mesh)
+        return ModelGraph(graph), _arrange(state, compute, mesh)
 
     def convert(variable):
         if one_cpu and "experts" in variable.get_metadata("axes"):
-            return variable.replace(packed(variable.get_value()))
-        return variable.replace(_cast(variable, compute) if one_cpu else arranged(variable, compute, None))
+            return variable.replace(is_packed(variable.get_value()))
+        return variable.replace(_cast(variable, compute) if one_cpu else inference_layout(variable, compute, None))
 
     model = nnx.merge(graph, jax.tree.map(convert, state, is_leaf=_is_variable))
-    graph, state = nnx.split(unstacked(model) if one_cpu else model)
-    return Structure(graph), state
+    graph, state = nnx.split(unstack_layers(model) if one_cpu else model)
+    return ModelGraph(graph), state
 
 
-def arranged(variable: nnx.Variable, compute: DTypeLike, mesh: Mesh | None) -> jax.Array:
+def inference_layout(variable: nnx.Variable, compute: DTypeLike, mesh: Mesh | None) -> jax.Array:
     """In the type of computation and in its place; experts' gate and up as one axis, as a kernel takes them, each
     device's columns of both side by side."""
     value = _cast(variable, compute)
@@ -66,7 +66,7 @@ def arranged(variable: nnx.Variable, compute: DTypeLike, mesh: Mesh | None) -> j
 def _arrange(state, compute, mesh):
     """All in one program: of many, several would be under way at a time, and processes on CPUs wait for each other in
     different ones for ever."""
-    return jax.tree.map(lambda v: v.replace(arranged(v, compute, mesh)), state, is_leaf=_is_variable)
+    return jax.tree.map(lambda v: v.replace(inference_layout(v, compute, mesh)), state, is_leaf=_is_variable)
 
 
 def _is_variable(x: object) -> bool:
@@ -79,7 +79,7 @@ def decode_sharding(variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
     if {"experts", "gate_up"} <= set(axes):
         kept = [i for i, axis in enumerate(axes) if axis != "gate_up"]
         axes, shape = [axes[i] for i in kept], [shape[i] for i in kept]
-    return NamedSharding(mesh, spec(axes, shape, mesh, DECODE_RULES))
+    return NamedSharding(mesh, partition_spec(axes, shape, mesh, DECODE_RULES))
 
 
 def _cast(variable, compute):

@@ -8,17 +8,17 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Num
 
-from mla_moe.config import ModelConfig
-from mla_moe.nn.cache import Reach, write
+from mla_moe.config import KernelConfig, ModelConfig
+from mla_moe.nn.kv_cache import AttentionMetadata, write_cache
 from mla_moe.nn.norm import RMSNorm
 from mla_moe.nn.param import Precision, matrix
-from mla_moe.nn.product import Product, gathered_product, place_of, product
 from mla_moe.nn.rope import rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
 from mla_moe.ops.cached_attention import cached_attention
-from mla_moe.ops.int8_entries import pack
-from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, as_rows, as_slots, current_mesh, gathered, mesh_axes
+from mla_moe.ops.kv_quantization import quantize
+from mla_moe.parallel.mesh import BATCH_SPEC, mesh_axes, token_mesh
+from mla_moe.parallel.sharded_einsum import Einsum, plain_einsum, sharded_einsum, weight_spec
+from mla_moe.parallel.sharding import all_gather_weight, constrain_decode_activations, constrain_slots
 
 # transformers and the released code fix this value, whatever the config's rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -36,7 +36,7 @@ class MLAttention(nnx.Module):
         *,
         rngs: nnx.Rngs,
         precision: Precision | None = None,
-        kernels: Kernels = Kernels(),
+        kernels: KernelConfig = KernelConfig(),
     ):
         self.cfg = cfg
         self.kernels = kernels
@@ -73,31 +73,33 @@ class MLAttention(nnx.Module):
             return x_BTD
         cos_sin = rotary(self.cfg, positions)
         with jax.named_scope("queries"):
-            q_BTHA = self.queries(x_BTD, cos_sin, gathered_product)
+            q_BTHA = self.queries(x_BTD, cos_sin, sharded_einsum)
         with jax.named_scope("latent"):
-            c_BTC, k_pe_BTR = self.latent(x_BTD, cos_sin, gathered_product)
+            c_BTC, k_pe_BTR = self.latent(x_BTD, cos_sin, sharded_einsum)
         if segment_ids is None:
             segment_ids = jnp.ones(x_BTD.shape[:2], jnp.int32)
         y_BTHV = self._attend(q_BTHA, c_BTC, k_pe_BTR, self.use(self.kv_b), segment_ids)
-        return gathered_product("BTHV,HVD->BTD", y_BTHV, self.o, self.precision.compute)
+        return sharded_einsum("BTHV,HVD->BTD", y_BTHV, self.o, self.precision.compute)
 
     def extend(
         self,
         x_bTD: Float[Array, "b T D"],
         cache_LBSW: Num[Array, "L B S W"],
         layer: Int[Array, ""] | int,
-        reach: Reach,
+        reach: AttentionMetadata,
     ) -> tuple[Float[Array, "b T D"], Num[Array, "L B S W"]]:
         """New tokens at the end of what their slots hold: the cache with their entries, and attention over it."""
         x_bTD = x_bTD.astype(self.precision.compute)
         with jax.named_scope("queries"):
-            q_bTHA = self.queries(x_bTD, reach.cos_sin, product)
+            q_bTHA = self.queries(x_bTD, reach.cos_sin, plain_einsum)
         with jax.named_scope("latent"):
-            new_bTW = jnp.concatenate(self.latent(x_bTD, reach.cos_sin, product), axis=-1)
+            new_bTW = jnp.concatenate(self.latent(x_bTD, reach.cos_sin, plain_einsum), axis=-1)
             if cache_LBSW.dtype == jnp.int8:
-                new_bTW = pack(new_bTW, self.cfg.kv_lora_rank)
+                new_bTW = quantize(new_bTW, self.cfg.kv_lora_rank)
             slots_b = None if reach.every_slot else reach.slots_b
-            cache_LBSW = write(cache_LBSW, new_bTW, layer=layer, slots_b=slots_b, start_b=reach.positions_bT[:, 0])
+            cache_LBSW = write_cache(
+                cache_LBSW, new_bTW, layer=layer, slots_b=slots_b, start_b=reach.positions_bT[:, 0]
+            )
         with jax.named_scope("attend"):
             y_bTHV = cached_attention(
                 q_bTHA,
@@ -108,14 +110,14 @@ class MLAttention(nnx.Module):
                 slots_b=slots_b,
                 scale=softmax_scale(self.cfg),
                 form=reach.form,
-                spread=as_slots if reach.every_slot else as_rows,
+                spread=constrain_slots if reach.every_slot else constrain_decode_activations,
             )
-        return product("bTHV,HVD->bTD", y_bTHV, self.o, self.precision.compute), cache_LBSW
+        return plain_einsum("bTHV,HVD->bTD", y_bTHV, self.o, self.precision.compute), cache_LBSW
 
     def use(self, weight: nnx.Param) -> Array:
         return weight[...].astype(self.precision.compute)
 
-    def queries(self, x_BTD, cos_sin, product: Product) -> Float[Array, "B T H A"]:
+    def queries(self, x_BTD, cos_sin, product: Einsum) -> Float[Array, "B T H A"]:
         """Queries, the last R of each head turned by position."""
         compute = self.precision.compute
         if self.cfg.q_lora_rank is None:
@@ -126,7 +128,7 @@ class MLAttention(nnx.Module):
         q_nope, q_pe = jnp.split(q_BTHA, [self.cfg.qk_nope_head_dim], axis=-1)
         return jnp.concatenate([q_nope, rotate(q_pe, *cos_sin)], axis=-1)
 
-    def latent(self, x_BTD, cos_sin, product: Product) -> tuple[Float[Array, "B T C"], Float[Array, "B T R"]]:
+    def latent(self, x_BTD, cos_sin, product: Einsum) -> tuple[Float[Array, "B T C"], Float[Array, "B T R"]]:
         """What a cache keeps of a token: the normed latent, and the one key part that knows the position."""
         both_BTC = product("BTD,DC->BTC", x_BTD, self.kv_a, self.precision.compute)
         c_BTC, k_pe_BTR = jnp.split(both_BTC, [self.cfg.kv_lora_rank], axis=-1)
@@ -143,15 +145,15 @@ class MLAttention(nnx.Module):
                 how: Any = {"scale": softmax_scale(self.cfg), "first": first}
                 return attention(q_bthA, k_bthA, v_bthV, segments_bt, **how, implementation=self.kernels.attention)
 
-        mesh = current_mesh(q_BTHA.shape)
+        mesh = token_mesh(q_BTHA.shape)
         if mesh is None:
             return local(q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids)
 
-        place = place_of(self.kv_b, mesh)
+        place = weight_spec(self.kv_b, mesh)
         heads = "tensor" if "tensor" in mesh_axes(place[1]) else None
 
         def shared(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt):
-            kv_b = gathered(kv_b, place)
+            kv_b = all_gather_weight(kv_b, place)
             if mesh.shape["context"] == 1:
                 return local(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt)
             first = jax.lax.axis_index("context") * q_bthA.shape[1]
@@ -160,11 +162,11 @@ class MLAttention(nnx.Module):
             )
             return local(q_bthA, c, k_pe, kv_b, segments, first)
 
-        tokens = P(*BATCH)
+        tokens = P(*BATCH_SPEC)
         return jax.shard_map(
             shared,
-            in_specs=(P(*BATCH, heads), tokens, tokens, place, tokens),
-            out_specs=P(*BATCH, heads),
+            in_specs=(P(*BATCH_SPEC, heads), tokens, tokens, place, tokens),
+            out_specs=P(*BATCH_SPEC, heads),
             check_vma=False,
         )(q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids)
 

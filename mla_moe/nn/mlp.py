@@ -5,8 +5,8 @@ from jaxtyping import Array, Float
 
 from mla_moe.config import ModelConfig
 from mla_moe.nn.param import Precision, matrix
-from mla_moe.nn.product import Product, gathered_product, product
 from mla_moe.ops.swiglu import swiglu
+from mla_moe.parallel.sharded_einsum import Einsum, plain_einsum, sharded_einsum
 
 
 class MLP(nnx.Module):
@@ -21,13 +21,13 @@ class MLP(nnx.Module):
         self.precision = precision
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self._run(x_BTD, gathered_product)
+        return self._run(x_BTD, sharded_einsum)
 
     def extend(self, x_bTD: Float[Array, "b T D"]) -> Float[Array, "b T D"]:
         """The same for inference."""
-        return self._run(x_bTD, product)
+        return self._run(x_bTD, plain_einsum)
 
-    def _run(self, x_BTD, product: Product):
+    def _run(self, x_BTD, product: Einsum):
         gu_BT2F = product("BTD,DgF->BTgF", x_BTD, self.gate_up, self.precision.compute)
         h_BTF = swiglu(gu_BT2F, 2)[:, :, 0]
         return product("BTF,FD->BTD", h_BTF, self.down, self.precision.compute)

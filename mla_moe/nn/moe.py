@@ -10,16 +10,16 @@ from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_moe.config import ModelConfig, require
+from mla_moe.config import KernelConfig, ModelConfig, require
 from mla_moe.nn.mlp import MLP
 from mla_moe.nn.param import Precision, matrix
-from mla_moe.nn.product import place_of
 from mla_moe.nn.router import Router, Routing
-from mla_moe.ops.chosen_experts import chosen_experts
-from mla_moe.ops.expert_exchange import exchanged_experts, schedule
 from mla_moe.ops.experts import experts
-from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, ROWS, TOKENS, current_mesh, dividing, gathered, left_to_xla, mesh_around
+from mla_moe.ops.moe_inference_cpu import selected_experts
+from mla_moe.parallel.expert_parallel import dispatch_plan, expert_parallel_experts
+from mla_moe.parallel.mesh import BATCH_SPEC, TOKEN_AXES, current_mesh, dividing_axes, require_auto_axes, token_mesh
+from mla_moe.parallel.sharded_einsum import weight_spec
+from mla_moe.parallel.sharding import DECODE_BATCH_AXES, all_gather_weight
 
 
 class RouterStats(NamedTuple):
@@ -46,7 +46,7 @@ class MoE(nnx.Module):
         *,
         rngs: nnx.Rngs,
         precision: Precision | None = None,
-        kernels: Kernels = Kernels(),
+        kernels: KernelConfig = KernelConfig(),
     ):
         self.cfg = cfg
         self.precision = precision = precision or Precision.default()
@@ -72,14 +72,14 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """The output, and how the router spread the tokens. `real_BT` is False at padding, which is not counted;
         `replay_BTK` names the experts of each token, −1 for the router's choice."""
-        left_to_xla(x_BTD)
+        require_auto_axes(x_BTD)
         x_BTD = x_BTD.astype(self.precision.compute)
         if not x_BTD.size:
             return x_BTD, RouterStats(jnp.zeros(self.cfg.n_routed_experts, jnp.int32), jnp.float32(0), jnp.int32(0))
         if real_BT is None:
             real_BT = jnp.ones(x_BTD.shape[:2], bool)
         gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
-        mesh = current_mesh(x_BTD.shape)
+        mesh = token_mesh(x_BTD.shape)
         if mesh is None:
             y_BTD, stats = self._routed(self.router, gate_up, down, x_BTD, real_BT, replay_BTK)
         else:
@@ -101,11 +101,11 @@ class MoE(nnx.Module):
         with jax.named_scope("experts"):
             chosen = x_ND, routing.experts_NK, routing.weights_NK
             if jax.default_backend() == "cpu" and jax.sharding.get_abstract_mesh().empty and layer is None:
-                y_ND = chosen_experts(*chosen, self.gate_up[...], self.down[...])
+                y_ND = selected_experts(*chosen, self.gate_up[...], self.down[...])
             else:
                 gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
-                mesh = mesh_around()
-                run = experts if mesh is None else partial(spread_experts, self._whole_experts(mesh))
+                mesh = current_mesh()
+                run = experts if mesh is None else partial(decode_expert_parallel, self._whole_experts(mesh))
                 y_ND = run(*chosen, gate_up, down, layer=layer, implementation=self.kernels.grouped_matmul)
         if self.cfg.n_shared_experts:
             with jax.named_scope("shared"):
@@ -122,14 +122,14 @@ class MoE(nnx.Module):
         """Each device routes its own tokens. Experts lie over `expert`, their hidden width over `tensor` if that
         divides it."""
         graph, router = nnx.split(self.router)
-        experts = [place_of(w, self._whole_experts(mesh)) for w in (self.gate_up, self.down)]
+        experts = [weight_spec(w, self._whole_experts(mesh)) for w in (self.gate_up, self.down)]
 
         def local(router, gate_up, down, x_btD, real_bt, replay_btK):
             parted = zip((gate_up, down), experts, strict=True)
-            gate_up, down = (gathered(w, place, ("expert", "tensor")) for w, place in parted)
+            gate_up, down = (all_gather_weight(w, place, ("expert", "tensor")) for w, place in parted)
             return self._routed(nnx.merge(graph, router), gate_up, down, x_btD, real_bt, replay_btK, mesh)
 
-        tokens = P(*BATCH)
+        tokens = P(*BATCH_SPEC)
         inputs = P(), *experts, tokens, tokens, tokens
         return jax.shard_map(local, in_specs=inputs, out_specs=(tokens, P()), check_vma=False)(
             router, gate_up, down, x_BTD, real_BT, replay_BTK
@@ -148,22 +148,22 @@ class MoE(nnx.Module):
             if mesh is None or mesh.shape["expert"] == 1:
                 y_ND = experts(*weighted, implementation=kernels.grouped_matmul)
             else:
-                plan = schedule(
+                plan = dispatch_plan(
                     self.cfg,
                     B * T,
                     mesh.shape["expert"],
-                    buffer=kernels.expert_buffer,
-                    exchange=kernels.exchange,
+                    buffer=kernels.capacity_factor,
+                    exchange=kernels.dispatch,
                     multiply=kernels.grouped_matmul,
                 )
-                y_ND, dropped = exchanged_experts(*weighted, plan, "expert")
-                dropped = jax.lax.psum(dropped, TOKENS)
+                y_ND, dropped = expert_parallel_experts(*weighted, plan, "expert")
+                dropped = jax.lax.psum(dropped, TOKEN_AXES)
             if down.shape[1] < self.cfg.moe_intermediate_size:  # a part of the width is here
                 y_ND = jax.lax.psum(y_ND, "tensor")
         return y_ND.reshape(B, T, D), RouterStats(*stats, dropped)
 
 
-def spread_experts(mesh: AbstractMesh, x_ND, experts_NK, weights_NK, gate_up, down, *, layer, implementation):
+def decode_expert_parallel(mesh: AbstractMesh, x_ND, experts_NK, weights_NK, gate_up, down, *, layer, implementation):
     """`ops.experts` for the few tokens of a decode step: each device of `expert` runs its own experts on all tokens,
     and what they give is added up."""
 
@@ -175,7 +175,7 @@ def spread_experts(mesh: AbstractMesh, x_ND, experts_NK, weights_NK, gate_up, do
         y_nD = experts(x_nD, here_nK, weights_nK, gate_up, down, **how).astype(jnp.float32)
         return jax.lax.psum(y_nD, ("expert", *width)).astype(x_nD.dtype)
 
-    rows, width = P(dividing(mesh, len(x_ND), ROWS)), dividing(mesh, down.shape[-2], ("tensor",))
+    rows, width = P(dividing_axes(mesh, len(x_ND), DECODE_BATCH_AXES)), dividing_axes(mesh, down.shape[-2], ("tensor",))
     stack = (None,) * (down.ndim - 3)
     between = (None,) * (gate_up.ndim - down.ndim + 1)  # width, and gate and up where they are an axis
     inputs = rows, rows, rows, P(*stack, "expert", *between, width), P(*stack, "expert", width), P()
@@ -205,4 +205,4 @@ def router_stats(
     load_BE, P_BE, tokens_B1 = whole((load_BE, P_BE, real_BT.sum(axis=1, keepdims=True)), "context")
     tokens_B1 = jnp.maximum(tokens_B1, 1).astype(jnp.float32)
     f_BE = load_BE.astype(jnp.float32) * (E / (K * tokens_B1))
-    return whole((load_BE.sum(axis=0), jnp.sum(f_BE * P_BE / tokens_B1)), BATCH[0])
+    return whole((load_BE.sum(axis=0), jnp.sum(f_BE * P_BE / tokens_B1)), BATCH_SPEC[0])

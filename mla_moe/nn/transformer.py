@@ -8,18 +8,18 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Num
 
-from mla_moe.config import ModelConfig
+from mla_moe.config import KernelConfig, ModelConfig
 from mla_moe.nn.attention import MLAttention
-from mla_moe.nn.cache import Reach
+from mla_moe.nn.kv_cache import AttentionMetadata
 from mla_moe.nn.mlp import MLP
 from mla_moe.nn.moe import MoE, RouterStats
 from mla_moe.nn.norm import RMSNorm
 from mla_moe.nn.param import Embedding, Precision, matrix, stacked
-from mla_moe.nn.product import Product, gathered_product, product
 from mla_moe.nn.rope import rotary
 from mla_moe.ops.cached_attention import Form
-from mla_moe.recipe import Kernels
-from mla_moe.sharding import BATCH, as_rows, constrain, current_mesh, left_to_xla
+from mla_moe.parallel.mesh import BATCH_SPEC, require_auto_axes, token_mesh
+from mla_moe.parallel.sharded_einsum import Einsum, plain_einsum, sharded_einsum
+from mla_moe.parallel.sharding import constrain_activations, constrain_decode_activations
 
 Remat = Literal["none", "dots", "full"]
 
@@ -30,7 +30,7 @@ _REMAT = {
 }
 
 
-class Context(NamedTuple):
+class SequenceInfo(NamedTuple):
     """What every layer is told of the tokens. Segment 0 is padding; None means one document and no padding."""
 
     segment_ids_BT: Int[Array, "B T"] | None
@@ -46,7 +46,7 @@ class Context(NamedTuple):
 class Block(nnx.Module):
     """`x + attention(norm(x))`, then `x + mlp(norm(x))`, where the MLP is dense or a mixture of experts."""
 
-    def __init__(self, cfg: ModelConfig, *, experts: bool, rngs: nnx.Rngs, precision: Precision, kernels: Kernels):
+    def __init__(self, cfg: ModelConfig, *, experts: bool, rngs: nnx.Rngs, precision: Precision, kernels: KernelConfig):
         self.attention_norm = RMSNorm("embed", cfg.hidden_size, cfg.rms_norm_eps, precision)
         self.attention = MLAttention(cfg, rngs=rngs, precision=precision, kernels=kernels)
         self.mlp_norm = RMSNorm("embed", cfg.hidden_size, cfg.rms_norm_eps, precision)
@@ -56,7 +56,7 @@ class Block(nnx.Module):
             self.mlp = MLP(cfg, cfg.intermediate_size, rngs=rngs, precision=precision)
         self.experts = experts
 
-    def __call__(self, x_BTD, context: Context) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+    def __call__(self, x_BTD, context: SequenceInfo) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         with jax.named_scope("attention"):
             x_BTD += self.attention(
                 self.attention_norm(x_BTD), segment_ids=context.segment_ids_BT, positions=context.positions_BT
@@ -67,18 +67,18 @@ class Block(nnx.Module):
                 y_BTD, stats = self.moe.with_stats(h_BTD, context.real_BT, context.replay_BTK)
             else:
                 y_BTD, stats = self.mlp(h_BTD), None
-            return constrain(x_BTD + y_BTD), stats
+            return constrain_activations(x_BTD + y_BTD), stats
 
-    def extend(self, x_bTD, cache_LBSW, layer, reach: Reach, place: Int[Array, ""] | None = None):
+    def extend(self, x_bTD, cache_LBSW, layer, reach: AttentionMetadata, place: Int[Array, ""] | None = None):
         """The same for new tokens over the cache. Returns `x`, the cache, and each token's experts or None. Where
         experts' weights are those of a whole stack of layers, `place` is the block's in it."""
         with jax.named_scope("attention"):
             y_bTD, cache_LBSW = self.attention.extend(self.attention_norm(x_bTD), cache_LBSW, layer, reach)
-            x_bTD = as_rows(x_bTD + y_bTD)
+            x_bTD = constrain_decode_activations(x_bTD + y_bTD)
         with jax.named_scope("mlp"):
             h_bTD = self.mlp_norm(x_bTD)
             y_bTD, experts = self.moe.extend(h_bTD, place) if self.experts else (self.mlp.extend(h_bTD), None)
-        return as_rows(x_bTD + y_bTD), cache_LBSW, experts
+        return constrain_decode_activations(x_bTD + y_bTD), cache_LBSW, experts
 
 
 class MTP(nnx.Module):
@@ -88,7 +88,7 @@ class MTP(nnx.Module):
     projection takes [embedding; hidden], as in the released weights; the paper prints the other order.
     """
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, precision: Precision, kernels: Kernels):
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, precision: Precision, kernels: KernelConfig):
         D = cfg.hidden_size
         self.embedding_norm = RMSNorm("embed", D, cfg.rms_norm_eps, precision)
         self.hidden_norm = RMSNorm("embed", D, cfg.rms_norm_eps, precision)
@@ -100,18 +100,20 @@ class MTP(nnx.Module):
             self.embed, self.head = embedding_and_head(cfg, rngs, precision)
         self.precision = precision
 
-    def __call__(self, h_BTD, next_embedding_BTD, context: Context) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+    def __call__(
+        self, h_BTD, next_embedding_BTD, context: SequenceInfo
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """From the model's final-normed `h_i` and the embedding of token i+1 to the hidden state that predicts i+2."""
-        x_BTD, stats = self.block(self._join(h_BTD, next_embedding_BTD, gathered_product), context)
+        x_BTD, stats = self.block(self._join(h_BTD, next_embedding_BTD, sharded_einsum), context)
         return self.norm(x_BTD), stats
 
-    def extend(self, h_bTD, next_embedding_bTD, cache_LBSW, layer, reach: Reach):
+    def extend(self, h_bTD, next_embedding_bTD, cache_LBSW, layer, reach: AttentionMetadata):
         """The same for new tokens over the cache."""
-        x_bTD = self._join(h_bTD, next_embedding_bTD, product)
+        x_bTD = self._join(h_bTD, next_embedding_bTD, plain_einsum)
         x_bTD, cache_LBSW, _ = self.block.extend(x_bTD, cache_LBSW, layer, reach)
         return self.norm(x_bTD), cache_LBSW
 
-    def _join(self, h_BTD, next_embedding_BTD, product: Product):
+    def _join(self, h_BTD, next_embedding_BTD, product: Einsum):
         both = jnp.concatenate([self.embedding_norm(next_embedding_BTD), self.hidden_norm(h_BTD)], axis=-1)
         return product("BTd,dD->BTD", both, self.project, self.precision.compute)
 
@@ -136,7 +138,7 @@ class Transformer(nnx.Module):
         *,
         rngs: nnx.Rngs,
         precision: Precision | None = None,
-        kernels: Kernels = Kernels(),
+        kernels: KernelConfig = KernelConfig(),
         remat: Remat = "none",
     ):
         self.cfg = cfg
@@ -175,7 +177,7 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterStats | None]:
         """Hidden states after the final norm, and the expert layers' routing, stacked. `replay` names the experts of
         each token in each expert layer, −1 for the router's choice: routing replay (arXiv 2507.18071, section 5.3)."""
-        context = _context(tokens, segment_ids, positions)
+        context = _sequence_info(tokens, segment_ids, positions)
         x_BTD, stats = self.embedding(tokens), None
         if self.cfg.first_k_dense_replace:
             x_BTD, _ = self._scan(self.dense_layers, x_BTD, context)
@@ -186,7 +188,7 @@ class Transformer(nnx.Module):
 
     def mtp_hidden(self, h_BTD, next_tokens, segment_ids=None, positions=None):
         """Hidden states that predict the token after `next_tokens`, and the module's routing."""
-        context = _context(next_tokens, segment_ids, positions)
+        context = _sequence_info(next_tokens, segment_ids, positions)
 
         def run(h_BTD, embedding_BTD):
             return self.mtp(h_BTD, embedding_BTD, context)
@@ -231,13 +233,13 @@ class Transformer(nnx.Module):
         return self.mtp.extend(h_bTD, x_bTD, cache_LBSW, self.cfg.num_hidden_layers, reach)
 
     def _rows(self, embed: nnx.Param, tokens_bT) -> Float[Array, "b T D"]:
-        return as_rows(embed[...].astype(self.precision.compute)[tokens_bT])
+        return constrain_decode_activations(embed[...].astype(self.precision.compute)[tokens_bT])
 
-    def reach(self, tokens_bT, start_b, slots_b, form: Form) -> Reach:
+    def reach(self, tokens_bT, start_b, slots_b, form: Form) -> AttentionMetadata:
         positions_bT = start_b[:, None] + jnp.arange(tokens_bT.shape[1])
         every_slot = slots_b is None
         slots_b = jnp.arange(len(start_b)) if every_slot else slots_b
-        return Reach(slots_b, positions_bT, rotary(self.cfg, positions_bT), every_slot, form)
+        return AttentionMetadata(slots_b, positions_bT, rotary(self.cfg, positions_bT), every_slot, form)
 
     def embedding(self, tokens_BT) -> Float[Array, "B T D"]:
         return lookup(self.embed[...].astype(self.precision.compute), tokens_BT)
@@ -248,7 +250,7 @@ class Transformer(nnx.Module):
         logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head_DV, preferred_element_type=jnp.float32)
         return logits_BTV.astype(self.precision.output)
 
-    def _scan(self, layers: Block, x_BTD, context: Context, replay_lBTK=None):
+    def _scan(self, layers: Block, x_BTD, context: SequenceInfo, replay_lBTK=None):
         graph, state = nnx.split(layers)
 
         def body(x_BTD, layer):
@@ -258,7 +260,7 @@ class Transformer(nnx.Module):
         return jax.lax.scan(_REMAT[self.remat](body), x_BTD, (state, replay_lBTK))
 
 
-def unstacked(model: Transformer) -> Transformer:
+def unstack_layers(model: Transformer) -> Transformer:
     """The model with a list of layers in place of each stack: `extend` then runs them one by one. XLA:CPU would copy
     every layer's weights out of the stack, each time that it runs."""
     graph, state = nnx.split(model)
@@ -272,7 +274,7 @@ def unstacked(model: Transformer) -> Transformer:
     return model
 
 
-def _extend(layers, x_bTD, cache_LBSW, first: int, reach: Reach):
+def _extend(layers, x_bTD, cache_LBSW, first: int, reach: AttentionMetadata):
     """A stack of layers, or a list of them, one after the other: the cache is handed on, never copied."""
     if isinstance(layers, nnx.List):
         experts = []
@@ -297,8 +299,8 @@ def _extend(layers, x_bTD, cache_LBSW, first: int, reach: Reach):
 def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Rows of the embedding. Under a mesh the table stays where it is: a device looks up its part of every row of the
     tokens that share its `fsdp` axis, and the parts are exchanged, N · D values where the table has V · D."""
-    left_to_xla(tokens_BT)
-    mesh = current_mesh(tokens_BT.shape)
+    require_auto_axes(tokens_BT)
+    mesh = token_mesh(tokens_BT.shape)
     if mesh is None:
         return table_VD[tokens_BT]
     V, D = table_VD.shape
@@ -315,12 +317,12 @@ def lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float
             x_btd = jax.lax.psum(x_btd, vocab)
         return jax.lax.all_to_all(x_btd, embed, split_axis=0, concat_axis=2, tiled=True) if embed else x_btd
 
-    return jax.shard_map(local, in_specs=(P(vocab, embed), P(*BATCH)), out_specs=P(*BATCH), check_vma=False)(
+    return jax.shard_map(local, in_specs=(P(vocab, embed), P(*BATCH_SPEC)), out_specs=P(*BATCH_SPEC), check_vma=False)(
         table_VD, tokens_BT
     )
 
 
-def _context(tokens_BT, segment_ids, positions) -> Context:
+def _sequence_info(tokens_BT, segment_ids, positions) -> SequenceInfo:
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    return Context(segment_ids, positions)
+    return SequenceInfo(segment_ids, positions)

@@ -57,12 +57,12 @@ def attention(
     if implementation == "splash":
         if first is None and T % 128 == 0:
             return _splash(q_BTHA, k_BSHA, v_BSHV, segment_ids_BS, scale)
-        _fall_back("splash", f"{T} queries of {S} tokens: it wants whole sequences, a multiple of 128 long")
+        _log_fallback("splash", f"{T} queries of {S} tokens: it wants whole sequences, a multiple of 128 long")
     if implementation == "cudnn":
         try:
             return dot_product(q_BTHA, k_BSHA, v_BSHV, segment_ids_BS, start, scale, "cudnn")
         except (NotImplementedError, RuntimeError) as reason:  # a width, type or device
-            _fall_back("cudnn", str(reason))
+            _log_fallback("cudnn", str(reason))
     # Heads in front of time make every product a plain batched one; padding to whole blocks is masked by causality.
     size = block_size(T, whole=first is not None)
     padding = (0, 0), (0, 0), (0, -T % size), (0, 0)
@@ -104,12 +104,12 @@ def _in_groups(q_BHTA, k_BHSA, v_BHSV, segments_BS, first, scale, size):
 
 
 @functools.cache
-def _fall_back(implementation: str, why: str) -> None:
+def _log_fallback(implementation: str, why: str) -> None:
     """Said once for each reason."""
     logger.warning("attention: blockwise in place of %s for %s", implementation, why)
 
 
-def _seen(q_BTHA, segments_BS, start):
+def _attention_mask(q_BTHA, segments_BS, start):
     T, S = q_BTHA.shape[1], segments_BS.shape[1]
     own_BT = jax.lax.dynamic_slice_in_dim(segments_BS, start, T, 1)
     earlier_TS = jnp.arange(S) <= start + jnp.arange(T)[:, None]
@@ -117,7 +117,7 @@ def _seen(q_BTHA, segments_BS, start):
 
 
 def _reference(q_BTHA, k_BSHA, v_BSHV, segments_BS, start, scale):
-    seen_BTS = _seen(q_BTHA, segments_BS, start)
+    seen_BTS = _attention_mask(q_BTHA, segments_BS, start)
     score_BHTS = jnp.einsum("BTHA,BSHA->BHTS", q_BTHA, k_BSHA, preferred_element_type=jnp.float32) * scale
     weight_BHTS = jax.nn.softmax(jnp.where(seen_BTS[:, None], score_BHTS, -jnp.inf), axis=-1)
     return jnp.einsum("BHTS,BSHV->BTHV", weight_BHTS.astype(v_BSHV.dtype), v_BSHV)
@@ -127,7 +127,7 @@ def dot_product(q_BTHA, k_BSHA, v_BSHV, segments_BS, start, scale, implementatio
     """JAX's own function, with values padded to the keys' width."""
     A, V = q_BTHA.shape[3], v_BSHV.shape[3]
     v_BSHA = jnp.pad(v_BSHV, ((0, 0), (0, 0), (0, 0), (0, A - V)))
-    mask_B1TS = _seen(q_BTHA, segments_BS, start)[:, None]
+    mask_B1TS = _attention_mask(q_BTHA, segments_BS, start)[:, None]
     y_BTHA = jax.nn.dot_product_attention(
         q_BTHA, k_BSHA, v_BSHA, mask=mask_B1TS, scale=scale, implementation=implementation
     )

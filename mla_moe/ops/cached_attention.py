@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from mla_moe.ops.int8_entries import SCALES, unpack
+from mla_moe.ops.kv_quantization import SCALE_BYTES, dequantize
 
 Form = Literal["reference", "expanded", "absorbed"]
 
@@ -42,7 +42,7 @@ def cached_attention(
     """
     S, Z = cache_LBSW.shape[2:]
     packed = cache_LBSW.dtype == jnp.int8
-    W, C = Z - SCALES * packed, kv_b_CHk.shape[0]
+    W, C = Z - SCALE_BYTES * packed, kv_b_CHk.shape[0]
     R = W - C
     N = q_bTHA.shape[3] - R
     uk_CHN, uv_CHV = kv_b_CHk[:, :, :N], kv_b_CHk[:, :, N:]
@@ -62,7 +62,7 @@ def cached_attention(
                 return jax.lax.dynamic_slice(cache_LBSW, at(layer, slot, start, 0), (1, 1, size, Z))[0, 0]
 
             entries = jax.vmap(one)(slots_b)
-        return unpack(entries, C, q_bTHA.dtype) if packed else entries
+        return dequantize(entries, C, q_bTHA.dtype) if packed else entries
 
     def expand(entries_bsW):
         kv_bsHk = jnp.einsum("bsC,CHk->bsHk", entries_bsW[..., :C], kv_b_CHk)

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mla_moe.ops.vocabulary import chunked, scores, unchunked
+from mla_moe.ops.vocab_parallel import chunked, unchunked, vocab_logits
 
 
-class Split(NamedTuple):
+class VocabSharding(NamedTuple):
     """How devices share the work within a `shard_map`, by mesh axes. Logits stay where they are made."""
 
     vocab: tuple[str, ...] = ()
@@ -26,7 +26,7 @@ class Split(NamedTuple):
     """Over which the head's rows are gathered, and their gradient is scattered."""
 
 
-ALONE = Split()
+UNSHARDED = VocabSharding()
 
 
 def cross_entropy(
@@ -36,7 +36,7 @@ def cross_entropy(
     weights_BT: Float[Array, "B T"],
     *,
     chunk: int,
-    split: Split = ALONE,
+    split: VocabSharding = UNSHARDED,
 ) -> Float[Array, ""]:
     """`Σ weights · −log softmax(h @ head)[target]` in nats, float32. Weights are constants; 0 leaves a token out.
 
@@ -44,7 +44,7 @@ def cross_entropy(
     each gets its part of the sum.
     """
     chunk = min(chunk, h_BTD.shape[1])
-    return _summed(h_BTD, head_DV, targets_BT, weights_BT.astype(jnp.float32), chunk, split)
+    return _sum(h_BTD, head_DV, targets_BT, weights_BT.astype(jnp.float32), chunk, split)
 
 
 def reference(h_BTD, head_DV, targets_BT, weights_BT):
@@ -63,25 +63,25 @@ def _share(axis):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _summed(h_BTD, head_DV, targets_BT, weights_BT, chunk, split: Split):
+def _sum(h_BTD, head_DV, targets_BT, weights_BT, chunk, split: VocabSharding):
     head_DV = _gather(head_DV, split.embed)
 
     def body(total, xs):
         h_BtD, targets_Bt, weights_Bt = (_gather(x, split.tokens) for x in xs)
-        s = scores(h_BtD, head_DV, targets_Bt, split.vocab)
+        s = vocab_logits(h_BtD, head_DV, targets_Bt, split.vocab)
         return total + jnp.sum(weights_Bt * (s.log_z_Bt - s.target_Bt)), None
 
     xs = tuple(chunked(x, chunk) for x in (h_BTD, targets_BT, weights_BT))
     return jax.lax.scan(body, jnp.float32(0), xs)[0] * _share(split.tokens)
 
 
-def _summed_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk, split: Split):
+def _sum_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk, split: VocabSharding):
     head_DV = _gather(head_DV, split.embed)
 
     def body(carry, xs):
         total, g_head_DV = carry
         h_BtD, targets_Bt, weights_Bt = (_gather(x, split.tokens) for x in xs)
-        s = scores(h_BtD, head_DV, targets_Bt, split.vocab)
+        s = vocab_logits(h_BtD, head_DV, targets_Bt, split.vocab)
         p_BtV = jnp.exp(s.logits_BtV - s.log_z_Bt[..., None])
         g_BtV = weights_Bt[..., None] * (p_BtV - jax.nn.one_hot(s.place_Bt, head_DV.shape[1]))
         g_BtV = g_BtV.astype(h_BtD.dtype)
@@ -103,11 +103,11 @@ def _summed_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk, split: Split)
     return total * _share(split.tokens), (unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV)
 
 
-def _summed_backward(chunk, split: Split, residuals, g):
+def _sum_backward(chunk, split: VocabSharding, residuals, g):
     g_h_BTD, g_head_DV = residuals
     if same := [axis for axis in split.vocab if axis != split.tokens]:
         g = jax.lax.psum(g, same)  # the derivative of the sums over the vocabulary
     return g_h_BTD * g.astype(g_h_BTD.dtype), g_head_DV * g.astype(g_head_DV.dtype), None, None
 
 
-_summed.defvjp(_summed_forward, _summed_backward)
+_sum.defvjp(_sum_forward, _sum_backward)

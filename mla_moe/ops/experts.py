@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mla_moe.ops.dispatch import by_row, combine, dispatch, plan
 from mla_moe.ops.grouped_matmul import Implementation, default_implementation, grouped_matmul
+from mla_moe.ops.permutation import permutation, permute, unpermute, weights_by_row
 from mla_moe.ops.swiglu import swiglu
 
 
@@ -29,14 +29,14 @@ def experts(
     first = None if layer is None else layer * E
     implementation = implementation or default_implementation()
     block = block_size(experts_NK.size if most is None else most, E, implementation)
-    p = plan(experts_NK, E, block, most)
+    p = permutation(experts_NK, E, block, most)
 
     def multiply(x_RD, w_EDF):
         return grouped_matmul(x_RD, w_EDF, p.group_sizes_E, first, block=block, implementation=implementation)
 
     @jax.checkpoint  # moving rows again, and gating, costs less than to keep them
     def gate_up(x_ND, gate_up_EDgF):
-        return multiply(dispatch(x_ND, p), gate_up_EDgF.reshape(-1, D, 2 * F))
+        return multiply(permute(x_ND, p), gate_up_EDgF.reshape(-1, D, 2 * F))
 
     @jax.checkpoint
     def down(gate_up_R2F, weight_R, down_EFD):
@@ -44,7 +44,7 @@ def experts(
         h_RF = swiglu(gate_up_R2F, 1).astype(weight_R.dtype) * weight_R[:, None]
         return multiply(h_RF.astype(x_ND.dtype), down_EFD.reshape(-1, F, D))
 
-    return combine(down(gate_up(x_ND, gate_up_EDgF), by_row(weights_NK, p), down_EFD), p)
+    return unpermute(down(gate_up(x_ND, gate_up_EDgF), weights_by_row(weights_NK, p), down_EFD), p)
 
 
 def block_size(rows: int, num_experts: int, implementation: Implementation | None) -> int:

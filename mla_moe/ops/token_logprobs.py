@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mla_moe.ops.vocabulary import chunked, logits, places, scores, unchunked
+from mla_moe.ops.vocab_parallel import chunked, local_target_index, logits, unchunked, vocab_logits
 
 
 def token_logprobs(
@@ -48,7 +48,7 @@ def _chosen(h_BTD, head_DV, targets_BT, chunk, temperature, axes):
 def _forward(h_BTD, head_DV, targets_BT, chunk, temperature, axes):
     def body(xs):
         h_BtD, targets_Bt = xs
-        s = scores(h_BtD, head_DV, targets_Bt, axes, temperature)
+        s = vocab_logits(h_BtD, head_DV, targets_Bt, axes, temperature)
         log_p_BtV = s.logits_BtV - s.log_z_Bt[..., None]
         entropy_Bt = -jnp.sum(jnp.exp(log_p_BtV) * log_p_BtV, axis=-1)
         if axes:
@@ -70,7 +70,7 @@ def _backward(chunk, temperature, axes, residuals, g):
         h_BtD, targets_Bt, log_z_Bt, g_Bt = xs
         V = head_DV.shape[1]
         p_BtV = jnp.exp(logits(h_BtD, head_DV, temperature) - log_z_Bt[..., None])
-        chosen_BtV = jax.nn.one_hot(places(targets_Bt, V, axes), V)
+        chosen_BtV = jax.nn.one_hot(local_target_index(targets_Bt, V, axes), V)
         g_BtV = (g_Bt[..., None] / temperature * (chosen_BtV - p_BtV)).astype(h_BtD.dtype)
         g_head_DV += jnp.einsum("BtD,BtV->DV", h_BtD, g_BtV, preferred_element_type=jnp.float32)
         return g_head_DV, jnp.einsum("BtV,DV->BtD", g_BtV, head_DV)

@@ -20,7 +20,7 @@ from mla_moe.config import ConfigError
 _END = "end_of_plan"
 
 
-class Assigned(NamedTuple):
+class CompiledProgram(NamedTuple):
     """A program whose buffers have their places. Bytes of one device."""
 
     text: str
@@ -29,16 +29,16 @@ class Assigned(NamedTuple):
     """With the results that do not take over an argument's memory."""
 
 
-def assign(traced: Traced, platform: str) -> Assigned:
+def compile_to_buffers(traced: Traced, platform: str) -> CompiledProgram:
     """Raises `jax.errors.JaxRuntimeError` where the compiler refuses the program."""
     with without_cache():
         if platform == "tpu":
             return _assign_for_tpu(traced)
         compiled = traced.lower(lowering_platforms=(platform,)).compile()
-        return Assigned(compiled.as_text() or "", *bytes_needed(compiled))
+        return CompiledProgram(compiled.as_text() or "", *bytes_needed(compiled))
 
 
-def _assign_for_tpu(traced: Traced) -> Assigned:
+def _assign_for_tpu(traced: Traced) -> CompiledProgram:
     """The TPU compiler writes down what it has assigned, then makes machine code of every fusion, which is nine tenths
     of its time and changes nothing of that. No option ends it there; a call that no emitter knows does."""
     lowered = traced.lower(lowering_platforms=("tpu",))
@@ -71,7 +71,7 @@ def unknown_call(module: Any) -> Generator[None]:
             call.operation.erase()
 
 
-def _read(folder: Path) -> Assigned:
+def _read(folder: Path) -> CompiledProgram:
     """What the TPU compiler wrote down. Main memory is that of its assignment, by which it accepts or refuses a
     program; `memory_analysis` counts some values that share their place as if they did not."""
 
@@ -86,7 +86,7 @@ def _read(folder: Path) -> Assigned:
     assert total is not None
     parameters = re.compile(r"^allocation \d+: size (\d+),.* parameter \d+,", re.MULTILINE)
     arguments = float(sum(map(int, parameters.findall(written("-buffer-assignment")))))
-    return Assigned(written(""), arguments, float(total.group(1)) - arguments)
+    return CompiledProgram(written(""), arguments, float(total.group(1)) - arguments)
 
 
 def bytes_needed(compiled: Compiled) -> tuple[float, float]:

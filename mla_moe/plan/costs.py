@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from jax.sharding import Mesh
 
-from mla_moe.plan.chips import Chip
+from mla_moe.parallel.accelerators import Chip
 from mla_moe.plan.program import Collective
 from mla_moe.plan.topology import Topology
 

@@ -16,7 +16,7 @@ from jax.interpreters import partial_eval
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedRouting:
     """What depends on the data, as expected of an even routing."""
 
     rounds: float = 1.0
@@ -29,7 +29,9 @@ class Expected:
     """Blocks of keys that a block of queries looks at, where a loop goes over them."""
 
 
-def count_flops(closed: ClosedJaxpr, devices: int = 1, expected: Expected = Expected()) -> dict[str, float]:
+def count_flops(
+    closed: ClosedJaxpr, devices: int = 1, expected: ExpectedRouting = ExpectedRouting()
+) -> dict[str, float]:
     """FLOPs of one device: `products`, and `attention` and `experts` of Pallas kernels."""
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
     total: dict[str, float] = defaultdict(float)
@@ -37,7 +39,7 @@ def count_flops(closed: ClosedJaxpr, devices: int = 1, expected: Expected = Expe
     return dict(total)
 
 
-def _count(jaxpr: Any, times: float, inside: bool, expected: Expected, total: dict[str, float]) -> None:
+def _count(jaxpr: Any, times: float, inside: bool, expected: ExpectedRouting, total: dict[str, float]) -> None:
     """Add to `total`; `inside` says whether a loop is around."""
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
@@ -81,7 +83,7 @@ def _inner(eqn) -> Iterator[Any]:
             return
 
 
-def _trips(body, inside: bool, expected: Expected) -> float:
+def _trips(body, inside: bool, expected: ExpectedRouting) -> float:
     """How often a loop runs whose end is not in its type: an exchange's, within a layer attention's, which has an
     exponential, or one over chunks of experts' rows, and the outermost one, which takes decode steps and is counted
     once."""
@@ -103,7 +105,7 @@ def _names(jaxpr) -> Iterator[str]:
             yield from _names(inner)
 
 
-def _kernel(eqn, expected: Expected) -> tuple[str, float]:
+def _kernel(eqn, expected: ExpectedRouting) -> tuple[str, float]:
     """What a Pallas kernel is for, and its FLOPs."""
     name = str(eqn.params.get("name") or "")
     shapes = [v.aval.shape for v in eqn.invars if hasattr(v.aval, "shape")]

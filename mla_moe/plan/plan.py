@@ -11,14 +11,13 @@ from typing import Any
 
 import jax
 
-from mla_moe.config import ConfigError
+from mla_moe.config import ConfigError, Recipe
 from mla_moe.plan import stages
-from mla_moe.plan.compiler import assign
+from mla_moe.plan.compiler import compile_to_buffers
 from mla_moe.plan.costs import Traffic, traffic
-from mla_moe.plan.flops import Expected, count_flops
+from mla_moe.plan.flops import ExpectedRouting, count_flops
 from mla_moe.plan.program import Program
 from mla_moe.plan.topology import Topology
-from mla_moe.recipe import Recipe
 
 STAGES = {"train": stages.train, "decode": stages.decode, "rl": stages.rl}
 
@@ -86,7 +85,7 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", **how: A
     start = time.perf_counter()
     refusal, text, argument, temp = None, "", 0.0, 0.0
     try:
-        text, argument, temp = assign(program.traced, topology.platform)
+        text, argument, temp = compile_to_buffers(program.traced, topology.platform)
     except jax.errors.JaxRuntimeError as error:
         refusal, argument, temp = _refused(str(error), program.kinds)
     seconds = time.perf_counter() - start
@@ -128,7 +127,7 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", **how: A
     )
 
 
-def _trips(expected: Expected, scope: str) -> float:
+def _trips(expected: ExpectedRouting, scope: str) -> float:
     """How often a loop runs whose end the program does not say, by JAX's name of it."""
     if "experts" in scope:
         return expected.rounds

@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
+from mla_moe.config import Recipe
 from mla_moe.plan.plan import Plan
 from mla_moe.plan.search import describe
-from mla_moe.recipe import Recipe
 from mla_moe.training.console import Console, duration, si
 
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import mla_moe
-from mla_moe.config import ConfigError
+from mla_moe.config import ConfigError, MeshConfig, Recipe
 from mla_moe.plan.costs import Traffic
 from mla_moe.plan.plan import Plan, make_plan
 from mla_moe.plan.topology import Topology
-from mla_moe.recipe import Mesh, Recipe
 
 SEQUENCES = (1, 2, 4, 8)
 """Sequences of a device that are worth a try; the batch is reached by accumulation."""
@@ -31,12 +30,16 @@ def variants(recipe: Recipe, devices: int) -> Iterator[Recipe]:
     experts = [1 << power for power in range(10) if split % (1 << power) == 0]
     rows = fixed["data"] * split
     batch = recipe.training.batch_size
-    parts = [batch // (rows * n) for n in SEQUENCES if batch % (rows * n) == 0] or [recipe.training.accumulation]
-    for expert, remat, accumulation in itertools.product(experts, ("full", "dots"), parts):
+    parts = [batch // (rows * n) for n in SEQUENCES if batch % (rows * n) == 0] or [
+        recipe.training.gradient_accumulation_steps
+    ]
+    for expert, remat, gradient_accumulation_steps in itertools.product(experts, ("full", "dots"), parts):
         if recipe.model.n_routed_experts % expert:
             continue
-        mesh = Mesh(**fixed, fsdp=split // expert, expert=expert, rules=recipe.mesh.rules)
-        training = dataclasses.replace(recipe.training, remat=remat, accumulation=accumulation)
+        mesh = MeshConfig(**fixed, fsdp=split // expert, expert=expert, rules=recipe.mesh.rules)
+        training = dataclasses.replace(
+            recipe.training, remat=remat, gradient_accumulation_steps=gradient_accumulation_steps
+        )
         yield dataclasses.replace(recipe, mesh=mesh, training=training)
 
 
@@ -61,7 +64,7 @@ def _order(plan: Plan) -> tuple[bool, float]:
 def describe(recipe: Recipe) -> str:
     """As flags of `train.py`."""
     mesh = " ".join(f"--mesh.{axis} {getattr(recipe.mesh, axis)}" for axis in ("fsdp", "expert"))
-    return f"{mesh} --training.remat {recipe.training.remat} --training.accumulation {recipe.training.accumulation}"
+    return f"{mesh} --training.remat {recipe.training.remat} --training.gradient_accumulation_steps {recipe.training.gradient_accumulation_steps}"
 
 
 def cached_plan(recipe: Recipe, topology: Topology, stage: str, **how: Any) -> Plan:

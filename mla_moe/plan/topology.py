@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 
 from mla_moe.config import ConfigError, require
-from mla_moe.plan.chips import CHIPS, GPUS, TPUS, Chip
+from mla_moe.parallel.accelerators import CHIPS, GPUS, TPUS, Chip
 
 CHOICES = "v5e:4x4, v5p:8x8x8, v6e:16x16, v7x:4x4x8, h100:HOSTSxGPUS, h200:HOSTSxGPUS, cpu:DEVICES, for example"
 

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-from mla_moe.report.stage import Stage
+from mla_moe.report.stage_record import StageRecord
 from mla_moe.training.console import si
 
 INK, BLUE, ACCENT, GREEN, VIOLET = "#010203", "#3b82c4", "#e07b39", "#2f9e6e", "#9a6bc9"
@@ -34,12 +34,14 @@ class Line(NamedTuple):
     marker alone is hollow, so that several can be seen in one place."""
 
 
-def curves(title: str, *lines: Line, scale: Literal["linear", "share", "log"] = "linear") -> Callable[[Stage], str]:
+def curves(
+    title: str, *lines: Line, scale: Literal["linear", "share", "log"] = "linear"
+) -> Callable[[StageRecord], str]:
     """A panel of the metrics that a stage has; a share runs from 0 to 1."""
     return lambda stage: draw_curves(stage, title, lines, scale)
 
 
-def draw_curves(stage: Stage, title: str, lines: tuple[Line, ...], scale: str = "linear") -> str:
+def draw_curves(stage: StageRecord, title: str, lines: tuple[Line, ...], scale: str = "linear") -> str:
     series = {line: stage.series(line.key) for line in lines if len(stage.finite(line.key))}
     if not series:
         return ""

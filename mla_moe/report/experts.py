@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mla_moe.report.drawing import card, plot, svg
-from mla_moe.report.stage import Stage
+from mla_moe.report.stage_record import StageRecord
 
 LAYERS_SHOWN = 8
 COLUMNS_SHOWN = 400
@@ -18,7 +18,7 @@ COLUMNS_SHOWN = 400
 _COLORS = "RdBu_r"
 
 
-def load_over_time(stage: Stage) -> str:
+def load_over_time(stage: StageRecord) -> str:
     """Every expert's load over the steps, a map for each layer."""
     if not stage.loads:
         return ""
@@ -38,7 +38,7 @@ def load_over_time(stage: Stage) -> str:
     return _maps("Expert load", norm, cards)
 
 
-def load_before_and_after(stage: Stage) -> str:
+def load_before_and_after(stage: StageRecord) -> str:
     """Every expert's load in every layer, in the first row and in the last."""
     if len(stage.loads) < 2:
         return ""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mla_moe.report.stage import Stage
+from mla_moe.report.stage_record import StageRecord
 from mla_moe.training.console import duration, si
 from mla_moe.training.metrics import seconds_in_steps
 
@@ -13,14 +13,14 @@ Headline = tuple[str, str, str]
 """Name, figure, and what puts it into proportion."""
 
 
-def final_loss(stage: Stage) -> Headline | None:
+def final_loss(stage: StageRecord) -> Headline | None:
     loss = stage.finite("loss")
     if stage.name == "rl" or not len(loss):  # an objective's value there compares answers with each other
         return None
     return "Final loss", f"{loss[-1]:.3f}", f"mean of the last tenth {_last_tenth(loss):.3f}"
 
 
-def held_out(stage: Stage) -> Headline | None:
+def held_out(stage: StageRecord) -> Headline | None:
     bits, gzip = stage.finite("eval/bits_per_byte"), stage.finite("eval/gzip_bits_per_byte")
     note = "held-out text"
     if len(bits) and len(gzip):
@@ -30,13 +30,13 @@ def held_out(stage: Stage) -> Headline | None:
     return ("Bits per byte", f"{bits[-1]:.3f}", note) if len(bits) else None
 
 
-def throughput(stage: Stage) -> Headline | None:
+def throughput(stage: StageRecord) -> Headline | None:
     speed, mfu = stage.finite("tokens_per_s"), stage.finite("mfu")
     note = f"median; {np.median(mfu):.1%} of peak FLOPs" if len(mfu) else "median"
     return ("Tokens per second", si(np.median(speed)), note) if len(speed) else None
 
 
-def tokens_seen(stage: Stage) -> Headline | None:
+def tokens_seen(stage: StageRecord) -> Headline | None:
     training = stage.recipe.get("training")
     if stage.name != "pretrain" or training is None:
         return None
@@ -44,12 +44,12 @@ def tokens_seen(stage: Stage) -> Headline | None:
     return "Tokens", si(steps * training["batch_size"] * training["sequence_length"]), f"in {steps:,} steps"
 
 
-def time_taken(stage: Stage) -> Headline | None:
+def time_taken(stage: StageRecord) -> Headline | None:
     seconds = seconds_in_steps(stage.rows, stage.recipe.get("training", {}).get("log_every", 1))
     return ("Wall time", duration(seconds), "in training steps") if seconds else None
 
 
-def busiest_expert(stage: Stage) -> Headline | None:
+def max_load_ratio(stage: StageRecord) -> Headline | None:
     load = stage.finite("moe/load_max")
     return (
         ("Busiest expert", f"{_last_tenth(load):.2f}&times;", "the mean load, over the last tenth")
@@ -58,26 +58,26 @@ def busiest_expert(stage: Stage) -> Headline | None:
     )
 
 
-def trouble(name: str, note: str, *keys: str) -> Callable[[Stage], Headline | None]:
+def problem_count(name: str, note: str, *keys: str) -> Callable[[StageRecord], Headline | None]:
     """A count that should be zero, over one metric or several, and is only shown when it is not."""
 
-    def headline(stage: Stage) -> Headline | None:
+    def headline(stage: StageRecord) -> Headline | None:
         count = sum(stage.finite(key).sum() for key in keys)
         return (name, f"{count:,g}", note) if count else None
 
     return headline
 
 
-HEADLINES: tuple[Callable[[Stage], Headline | None], ...] = (
+HEADLINES: tuple[Callable[[StageRecord], Headline | None], ...] = (
     final_loss,
     held_out,
     throughput,
     tokens_seen,
     time_taken,
-    busiest_expert,
-    trouble("Dropped", "tokens an expert had no room for", "moe/dropped"),
-    trouble("Skipped steps", "updates not applied", "skipped"),
-    trouble("Not finite", "metrics that were NaN or infinite", "non_finite"),
+    max_load_ratio,
+    problem_count("Dropped", "tokens an expert had no room for", "moe/dropped"),
+    problem_count("Skipped steps", "updates not applied", "skipped"),
+    problem_count("Not finite", "metrics that were NaN or infinite", "non_finite"),
 )
 
 

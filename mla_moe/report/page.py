@@ -11,9 +11,9 @@ import matplotlib
 
 from mla_moe.config import ConfigError
 from mla_moe.report import headlines, panels, rl
-from mla_moe.report.answers import before_and_after, pre, samples_section, text
+from mla_moe.report.completions import before_and_after, pre, samples_section, text
 from mla_moe.report.drawing import STYLE
-from mla_moe.report.stage import Row, Stage
+from mla_moe.report.stage_record import Row, StageRecord
 from mla_moe.training.metrics import read_rows
 
 STAGE_TITLES = {
@@ -34,7 +34,7 @@ def write_report(run_dir: Path) -> Path:
     recipe, loads = _read_json(run_dir / "recipe.json"), read_rows(run_dir / "expert_load.jsonl")
     samples = read_rows(run_dir / "samples.jsonl")
     names = list(dict.fromkeys(row["stage"] for row in rows))
-    stages = [Stage(name, recipe, *(_of(name, some) for some in (rows, loads, samples))) for name in names]
+    stages = [StageRecord(name, recipe, *(_of(name, some) for some in (rows, loads, samples))) for name in names]
     with matplotlib.rc_context(STYLE):
         sections = [
             summary_section(_read_json(run_dir / "summary.json")),
@@ -49,7 +49,7 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def stage_section(stage: Stage) -> str:
+def stage_section(stage: StageRecord) -> str:
     found = filter(None, (headline(stage) for headline in (*rl.HEADLINES, *headlines.HEADLINES)))
     figures = "".join(
         f"<div><dt>{name}</dt><dd>{figure}<small>{note}</small></dd></div>" for name, figure, note in found

@@ -6,8 +6,8 @@ import numpy as np
 
 from mla_moe.report.drawing import ACCENT, BLUE, GREEN, VIOLET, Line, card, curves, draw_curves, plot
 from mla_moe.report.experts import load_before_and_after
-from mla_moe.report.headlines import Headline, trouble
-from mla_moe.report.stage import Row, Stage
+from mla_moe.report.headlines import Headline, problem_count
+from mla_moe.report.stage_record import Row, StageRecord
 
 _BINS = 8
 """Most groups of questions, by their length."""
@@ -15,10 +15,10 @@ _BINS = 8
 
 def before_after(
     name: str, key: str, note: str | Callable[[float, float], str], form: str = ".1%"
-) -> Callable[[Stage], Headline | None]:
+) -> Callable[[StageRecord], Headline | None]:
     """The first and the last value of a metric, each written in the form `form`."""
 
-    def headline(stage: Stage) -> Headline | None:
+    def headline(stage: StageRecord) -> Headline | None:
         values = stage.finite(key)
         if len(values) < 2:
             return None
@@ -35,37 +35,37 @@ def _growth(first: float, last: float) -> str:
     return f"tokens, sampled{times}"
 
 
-def truncated(stage: Stage) -> Headline | None:
+def truncated(stage: StageRecord) -> Headline | None:
     share = stage.finite("truncated")
     return ("Cut off", f"{share.mean():.2%}", "of the answers, by the limit of tokens") if share.any() else None
 
 
 def _judges(kind: str) -> tuple[str, str]:
-    return f"judge/{kind}", f"eval/judge/{kind}"
+    return f"verifier/{kind}", f"eval/verifier/{kind}"
 
 
-HEADLINES: tuple[Callable[[Stage], Headline | None], ...] = (
+HEADLINES: tuple[Callable[[StageRecord], Headline | None], ...] = (
     before_after("Right answers", "eval/accuracy", "held-out, greedy"),
     before_after("Right, opened", "eval/forced_accuracy", "with &lt;think&gt;; held-out, greedy"),
     before_after("Right form", "eval/format_rate", "held-out, greedy"),
     before_after("Answer length", "eval/response_length", _growth, ",.0f"),
-    trouble("Judges that raised", "answers counted 0", *_judges("raised")),
-    trouble("Judges that hung", "beyond their time; answers counted 0", *_judges("hung")),
-    trouble("Judges not finite", "NaN or infinite; answers counted 0", *_judges("not_finite")),
-    trouble("Judges that died", "with their process; answers counted 0", *_judges("died")),
+    problem_count("Judges that raised", "answers counted 0", *_judges("raised")),
+    problem_count("Judges that hung", "beyond their time; answers counted 0", *_judges("hung")),
+    problem_count("Judges not finite", "NaN or infinite; answers counted 0", *_judges("not_finite")),
+    problem_count("Judges that died", "with their process; answers counted 0", *_judges("died")),
     truncated,
-    trouble("Prompts too long", "questions passed over", "prompts_too_long"),
-    trouble("Groups left out", "whose answers were all right, or all wrong", "groups_left_out"),
+    problem_count("Prompts too long", "questions passed over", "prompts_too_long"),
+    problem_count("Groups left out", "whose answers were all right, or all wrong", "filtered_groups"),
 )
 
 
-def reward(stage: Stage) -> str:
+def reward(stage: StageRecord) -> str:
     """The whole reward and the users' own parts of it."""
     parts = (Line(key, key, (ACCENT, GREEN, VIOLET)[number % 3]) for number, key in enumerate(stage.keys("reward/")))
     return draw_curves(stage, "Reward", (Line("reward", "reward"), *parts))
 
 
-def several_answers(stage: Stage) -> str:
+def pass_at_k(stage: StageRecord) -> str:
     """How many questions are right by one answer, by any of several, and by the commonest."""
     lines = [Line("eval/pass@1", "pass@1", GREEN, "o-")]
     for prefix, color, style in (("eval/pass@", BLUE, "^-"), ("eval/majority@", ACCENT, "s--")):
@@ -74,12 +74,12 @@ def several_answers(stage: Stage) -> str:
     return draw_curves(stage, "Right answers, held-out and sampled", tuple(lines), "share")
 
 
-def divergence(stage: Stage) -> str:
+def kl_and_logprob_diff(stage: StageRecord) -> str:
     """Nothing where it is 0 throughout: a stage without a reference measures none."""
     return draw_curves(stage, "Divergence from the reference", (Line("kl"),)) if stage.finite("kl").any() else ""
 
 
-def seconds(stage: Stage) -> str:
+def seconds(stage: StageRecord) -> str:
     """Seconds a step. The first also compiles: where that would hide the others it is cut off, and said."""
     (steps, total), (sampled_steps, sampling) = stage.series("step_seconds"), stage.series("sample_seconds")
     if not np.array_equal(steps, sampled_steps) or not np.isfinite(total).any():
@@ -96,7 +96,7 @@ def seconds(stage: Stage) -> str:
     return card(title, figure)
 
 
-def length_by_question(stage: Stage) -> str:
+def length_by_question(stage: StageRecord) -> str:
     """Mean tokens of an answer by the length of its question, at the first and at the last evaluated step."""
     rows = [row for row in stage.samples if row.get("kind") in ("greedy", "forced")]
     steps = sorted({row["step"] for row in rows})
@@ -130,7 +130,7 @@ def _means(rows: list[Row], edges: np.ndarray) -> tuple[list[float], list[float]
     return [mean[0] for mean in means], [mean[1] for mean in means]
 
 
-PANELS: tuple[Callable[[Stage], str], ...] = (
+PANELS: tuple[Callable[[StageRecord], str], ...] = (
     reward,
     curves(
         "Right answers and right form",
@@ -148,14 +148,14 @@ PANELS: tuple[Callable[[Stage], str], ...] = (
         Line("eval/greedy_length", "held-out, greedy", GREEN, "s"),
     ),
     length_by_question,
-    several_answers,
-    divergence,
+    pass_at_k,
+    kl_and_logprob_diff,
     curves("Entropy", Line("entropy")),
-    curves("Share of tokens clipped", Line("clip_low", "below"), Line("clip_high", "above", ACCENT)),
+    curves("Share of tokens clipped", Line("clip_ratio/low", "below"), Line("clip_ratio/high", "above", ACCENT)),
     curves(
         "Sampler against trainer, log-probabilities",
-        Line("mismatch", "mean"),
-        Line("mismatch_max", "largest", ACCENT),
+        Line("sampler_logprob_diff", "mean"),
+        Line("sampler_logprob_diff_max", "largest", ACCENT),
         scale="log",
     ),
     seconds,

@@ -7,22 +7,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_moe.data.arithmetic import Split
-from mla_moe.rl.rewards import BUILT_IN, parse
-from mla_moe.rl.rollout import Answer, Rollout
+from mla_moe.rl.rewards import BUILT_IN_PARTS, parse_completion
+from mla_moe.rl.rollout import Rollout, ScoredCompletion
 
 
 class Evaluation(NamedTuple):
     """Answers to the same questions."""
 
-    greedy: Sequence[Answer]
-    forced: Sequence[Answer]
+    greedy: Sequence[ScoredCompletion]
+    forced: Sequence[ScoredCompletion]
     """Greedy too, with `<think>` put into the model's mouth."""
-    sampled: Sequence[Sequence[Answer]]
+    sampled: Sequence[Sequence[ScoredCompletion]]
     """Several to each question, at the recipe's temperature; may be none."""
 
     def metrics(self) -> dict[str, float]:
         """A row of `metrics.jsonl`. `pass@1` is the share of right samples, `pass@k` that of questions with a right one
-        among k, `majority@k` that of questions whose commonest answer is right. Lengths are in tokens. `judge/KIND`
+        among k, `majority@k` that of questions whose commonest answer is right. Lengths are in tokens. `verifier/KIND`
         counts answers that could not be judged."""
         metrics = {
             "eval/accuracy": _mean(_right(a) for a in self.greedy),
@@ -33,7 +33,7 @@ class Evaluation(NamedTuple):
         samples = [answer for answers in self.sampled for answer in answers]
         answers = [*self.greedy, *self.forced, *samples]
         failed = collections.Counter(failure.kind for answer in answers for failure in answer.score.failures)
-        metrics |= {f"eval/judge/{kind}": float(count) for kind, count in failed.items()}
+        metrics |= {f"eval/verifier/{kind}": float(count) for kind, count in failed.items()}
         if samples:
             k = len(self.sampled[0])
             metrics |= {
@@ -57,7 +57,10 @@ class Evaluation(NamedTuple):
                 "length": answer.length,
                 "reward": answer.score.total,
             }
-            | {part if part in BUILT_IN else f"reward/{part}": value for part, value in answer.score.parts.items()}
+            | {
+                part if part in BUILT_IN_PARTS else f"reward/{part}": value
+                for part, value in answer.score.parts.items()
+            }
             for kind, answers in (("greedy", self.greedy), ("forced", self.forced))
             for answer in answers
         ]
@@ -74,7 +77,7 @@ def evaluate(
     """Ask the first `questions` of a held-out split, and `note` how far it is."""
     asked, _ = rollout.questions(split, 0, questions)
 
-    def answers(kind: str, **how: Any) -> list[list[Answer]]:
+    def answers(kind: str, **how: Any) -> list[list[ScoredCompletion]]:
         return rollout.answers(asked, seed=seed, progress=lambda text: note(f"{kind}: {text}"), **how)
 
     greedy, forced = (
@@ -104,19 +107,19 @@ def table(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         for key, value in metrics.items()
         if key.startswith(prefix) and not key.endswith("@1")
     ]
-    failed = {key: value for key, value in metrics.items() if key.startswith("eval/judge/")}
-    failures = [(f"judges: {key.removeprefix('eval/judge/')}", f"{value:g}") for key, value in failed.items()]
+    failed = {key: value for key, value in metrics.items() if key.startswith("eval/verifier/")}
+    failures = [(f"judges: {key.removeprefix('eval/verifier/')}", f"{value:g}") for key, value in failed.items()]
     too_long = metrics.get("prompts_too_long", 0)
     return [*known, *several, *failures, *([("prompts too long", f"{too_long:g}")] if too_long else [])]
 
 
-def _right(answer: Answer) -> float:
+def _right(answer: ScoredCompletion) -> float:
     return float(answer.score.parts["accuracy"] == 1)
 
 
-def _majority(answers: Sequence[Answer]) -> float:
+def _majority(answers: Sequence[ScoredCompletion]) -> float:
     """Whether the commonest answer is right; of several that are as common, the first."""
-    given = {answer: parse(answer.text)[1] for answer in answers}
+    given = {answer: parse_completion(answer.text)[1] for answer in answers}
     counts = collections.Counter(text for text in given.values() if text is not None)
     if not counts:
         return 0.0

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-Rows = dict[str, np.ndarray]
+PackedRows = dict[str, np.ndarray]
 """`tokens`, `targets`, `segment_ids`, `positions`, `answer_BT` int32 and `sampler_logprob_BT` float32, each [R, T], and
 `replay` [R, T, l, K] int16 where experts were recorded.
 
@@ -14,7 +14,7 @@ and padding; `replay` is −1 for padding.
 """
 
 
-class Sampled(NamedTuple):
+class SampledCompletion(NamedTuple):
     """An answer as the engine made it."""
 
     prompt: Sequence[int]
@@ -29,7 +29,7 @@ class Sampled(NamedTuple):
         return len(self.prompt) + len(self.tokens) - 1
 
 
-def pack(answers: Sequence[Sampled], length: int, multiple: int) -> Rows:
+def pack_completions(answers: Sequence[SampledCompletion], length: int, multiple: int) -> PackedRows:
     """Rows of `length` tokens, a multiple of `multiple` of them; the longest answers first, each where it first fits.
 
     The sizes of what is packed decide nothing but the number of rows.
@@ -45,7 +45,7 @@ def pack(answers: Sequence[Sampled], length: int, multiple: int) -> Rows:
         free[row] -= size
     count = -(-len(free) // multiple) * multiple
     shape = count, length
-    rows: Rows = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
+    rows: PackedRows = {name: np.zeros(shape, np.int32) for name in ("tokens", "targets", "segment_ids", "positions")}
     rows["answer_BT"] = np.full(shape, -1, np.int32)
     rows["sampler_logprob_BT"] = np.zeros(shape, np.float32)
     experts = answers[0].experts_TlK
@@ -64,7 +64,7 @@ def pack(answers: Sequence[Sampled], length: int, multiple: int) -> Rows:
     return rows
 
 
-def parts(rows: Rows, size: int) -> list[Rows]:
+def microbatches(rows: PackedRows, size: int) -> list[PackedRows]:
     """The rows, `size` at a time."""
     return [
         {name: x[start : start + size] for name, x in rows.items()} for start in range(0, len(rows["tokens"]), size)

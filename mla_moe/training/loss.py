@@ -11,11 +11,12 @@ from jaxtyping import Array, Float, Int
 
 from mla_moe.nn.transformer import Transformer
 from mla_moe.ops import token_logprobs as ops
-from mla_moe.ops.cross_entropy import Split, cross_entropy
-from mla_moe.sharding import BATCH, TOKENS, current_mesh, vocabulary_axes
+from mla_moe.ops.cross_entropy import VocabSharding, cross_entropy
+from mla_moe.parallel.mesh import BATCH_SPEC, TOKEN_AXES, token_mesh
+from mla_moe.parallel.sharding import vocab_axes
 
 
-class Sums(NamedTuple):
+class LossSums(NamedTuple):
     """Sums over the tokens of a batch, so that parts of a batch add up."""
 
     nats: Float[Array, ""]
@@ -28,7 +29,7 @@ class Sums(NamedTuple):
     """Choices of experts that were not followed, over all layers."""
 
 
-class Sizes(NamedTuple):
+class LossCounts(NamedTuple):
     """What the sums are divided by: counted over the whole batch."""
 
     tokens: Int[Array, ""]
@@ -39,15 +40,15 @@ class Sizes(NamedTuple):
     """Tokens that are not padding."""
 
 
-def sizes(batch: dict[str, Array]) -> Sizes:
+def loss_counts(batch: dict[str, Array]) -> LossCounts:
     read = (batch["segment_ids"] != 0).sum()
-    return Sizes(has_target(batch).sum(), has_second_target(batch).sum(), batch["tokens"].shape[0], read)
+    return LossCounts(has_target(batch).sum(), has_second_target(batch).sum(), batch["tokens"].shape[0], read)
 
 
 def has_target(batch):
-    """Where the next token counts: not in padding, nor where the batch has `learned` and it is 0."""
+    """Where the next token counts: not in padding, nor where the batch has `loss_mask` and it is 0."""
     real_BT = batch["segment_ids"] != 0
-    return real_BT & (batch["learned"] != 0) if "learned" in batch else real_BT
+    return real_BT & (batch["loss_mask"] != 0) if "loss_mask" in batch else real_BT
 
 
 def has_second_target(batch):
@@ -61,8 +62,8 @@ def _following(x_BT):
     return jnp.pad(x_BT[:, 1:], ((0, 0), (0, 1)))
 
 
-def sums(model: Transformer, batch: dict[str, Array], *, chunk: int, mtp: bool) -> Sums:
-    """Run the model on a batch `{tokens, targets, segment_ids, positions}`, all [B, T], which may have `learned` too: 0
+def loss_sums(model: Transformer, batch: dict[str, Array], *, chunk: int, mtp: bool) -> LossSums:
+    """Run the model on a batch `{tokens, targets, segment_ids, positions}`, all [B, T], which may have `loss_mask` too: 0
     where a target does not count, as a prompt's. With `mtp` its prediction module too."""
     place = batch["segment_ids"], batch["positions"]
     compute = model.precision.compute
@@ -84,7 +85,7 @@ def sums(model: Transformer, batch: dict[str, Array], *, chunk: int, mtp: bool) 
         balance += stats.balance
         dropped += stats.dropped
     load_LE = jnp.concatenate(loads) if loads else jnp.zeros((0, model.cfg.n_routed_experts), jnp.int32)
-    return Sums(nats, mtp_nats, balance, load_LE, dropped)
+    return LossSums(nats, mtp_nats, balance, load_LE, dropped)
 
 
 def token_logprobs(
@@ -92,12 +93,12 @@ def token_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """From final hidden states the log-probability of each target, and the entropy where it stands (no gradient)."""
     head_DV = model.head[...].astype(model.precision.compute)
-    mesh = current_mesh(h_BTD.shape)
+    mesh = token_mesh(h_BTD.shape)
     if mesh is None:
         return ops.token_logprobs(h_BTD, head_DV, targets_BT, chunk=chunk, temperature=temperature)
-    vocab = vocabulary_axes(mesh, head_DV.shape[1], ("tensor",))
+    vocab = vocab_axes(mesh, head_DV.shape[1], ("tensor",))
     local = partial(ops.token_logprobs, chunk=chunk, temperature=temperature, vocab_axes=vocab)
-    tokens = P(*BATCH)
+    tokens = P(*BATCH_SPEC)
     inputs, outputs = (tokens, P(None, vocab), tokens), (tokens, tokens)
     return jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)(h_BTD, head_DV, targets_BT)
 
@@ -105,16 +106,16 @@ def token_logprobs(
 def _cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, chunk: int) -> Float[Array, ""]:
     """Under a mesh each device has its own tokens, and its own part of the vocabulary where that divides: the head and
     its gradient in float32 would be several GB."""
-    mesh = current_mesh(h_BTD.shape)
+    mesh = token_mesh(h_BTD.shape)
     if mesh is None:
         return cross_entropy(h_BTD, head_DV, targets_BT, weights_BT, chunk=chunk)
-    vocab = vocabulary_axes(mesh, head_DV.shape[1], ("tensor", "expert"))
+    vocab = vocab_axes(mesh, head_DV.shape[1], ("tensor", "expert"))
     embed = "fsdp" if mesh.shape["fsdp"] > 1 and len(head_DV) % mesh.shape["fsdp"] == 0 else None
 
     def local(*args):
-        split = Split(vocab, "expert" if "expert" in vocab else None, embed)
-        return jax.lax.psum(cross_entropy(*args, chunk=chunk, split=split), TOKENS)
+        split = VocabSharding(vocab, "expert" if "expert" in vocab else None, embed)
+        return jax.lax.psum(cross_entropy(*args, chunk=chunk, split=split), TOKEN_AXES)
 
-    tokens = P(*BATCH)
+    tokens = P(*BATCH_SPEC)
     inputs = tokens, P(embed, vocab), tokens, tokens
     return jax.shard_map(local, in_specs=inputs, out_specs=P(), check_vma=False)(h_BTD, head_DV, targets_BT, weights_BT)

@@ -39,7 +39,7 @@ class MetricsWriter:
         self._metrics = _RowFile(run_dir / "metrics.jsonl", stage, last_kept)
         self._load = _RowFile(run_dir / "expert_load.jsonl", stage, last_kept)
         self._samples = _RowFile(run_dir / "samples.jsonl", stage, last_kept)
-        self._tensorboard = _Events(run_dir / "tensorboard" / stage, last_kept + 1)
+        self._tensorboard = _TensorBoard(run_dir / "tensorboard" / stage, last_kept + 1)
 
     def __enter__(self) -> Self:
         return self
@@ -75,7 +75,7 @@ class MetricsWriter:
             self._samples.append({"step": row["step"], "stage": self._stage, **row})
 
 
-class Silence:
+class NullWriter:
     """The writer of processes other than the first."""
 
     def __enter__(self):
@@ -157,7 +157,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield line, row
 
 
-class _Events:
+class _TensorBoard:
     """A TensorBoard file that hides what earlier ones hold from `first_step` on.
 
     TensorBoard does that for a whole directory, hence one a stage. It names a file by the second, which two attempts

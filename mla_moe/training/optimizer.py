@@ -10,9 +10,9 @@ import optax
 from flax import nnx
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
-from mla_moe import recipe
+from mla_moe.config import OptimizerConfig, ScheduleConfig
+from mla_moe.nn.abstract_model import AbstractModel
 from mla_moe.nn.param import BATCH_AXES, Matrix, Scale, logical_axes
-from mla_moe.nn.skeleton import Skeleton
 
 # Muon's update is brought to the RMS that AdamW's usually has, so that both take one learning rate and one decay
 # (Moonlight, arXiv 2502.16982, section 2.2).
@@ -23,21 +23,23 @@ MUON_RMS = 0.2
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
-def learning_rate(schedule: recipe.Schedule, steps: int, peak: float | None = None) -> optax.Schedule:
+def learning_rate(schedule: ScheduleConfig, steps: int, peak: float | None = None) -> optax.Schedule:
     """The rate of step 0, 1, …: linear from 0 to the peak, constant, cosine to `final` · peak, constant."""
-    peak = peak or schedule.peak
-    warmup, decay, tail = (round(share * steps) for share in (schedule.warmup, schedule.decay, schedule.tail))
+    peak = peak or schedule.peak_lr
+    warmup, decay, tail = (
+        round(share * steps) for share in (schedule.warmup_fraction, schedule.decay_fraction, schedule.tail_fraction)
+    )
     pieces = [
         optax.linear_schedule(peak / (warmup + 1), peak, warmup),  # the first step already learns
         optax.constant_schedule(peak),
-        optax.cosine_decay_schedule(peak, max(decay, 1), alpha=schedule.final),
+        optax.cosine_decay_schedule(peak, max(decay, 1), alpha=schedule.final_lr_fraction),
     ]
     return optax.join_schedules(pieces, [warmup, max(steps - decay - tail, warmup)])
 
 
-def make_optimizer(cfg: recipe.Optimizer, steps: int, skeleton: Skeleton) -> optax.GradientTransformation:
+def make_optimizer(cfg: OptimizerConfig, steps: int, abstract_model: AbstractModel) -> optax.GradientTransformation:
     """An optimizer of the dictionary of parameters by path."""
-    variables = {path: skeleton.variables[path] for path in skeleton.param_paths}
+    variables = {path: abstract_model.variables[path] for path in abstract_model.param_paths}
     adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
     rate = optax.scale_by_learning_rate(learning_rate(cfg.schedule, steps))
     decay = optax.add_decayed_weights(cfg.weight_decay)
@@ -49,7 +51,7 @@ def make_optimizer(cfg: recipe.Optimizer, steps: int, skeleton: Skeleton) -> opt
         groups["muon"] = optax.chain(
             scale_by_layered_muon(cfg.muon_momentum, variables),
             decay,
-            optax.scale_by_learning_rate(learning_rate(cfg.schedule, steps, cfg.muon_peak)),
+            optax.scale_by_learning_rate(learning_rate(cfg.schedule, steps, cfg.muon_peak_lr)),
         )
 
     def group(variable):
@@ -58,7 +60,7 @@ def make_optimizer(cfg: recipe.Optimizer, steps: int, skeleton: Skeleton) -> opt
         return "muon" if cfg.name == "muon" and isinstance(variable, Matrix) else "adamw"
 
     labels = {path: group(v) for path, v in variables.items()}
-    return optax.chain(optax.clip_by_global_norm(cfg.clip), optax.partition(groups, labels))
+    return optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), optax.partition(groups, labels))
 
 
 def scale_by_layered_muon(momentum: float, variables: Mapping[str, nnx.Variable]) -> optax.GradientTransformation:

@@ -9,19 +9,18 @@ import grain
 import jax
 import jax.numpy as jnp
 
-from mla_moe import data
-from mla_moe.config import require
-from mla_moe.counting import cache_bytes_per_token, multi_head_cache_bytes_per_token, train_flops_per_token
+from mla_moe.checkpoint.manager import DataPosition
+from mla_moe.config import Recipe, require
+from mla_moe.data import Batch, gzip_bits_per_byte, heldout_batches, train_batches
 from mla_moe.inference.generate import generate
-from mla_moe.recipe import Recipe
-from mla_moe.training.begin import first_state
-from mla_moe.training.checkpoint import Place
+from mla_moe.nn.model_costs import kv_cache_bytes_per_token, mha_kv_cache_bytes_per_token, train_flops_per_token
 from mla_moe.training.console import Console, bytes_, duration, si
-from mla_moe.training.loop import Stage
-from mla_moe.training.meter import Meter
-from mla_moe.training.run import add_summary
-from mla_moe.training.setup import Setup, open_text
+from mla_moe.training.initialization import first_state
+from mla_moe.training.run_context import RunContext, open_documents_of
+from mla_moe.training.run_directory import add_summary
 from mla_moe.training.step import TrainState, make_eval_step
+from mla_moe.training.step_metrics import StepMetrics
+from mla_moe.training.trainer import Trainer
 
 
 def pretrain(recipe: Recipe, run_dir: Path, console: Console) -> None:
@@ -29,26 +28,26 @@ def pretrain(recipe: Recipe, run_dir: Path, console: Console) -> None:
 
     Raises `ConfigError` before anything compiles, and `Interrupted` after a signal, when the state is saved.
     """
-    Pretraining(Setup.of(recipe, run_dir, console)).run()
+    PretrainTrainer(RunContext.of(recipe, run_dir, console)).run()
 
 
-class Pretraining(Stage):
-    def __init__(self, setup: Setup):
+class PretrainTrainer(Trainer):
+    def __init__(self, setup: RunContext):
         super().__init__("pretrain", setup, setup.recipe.training, setup.recipe.optimizer)
-        self._text = open_text(setup.recipe, "train")
+        self._text = open_documents_of(setup.recipe, "train")
 
-    def first_state(self, place: Place) -> TrainState:
+    def first_state(self, place: DataPosition) -> TrainState:
         setup = self.setup
-        state = first_state(setup.recipe, setup.skeleton, self.tx, setup.mesh, place)
+        state = first_state(setup.recipe, setup.abstract_model, self.tx, setup.mesh, place)
         if setup.recipe.init_from:
             step = int(state.step)
             setup.console.say(f"started from {setup.recipe.init_from}" + (f", step {step}" if step else ""))
         return state
 
-    def stream(self, *, batch_size: int, shard: int, shards: int) -> grain.DatasetIterator[data.Batch]:
+    def stream(self, *, batch_size: int, shard: int, shards: int) -> grain.DatasetIterator[Batch]:
         recipe = self.setup.recipe
         size = {"batch_size": batch_size, "sequence_length": self.training.sequence_length}
-        return data.train_batches(
+        return train_batches(
             recipe.data, self._text, self.setup.tokenizer, **size, seed=recipe.seed, shard=shard, shards=shards
         )
 
@@ -61,20 +60,23 @@ class Pretraining(Stage):
         return len(self._text)
 
     @cached_property
-    def _heldout(self) -> tuple[list[data.Batch], int, float] | None:
+    def _heldout(self) -> tuple[list[Batch], int, float] | None:
         """Batches, bytes, and what gzip makes of them."""
         patterns = self.setup.recipe.data.heldout
         if not patterns:
             return None
-        text = open_text(self.setup.recipe, "heldout")
-        rows, length = self.training.batch_size // self.training.accumulation, self.training.sequence_length
-        batches, size = data.heldout_batches(text, self.setup.tokenizer, batch_size=rows, sequence_length=length)
-        return batches, size, data.gzip_bits_per_byte(text)
+        text = open_documents_of(self.setup.recipe, "heldout")
+        rows, length = (
+            self.training.batch_size // self.training.gradient_accumulation_steps,
+            self.training.sequence_length,
+        )
+        batches, size = heldout_batches(text, self.setup.tokenizer, batch_size=rows, sequence_length=length)
+        return batches, size, gzip_bits_per_byte(text)
 
     def describe(self) -> list[tuple[str, str]]:
         cfg, training = self.setup.recipe.model, self.training
-        item = jnp.dtype(self.setup.skeleton.precision.compute).itemsize
-        latent, multi_head = cache_bytes_per_token(cfg, item), multi_head_cache_bytes_per_token(cfg, item)
+        item = jnp.dtype(self.setup.abstract_model.precision.compute).itemsize
+        latent, multi_head = kv_cache_bytes_per_token(cfg, item), mha_kv_cache_bytes_per_token(cfg, item)
         flops = train_flops_per_token(cfg, training.sequence_length)
         heldout, wanted = self._heldout, self.setup.recipe.sample
         room = cfg.max_position_embeddings - max(map(len, self._prompts), default=0)
@@ -92,7 +94,7 @@ class Pretraining(Stage):
 
     @cached_property
     def _eval_step(self):
-        return make_eval_step(self.setup.skeleton, self.training.loss_chunk, self.setup.mesh)
+        return make_eval_step(self.setup.abstract_model, self.training.loss_chunk, self.setup.mesh)
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss and bits per byte of all held-out text, and what gzip -9 needs for it."""
@@ -104,7 +106,7 @@ class Pretraining(Stage):
         bits = nats / math.log(2) / size
         return {"eval/loss": nats / tokens, "eval/bits_per_byte": bits, "eval/gzip_bits_per_byte": gzip_bits}
 
-    def finish(self, state: TrainState, scores: Mapping[str, float], meter: Meter, writer) -> None:
+    def finish(self, state: TrainState, scores: Mapping[str, float], meter: StepMetrics, writer) -> None:
         """Sampled text, and a summary for the report and the terminal."""
         samples = self._sample(state)
         writer.append_samples({"step": self.training.steps, **sample} for sample in samples)
@@ -131,7 +133,7 @@ class Pretraining(Stage):
         wanted = self.setup.recipe.sample
         if not wanted.prompts:
             return []
-        model = self.setup.skeleton.merge(state.params | state.biases)
+        model = self.setup.abstract_model.merge(state.params | state.biases)
         new = generate(
             model,
             self._prompts,

@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla_moe.data import ByteTokenizer
 from mla_moe.inference.engine import Engine
-from mla_moe.inference.language import language_of
+from mla_moe.text.chat_tokenizer import load_chat_tokenizer
+from mla_moe.text.tokenizer import ByteTokenizer
 
 from .json_values import VALUES, changed
 
-server = pytest.importorskip("mla_moe.inference.server")
+server = pytest.importorskip("mla_moe.inference.openai_server")
 
 COMPLETION = {
     "prompt": "def ", "max_tokens": 3, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "seed": 1, "n": 2,
@@ -61,7 +61,7 @@ class Echo:
 def ask(tmp_path_factory):
     """Status, headers and body that a request's path and body get."""
     app = server.application(
-        Echo(), language_of(tmp_path_factory.mktemp("none"), ByteTokenizer()), "tiny", max_waiting=8
+        Echo(), load_chat_tokenizer(tmp_path_factory.mktemp("none"), ByteTokenizer()), "tiny", max_waiting=8
     )
     loop = asyncio.new_event_loop()
     life = app.router.lifespan_context(app)

@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_moe import ConfigError
-from mla_moe.data import HFTokenizer, train_bpe
-from mla_moe.inference.bodies import conversation
-from mla_moe.inference.language import language_of
-from mla_moe.inference.request import Request, TextStream
-from mla_moe.report.answers import pre
+from mla_moe.inference.openai_requests import parse_messages
+from mla_moe.inference.request import IncrementalDetokenizer, Request
+from mla_moe.report.completions import pre
+from mla_moe.text.chat_tokenizer import load_chat_tokenizer
+from mla_moe.text.tokenizer import HFTokenizer, train_bpe
 
 from .json_values import VALUES
 
@@ -31,7 +31,7 @@ def language(tmp_path_factory):
     train_bpe(["a few words to learn from"] * 9, 260, folder / "tokenizer.json")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
-    return language_of(folder, HFTokenizer(folder / "tokenizer.json"))
+    return load_chat_tokenizer(folder, HFTokenizer(folder / "tokenizer.json"))
 
 
 @given(TEXT)
@@ -45,7 +45,7 @@ def test_any_prompt(language, text):
 @given(MESSAGES)
 def test_any_conversation(language, messages):
     with contextlib.suppress(ConfigError):
-        tokens = language.encode_chat(conversation(messages))
+        tokens = language.encode_chat(parse_messages(messages))
         assert "49" not in language.decode(tokens) or "49" in str(messages)  # nothing in a message is computed
 
 
@@ -54,7 +54,7 @@ def test_any_tokens_and_stops(ids, stops):
     def decode(ids):
         return bytes(ids).decode(errors="replace")
 
-    stream = TextStream(decode, tuple(stops))
+    stream = IncrementalDetokenizer(decode, tuple(stops))
     for number, token in enumerate(ids):
         if stream.add([token], end=number == len(ids) - 1):
             break

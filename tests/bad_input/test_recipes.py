@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_moe import ConfigError, ModelConfig
-from mla_moe.recipe import Recipe
-from mla_moe.recipe import load as load_recipe
+from mla_moe.config import Recipe, load_recipe
 
 from .json_values import VALUES, changed
 

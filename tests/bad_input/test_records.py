@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_moe import ConfigError
-from mla_moe.data import Coding, Pairs, open_sources
-from mla_moe.recipe import Task
-from mla_moe.rl.tasks import open_task
+from mla_moe.config import TaskConfig
+from mla_moe.data import PromptCompletionDataset, PromptCompletionEncoding, open_documents
+from mla_moe.rl.tasks.task import open_task
 
 from .json_values import VALUES
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 def opened(path, malformed):
-    return open_sources([str(path)], field="data.train", text_field="text", malformed=malformed)
+    return open_documents([str(path)], field="data.train", text_field="text", malformed=malformed)
 
 
 @given(FILES, st.sampled_from(["jsonl", "txt"]))
@@ -47,9 +47,9 @@ def test_any_file_of_text_or_lines(folder, content, kind):
 def test_any_pairs(folder, content):
     path = folder / "pairs.jsonl"
     path.write_bytes(content)
-    coding = Coding(lambda q: [1, *q.encode()], lambda text: list(text.encode()), 0, 16)
+    coding = PromptCompletionEncoding(lambda q: [1, *q.encode()], lambda text: list(text.encode()), 0, 16)
     with contextlib.suppress(ConfigError):
-        pairs = Pairs([str(path)], "sft.data", coding, 1.0)
+        pairs = PromptCompletionDataset([str(path)], "sft.data", coding, 1.0)
         assert all(0 < len(pair["tokens"]) <= 16 for pair in pairs)
 
 
@@ -58,7 +58,7 @@ def test_any_questions(folder, content):
     path = folder / "questions.jsonl"
     path.write_bytes(content)
     with contextlib.suppress(ConfigError):
-        open_task(Task(name=str(path)))
+        open_task(TaskConfig(name=str(path)))
 
 
 @pytest.fixture(scope="module")

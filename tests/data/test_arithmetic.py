@@ -2,7 +2,7 @@ import collections
 
 import pytest
 
-from mla_moe.data import arithmetic, open_sources
+from mla_moe.data import arithmetic, open_documents
 from mla_moe.data.arithmetic import QUESTION, WRITERS, Documents, answer, problem, split_of, steps
 
 HEAD, _, TAIL = QUESTION.partition("{question}")
@@ -40,7 +40,7 @@ def test_no_heldout_question_is_in_the_text():
     for name, split in (("arithmetic:train", "train"), ("arithmetic:heldout", "validation")):
         text = Documents(name)
         assert {split_of(question_of(text[i])) for i in range(500)} == {split}
-    assert open_sources(["arithmetic:train"], field="data.train", text_field="text")[3] == text_of(3)
+    assert open_documents(["arithmetic:train"], field="data.train", text_field="text")[3] == text_of(3)
 
 
 def text_of(index):

@@ -1,6 +1,6 @@
 import pytest
 
-from mla_moe.data import cpython, gzip_bits_per_byte, open_sources
+from mla_moe.data import cpython, gzip_bits_per_byte, open_documents
 
 TRAIN, HELDOUT = (cpython.documents(name) for name in cpython.NAMES)
 
@@ -51,7 +51,7 @@ def test_excerpts_of_longer_documents_are_dropped():
 
 
 def test_the_names_open_as_sources():
-    source = open_sources(["cpython:heldout", "cpython:train"], field="data.train", text_field="text")
+    source = open_documents(["cpython:heldout", "cpython:train"], field="data.train", text_field="text")
     assert list(source) == HELDOUT + TRAIN
 
 

@@ -9,13 +9,13 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from mla_moe.config import ConfigError
-from mla_moe.data import open_sources
+from mla_moe.data import open_documents
 
 DOCUMENTS = ["first", "zwei — ürsprünglich\r\n", "三\n\n三", "", "fifth"]
 
 
 def opened(*patterns, text_field="text"):
-    return open_sources([str(p) for p in patterns], field="data.train", text_field=text_field)
+    return open_documents([str(p) for p in patterns], field="data.train", text_field=text_field)
 
 
 def refused(*patterns, text_field="text"):

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 import mla_moe
-from mla_moe.data.tokenizer import train_bpe
-from mla_moe.interop import convert
-from mla_moe.recipe import Mesh, Recipe
+from mla_moe.checkpoint.convert import convert
+from mla_moe.config import MeshConfig, Recipe
+from mla_moe.text.tokenizer import train_bpe
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -31,7 +31,7 @@ def small(recipe: Recipe) -> Recipe:
     change = dataclasses.replace
     rl = recipe.rl
     asks = min(4 * rl.max_prompt_tokens, 448)
-    lengths = {"max_prompt_tokens": asks, "max_new_tokens": 8, "row_tokens": 0, "overlong": 0}
+    lengths = {"max_prompt_tokens": asks, "max_new_tokens": 8, "packed_length": 0, "overlong_buffer": 0}
     sizes = {"prompts": 2, "group_size": 4, "minibatches": 1, "rounds": 1, "rows": 8, "slots": 8}
     asked = {"eval_prompts": 2, "eval_samples": 0, "eval_every": 0}
     builtin = {"cpython:train": "books/**/*.txt", "cpython:heldout": "books/**/*.txt"}
@@ -39,21 +39,21 @@ def small(recipe: Recipe) -> Recipe:
     return change(
         recipe,
         model=model(),
-        mesh=Mesh(),
+        mesh=MeshConfig(),
         data=change(
             recipe.data,
             train=tuple(builtin.get(name, name) for name in recipe.data.train),
             heldout=("books/**/*.txt",),
             tokenizer=f"bpe:{VOCABULARY}" if tokenizer.startswith("bpe:") else tokenizer,
-            shuffle_window=4,
+            shuffle_buffer_size=4,
         ),
         training=change(
-            recipe.training, steps=2 * min(recipe.training.steps, 1), batch_size=8, sequence_length=64, accumulation=1,
+            recipe.training, steps=2 * min(recipe.training.steps, 1), batch_size=8, sequence_length=64, gradient_accumulation_steps=1,
             remat="none", eval_every=0,
         ),
-        sft=change(recipe.sft, steps=2 * min(recipe.sft.steps, 1), batch_size=8, sequence_length=64, accumulation=1),
+        sft=change(recipe.sft, steps=2 * min(recipe.sft.steps, 1), batch_size=8, sequence_length=64, gradient_accumulation_steps=1),
         rl=change(rl, steps=min(rl.steps, 1), **lengths, **sizes, **asked),
-        rejection=change(recipe.rejection, steps=min(recipe.rejection.steps, 1), questions=2, samples=2),
+        rejection=change(recipe.rejection, steps=min(recipe.rejection.steps, 1), prompts=2, samples=2),
         sample=change(recipe.sample, prompts=()),
     )  # fmt: skip
 

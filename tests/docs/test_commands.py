@@ -17,9 +17,10 @@ import jax
 import pytest
 import tyro
 
-from mla_moe import cli, recipe
-from mla_moe.inference import server
-from mla_moe.plan.chips import CHIPS
+from mla_moe import cli
+from mla_moe.config import load_recipe, with_overrides
+from mla_moe.inference import openai_server
+from mla_moe.parallel.accelerators import CHIPS
 from mla_moe.training.console import Console
 from tests.docs.conftest import PAGES, ROOT, blocks, small
 
@@ -150,11 +151,11 @@ def mla_moe(arguments, running, monkeypatch):
     command, flags = tyro.cli(cli.Command, prog="mla-moe", args=arguments, return_unknown_args=True)
     assert isinstance(command, cli.Plan) or not flags
     if isinstance(command, cli.Plan):
-        recipe.with_flags(recipe.load(command.recipe), flags, "mla-moe plan")
+        with_overrides(load_recipe(command.recipe), flags, "mla-moe plan")
         assert command.topology.partition(":")[0] in {*CHIPS, "cpu"}
         return
     if isinstance(command, cli.Serve):
-        monkeypatch.setattr(server, "serve", lambda app, host, port: listen(app, running))
+        monkeypatch.setattr(openai_server, "serve", lambda app, host, port: listen(app, running))
         command = dataclasses.replace(command, capacity=128)
     asked = {"prompts": 2, "samples": 1, "max_prompt_tokens": 448, "max_new_tokens": 4, "slots": 8}
     few = {cli.Generate: {"max_new_tokens": 4}, cli.Eval: asked}

@@ -4,8 +4,17 @@ import jax
 import numpy as np
 import pytest
 
-from mla_moe.recipe import Checkpoint, Data, Mesh, Optimizer, Recipe, Sample, Schedule, Training
-from mla_moe.sharding import make_mesh
+from mla_moe.config import (
+    CheckpointConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    Recipe,
+    SampleConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+from mla_moe.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="session")
@@ -18,16 +27,16 @@ def recipe(cfg, tmp_path_factory):
     return Recipe(
         run_dir="",
         model=dataclasses.replace(cfg, num_hidden_layers=2, vocab_size=258, num_nextn_predict_layers=0),
-        data=Data(train=(f"{folder}/*.txt",), heldout=(), shuffle_window=8, prefetch=2),
-        optimizer=Optimizer("adamw", Schedule(peak=5e-3, warmup=0.0)),
-        mesh=Mesh(),
-        training=Training(steps=8, batch_size=8, sequence_length=32, loss_chunk=32),
-        checkpoint=Checkpoint(every=2, keep=3),
-        sample=Sample(),
+        data=DataConfig(train=(f"{folder}/*.txt",), heldout=(), shuffle_buffer_size=8, prefetch=2),
+        optimizer=OptimizerConfig("adamw", ScheduleConfig(peak_lr=5e-3, warmup_fraction=0.0)),
+        mesh=MeshConfig(),
+        training=TrainingConfig(steps=8, batch_size=8, sequence_length=32, loss_chunk=32),
+        checkpoint=CheckpointConfig(every=2, max_to_keep=3),
+        sample=SampleConfig(),
     )
 
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
     """Which is quicker than eight on one core."""
-    monkeypatch.setattr("mla_moe.training.setup.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    monkeypatch.setattr("mla_moe.training.run_context.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))

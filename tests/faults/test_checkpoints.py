@@ -11,19 +11,20 @@ import numpy as np
 import pytest
 
 from mla_moe import ConfigError
-from mla_moe.interop import convert, load_pretrained
-from mla_moe.nn.skeleton import Skeleton
-from mla_moe.recipe import Checkpoint, Mesh
-from mla_moe.sharding import make_mesh
-from mla_moe.training.checkpoint import Checkpoints
+from mla_moe.checkpoint.convert import convert
+from mla_moe.checkpoint.manager import CheckpointManager
+from mla_moe.checkpoint.pretrained import load_pretrained
+from mla_moe.config import CheckpointConfig, MeshConfig
+from mla_moe.nn.abstract_model import AbstractModel
+from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training.console import Console
 from mla_moe.training.metrics import read_rows
 from mla_moe.training.optimizer import make_optimizer
 from mla_moe.training.pretrain import pretrain
-from mla_moe.training.run import open_run
+from mla_moe.training.run_directory import open_run_directory
 from mla_moe.training.step import abstract_state, init_state
 
-KEEP = Checkpoint(every=1, keep=4)
+KEEP = CheckpointConfig(every=1, max_to_keep=4)
 
 
 class Place:
@@ -42,22 +43,22 @@ class Place:
 @pytest.fixture(scope="module")
 def saved(recipe, tmp_path_factory):
     """A run with two checkpoints, their states, and how to restore."""
-    skeleton, mesh = Skeleton(recipe.model), make_mesh(Mesh(), jax.devices()[:1])
-    tx = make_optimizer(recipe.optimizer, 10, skeleton)
+    abstract_model, mesh = AbstractModel(recipe.model), make_mesh(MeshConfig(), jax.devices()[:1])
+    tx = make_optimizer(recipe.optimizer, 10, abstract_model)
     run_dir, states = tmp_path_factory.mktemp("run"), {}
-    with Checkpoints(run_dir, "pretrain", KEEP) as checkpoints:
+    with CheckpointManager(run_dir, "pretrain", KEEP) as checkpoints:
         for step in (1, 2):
-            state = init_state(skeleton, tx, step, mesh)
-            checkpoints.save(step, state, Place(step), skeleton)
+            state = init_state(abstract_model, tx, step, mesh)
+            checkpoints.save(step, state, Place(step), abstract_model)
             states[step] = jax.tree.map(np.asarray, state)
     (run_dir / "recipe.json").write_text(recipe.to_json())
-    return run_dir, states, abstract_state(skeleton, tx, mesh)
+    return run_dir, states, abstract_state(abstract_model, tx, mesh)
 
 
 def restored(run_dir, abstract):
     """State, place, and what was said."""
     place, said = Place(), []
-    with Checkpoints(run_dir, "pretrain", KEEP) as checkpoints:
+    with CheckpointManager(run_dir, "pretrain", KEEP) as checkpoints:
         state = checkpoints.restore(abstract, place, said.append)
         assert checkpoints.latest == place.number
     return state, place.number, said
@@ -113,7 +114,7 @@ def test_a_run_goes_on_from_the_one_before(recipe, tmp_path, capsys):
 
     def start():
         settings = dataclasses.replace(recipe, run_dir=str(tmp_path))
-        pretrain(settings, open_run(settings), Console(enabled=True))
+        pretrain(settings, open_run_directory(settings), Console(enabled=True))
         return {row["step"]: row["loss"] for row in read_rows(tmp_path / "metrics.jsonl")}
 
     before, folder = start(), tmp_path / "checkpoints" / "pretrain"
@@ -155,7 +156,7 @@ def test_whoever_else_reads_it_is_told(saved, tmp_path, file):
 READERS = {
     "loaded": load_pretrained,
     "in another type": lambda step: load_pretrained(step, jnp.bfloat16),
-    "on a mesh": lambda step: load_pretrained(step, jnp.bfloat16, make_mesh(Mesh(data=2, fsdp=2, expert=2))),
+    "on a mesh": lambda step: load_pretrained(step, jnp.bfloat16, make_mesh(MeshConfig(data=2, fsdp=2, expert=2))),
     "converted": lambda step: convert(step, step.with_name("out")),
     "in this layout": lambda step: convert(step, step.with_name("out"), to="orbax", dtype=jnp.bfloat16),
 }

@@ -7,24 +7,24 @@ import os
 import pytest
 
 from mla_moe import ConfigError
-from mla_moe.data import Batches, open_sources
-from mla_moe.recipe import Data
+from mla_moe.config import DataConfig
+from mla_moe.data import Batches, open_documents
 from mla_moe.training.console import Console
 from mla_moe.training.metrics import read_rows
 from mla_moe.training.pretrain import pretrain
-from mla_moe.training.run import open_run
+from mla_moe.training.run_directory import open_run_directory
 
 GOOD = [json.dumps({"text": f"document {i} " * 9}) for i in range(40)]
 
 
 def opened(path, malformed=0.0):
-    return open_sources([str(path)], field="data.train", text_field="text", malformed=malformed)
+    return open_documents([str(path)], field="data.train", text_field="text", malformed=malformed)
 
 
 def start(recipe, run_dir, path, **changes):
     text = dataclasses.replace(recipe.data, train=(str(path),), **changes)
     recipe = dataclasses.replace(recipe, run_dir=str(run_dir), data=text)
-    pretrain(recipe, open_run(recipe), Console(enabled=True))
+    pretrain(recipe, open_run_directory(recipe), Console(enabled=True))
 
 
 def write(path, lines):
@@ -48,7 +48,9 @@ def test_malformed_records_are_left_out_named_and_counted(tmp_path, caplog):
 
 def test_more_than_a_share_of_them_is_an_error(tmp_path):
     source = opened(spoilt(tmp_path / "a.jsonl", 3, 30, 31), malformed=0.05)
-    with pytest.raises(ConfigError, match=r"line 32'.*with it 3 of 40 records are malformed; data.malformed may"):
+    with pytest.raises(
+        ConfigError, match=r"line 32'.*with it 3 of 40 records are malformed; data.max_malformed_fraction may"
+    ):
         list(source)
 
 
@@ -121,5 +123,5 @@ class Still:
 
 
 def test_a_share_is_a_share():
-    with pytest.raises(ConfigError, match=r"data.malformed"):
-        Data(malformed=2.0)
+    with pytest.raises(ConfigError, match=r"data.max_malformed_fraction"):
+        DataConfig(max_malformed_fraction=2.0)

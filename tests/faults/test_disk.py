@@ -8,17 +8,17 @@ import resource
 
 import pytest
 
-from mla_moe.training.checkpoint import StreamsHandler
+from mla_moe.checkpoint.manager import StreamsHandler
 from mla_moe.training.console import Console
-from mla_moe.training.guard import Halted
+from mla_moe.training.loss_monitor import TrainingHaltedError
 from mla_moe.training.metrics import MetricsWriter, read_rows
 from mla_moe.training.pretrain import pretrain
-from mla_moe.training.run import open_run
+from mla_moe.training.run_directory import open_run_directory
 
 
 def start(recipe, run_dir):
     recipe = dataclasses.replace(recipe, run_dir=str(run_dir))
-    pretrain(recipe, open_run(recipe), Console(enabled=True))
+    pretrain(recipe, open_run_directory(recipe), Console(enabled=True))
 
 
 @contextlib.contextmanager
@@ -43,7 +43,9 @@ def test_a_checkpoint_that_finds_no_room(recipe, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(StreamsHandler, "save", save_on_a_full_disk)
-        with pytest.raises(Halted, match=r"could not be saved \(.*No space left.*the same command goes on"):
+        with pytest.raises(
+            TrainingHaltedError, match=r"could not be saved \(.*No space left.*the same command goes on"
+        ):
             start(recipe, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints" / "pretrain").iterdir() if p.name.isdigit()] == ["2"]
     start(recipe, tmp_path)

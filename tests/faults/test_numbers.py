@@ -7,21 +7,21 @@ import signal
 import numpy as np
 import pytest
 
-from mla_moe import data
-from mla_moe.recipe import Optimizer, Schedule, Training
-from mla_moe.training import guard
+from mla_moe.config import OptimizerConfig, ScheduleConfig, TrainingConfig
+from mla_moe.data import Batches
+from mla_moe.training import loss_monitor
 from mla_moe.training.console import Console
-from mla_moe.training.guard import Guard, Halted, Spike
-from mla_moe.training.meter import Meter
+from mla_moe.training.loss_monitor import LossMonitor, LossSpikeError, TrainingHaltedError
 from mla_moe.training.metrics import read_rows
 from mla_moe.training.pretrain import pretrain
-from mla_moe.training.run import open_run
-from mla_moe.training.setup import Interrupted
+from mla_moe.training.run_context import InterruptedRun
+from mla_moe.training.run_directory import open_run_directory
+from mla_moe.training.step_metrics import StepMetrics
 
 
 def start(recipe, run_dir, **changes):
     recipe = dataclasses.replace(recipe, run_dir=str(run_dir), **changes)
-    pretrain(recipe, open_run(recipe), Console(enabled=True))
+    pretrain(recipe, open_run_directory(recipe), Console(enabled=True))
 
 
 def losses(run_dir):
@@ -29,9 +29,11 @@ def losses(run_dir):
 
 
 def test_a_run_that_blows_up_ends_and_leaves_the_batch(recipe, tmp_path):
-    training = dataclasses.replace(recipe.training, skip_limit=3)
-    optimizer = Optimizer("adamw", Schedule(peak=1e38, warmup=0.0))
-    with pytest.raises(Halted, match=r"not finite in 3 updates in a row \(training.skip_limit\), up to step 4"):
+    training = dataclasses.replace(recipe.training, max_skipped_steps=3)
+    optimizer = OptimizerConfig("adamw", ScheduleConfig(peak_lr=1e38, warmup_fraction=0.0))
+    with pytest.raises(
+        TrainingHaltedError, match=r"not finite in 3 updates in a row \(training.max_skipped_steps\), up to step 4"
+    ):
         start(recipe, tmp_path, training=training, optimizer=optimizer)
     assert [row["skipped"] for row in read_rows(tmp_path / "metrics.jsonl")] == [0, 1, 1, 1]
     with np.load(tmp_path / "skipped_pretrain_4.0.npz") as batch:
@@ -40,10 +42,10 @@ def test_a_run_that_blows_up_ends_and_leaves_the_batch(recipe, tmp_path):
 
 
 def test_only_skipped_updates_in_a_row_count(tmp_path):
-    watch = Guard(Training(skip_limit=2), tmp_path, "rl", None)
+    watch = LossMonitor(TrainingConfig(max_skipped_steps=2), tmp_path, "rl", None)
     for step, skipped in enumerate([1, 0, 1, 0]):
         watch.see(step, {"skipped": skipped, "loss": 1.0}, dict)
-    with pytest.raises(Halted):
+    with pytest.raises(TrainingHaltedError):
         watch.see(4, {"skipped": 2, "loss": 1.0}, dict)
 
 
@@ -52,7 +54,7 @@ def spoilt(monkeypatch):
     """Batches of unheard-of bytes in place of those with these numbers."""
 
     def spoil(numbers):
-        taken, take = [], data.Batches.__next__
+        taken, take = [], Batches.__next__
 
         def take_next(self):
             batch = take(self)
@@ -61,16 +63,16 @@ def spoilt(monkeypatch):
                 batch = batch | {"targets": np.full_like(batch["targets"], 200)}
             return batch
 
-        monkeypatch.setattr(data.Batches, "__next__", take_next)
+        monkeypatch.setattr(Batches, "__next__", take_next)
         return taken
 
-    monkeypatch.setattr(guard, "WINDOW", 3)
+    monkeypatch.setattr(loss_monitor, "WINDOW", 3)
     return spoil
 
 
 def test_a_leap_of_the_loss_is_taken_back(recipe, tmp_path, spoilt, capsys):
     taken = spoilt({7})
-    start(recipe, tmp_path, training=dataclasses.replace(recipe.training, spike=1.0))
+    start(recipe, tmp_path, training=dataclasses.replace(recipe.training, loss_spike_threshold=1.0))
     assert "back to the newest checkpoint" in capsys.readouterr().out
     assert list(losses(tmp_path)) == list(range(1, 9))
     assert losses(tmp_path)[7] < losses(tmp_path)[6] + 1
@@ -83,29 +85,29 @@ def test_a_leap_of_the_loss_is_taken_back(recipe, tmp_path, spoilt, capsys):
 @pytest.mark.thorough
 def test_losses_that_leap_again_and_again_end_the_run(recipe, tmp_path, spoilt):
     spoilt(range(7, 99))
-    with pytest.raises(Halted, match="again after 3 returns to step 6"):
-        start(recipe, tmp_path, training=dataclasses.replace(recipe.training, spike=1.0))
+    with pytest.raises(TrainingHaltedError, match="again after 3 returns to step 6"):
+        start(recipe, tmp_path, training=dataclasses.replace(recipe.training, loss_spike_threshold=1.0))
 
 
 def test_a_leap_is_seen_after_a_restart_as_without(tmp_path, monkeypatch):
-    monkeypatch.setattr(guard, "WINDOW", 3)
+    monkeypatch.setattr(loss_monitor, "WINDOW", 3)
     rows = [f'{{"step": {i}, "stage": "sft", "loss": {i}.0, "skipped": 0}}\n' for i in range(1, 6)]
     (tmp_path / "metrics.jsonl").write_text("".join(rows))
-    watch = Guard(Training(spike=2.0), tmp_path, "sft", 4)  # the mean of 2, 3 and 4
+    watch = LossMonitor(TrainingConfig(loss_spike_threshold=2.0), tmp_path, "sft", 4)  # the mean of 2, 3 and 4
     watch.see(5, {"skipped": 0, "loss": 5.0}, dict)
-    with pytest.raises(Spike, match=r"leapt to 6.001 in step 6, from a mean of 4.000"):
+    with pytest.raises(LossSpikeError, match=r"leapt to 6.001 in step 6, from a mean of 4.000"):
         watch.see(6, {"skipped": 0, "loss": 6.001}, dict)
 
 
 def test_a_signal_in_the_last_step_is_heard(recipe, tmp_path, monkeypatch):
-    record = Meter.record
+    record = StepMetrics.record
 
     def then_stop(self, number, metrics, batch):
         record(self, number, metrics, batch)
         if number == 8:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Meter, "record", then_stop)
-    with pytest.raises(Interrupted, match="stopped at step 8 by SIGTERM"):
+    monkeypatch.setattr(StepMetrics, "record", then_stop)
+    with pytest.raises(InterruptedRun, match="stopped at step 8 by SIGTERM"):
         start(recipe, tmp_path)
     assert (tmp_path / "checkpoints" / "pretrain" / "8").is_dir()

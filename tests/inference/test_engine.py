@@ -7,12 +7,12 @@ import pytest
 from flax import nnx
 
 from mla_moe import ConfigError, Transformer
+from mla_moe.config import MeshConfig
 from mla_moe.inference import engine as module
 from mla_moe.inference.engine import Engine
 from mla_moe.inference.request import Request
-from mla_moe.nn.skeleton import Skeleton, arrays_of
-from mla_moe.recipe import Mesh
-from mla_moe.sharding import make_mesh
+from mla_moe.nn.abstract_model import AbstractModel, model_arrays
+from mla_moe.parallel.mesh import make_mesh
 
 CAPACITY = 48
 
@@ -72,9 +72,9 @@ def test_company_and_slot_do_not_matter(model, requests, alone):
 
 
 def test_nor_does_company_with_a_cache_in_eight_bits(model, requests):
-    together = tokens_of(engine_of(model, int8_cache=True), requests)
+    together = tokens_of(engine_of(model, int8_kv_cache=True), requests)
     for number in (1, 5):  # a long one and one that is drawn
-        assert tokens_of(engine_of(model, int8_cache=True), requests[number : number + 1]) == [together[number]]
+        assert tokens_of(engine_of(model, int8_kv_cache=True), requests[number : number + 1]) == [together[number]]
 
 
 def test_tokens_and_probabilities_are_the_models(model, requests):
@@ -178,11 +178,11 @@ def test_new_weights_forget_what_old_ones_read(model, requests):
 
 
 def test_on_a_mesh_as_on_one_device(model, requests, alone):
-    mesh = make_mesh(Mesh(data=2, expert=2, tensor=2))
-    skeleton = Skeleton(model.cfg)
-    places = skeleton.shardings(mesh)
-    arrays = {path: jax.device_put(array, places[path]) for path, array in arrays_of(model).items()}
-    engine = Engine(skeleton.merge(arrays), slots=4, capacity=CAPACITY)
+    mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
+    abstract_model = AbstractModel(model.cfg)
+    places = abstract_model.shardings(mesh)
+    arrays = {path: jax.device_put(array, places[path]) for path, array in model_arrays(model).items()}
+    engine = Engine(abstract_model.merge(arrays), slots=4, capacity=CAPACITY)
     assert tokens_of(engine, requests) == alone
     assert engine._cache.sharding.shard_shape(engine._cache.shape)[1] == 1
 

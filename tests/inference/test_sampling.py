@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla_moe.inference.sampling import Settings, sample
+from mla_moe.inference.sampling import SamplingParams, sample
 
 P = np.array([0.5, 0.3, 0.15, 0.05])
 DRAWS = 4000
@@ -12,7 +12,7 @@ DRAWS = 4000
 def shares(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     """How often each of four tokens is drawn, by rows that differ in nothing but their token's number."""
     rows = jnp.ones(DRAWS)
-    settings = Settings(
+    settings = SamplingParams(
         rows * temperature, rows.astype(int) * top_k, rows * top_p, rows * min_p, jnp.zeros((DRAWS, 2), jnp.uint32)
     )
     token, logprob = jax.jit(sample)(jnp.tile(jnp.log(P), (DRAWS, 1)), settings, jnp.arange(DRAWS))
@@ -42,7 +42,7 @@ def test_shares_are_those_of_the_filtered_softmax(settings, kept):
 def test_rows_with_different_settings_do_not_disturb_each_other():
     rng = np.random.default_rng(0)
     logits, keys = rng.normal(size=(6, 50)).astype(np.float32), rng.integers(0, 1 << 32, (6, 2)).astype(np.uint32)
-    settings = Settings(
+    settings = SamplingParams(
         jnp.array([0.0, 1.0, 1.0, 0.7, 1.0, 2.0]),
         jnp.array([0, 0, 5, 0, 0, 9]),
         jnp.array([1.0, 1.0, 1.0, 0.6, 1.0, 0.9]),

@@ -16,11 +16,11 @@ from flax import nnx
 
 from mla_moe import Transformer
 from mla_moe.inference.engine import Engine
-from mla_moe.inference.language import Language
 from mla_moe.inference.request import Request
+from mla_moe.text.chat_tokenizer import ChatTokenizer
 
 uvicorn = pytest.importorskip("uvicorn")
-server = pytest.importorskip("mla_moe.inference.server")
+server = pytest.importorskip("mla_moe.inference.openai_server")
 
 CAPACITY = 64
 
@@ -35,7 +35,7 @@ def engine(cfg):
     return Engine(model, slots=4, capacity=CAPACITY, decode=decode)
 
 
-LANGUAGE = Language(
+LANGUAGE = ChatTokenizer(
     encode=lambda text: [1, *(ord(c) % 64 for c in text)],
     encode_chat=lambda messages: [2, *(ord(c) % 64 for m in messages for c in m["content"])],
     decode=decode,

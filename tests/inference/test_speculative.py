@@ -9,7 +9,7 @@ from flax import nnx
 from mla_moe import ConfigError, Transformer
 from mla_moe.inference.engine import Engine
 from mla_moe.inference.request import Request
-from mla_moe.nn.skeleton import Skeleton, arrays_of
+from mla_moe.nn.abstract_model import AbstractModel, model_arrays
 
 CAPACITY = 60
 
@@ -17,12 +17,12 @@ CAPACITY = 60
 def copying(cfg):
     """Weights with which model and prediction module often agree: what the layers add is small beside the embedding."""
     model = Transformer(dataclasses.replace(cfg, rope_scaling=None), rngs=nnx.Rngs(0))
-    arrays = dict(arrays_of(model))
+    arrays = dict(model_arrays(model))
     arrays = {p: x * 0.3 if p.endswith(("/o", "/down")) else x for p, x in arrays.items()}
     half = jnp.eye(cfg.hidden_size)
     arrays["mtp/project"] = jnp.concatenate([half, 0 * half])
     arrays["embed"] = arrays["embed"] * 10
-    return Skeleton(model.cfg).merge(arrays)
+    return AbstractModel(model.cfg).merge(arrays)
 
 
 @pytest.fixture(scope="module")

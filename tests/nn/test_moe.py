@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from mla_moe import MoE
+from mla_moe.config import KernelConfig
 from mla_moe.nn.moe import router_stats
 from mla_moe.nn.router import Routing
 from mla_moe.ops.experts import block_size
-from mla_moe.recipe import Kernels
 
 run = jax.jit(lambda module, x: module(x))
 
@@ -53,7 +53,7 @@ def test_equals_every_expert_masked_in_values_and_gradients(moe, shape):
 @pytest.mark.parametrize("implementation", ["reference", "ragged", "blocks"])
 def test_implementations_agree(cfg, implementation):
     x = jax.random.normal(jax.random.key(1), (2, 17, 32))
-    m = MoE(cfg, rngs=nnx.Rngs(0), kernels=Kernels(grouped_matmul=implementation))
+    m = MoE(cfg, rngs=nnx.Rngs(0), kernels=KernelConfig(grouped_matmul=implementation))
     np.testing.assert_allclose(run(m, x), every_expert(m, x), rtol=1e-4, atol=1e-5)
 
 

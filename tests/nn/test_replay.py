@@ -10,8 +10,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from mla_moe import MoE, Transformer
-from mla_moe.recipe import Mesh
-from mla_moe.sharding import BATCH, make_mesh
+from mla_moe.config import MeshConfig
+from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
 
 
 @pytest.fixture(scope="module", params=["v3", "v2"])
@@ -69,7 +69,7 @@ def test_the_gate_learns_at_the_told_experts(layer):
     assert float(jnp.abs(grads["router"]["weight"].get_value()).max()) > 1e-4
 
 
-@pytest.mark.parametrize("sizes", [Mesh(fsdp=2, expert=4), Mesh(data=2, tensor=2, context=2)])
+@pytest.mark.parametrize("sizes", [MeshConfig(fsdp=2, expert=4), MeshConfig(data=2, tensor=2, context=2)])
 def test_a_mesh_follows_as_one_device_does(cfg, sizes):
     cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
     model = Transformer(cfg, rngs=nnx.Rngs(0))
@@ -79,7 +79,7 @@ def test_a_mesh_follows_as_one_device_does(cfg, sizes):
     expected = run(model, tokens, replay)
     assert float(jnp.abs(expected - run(model, tokens, jnp.full_like(replay, -1))).max()) > 1e-3
     mesh = make_mesh(sizes)
-    place = NamedSharding(mesh, BATCH)
+    place = NamedSharding(mesh, BATCH_SPEC)
     with jax.set_mesh(mesh):
         found = run(model, jax.device_put(tokens, place), jax.device_put(replay, place))
     np.testing.assert_allclose(found, expected, atol=1e-5)

@@ -7,9 +7,9 @@ import pytest
 from flax import nnx
 
 from mla_moe import ConfigError, Precision, Transformer
-from mla_moe.nn.skeleton import Skeleton, arrays_of
-from mla_moe.recipe import Mesh
-from mla_moe.sharding import make_mesh
+from mla_moe.config import MeshConfig
+from mla_moe.nn.abstract_model import AbstractModel, model_arrays
+from mla_moe.parallel.mesh import make_mesh
 
 run = jax.jit(lambda model, *batch: model(*batch))
 TOKENS = jax.random.randint(jax.random.key(0), (2, 20), 0, 64)
@@ -89,7 +89,7 @@ def test_mtp_predicts_from_the_hidden_state_and_the_next_token(model):
 
 def test_bfloat16_compute_keeps_float32_where_it_matters(cfg):
     m = Transformer(cfg, rngs=nnx.Rngs(0), precision=Precision(param=jnp.bfloat16, compute=jnp.bfloat16))
-    arrays = arrays_of(m)
+    arrays = model_arrays(m)
     assert {path for path, x in arrays.items() if x.dtype == jnp.float32} == {
         path for path in arrays if "router" in path
     }
@@ -101,35 +101,36 @@ def test_bfloat16_compute_keeps_float32_where_it_matters(cfg):
 
 def test_sixty_layers_compile_like_three(cfg):
     def size_of_program(layers):
-        skeleton = Skeleton(dataclasses.replace(cfg, num_hidden_layers=layers))
+        abstract_model = AbstractModel(dataclasses.replace(cfg, num_hidden_layers=layers))
         arrays = {
-            p: jax.ShapeDtypeStruct(v.get_value().shape, v.get_value().dtype) for p, v in skeleton.variables.items()
+            p: jax.ShapeDtypeStruct(v.get_value().shape, v.get_value().dtype)
+            for p, v in abstract_model.variables.items()
         }
-        return len(jax.jit(lambda a: skeleton.merge(a)(TOKENS)).lower(arrays).as_text())
+        return len(jax.jit(lambda a: abstract_model.merge(a)(TOKENS)).lower(arrays).as_text())
 
     assert size_of_program(60) < 1.01 * size_of_program(3)
 
 
 def test_skeleton_holds_no_arrays_and_merges_back(cfg, model):
-    skeleton = Skeleton(cfg)
-    assert all(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in skeleton.variables.values())
-    np.testing.assert_array_equal(run(skeleton.merge(arrays_of(model)), TOKENS), run(model, TOKENS))
+    abstract_model = AbstractModel(cfg)
+    assert all(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in abstract_model.variables.values())
+    np.testing.assert_array_equal(run(abstract_model.merge(model_arrays(model)), TOKENS), run(model, TOKENS))
 
 
 def test_fresh_parameters_are_the_same_on_every_mesh(cfg):
-    skeleton = Skeleton(cfg)
-    one = skeleton.init(3, make_mesh(Mesh(), jax.devices()[:1]))
-    many = skeleton.init(3, make_mesh(Mesh(data=1, fsdp=2, expert=2, tensor=2)))
+    abstract_model = AbstractModel(cfg)
+    one = abstract_model.init(3, make_mesh(MeshConfig(), jax.devices()[:1]))
+    many = abstract_model.init(3, make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2)))
     gate_up = many["moe_layers/moe/gate_up"]
     assert gate_up.sharding.shard_shape(gate_up.shape) == (2, 4, 16, 2, 8)
     for path, x in one.items():
         np.testing.assert_array_equal(x, many[path])
-    other = skeleton.init(4, make_mesh(Mesh(), jax.devices()[:1]))
+    other = abstract_model.init(4, make_mesh(MeshConfig(), jax.devices()[:1]))
     assert jnp.abs(other["embed"] - one["embed"]).max() > 0.01
 
 
 def test_fresh_parameters_have_the_configured_spread(cfg):
-    arrays = Skeleton(cfg).init(0, make_mesh(Mesh(), jax.devices()[:1]))
+    arrays = AbstractModel(cfg).init(0, make_mesh(MeshConfig(), jax.devices()[:1]))
     gate_up = arrays["moe_layers/moe/gate_up"]
     assert gate_up.std() == pytest.approx(cfg.initializer_range, rel=0.05)
     assert jnp.abs(gate_up[0] - gate_up[1]).max() > 0.01

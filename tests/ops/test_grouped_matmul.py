@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla_moe.ops.dispatch import by_row, combine, dispatch, plan
 from mla_moe.ops.experts import block_size, experts
 from mla_moe.ops.grouped_matmul import default_implementation, grouped_matmul
+from mla_moe.ops.permutation import permutation, permute, unpermute, weights_by_row
 
 CASES = {
     "even": [3, 3, 3, 3],
@@ -95,7 +95,7 @@ def test_blocks_do_only_the_chosen_work():
 @pytest.mark.parametrize(("block", "few"), [(1, 0), (4, 100), (16, 0)])
 @pytest.mark.parametrize("experts", ["random", "skewed", "one"])
 def test_dispatch_and_combine_are_a_weighted_sum_over_choices(block, few, experts, monkeypatch):
-    monkeypatch.setattr("mla_moe.ops.dispatch.FEW", few)
+    monkeypatch.setattr("mla_moe.ops.permutation.FEW", few)
     N, K, E, D = 13, 2, 5, 4
     ids = {
         "random": jax.vmap(lambda k: jax.random.permutation(k, E)[:K])(jax.random.split(jax.random.key(0), N)),
@@ -106,10 +106,10 @@ def test_dispatch_and_combine_are_a_weighted_sum_over_choices(block, few, expert
     w = jax.random.normal(jax.random.key(3), (E, D, D))
 
     def fast(x, weight, w):
-        p = plan(ids, E, block)
+        p = permutation(ids, E, block)
         assert p.token_R.shape[0] % block == 0
-        h = jnp.tanh(dispatch(x, p)) * by_row(weight, p)[:, None]
-        return combine(grouped_matmul(h, w, p.group_sizes_E, block=block), p)
+        h = jnp.tanh(permute(x, p)) * weights_by_row(weight, p)[:, None]
+        return unpermute(grouped_matmul(h, w, p.group_sizes_E, block=block), p)
 
     def slow(x, weight, w):
         return jnp.einsum("NK,ND,NKDF->NF", weight, jnp.tanh(x), w[ids])
@@ -122,7 +122,7 @@ def test_dispatch_and_combine_are_a_weighted_sum_over_choices(block, few, expert
 
 def test_no_row_is_lost_and_groups_begin_at_blocks():
     ids = jnp.array([[0, 3], [3, 2], [3, 0], [2, 3]])
-    p = plan(ids, 4, 4)
+    p = permutation(ids, 4, 4)
     assert sorted(p.row_NK.ravel().tolist()) == sorted(set(p.row_NK.ravel().tolist()))
     assert p.group_sizes_E.tolist() == [4, 0, 4, 4]
     assert int(p.filled_R.sum()) == 8
@@ -137,6 +137,6 @@ def test_of_each_row_the_derivative_keeps_the_first_product_alone():
     x, weight = jnp.ones((N, D)), jnp.ones((N, K))
     gate_up, down = jnp.ones((E, D, 2, F)), jnp.ones((E, F, D))
     _, derivative = jax.vjp(lambda *a: experts(a[0], ids, *a[1:]), x, weight, gate_up, down)
-    rows = len(plan(ids, E, block_size(N * K, E, None)).token_R)
+    rows = len(permutation(ids, E, block_size(N * K, E, None)).token_R)
     kept = [leaf.shape for leaf in jax.tree.leaves(derivative) if leaf.shape[:1] == (rows,) and leaf.ndim > 1]
     assert kept == [(rows, 2 * F)]

@@ -7,14 +7,14 @@ from jax.sharding import PartitionSpec as P
 
 from mla_moe.ops.attention import attention
 from mla_moe.ops.grouped_matmul import grouped_matmul
-from mla_moe.plan.flops import Expected, count_flops
+from mla_moe.plan.flops import ExpectedRouting, count_flops
 
 PRODUCT = 2 * 8 * 16 * 16
 
 
 def counted(f, *shapes, devices=1, rows=None):
     return count_flops(
-        jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)), devices, Expected(rows=rows)
+        jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes)), devices, ExpectedRouting(rows=rows)
     )
 
 

@@ -9,13 +9,15 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mla_moe import ConfigError, recipe
+from mla_moe import ConfigError
 from mla_moe.cli import main
-from mla_moe.plan import make_plan, open_topology
-from mla_moe.plan.chips import CHIPS
-from mla_moe.plan.compiler import assign, bytes_needed, without_cache
+from mla_moe.config import MeshConfig, load_recipe
+from mla_moe.parallel.accelerators import CHIPS
+from mla_moe.parallel.mesh import make_mesh
+from mla_moe.plan.compiler import bytes_needed, compile_to_buffers, without_cache
+from mla_moe.plan.plan import make_plan
 from mla_moe.plan.program import Program
-from mla_moe.sharding import make_mesh
+from mla_moe.plan.topology import open_topology
 
 QUICKSTART = "configs/quickstart.py"
 
@@ -47,8 +49,8 @@ def test_without_a_compiler_the_error_says_how_to_install_it(monkeypatch):
 
 
 def test_a_mesh_that_does_not_divide_the_topology():
-    quickstart = recipe.load(QUICKSTART)
-    quickstart = dataclasses.replace(quickstart, mesh=recipe.Mesh(data=3))
+    quickstart = load_recipe(QUICKSTART)
+    quickstart = dataclasses.replace(quickstart, mesh=MeshConfig(data=3))
     with pytest.raises(ConfigError, match="number of devices, 8"):
         make_plan(quickstart, open_topology("cpu:8"))
 
@@ -96,7 +98,7 @@ def test_the_program_is_what_the_compiler_makes_of_it():
     """Compiled as far as a plan needs and to its end. Of this program `memory_analysis` counts two gathered layers
     twice; its own peak is what it assigns."""
     pytest.importorskip("libtpu")
-    mesh = make_mesh(recipe.Mesh(data=1, fsdp=4), open_topology("v5p:2x2x1").devices)
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4), open_topology("v5p:2x2x1").devices)
     x = jax.ShapeDtypeStruct((1024, 2048), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
     w = jax.ShapeDtypeStruct((8, 2048, 2048), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "fsdp")))
 
@@ -108,7 +110,7 @@ def test_the_program_is_what_the_compiler_makes_of_it():
         return jax.value_and_grad(lambda w: jax.lax.scan(layer, x, w)[0].sum())(w)
 
     traced = gradient.trace(w, x)
-    assigned = assign(traced, "tpu")
+    assigned = compile_to_buffers(traced, "tpu")
     with without_cache():
         compiled = traced.lower(lowering_platforms=("tpu",)).compile()
     analysed = compiled.memory_analysis()
@@ -124,7 +126,7 @@ def test_the_program_is_what_the_compiler_makes_of_it():
 
 def test_what_does_not_fit_is_refused_with_what_it_would_need(capsys):
     pytest.importorskip("libtpu")
-    rows = ["--training.batch-size", "8192", "--training.accumulation", "1"]
+    rows = ["--training.batch-size", "8192", "--training.gradient_accumulation_steps", "1"]
     assert main(["plan", QUICKSTART, "--topology", "v5e:2x2", *rows, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert not plan["fits"]
@@ -135,7 +137,7 @@ def test_what_does_not_fit_is_refused_with_what_it_would_need(capsys):
 
 def test_learning_from_rewards_on_a_small_pod(capsys):
     pytest.importorskip("libtpu")
-    grpo = ["--rl.objective", "grpo", "--rl.kl", "1e-3"]
+    grpo = ["--rl.objective", "grpo", "--rl.kl_coef", "1e-3"]
     assert main(["plan", "configs/chain_sum.py", "--topology", "v5p:2x2x1", "--stage", "rl", *grpo, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["fits"]

@@ -6,9 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from mla_moe.config import ConfigError
-from mla_moe.recipe import Recipe, Training
-from mla_moe.report import write_report
+from mla_moe.config import ConfigError, Recipe, TrainingConfig
+from mla_moe.report.page import write_report
 from mla_moe.training.metrics import MetricsWriter
 
 ATTACK = '\n    <script>alert("x")</script> & </pre>'
@@ -37,7 +36,7 @@ def full(tmp_path_factory):
         for step, bits in ((20, 3.0), (40, 1.5)):
             writer.write(step, {"eval/bits_per_byte": bits, "eval/gzip_bits_per_byte": 2.0, "eval/loss": bits / 2})
         writer.append_samples([{"step": 40, "prompt": "def f(", "completion": ATTACK}] * 40)
-    recipe = Recipe(run_dir="x</pre><script>", training=Training(batch_size=4, sequence_length=100, log_every=2))
+    recipe = Recipe(run_dir="x</pre><script>", training=TrainingConfig(batch_size=4, sequence_length=100, log_every=2))
     (run_dir / "recipe.json").write_text(recipe.to_json())
     (run_dir / "summary.json").write_text(json.dumps({"Parameters <all>": "1.2 M & more"}))
     return write_report(run_dir).read_text()

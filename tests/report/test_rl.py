@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from mla_moe.report import write_report
+from mla_moe.report.page import write_report
 from mla_moe.training.metrics import MetricsWriter
 
 STEPS, QUESTIONS = 12, 20
@@ -60,13 +60,24 @@ def page(tmp_path_factory):
             writer.write(
                 step,
                 {"reward": step / 9, f"reward/_{ATTACK}": 0.5, "accuracy": step / 12, "format_rate": 0.5, "lr": 1e-3}
-                | {"response_length": 9.0 + step, "kl": 0.1, "entropy": 0.2, "clip_low": 0.01, "clip_high": 0.02}
-                | {"mismatch": 1e-7 * (step - 1), "mismatch_max": 1e-4, "loss": 0.0, "truncated": float(step == 3)}
+                | {
+                    "response_length": 9.0 + step,
+                    "kl": 0.1,
+                    "entropy": 0.2,
+                    "clip_ratio/low": 0.01,
+                    "clip_ratio/high": 0.02,
+                }
+                | {
+                    "sampler_logprob_diff": 1e-7 * (step - 1),
+                    "sampler_logprob_diff_max": 1e-4,
+                    "loss": 0.0,
+                    "truncated": float(step == 3),
+                }
                 | {"step_seconds": 50.0 if step == 1 else 9.0, "sample_seconds": 4.0, "prompts_too_long": 0.0}
-                | ({"judge/hung": 2.0} if step == 5 else {}),
+                | ({"verifier/hung": 2.0} if step == 5 else {}),
             )
             writer.write_load(step, np.arange(1, 9).reshape(2, 4) + step)
-        writer.write(STEPS, evaluation(0.75, 25.0) | {"eval/judge/hung": 1.0})
+        writer.write(STEPS, evaluation(0.75, 25.0) | {"eval/verifier/hung": 1.0})
         for step, right, longer in (
             (0, lambda n: n in (0, 1), 0),
             (6, lambda n: False, 1),
@@ -143,7 +154,7 @@ def test_nothing_a_model_wrote_becomes_markup(page):
 
 def test_what_a_stage_does_not_have_is_left_out(tmp_path):
     with MetricsWriter(tmp_path, None, "rl") as writer:
-        writer.write(1, {"reward": 1.0, "kl": 0.0, "mismatch": 0.0, "step_seconds": 3.0})
+        writer.write(1, {"reward": 1.0, "kl": 0.0, "sampler_logprob_diff": 0.0, "step_seconds": 3.0})
         writer.append_samples([answer(0, 1, "greedy", True, 5)])
     page = write_report(tmp_path).read_text()
     assert captions(page) == ["Reward", "Sampler against trainer, log-probabilities"]

@@ -11,7 +11,7 @@ from flax import nnx
 from mla_moe import Transformer
 from mla_moe.inference.engine import Engine
 from mla_moe.inference.request import Request
-from mla_moe.rl.packing import Sampled, pack
+from mla_moe.rl.packing import SampledCompletion, pack_completions
 from mla_moe.training.loss import token_logprobs
 
 
@@ -29,9 +29,9 @@ def rollout(request, cfg):
     ]
     while engine.busy:
         engine.step()
-    sampled = [Sampled(c.request.prompt, c.tokens, c.logprobs, c.experts_TlK) for c in done]
+    sampled = [SampledCompletion(c.request.prompt, c.tokens, c.logprobs, c.experts_TlK) for c in done]
     assert len({len(answer.tokens) for answer in sampled}) > 2
-    return model, sampled, pack(sampled, 40, 1), temperature
+    return model, sampled, pack_completions(sampled, 40, 1), temperature
 
 
 def hidden(model, rows, replay):

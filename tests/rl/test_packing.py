@@ -2,7 +2,7 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 
-from mla_moe.rl.packing import Sampled, pack, parts
+from mla_moe.rl.packing import SampledCompletion, microbatches, pack_completions
 
 LENGTH = 12
 SIZES = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=20)
@@ -12,7 +12,7 @@ def answers(sizes):
     draw = np.random.default_rng(0)
     for prompt, new in sizes:
         experts = draw.integers(0, 8, (prompt + new - 1, 2, 3)).astype(np.int16)
-        yield Sampled(
+        yield SampledCompletion(
             draw.integers(1, 99, prompt).tolist(),
             draw.integers(1, 99, new).tolist(),
             draw.normal(size=new).tolist(),
@@ -24,7 +24,7 @@ def answers(sizes):
 @hypothesis.settings(deadline=None, max_examples=50)
 def test_every_token_is_there_once(sizes):
     given = list(answers(sizes))
-    rows = pack(given, LENGTH, multiple=4)
+    rows = pack_completions(given, LENGTH, multiple=4)
     assert len(rows["tokens"]) % 4 == 0
     assert (rows["answer_BT"] >= 0).sum() == sum(new for _, new in sizes)
     assert (rows["segment_ids"] > 0).sum() == sum(answer.size for answer in given)
@@ -44,14 +44,14 @@ def test_every_token_is_there_once(sizes):
 
 
 def test_rows_are_well_filled():
-    rows = pack(list(answers([(3, 3)] * 16)), LENGTH, multiple=1)
+    rows = pack_completions(list(answers([(3, 3)] * 16)), LENGTH, multiple=1)
     assert len(rows["tokens"]) == 8
-    assert "replay" not in pack([Sampled([1], [2], [0.0], None)], LENGTH, 1)
+    assert "replay" not in pack_completions([SampledCompletion([1], [2], [0.0], None)], LENGTH, 1)
 
 
 def test_parts_are_the_rows_in_order():
-    rows = pack(list(answers([(6, 6)] * 6)), LENGTH, multiple=2)
-    again = parts(rows, 2)
+    rows = pack_completions(list(answers([(6, 6)] * 6)), LENGTH, multiple=2)
+    again = microbatches(rows, 2)
     assert len(again) == 3
     for name in rows:
         np.testing.assert_array_equal(np.concatenate([part[name] for part in again]), rows[name])

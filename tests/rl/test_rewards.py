@@ -11,10 +11,11 @@ import hypothesis.strategies as st
 import pytest
 
 import mla_moe
-from mla_moe import ConfigError, recipe
-from mla_moe.rl.judge import Failure
-from mla_moe.rl.rewards import Completion, Reward, parse
-from mla_moe.rl.tasks import open_task
+from mla_moe import ConfigError
+from mla_moe.config import TaskConfig
+from mla_moe.rl.rewards import Reward, RewardInput, parse_completion
+from mla_moe.rl.tasks.task import open_task
+from mla_moe.rl.verifiers.pool import VerifierFailure
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
 PIECES = st.lists(st.sampled_from([*TAGS, " ", "\n", "5", "x<", ">"]), max_size=9).map("".join)
@@ -44,7 +45,7 @@ PIECES = st.lists(st.sampled_from([*TAGS, " ", "\n", "5", "x<", ">"]), max_size=
     ],
 )
 def test_form_and_answer(completion, form, answer):
-    assert parse(completion) == (form, answer)
+    assert parse_completion(completion) == (form, answer)
 
 
 @hypothesis.given(PIECES)
@@ -55,27 +56,27 @@ def test_the_form_is_as_strict_as_its_words(completion):
     if strict:
         outside = completion[: places[0]], completion[places[1] + 8 : places[2]], completion[places[3] + 9 :]
         strict = not any(text.strip() for text in outside)
-    form, answer = parse(completion)
+    form, answer = parse_completion(completion)
     assert form == (strict and answer is not None)
 
 
 @hypothesis.given(st.text(), st.text(), st.sampled_from(["", " ", "\n\n"]))
 def test_any_thought_and_answer_can_be_given(thought, answer, space):
     hypothesis.assume(not any(tag in text for tag in TAGS for text in (thought, answer)))
-    found = parse(f"{space}<think>{thought}</think>{space}<answer>{answer}</answer>{space}")
+    found = parse_completion(f"{space}<think>{thought}</think>{space}<answer>{answer}</answer>{space}")
     assert found == (answer.strip() != "", answer.strip() or None)
 
 
 @hypothesis.given(PIECES)
 def test_an_answer_is_stripped_and_not_empty(completion):
-    _, answer = parse(completion)
+    _, answer = parse_completion(completion)
     assert answer is None or (answer and answer == answer.strip() and f"{answer}" in completion)
 
 
 def test_a_long_completion_takes_no_time():
     start = time.monotonic()
     for text in ("<answer>" * 20_000, "<answer> " + " a" * 50_000 + "</answer> x", "<think>" + " " * 100_000 + "x"):
-        parse(text)
+        parse_completion(text)
     assert time.monotonic() - start < 2
 
 
@@ -132,7 +133,7 @@ def judges(tmp_path_factory):
 
 
 def settings(function=None, **fields):
-    return recipe.Task(function=function, **fields)
+    return TaskConfig(reward_function=function, **fields)
 
 
 def reward(settings, workers=2):
@@ -140,9 +141,9 @@ def reward(settings, workers=2):
 
 
 def completions(words, question="1+1", answer="2", prompt="?"):
-    example = open_task(recipe.Task()).example("train", 0)._replace(question=question, answer=answer)
+    example = open_task(TaskConfig()).example("train", 0)._replace(question=question, answer=answer)
     example = example._replace(record={"extra": 0.5})
-    return [Completion(prompt, f"<think>…</think><answer>{word}</answer> {word}", example) for word in words]
+    return [RewardInput(prompt, f"<think>…</think><answer>{word}</answer> {word}", example) for word in words]
 
 
 def test_built_in_checks_start_no_process(monkeypatch):
@@ -151,7 +152,7 @@ def test_built_in_checks_start_no_process(monkeypatch):
     example = open_task(task).example("test", 0)
     texts = ["<think>…</think><answer>{}</answer>", "<answer>{}</answer>", "<think>…</think><answer>{}1</answer>", "{}"]
     with reward(task) as judge:
-        scores = judge([Completion("?", text.replace("{}", example.answer), example) for text in texts])
+        scores = judge([RewardInput("?", text.replace("{}", example.answer), example) for text in texts])
     assert judge.names == ("format", "accuracy")
     assert [score.total for score in scores] == [2.5, 2.0, 0.5, 0.0]
     assert [score.parts for score in scores[:2]] == [{"format": 1, "accuracy": 1}, {"format": 0, "accuracy": 1}]
@@ -160,7 +161,7 @@ def test_built_in_checks_start_no_process(monkeypatch):
 
 def test_a_function_of_the_user_is_one_more_part(judges, capfd):
     """It sees prompt, completion and example; values stay in order over the workers."""
-    with reward(settings(f"{judges}:worth", function_weight=0.1)) as judge:
+    with reward(settings(f"{judges}:worth", reward_function_weight=0.1)) as judge:
         assert judge.names == ("format", "accuracy", "worth")
         scores = judge(completions(range(30)))
         assert [score.parts["worth"] for score in scores] == [1 + 3 + 0.5 + i for i in range(30)]
@@ -182,7 +183,7 @@ def test_failures_are_contained_and_named(judges):
         ]
         assert [score.parts["fails"] for score in scores] == [float(kind is None) for kind in kinds]
         assert all(math.isfinite(score.total) for score in scores)
-        assert scores[1].failures == (Failure("raised", "KeyError: 'no such thing'"),)
+        assert scores[1].failures == (VerifierFailure("raised", "KeyError: 'no such thing'"),)
         assert "exit code 7" in scores[7].failures[0].text
         assert "0.5 s" in scores[0].failures[0].text
         assert [score.parts["fails"] for score in judge(completions(["fine"] * 6))] == [1.0] * 6
@@ -227,7 +228,7 @@ def test_a_function_that_cannot_be_had_is_an_error_before_the_start(judges, tmp_
     broken.write_text("1 / 0")
     dying.write_text("import os; os._exit(4)")
     function = function.format(judges=judges, broken=broken, dying=dying)
-    with pytest.raises(ConfigError, match=rf"(?s)^task.function = .*{message}"):
+    with pytest.raises(ConfigError, match=rf"(?s)^task.reward_function = .*{message}"):
         reward(settings(function))
 
 
@@ -248,7 +249,7 @@ def test_verifiers_of_libraries_work_in_their_processes(name, tmp_path):
     right = "0.5" if name == "file" else example.answer
     texts = [f"<think>…</think><answer>{answer}</answer>" for answer in (right, f"1{right}")]
     with Reward(task, opened, workers=1) as judge:
-        scores = judge([Completion("?", text, example) for text in texts])
+        scores = judge([RewardInput("?", text, example) for text in texts])
     assert [score.parts["accuracy"] == 1 for score in scores] == [True, False]
     assert not any(score.failures for score in scores)
 
@@ -317,7 +318,7 @@ def test_a_prompt_may_have_opened_the_thought():
     example = open_task(task).example("test", 0)
     text = f"…</think><answer>{example.answer}</answer>"
     with reward(task) as judge:
-        opened, not_opened = judge([Completion(prompt, text, example) for prompt in ("Q: <think>\n", "Q:")])
+        opened, not_opened = judge([RewardInput(prompt, text, example) for prompt in ("Q: <think>\n", "Q:")])
     assert opened.parts == {"format": 1, "accuracy": 1}
     assert not_opened.parts == {"format": 0, "accuracy": 1}
 

@@ -4,15 +4,15 @@ import pytest
 from flax import nnx
 
 from mla_moe import ConfigError, Transformer
-from mla_moe.data import ByteTokenizer
-from mla_moe.inference.language import language_of
+from mla_moe.config import RLConfig, TaskConfig
 from mla_moe.inference.request import Completion
-from mla_moe.recipe import RL, Task
 from mla_moe.rl import rewards
-from mla_moe.rl.rollout import PATIENCE, Rollout
-from mla_moe.rl.tasks import open_task
+from mla_moe.rl.rollout import MAX_SKIPPED_RATIO, Rollout
+from mla_moe.rl.tasks.task import open_task
+from mla_moe.text.chat_tokenizer import load_chat_tokenizer
+from mla_moe.text.tokenizer import ByteTokenizer
 
-SETTINGS = Task(template="{question}=", options=("least=1", "most=2"))
+SETTINGS = TaskConfig(template="{question}=", options=("least=1", "most=2"))
 ANSWER = "1</think><answer>2</answer>"
 
 
@@ -43,9 +43,9 @@ def make(cfg, monkeypatch, tmp_path):
 
     def make(**settings):
         task = open_task(SETTINGS)
-        rl = RL(max_new_tokens=40, temperature=0.7, **settings)
+        rl = RLConfig(max_new_tokens=40, temperature=0.7, **settings)
         reward = rewards.Reward(SETTINGS, task)
-        rollout = Rollout(rl, SETTINGS.template, task, reward, language_of(tmp_path, ByteTokenizer()))
+        rollout = Rollout(rl, SETTINGS.template, task, reward, load_chat_tokenizer(tmp_path, ByteTokenizer()))
         rollout.load_weights(Transformer(cfg, rngs=nnx.Rngs(0)))
         return rollout
 
@@ -121,4 +121,4 @@ def test_there_is_an_end_to_passing_over(make, monkeypatch):
     monkeypatch.setattr(rollout._task, "example", note)
     with pytest.raises(ConfigError, match=r"rl.max_prompt_tokens = 11: most prompts are longer"):
         rollout.questions("train", 0, 2)
-    assert numbers == list(range(2 * PATIENCE))
+    assert numbers == list(range(2 * MAX_SKIPPED_RATIO))

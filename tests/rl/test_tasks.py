@@ -2,9 +2,10 @@ import json
 
 import pytest
 
-from mla_moe import ConfigError, recipe
+from mla_moe import ConfigError
+from mla_moe.config import TaskConfig
 from mla_moe.data.arithmetic import problem, split_of
-from mla_moe.rl.tasks import open_task
+from mla_moe.rl.tasks.task import open_task
 
 for library in ("reasoning_gym", "math_verify"):
     pytest.importorskip(library, reason="pip install 'mla_moe[rl]'")
@@ -13,7 +14,7 @@ SPLITS = ("train", "validation", "test")
 
 
 def task(name="arithmetic", *options):
-    return open_task(recipe.Task(name=name, options=options))
+    return open_task(TaskConfig(name=name, options=options))
 
 
 def lines(tmp_path, records):

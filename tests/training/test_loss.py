@@ -7,14 +7,16 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mla_moe.config import MeshConfig
 from mla_moe.ops.token_logprobs import reference
-from mla_moe.recipe import Mesh
-from mla_moe.sharding import BATCH, make_mesh
+from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
 from mla_moe.training.loss import token_logprobs
 
 
 @pytest.mark.parametrize("vocab", [20, 19], ids=["divides", "does not divide"])
-@pytest.mark.parametrize("sizes", [Mesh(data=1, fsdp=2, tensor=4), Mesh(data=2, tensor=2, context=2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [MeshConfig(data=1, fsdp=2, tensor=4), MeshConfig(data=2, tensor=2, context=2)], ids=str
+)
 def test_log_probabilities_and_gradients_over_a_mesh_are_those_of_one_device(sizes, vocab):
     keys = jax.random.split(jax.random.key(0), 4)
     h, head = jax.random.normal(keys[0], (4, 10, 6)), jax.random.normal(keys[1], (6, vocab))
@@ -33,7 +35,7 @@ def test_log_probabilities_and_gradients_over_a_mesh_are_those_of_one_device(siz
 
     mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):
-        h_there = jax.device_put(h, NamedSharding(mesh, BATCH))
+        h_there = jax.device_put(h, NamedSharding(mesh, BATCH_SPEC))
         head_there = jax.device_put(head, NamedSharding(mesh, P("fsdp", None)))
         got = gradients(ours, h_there, head_there)
     wanted = gradients(lambda h, head: reference(h, head, targets, 0.9), h, head)

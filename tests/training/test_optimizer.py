@@ -8,15 +8,18 @@ import numpy as np
 import pytest
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
+from mla_moe.config import MeshConfig, OptimizerConfig, ScheduleConfig
+from mla_moe.nn.abstract_model import AbstractModel
 from mla_moe.nn.param import Embedding, Matrix, Scale
-from mla_moe.nn.skeleton import Skeleton
-from mla_moe.recipe import Mesh, Optimizer, Schedule
-from mla_moe.sharding import make_mesh
+from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training.optimizer import MUON_RMS, learning_rate, make_optimizer, scale_by_layered_muon
 
 
 def test_schedule_rises_stays_falls_and_stays():
-    rate = learning_rate(Schedule(peak=2.0, warmup=0.1, decay=0.5, final=0.25, tail=0.2), 100)
+    rate = learning_rate(
+        ScheduleConfig(peak_lr=2.0, warmup_fraction=0.1, decay_fraction=0.5, final_lr_fraction=0.25, tail_fraction=0.2),
+        100,
+    )
     rates = [float(rate(step)) for step in range(100)]
     assert 0 < rates[0] < rates[5] < rates[9] < 2.0
     np.testing.assert_allclose(rates[10:29], 2.0)
@@ -25,41 +28,41 @@ def test_schedule_rises_stays_falls_and_stays():
 
 
 def test_no_warmup_begins_at_the_peak():
-    assert float(learning_rate(Schedule(peak=1.0, warmup=0.0, decay=0.0), 10)(0)) == 1.0
+    assert float(learning_rate(ScheduleConfig(peak_lr=1.0, warmup_fraction=0.0, decay_fraction=0.0), 10)(0)) == 1.0
 
 
 @pytest.fixture(scope="module")
-def skeleton(cfg):
-    return Skeleton(cfg)
+def abstract_model(cfg):
+    return AbstractModel(cfg)
 
 
 @pytest.fixture(scope="module")
-def params(skeleton):
-    arrays = skeleton.init(0, make_mesh(Mesh(), jax.devices()[:1]))
-    return {path: arrays[path] for path in skeleton.param_paths}
+def params(abstract_model):
+    arrays = abstract_model.init(0, make_mesh(MeshConfig(), jax.devices()[:1]))
+    return {path: arrays[path] for path in abstract_model.param_paths}
 
 
-def first_update(optimizer, skeleton, params, grads):
-    tx = make_optimizer(optimizer, 10, skeleton)
+def first_update(optimizer, abstract_model, params, grads):
+    tx = make_optimizer(optimizer, 10, abstract_model)
     return jax.jit(lambda p, g: tx.update(g, tx.init(p), p)[0])(params, grads)
 
 
-FLAT = Schedule(peak=1.0, warmup=0.0, decay=0.0)
+FLAT = ScheduleConfig(peak_lr=1.0, warmup_fraction=0.0, decay_fraction=0.0)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_decay_touches_matrices_only(skeleton, params, name):
+def test_decay_touches_matrices_only(abstract_model, params, name):
     zeros = jax.tree.map(jnp.zeros_like, params)
-    updates = first_update(Optimizer(name, FLAT, weight_decay=0.5), skeleton, params, zeros)
-    for path, variable in ((p, skeleton.variables[p]) for p in params):
+    updates = first_update(OptimizerConfig(name, FLAT, weight_decay=0.5), abstract_model, params, zeros)
+    for path, variable in ((p, abstract_model.variables[p]) for p in params):
         share = 0.0 if isinstance(variable, Scale) else 0.5
         np.testing.assert_allclose(updates[path], -share * params[path], rtol=1e-4, atol=1e-6, err_msg=path)
 
 
 @pytest.mark.smoke
-def test_muon_makes_each_matrix_of_a_stack_orthogonal_by_itself(skeleton, params):
+def test_muon_makes_each_matrix_of_a_stack_orthogonal_by_itself(abstract_model, params):
     grads = {p: jax.random.normal(jax.random.key(i), x.shape) for i, (p, x) in enumerate(params.items())}
-    updates = first_update(Optimizer("muon", FLAT, weight_decay=0.0), skeleton, params, grads)
+    updates = first_update(OptimizerConfig("muon", FLAT, weight_decay=0.0), abstract_model, params, grads)
     matrices = {
         "moe_layers/moe/gate_up": updates["moe_layers/moe/gate_up"][1, 3, :, 1],
         "moe_layers/moe/down": updates["moe_layers/moe/down"][0, 7],
@@ -72,11 +75,11 @@ def test_muon_makes_each_matrix_of_a_stack_orthogonal_by_itself(skeleton, params
         assert singular.min() > 0.3, path
         assert singular.max() < 1.4, path
     for path in params:
-        if isinstance(skeleton.variables[path], Embedding | Scale):  # Adam's first step is the sign
+        if isinstance(abstract_model.variables[path], Embedding | Scale):  # Adam's first step is the sign
             np.testing.assert_allclose(updates[path], -np.sign(grads[path]), atol=0.02)
 
 
-def test_muon_layer_by_layer_is_optax_muon(skeleton, params):
+def test_muon_layer_by_layer_is_optax_muon(abstract_model, params):
     """Momentum, too, is that of the whole stack: after two updates of different gradients."""
     dimensions = {
         "moe_layers/moe/gate_up": MuonDimensionNumbers((2,), (4,)),
@@ -84,7 +87,7 @@ def test_muon_layer_by_layer_is_optax_muon(skeleton, params):
         "mtp/project": MuonDimensionNumbers((0,), (1,)),
     }
     matrices = {path: params[path] for path in dimensions}
-    layered = scale_by_layered_muon(0.9, skeleton.variables)
+    layered = scale_by_layered_muon(0.9, abstract_model.variables)
     whole = scale_by_muon(beta=0.9, weight_dimension_numbers=dimensions)
 
     @partial(jax.jit, static_argnums=0)
@@ -101,20 +104,20 @@ def test_muon_layer_by_layer_is_optax_muon(skeleton, params):
     assert state.count == their_state.count == 2
 
 
-def test_every_parameter_is_in_a_group(skeleton, params):
-    kinds = {type(skeleton.variables[path]) for path in params}
+def test_every_parameter_is_in_a_group(abstract_model, params):
+    kinds = {type(abstract_model.variables[path]) for path in params}
     assert kinds == {Matrix, Embedding, Scale}
     ones = jax.tree.map(jnp.ones_like, params)
-    updates = first_update(Optimizer("muon", FLAT), skeleton, params, ones)
+    updates = first_update(OptimizerConfig("muon", FLAT), abstract_model, params, ones)
     assert all(jnp.abs(u).max() > 0 for u in updates.values())
 
 
-def test_clipping_scales_the_whole_gradient(skeleton, params):
+def test_clipping_scales_the_whole_gradient(abstract_model, params):
     grads = jax.tree.map(jnp.ones_like, params)
-    base = Optimizer("adamw", FLAT, eps=1.0, weight_decay=0.0)
+    base = OptimizerConfig("adamw", FLAT, eps=1.0, weight_decay=0.0)
     norm = sum(x.size for x in params.values()) ** 0.5
-    clipped = first_update(dataclasses.replace(base, clip=0.1), skeleton, params, grads)
-    loose = first_update(dataclasses.replace(base, clip=1e9), skeleton, params, grads)
+    clipped = first_update(dataclasses.replace(base, clip=0.1), abstract_model, params, grads)
+    loose = first_update(dataclasses.replace(base, clip=1e9), abstract_model, params, grads)
     wanted = (0.1 / norm) / (0.1 / norm + 1.0)
     np.testing.assert_allclose(-clipped["embed"], wanted, rtol=1e-3)
     np.testing.assert_allclose(-loose["embed"], 0.5, rtol=1e-3)

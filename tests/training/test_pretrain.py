@@ -12,13 +12,22 @@ import pytest
 
 import mla_moe
 from mla_moe import ConfigError
-from mla_moe.recipe import Checkpoint, Data, Mesh, Optimizer, Recipe, Sample, Schedule, Training
-from mla_moe.sharding import make_mesh
+from mla_moe.config import (
+    CheckpointConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    Recipe,
+    SampleConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
+from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training.console import Console
 from mla_moe.training.metrics import read_rows
 from mla_moe.training.pretrain import pretrain
-from mla_moe.training.run import Signals, open_run
-from mla_moe.training.setup import Interrupted
+from mla_moe.training.run_context import InterruptedRun
+from mla_moe.training.run_directory import PreemptionSignals, open_run_directory
 
 STEPS = 8
 TIMES = ("tokens_per_s", "step_seconds", "mfu")
@@ -41,18 +50,20 @@ def recipe(cfg, text):
     return Recipe(
         run_dir="",
         model=dataclasses.replace(cfg, vocab_size=258),
-        data=Data(train=(f"{text}/train-*.txt",), heldout=(f"{text}/heldout-*.txt",), shuffle_window=4, prefetch=2),
-        optimizer=Optimizer("muon", Schedule(peak=5e-3, warmup=0.2, decay=0.5)),
-        mesh=Mesh(),
-        training=Training(steps=STEPS, batch_size=8, sequence_length=64, loss_chunk=32, eval_every=4),
-        checkpoint=Checkpoint(every=3, keep=2),
-        sample=Sample(prompts=("ab",), max_new_tokens=4),
+        data=DataConfig(
+            train=(f"{text}/train-*.txt",), heldout=(f"{text}/heldout-*.txt",), shuffle_buffer_size=4, prefetch=2
+        ),
+        optimizer=OptimizerConfig("muon", ScheduleConfig(peak_lr=5e-3, warmup_fraction=0.2, decay_fraction=0.5)),
+        mesh=MeshConfig(),
+        training=TrainingConfig(steps=STEPS, batch_size=8, sequence_length=64, loss_chunk=32, eval_every=4),
+        checkpoint=CheckpointConfig(every=3, max_to_keep=2),
+        sample=SampleConfig(prompts=("ab",), max_new_tokens=4),
     )
 
 
 def start(recipe, run_dir, **changes):
     recipe = dataclasses.replace(recipe, run_dir=str(run_dir), **changes)
-    pretrain(recipe, open_run(recipe), Console(enabled=True))
+    pretrain(recipe, open_run_directory(recipe), Console(enabled=True))
 
 
 def rows(run_dir, drop=TIMES):
@@ -88,10 +99,10 @@ def test_a_run_leaves_what_it_promises(whole, recipe):
 @pytest.mark.smoke
 def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeypatch):
     """A signal after step 2, an end at step 5 that saves nothing, and the rest: the same rows, bit for bit."""
-    import mla_moe.training.loop as stage
+    import mla_moe.training.trainer as stage
 
     def stop_at(step):
-        record = stage.Meter.record
+        record = stage.StepMetrics.record
 
         def then_stop(self, number, metrics, batch):
             record(self, number, metrics, batch)
@@ -101,14 +112,14 @@ def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeyp
         return then_stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage.Meter, "record", stop_at(2))
-        with pytest.raises(Interrupted, match="stopped at step 2 by SIGTERM"):
+        patch.setattr(stage.StepMetrics, "record", stop_at(2))
+        with pytest.raises(InterruptedRun, match="stopped at step 2 by SIGTERM"):
             start(recipe, tmp_path)
     with monkeypatch.context() as patch:  # as a kill would: rows of steps 3 to 5, and nothing saved of 4 and 5
-        patch.setattr(stage.Meter, "record", stop_at(5))
+        patch.setattr(stage.StepMetrics, "record", stop_at(5))
         save = stage.Checkpoints.save
         patch.setattr(stage.Checkpoints, "save", lambda self, step, *a: save(self, step, *a) if step < 5 else None)
-        with pytest.raises(Interrupted):
+        with pytest.raises(InterruptedRun):
             start(recipe, tmp_path)
     start(recipe, tmp_path)
     assert rows(tmp_path) == rows(whole)
@@ -124,14 +135,14 @@ def test_a_finished_run_is_left_alone(whole, recipe, capsys):
 
 
 def test_one_device_and_eight_give_the_same_curve(whole, recipe, tmp_path, monkeypatch):
-    start_on_one_device(monkeypatch, recipe, tmp_path, sample=Sample())
+    start_on_one_device(monkeypatch, recipe, tmp_path, sample=SampleConfig())
     for one, eight in zip(rows(tmp_path), rows(whole), strict=True):
         for name in {"loss", "mtp_loss", "eval/loss"} & set(one):
             assert one[name] == pytest.approx(eight[name], rel=1e-4), (one["step"], name)
 
 
 def start_on_one_device(monkeypatch, *args, **changes):
-    monkeypatch.setattr("mla_moe.training.setup.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    monkeypatch.setattr("mla_moe.training.run_context.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
     start(*args, **changes)
 
 
@@ -139,18 +150,18 @@ def test_a_directory_of_another_run_is_refused(whole, recipe):
     changed = dataclasses.replace(recipe.optimizer, weight_decay=0.7)
     with pytest.raises(ConfigError, match=r"optimizer.weight_decay = 0.7: .* holds a run with 0.1"):
         start(recipe, whole, optimizer=changed)
-    open_run(dataclasses.replace(recipe, run_dir=str(whole), checkpoint=Checkpoint(every=1)))
+    open_run_directory(dataclasses.replace(recipe, run_dir=str(whole), checkpoint=CheckpointConfig(every=1)))
 
 
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"training": Training(batch_size=12, sequence_length=64)}, "training.batch_size"),
-        ({"mesh": Mesh(data=3)}, "mesh"),
-        ({"data": Data(train=("nowhere/*.txt",))}, "data.train"),
-        ({"data": Data(heldout=("nowhere/*.txt",))}, "data.heldout"),
-        ({"data": Data(tokenizer="no/tokenizer.json")}, "data.tokenizer"),
-        ({"sample": Sample(prompts=("ab", "abc"), max_new_tokens=125)}, "sample.max_new_tokens"),
+        ({"training": TrainingConfig(batch_size=12, sequence_length=64)}, "training.batch_size"),
+        ({"mesh": MeshConfig(data=3)}, "mesh"),
+        ({"data": DataConfig(train=("nowhere/*.txt",))}, "data.train"),
+        ({"data": DataConfig(heldout=("nowhere/*.txt",))}, "data.heldout"),
+        ({"data": DataConfig(tokenizer="no/tokenizer.json")}, "data.tokenizer"),
+        ({"sample": SampleConfig(prompts=("ab", "abc"), max_new_tokens=125)}, "sample.max_new_tokens"),
     ],
 )
 def test_what_cannot_run_is_said_before_compiling(recipe, tmp_path, changes, field, capsys):
@@ -162,25 +173,25 @@ def test_what_cannot_run_is_said_before_compiling(recipe, tmp_path, changes, fie
 
 def test_a_refused_start_can_be_corrected(recipe, tmp_path):
     with pytest.raises(ConfigError):
-        start(recipe, tmp_path, data=Data(train=("nowhere/*.txt",)))
-    assert open_run(dataclasses.replace(recipe, run_dir=str(tmp_path))) == tmp_path
+        start(recipe, tmp_path, data=DataConfig(train=("nowhere/*.txt",)))
+    assert open_run_directory(dataclasses.replace(recipe, run_dir=str(tmp_path))) == tmp_path
 
 
 def test_a_refused_start_leaves_no_tokenizer_of_its_text(recipe, tmp_path):
     run = dataclasses.replace(recipe, run_dir=str(tmp_path), data=dataclasses.replace(recipe.data, tokenizer="bpe:300"))
     (tmp_path / "tokenizer.json").write_text("of other text")
-    open_run(run)
+    open_run_directory(run)
     assert not (tmp_path / "tokenizer.json").exists()
     (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 1}\n')
     (tmp_path / "tokenizer.json").write_text("of this run")
-    open_run(run)
+    open_run_directory(run)
     assert (tmp_path / "tokenizer.json").exists()
 
 
 def test_what_later_stages_read_may_change_until_they_begin(recipe, tmp_path):
     def again(**task):
-        rl = dataclasses.replace(recipe.rl, kl=task.pop("kl", 0.0))
-        open_run(
+        rl = dataclasses.replace(recipe.rl, kl_coef=task.pop("kl", 0.0))
+        open_run_directory(
             dataclasses.replace(recipe, run_dir=str(tmp_path), rl=rl, task=dataclasses.replace(recipe.task, **task))
         )
 
@@ -190,22 +201,22 @@ def test_what_later_stages_read_may_change_until_they_begin(recipe, tmp_path):
     again(format=2.0, kl=1.0)
     rows.write_text('{"stage": "pretrain", "step": 1}\n{"stage": "sft", "step": 1}\n')
     again(format=2.0, kl=2.0)
-    with pytest.raises(ConfigError, match=r"task.format = 3.0: .* holds a run with 2.0"):
+    with pytest.raises(ConfigError, match=r"task.format_weight = 3.0: .* holds a run with 2.0"):
         again(format=3.0, kl=2.0)
     (tmp_path / "rejection.jsonl").touch()
-    with pytest.raises(ConfigError, match=r"rl.kl = 0.0"):
+    with pytest.raises(ConfigError, match=r"rl.kl_coef = 0.0"):
         again(format=2.0)
 
 
 def test_a_name_that_checkpoints_cannot_be_written_below(recipe, tmp_path):
     with pytest.raises(ConfigError, match=r"run_dir = '.*lr\[3e-4\]': checkpoints cannot be written below"):
-        open_run(dataclasses.replace(recipe, run_dir=str(tmp_path / "lr[3e-4]")))
+        open_run_directory(dataclasses.replace(recipe, run_dir=str(tmp_path / "lr[3e-4]")))
     assert not list(tmp_path.iterdir())
 
 
 def test_one_process_trains_in_a_directory(recipe, tmp_path):
-    open_run(dataclasses.replace(recipe, run_dir=str(tmp_path)))
-    code = f"from mla_moe.training.run import _lock; from pathlib import Path; _lock(Path({str(tmp_path)!r}))"
+    open_run_directory(dataclasses.replace(recipe, run_dir=str(tmp_path)))
+    code = f"from mla_moe.training.run_directory import _lock; from pathlib import Path; _lock(Path({str(tmp_path)!r}))"
     environment = os.environ | {"PYTHONPATH": str(Path(mla_moe.__file__).parents[1])}
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert "another process trains there" in other.stderr
@@ -216,7 +227,7 @@ def test_one_document_is_enough(recipe, tmp_path):
     text.write_text("to be or not to be, that is the question. " * 100)
     training = dataclasses.replace(recipe.training, steps=1, eval_every=0)
     data = dataclasses.replace(recipe.data, train=(str(text),), heldout=(), streams=None)
-    start(recipe, tmp_path / "run", data=data, training=training, sample=Sample())
+    start(recipe, tmp_path / "run", data=data, training=training, sample=SampleConfig())
     assert len(rows(tmp_path / "run")) == 1
     with pytest.raises(ConfigError, match=r"data.streams = 2: 1 documents cannot feed as many"):
         start(recipe, tmp_path / "two", data=dataclasses.replace(data, streams=2), training=training)
@@ -229,13 +240,13 @@ def test_a_vocabulary_too_small_for_the_tokenizer(recipe, tmp_path):
 
 def test_the_bias_balances_the_experts(recipe, tmp_path, monkeypatch):
     """Busiest over mean expert at the end: near even with the update, and visibly worse without."""
-    long = dataclasses.replace(recipe.training, steps=60, eval_every=0, balance_weight=0.0)
-    optimizer = Optimizer("adamw", Schedule(peak=1e-2, warmup=0.1, decay=0.5))
+    long = dataclasses.replace(recipe.training, steps=60, eval_every=0, aux_loss_weight=0.0)
+    optimizer = OptimizerConfig("adamw", ScheduleConfig(peak_lr=1e-2, warmup_fraction=0.1, decay_fraction=0.5))
     worst = {}
     for gamma in (0.02, 0.0):
-        training = dataclasses.replace(long, bias_update=gamma)
+        training = dataclasses.replace(long, router_bias_update_rate=gamma)
         data = dataclasses.replace(recipe.data, streams=1)  # so little text mixes badly in several
-        changes = {"data": data, "training": training, "optimizer": optimizer, "sample": Sample()}
+        changes = {"data": data, "training": training, "optimizer": optimizer, "sample": SampleConfig()}
         start_on_one_device(monkeypatch, recipe, tmp_path / str(gamma), **changes)
         loads = [row["moe/load_max"] for row in read_rows(tmp_path / str(gamma) / "metrics.jsonl") if "loss" in row]
         worst[gamma] = np.mean(loads[-6:])
@@ -244,7 +255,7 @@ def test_the_bias_balances_the_experts(recipe, tmp_path, monkeypatch):
 
 
 def test_a_second_signal_breaks_off():
-    with Signals() as signals:
+    with PreemptionSignals() as signals:
         signal.raise_signal(signal.SIGINT)
         assert signals.received is signal.SIGINT
         with pytest.raises(KeyboardInterrupt):

@@ -12,15 +12,25 @@ from flax import nnx
 
 import mla_moe
 from mla_moe import ConfigError
-from mla_moe.data import ByteTokenizer
-from mla_moe.recipe import SFT, Checkpoint, Data, Mesh, Optimizer, Recipe, Schedule, Task, Training
-from mla_moe.rl.prompts import prompt_of
-from mla_moe.sharding import make_mesh
+from mla_moe.config import (
+    CheckpointConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    Recipe,
+    ScheduleConfig,
+    SFTConfig,
+    TaskConfig,
+    TrainingConfig,
+)
+from mla_moe.parallel.mesh import make_mesh
+from mla_moe.text.prompts import render_prompt
+from mla_moe.text.tokenizer import ByteTokenizer
 from mla_moe.training.console import Console
 from mla_moe.training.metrics import read_rows
-from mla_moe.training.run import open_run
-from mla_moe.training.setup import Interrupted
-from mla_moe.training.sft import fine_tune
+from mla_moe.training.run_context import InterruptedRun
+from mla_moe.training.run_directory import open_run_directory
+from mla_moe.training.sft import train_sft
 
 BYTE = ByteTokenizer()
 TIMES = ("tokens_per_s", "step_seconds", "mfu")
@@ -46,23 +56,25 @@ def recipe(cfg, folder):
         run_dir="",
         init_from=str(folder / "base"),
         model=dataclasses.replace(cfg, vocab_size=258),
-        data=Data(train=("nothing is read",), heldout=(), shuffle_window=2, prefetch=2),
-        training=Training(steps=0, loss_chunk=16),
-        task=Task(template="{question}="),
-        sft=SFT(
+        data=DataConfig(train=("nothing is read",), heldout=(), shuffle_buffer_size=2, prefetch=2),
+        training=TrainingConfig(steps=0, loss_chunk=16),
+        task=TaskConfig(template="{question}="),
+        sft=SFTConfig(
             steps=STEPS,
             data=(f"{folder}/*.jsonl",),
             batch_size=8,
             sequence_length=32,
-            optimizer=Optimizer(schedule=Schedule(peak=1e-2, warmup=0.1, decay=0.5), weight_decay=0.0),
+            optimizer=OptimizerConfig(
+                schedule=ScheduleConfig(peak_lr=1e-2, warmup_fraction=0.1, decay_fraction=0.5), weight_decay=0.0
+            ),
         ),
-        checkpoint=Checkpoint(every=4),
+        checkpoint=CheckpointConfig(every=4),
     )
 
 
 def start(recipe, run_dir, **changes):
     recipe = dataclasses.replace(recipe, run_dir=str(run_dir), sft=dataclasses.replace(recipe.sft, **changes))
-    fine_tune(recipe, open_run(recipe), Console(enabled=True), prompt_of)
+    train_sft(recipe, open_run_directory(recipe), Console(enabled=True), render_prompt)
     return rows(run_dir)
 
 
@@ -96,9 +108,9 @@ def test_it_learns_the_answers_and_where_they_end(whole, recipe):
 
 
 def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeypatch):
-    from mla_moe.training.loop import Meter
+    from mla_moe.training.step_metrics import StepMetrics
 
-    record = Meter.record
+    record = StepMetrics.record
 
     def then_stop(self, number, metrics, batch):
         record(self, number, metrics, batch)
@@ -106,8 +118,8 @@ def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeyp
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Meter, "record", then_stop)
-        with pytest.raises(Interrupted, match="stopped at step 6"):
+        patch.setattr(StepMetrics, "record", then_stop)
+        with pytest.raises(InterruptedRun, match="stopped at step 6"):
             start(recipe, tmp_path)
     assert start(recipe, tmp_path) == rows(whole)
 
@@ -115,19 +127,19 @@ def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeyp
 @pytest.mark.thorough  # the loop is that of pretraining
 def test_one_device_and_eight_give_the_same_curve(whole, recipe, tmp_path, monkeypatch):
     """And so do parts of a batch, one after the other."""
-    monkeypatch.setattr("mla_moe.training.setup.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
-    one = start(recipe, tmp_path, accumulation=2)
+    monkeypatch.setattr("mla_moe.training.run_context.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    one = start(recipe, tmp_path, gradient_accumulation_steps=2)
     for name in ("loss", "mtp_loss", "grad_norm"):
         np.testing.assert_allclose([row[name] for row in one[:3]], [row[name] for row in rows(whole)[:3]], rtol=1e-3)
 
 
 def test_the_router_bias_stays_unless_asked(whole, recipe, folder, tmp_path):
-    from mla_moe.nn.skeleton import arrays_of
+    from mla_moe.nn.abstract_model import model_arrays
 
     def biases(path):
-        return {k: v for k, v in arrays_of(mla_moe.load_pretrained(path)).items() if k.endswith("bias")}
+        return {k: v for k, v in model_arrays(mla_moe.load_pretrained(path)).items() if k.endswith("bias")}
 
-    start(recipe, tmp_path, steps=1, bias_update=0.5)
+    start(recipe, tmp_path, steps=1, router_bias_update_rate=0.5)
     before, frozen, moved = biases(folder / "base"), biases(whole), biases(tmp_path)
     assert before
     for path in before:
@@ -157,12 +169,12 @@ def test_what_is_left_out_is_counted_and_said(recipe, folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"sft": SFT(steps=1, data=("nowhere/*.jsonl",), sequence_length=32)}, "sft.data"),
-        ({"sft": SFT(steps=1, data=("a.jsonl",), sequence_length=4096)}, "sft.sequence_length"),
-        ({"sft": SFT(steps=1, data=("a.jsonl",), sequence_length=32, batch_size=12)}, "sft.batch_size"),
+        ({"sft": SFTConfig(steps=1, data=("nowhere/*.jsonl",), sequence_length=32)}, "sft.data"),
+        ({"sft": SFTConfig(steps=1, data=("a.jsonl",), sequence_length=4096)}, "sft.sequence_length"),
+        ({"sft": SFTConfig(steps=1, data=("a.jsonl",), sequence_length=32, batch_size=12)}, "sft.batch_size"),
         ({"init_from": None}, "init_from"),
-        ({"mesh": Mesh(data=3)}, "mesh"),
-        ({"data": Data(streams=8, heldout=())}, "data.streams"),
+        ({"mesh": MeshConfig(data=3)}, "mesh"),
+        ({"data": DataConfig(streams=8, heldout=())}, "data.streams"),
     ],
 )
 def test_what_cannot_run_is_said_before_compiling(recipe, tmp_path, changes, field, capsys):
@@ -175,10 +187,10 @@ def test_what_cannot_run_is_said_before_compiling(recipe, tmp_path, changes, fie
 @pytest.mark.parametrize(
     ("make", "field"),
     [
-        (lambda: SFT(steps=1), "sft.data"),
-        (lambda: SFT(batch_size=10, accumulation=3), "sft.accumulation"),
-        (lambda: SFT(malformed=2.0), "sft.malformed"),
-        (lambda: SFT(bias_update=-1.0), "sft.bias_update"),
+        (lambda: SFTConfig(steps=1), "sft.data"),
+        (lambda: SFTConfig(batch_size=10, gradient_accumulation_steps=3), "sft.gradient_accumulation_steps"),
+        (lambda: SFTConfig(max_malformed_fraction=2.0), "sft.max_malformed_fraction"),
+        (lambda: SFTConfig(router_bias_update_rate=-1.0), "sft.router_bias_update_rate"),
     ],
 )
 def test_impossible_values_name_the_field(make, field):

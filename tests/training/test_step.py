@@ -5,16 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla_moe.nn.skeleton import Skeleton
+from mla_moe.config import MeshConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from mla_moe.nn.abstract_model import AbstractModel
 from mla_moe.ops.cross_entropy import reference
-from mla_moe.recipe import Mesh, Optimizer, Schedule, Training
-from mla_moe.sharding import make_mesh
-from mla_moe.training.loss import has_second_target, sizes, sums
+from mla_moe.parallel.mesh import make_mesh
+from mla_moe.training.loss import has_second_target, loss_counts, loss_sums
 from mla_moe.training.optimizer import make_optimizer
-from mla_moe.training.step import abstract_state, init_state, make_eval_step, make_step, move_biases
+from mla_moe.training.step import abstract_state, init_state, make_eval_step, make_train_step, update_router_biases
 
-TRAINING = Training(steps=10, batch_size=8, sequence_length=16, loss_chunk=8, bias_update=0.5)
-OPTIMIZER = Optimizer("adamw", Schedule(peak=1e-2, warmup=0.0, decay=0.0))
+TRAINING = TrainingConfig(steps=10, batch_size=8, sequence_length=16, loss_chunk=8, router_bias_update_rate=0.5)
+OPTIMIZER = OptimizerConfig("adamw", ScheduleConfig(peak_lr=1e-2, warmup_fraction=0.0, decay_fraction=0.0))
 
 
 def packed_batch(B=8, T=16, seed=0):
@@ -34,20 +34,22 @@ def packed_batch(B=8, T=16, seed=0):
 
 
 @pytest.fixture(scope="module")
-def skeleton(cfg):
-    return Skeleton(cfg)
+def abstract_model(cfg):
+    return AbstractModel(cfg)
 
 
 def with_prompts(batch):
     """The same batch, of which about half the targets count."""
-    return batch | {"learned": jnp.asarray(np.random.default_rng(1).integers(0, 2, batch["tokens"].shape), jnp.int32)}
+    return batch | {"loss_mask": jnp.asarray(np.random.default_rng(1).integers(0, 2, batch["tokens"].shape), jnp.int32)}
 
 
-def run(skeleton, training=TRAINING, mesh_sizes=None, batches=(0,), optimizer=OPTIMIZER, change=lambda batch: batch):
-    mesh = make_mesh(mesh_sizes) if mesh_sizes else make_mesh(Mesh(), jax.devices()[:1])
-    tx = make_optimizer(optimizer, training.steps, skeleton)
-    state = init_state(skeleton, tx, 0, mesh)
-    step = make_step(skeleton, tx, training, mesh)
+def run(
+    abstract_model, training=TRAINING, mesh_sizes=None, batches=(0,), optimizer=OPTIMIZER, change=lambda batch: batch
+):
+    mesh = make_mesh(mesh_sizes) if mesh_sizes else make_mesh(MeshConfig(), jax.devices()[:1])
+    tx = make_optimizer(optimizer, training.steps, abstract_model)
+    state = init_state(abstract_model, tx, 0, mesh)
+    step = make_train_step(abstract_model, tx, training, mesh)
     for seed in batches:
         state, metrics = step(state, change(packed_batch(seed=seed)))
     return state, metrics
@@ -60,10 +62,10 @@ def assert_close(a, b, rtol=1e-4, atol=1e-5):
         np.testing.assert_array_equal(a.biases[path], b.biases[path])
 
 
-def test_sums_are_the_plain_losses(cfg, skeleton):
-    model = skeleton.merge(skeleton.init(0, make_mesh(Mesh(), jax.devices()[:1])))
+def test_sums_are_the_plain_losses(cfg, abstract_model):
+    model = abstract_model.merge(abstract_model.init(0, make_mesh(MeshConfig(), jax.devices()[:1])))
     batch = packed_batch()
-    s, size = jax.jit(lambda m, b: sums(m, b, chunk=4, mtp=True))(model, batch), sizes(batch)
+    s, size = jax.jit(lambda m, b: loss_sums(m, b, chunk=4, mtp=True))(model, batch), loss_counts(batch)
     place = batch["segment_ids"], batch["positions"]
     h, stats = jax.jit(lambda m, *b: m.hidden(*b))(model, batch["tokens"], *place)
     real = (batch["segment_ids"] > 0).astype(jnp.float32)
@@ -85,15 +87,15 @@ def test_sums_are_the_plain_losses(cfg, skeleton):
     assert float(s.mtp_nats) == pytest.approx(nats, rel=1e-4)
 
 
-def test_targets_that_are_not_learned_do_not_count(cfg, skeleton):
-    model = skeleton.merge(skeleton.init(0, make_mesh(Mesh(), jax.devices()[:1])))
+def test_targets_that_are_not_learned_do_not_count(cfg, abstract_model):
+    model = abstract_model.merge(abstract_model.init(0, make_mesh(MeshConfig(), jax.devices()[:1])))
     batch = with_prompts(packed_batch())
-    size, s = sizes(batch), jax.jit(lambda m, b: sums(m, b, chunk=4, mtp=True))(model, batch)
+    size, s = loss_counts(batch), jax.jit(lambda m, b: loss_sums(m, b, chunk=4, mtp=True))(model, batch)
     place = batch["segment_ids"], batch["positions"]
     h, _ = jax.jit(lambda m, *b: m.hidden(*b))(model, batch["tokens"], *place)
     h2, _ = jax.jit(lambda m, *b: m.mtp_hidden(*b))(model, h, batch["targets"], *place)
     log_p, log_p2 = (np.asarray(jax.nn.log_softmax(model.logits(x))) for x in (h, h2))
-    segments, targets, learned = (np.asarray(batch[key]) for key in ("segment_ids", "targets", "learned"))
+    segments, targets, learned = (np.asarray(batch[key]) for key in ("segment_ids", "targets", "loss_mask"))
     nats = np.zeros(2)
     count = np.zeros(2, int)
     for b, t in np.ndindex(segments.shape):
@@ -106,17 +108,17 @@ def test_targets_that_are_not_learned_do_not_count(cfg, skeleton):
     np.testing.assert_allclose((s.nats, s.mtp_nats), nats, rtol=1e-4)
 
 
-def test_prompts_give_no_gradient(skeleton):
+def test_prompts_give_no_gradient(abstract_model):
     """Other targets where they do not count change no loss and no gradient. (The prediction module reads them.)"""
-    arrays = skeleton.init(0, make_mesh(Mesh(), jax.devices()[:1]))
+    arrays = abstract_model.init(0, make_mesh(MeshConfig(), jax.devices()[:1]))
     batch = with_prompts(packed_batch())
-    other = batch | {"targets": jnp.where(batch["learned"] != 0, batch["targets"], (batch["targets"] + 7) % 64)}
-    params = {path: arrays[path] for path in skeleton.param_paths}
+    other = batch | {"targets": jnp.where(batch["loss_mask"] != 0, batch["targets"], (batch["targets"] + 7) % 64)}
+    params = {path: arrays[path] for path in abstract_model.param_paths}
 
     @jax.jit
     def grad(params, batch):
         def loss(params):
-            return sums(skeleton.merge(arrays | params), batch, chunk=8, mtp=False).nats
+            return loss_sums(abstract_model.merge(arrays | params), batch, chunk=8, mtp=False).nats
 
         return jax.value_and_grad(loss)(params)
 
@@ -125,20 +127,26 @@ def test_prompts_give_no_gradient(skeleton):
 
 
 @pytest.mark.parametrize(
-    "how", [{"training": dataclasses.replace(TRAINING, accumulation=2)}, {"mesh_sizes": Mesh(data=1, fsdp=4, tensor=2)}]
+    "how",
+    [
+        {"training": dataclasses.replace(TRAINING, gradient_accumulation_steps=2)},
+        {"mesh_sizes": MeshConfig(data=1, fsdp=4, tensor=2)},
+    ],
 )
-def test_learned_targets_add_up_over_parts_and_devices(skeleton, how):
-    _, m = run(skeleton, change=with_prompts)
-    _, n = run(skeleton, change=with_prompts, **how)
+def test_learned_targets_add_up_over_parts_and_devices(abstract_model, how):
+    _, m = run(abstract_model, change=with_prompts)
+    _, n = run(abstract_model, change=with_prompts, **how)
     for name in ("loss", "mtp_loss", "grad_norm", "tokens", "load_LE"):
         np.testing.assert_allclose(m[name], n[name], rtol=1e-4, err_msg=name)
 
 
 @pytest.mark.smoke
-def test_training_learns_and_moves_everything(skeleton):
-    state, first = run(skeleton)
-    start = init_state(skeleton, make_optimizer(OPTIMIZER, 10, skeleton), 0, make_mesh(Mesh(), jax.devices()[:1]))
-    later, last = run(skeleton, batches=(0,) * 10)
+def test_training_learns_and_moves_everything(abstract_model):
+    state, first = run(abstract_model)
+    start = init_state(
+        abstract_model, make_optimizer(OPTIMIZER, 10, abstract_model), 0, make_mesh(MeshConfig(), jax.devices()[:1])
+    )
+    later, last = run(abstract_model, batches=(0,) * 10)
     assert last["loss"] < 0.8 * first["loss"]
     assert last["mtp_loss"] < first["mtp_loss"]
     assert int(later.step) == 10
@@ -148,11 +156,13 @@ def test_training_learns_and_moves_everything(skeleton):
         assert jnp.abs(state.biases[path]).max() == 0.5, path
 
 
-@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.thorough), 8])
-def test_accumulation_is_one_large_batch(skeleton, accumulation):
-    whole, m = run(skeleton)
-    parts, n = run(skeleton, dataclasses.replace(TRAINING, accumulation=accumulation))
-    for name in ("loss", "mtp_loss", "grad_norm", "balance_loss", "load_LE"):
+@pytest.mark.parametrize("gradient_accumulation_steps", [pytest.param(2, marks=pytest.mark.thorough), 8])
+def test_accumulation_is_one_large_batch(abstract_model, gradient_accumulation_steps):
+    whole, m = run(abstract_model)
+    parts, n = run(
+        abstract_model, dataclasses.replace(TRAINING, gradient_accumulation_steps=gradient_accumulation_steps)
+    )
+    for name in ("loss", "mtp_loss", "grad_norm", "aux_loss", "load_LE"):
         np.testing.assert_allclose(m[name], n[name], rtol=1e-4, err_msg=name)
     assert_close(whole, parts, rtol=1e-3, atol=1e-4)
 
@@ -160,14 +170,17 @@ def test_accumulation_is_one_large_batch(skeleton, accumulation):
 @pytest.mark.parametrize(
     "sizes",
     [  # of more meshes test_meshes.py has every gradient
-        *(pytest.param(sizes, marks=pytest.mark.thorough) for sizes in (Mesh(), Mesh(data=2, fsdp=4))),
-        Mesh(data=1, fsdp=2, expert=2, tensor=2),
+        *(
+            pytest.param(loss_counts, marks=pytest.mark.thorough)
+            for loss_counts in (MeshConfig(), MeshConfig(data=2, fsdp=4))
+        ),
+        MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
     ],
     ids=str,
 )
-def test_a_mesh_of_eight_computes_what_one_device_does(skeleton, sizes):
-    one, m = run(skeleton)
-    eight, n = run(skeleton, mesh_sizes=sizes)
+def test_a_mesh_of_eight_computes_what_one_device_does(abstract_model, sizes):
+    one, m = run(abstract_model)
+    eight, n = run(abstract_model, mesh_sizes=sizes)
     for name in ("loss", "mtp_loss", "grad_norm", "load_LE"):
         np.testing.assert_allclose(m[name], n[name], rtol=1e-5, err_msg=name)
     # Adam's first step is a sign, which rounding decides where a gradient is nearly 0: compare gradients' moments.
@@ -176,10 +189,10 @@ def test_a_mesh_of_eight_computes_what_one_device_does(skeleton, sizes):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_state_lies_where_the_table_says(skeleton):
-    sizes = Mesh(data=1, fsdp=2, expert=2, tensor=2)
-    state, _ = run(skeleton, mesh_sizes=sizes, optimizer=dataclasses.replace(OPTIMIZER, name="muon"))
-    abstract = abstract_state(skeleton, make_optimizer(OPTIMIZER, 10, skeleton), make_mesh(sizes))
+def test_state_lies_where_the_table_says(abstract_model):
+    sizes = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
+    state, _ = run(abstract_model, mesh_sizes=sizes, optimizer=dataclasses.replace(OPTIMIZER, name="muon"))
+    abstract = abstract_state(abstract_model, make_optimizer(OPTIMIZER, 10, abstract_model), make_mesh(sizes))
     path = "moe_layers/moe/gate_up"
     assert abstract.params[path].sharding.shard_shape(abstract.params[path].shape) == (2, 4, 16, 2, 8)
     for keys, x in jax.tree_util.tree_leaves_with_path(state.optimizer):
@@ -190,48 +203,52 @@ def test_state_lies_where_the_table_says(skeleton):
 def test_biases_move_against_the_load():
     biases = {"moe_layers/moe/router/bias": jnp.zeros((2, 3)), "mtp/block/moe/router/bias": jnp.ones(3)}
     load = jnp.array([[9, 0, 3], [4, 4, 4], [0, 1, 11]])
-    moved = move_biases(biases, load, 0.25)
+    moved = update_router_biases(biases, load, 0.25)
     assert moved["moe_layers/moe/router/bias"].tolist() == [[-0.25, 0.25, 0.25], [0, 0, 0]]
     assert moved["mtp/block/moe/router/bias"].tolist() == [1.25, 1.25, 0.75]
 
 
-def test_a_prediction_module_that_is_not_run_stays_as_it_is(skeleton):
-    start = init_state(skeleton, make_optimizer(OPTIMIZER, 10, skeleton), 0, make_mesh(Mesh(), jax.devices()[:1]))
-    state, _ = run(skeleton, dataclasses.replace(TRAINING, mtp_weight=0.0))
+def test_a_prediction_module_that_is_not_run_stays_as_it_is(abstract_model):
+    start = init_state(
+        abstract_model, make_optimizer(OPTIMIZER, 10, abstract_model), 0, make_mesh(MeshConfig(), jax.devices()[:1])
+    )
+    state, _ = run(abstract_model, dataclasses.replace(TRAINING, mtp_loss_weight=0.0))
     before, after = (s.params | s.biases for s in (start, state))
     for path in before:
         assert bool((before[path] == after[path]).all()) == path.startswith("mtp/"), path
 
 
 def test_a_model_without_expert_layers_trains(cfg):
-    dense = Skeleton(dataclasses.replace(cfg, num_hidden_layers=1, first_k_dense_replace=1))
-    _, metrics = run(dense, dataclasses.replace(TRAINING, mtp_weight=0.0))
+    dense = AbstractModel(dataclasses.replace(cfg, num_hidden_layers=1, first_k_dense_replace=1))
+    _, metrics = run(dense, dataclasses.replace(TRAINING, mtp_loss_weight=0.0))
     assert int(metrics["skipped"]) == 0
 
 
-def test_biases_freeze_at_the_end(skeleton):
-    training = dataclasses.replace(TRAINING, bias_freeze=0.8)
-    two, ten = run(skeleton, training, batches=range(2))[0], run(skeleton, training, batches=range(10))[0]
+def test_biases_freeze_at_the_end(abstract_model):
+    training = dataclasses.replace(TRAINING, router_bias_freeze_fraction=0.8)
+    two, ten = run(abstract_model, training, batches=range(2))[0], run(abstract_model, training, batches=range(10))[0]
     for path in two.biases:
         np.testing.assert_array_equal(two.biases[path], ten.biases[path])
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(skeleton):
-    mesh = make_mesh(Mesh(), jax.devices()[:1])
-    tx = make_optimizer(OPTIMIZER, 10, skeleton)
-    good = init_state(skeleton, tx, 0, mesh)
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(abstract_model):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    tx = make_optimizer(OPTIMIZER, 10, abstract_model)
+    good = init_state(abstract_model, tx, 0, mesh)
     broken = good._replace(params=good.params | {"norm/scale": good.params["norm/scale"].at[0].set(jnp.nan)})
     before = jax.tree.map(np.asarray, broken)
-    after, metrics = make_step(skeleton, tx, TRAINING, mesh)(broken, packed_batch())
+    after, metrics = make_train_step(abstract_model, tx, TRAINING, mesh)(broken, packed_batch())
     assert int(metrics["skipped"]) == 1
     assert int(after.step) == 1
     for a, b in zip(jax.tree.leaves(before[1:]), jax.tree.leaves(after[1:]), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_evaluation_is_the_sum_of_nats(skeleton):
-    mesh = make_mesh(Mesh(), jax.devices()[:1])
-    state = init_state(skeleton, make_optimizer(OPTIMIZER, 10, skeleton), 0, mesh)
-    nats = make_eval_step(skeleton, 8, mesh)(state, packed_batch())
-    _, metrics = make_step(skeleton, make_optimizer(OPTIMIZER, 10, skeleton), TRAINING, mesh)(state, packed_batch())
+def test_evaluation_is_the_sum_of_nats(abstract_model):
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    state = init_state(abstract_model, make_optimizer(OPTIMIZER, 10, abstract_model), 0, mesh)
+    nats = make_eval_step(abstract_model, 8, mesh)(state, packed_batch())
+    _, metrics = make_train_step(abstract_model, make_optimizer(OPTIMIZER, 10, abstract_model), TRAINING, mesh)(
+        state, packed_batch()
+    )
     np.testing.assert_allclose(nats / metrics["tokens"].astype(jnp.float32), metrics["loss"], rtol=1e-5)

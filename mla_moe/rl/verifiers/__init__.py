@@ -1,0 +1,1 @@
+"""Verifiers of answers, run in worker processes with a time limit."""

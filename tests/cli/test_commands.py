@@ -1,0 +1,164 @@
+"""`mla-moe` as it is typed."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from flax import nnx
+
+import mla_moe
+from mla_moe.checkpoint.convert import convert
+from mla_moe.checkpoint.safetensors_reader import SafetensorsReader
+from mla_moe.cli import main
+from mla_moe.config import Recipe, RLConfig, TaskConfig
+from mla_moe.rl.evaluate import evaluate
+from mla_moe.rl.rewards import Reward
+from mla_moe.rl.rollout import Rollout
+from mla_moe.rl.tasks.task import open_task
+from mla_moe.text.chat_tokenizer import load_chat_tokenizer
+from mla_moe.text.tokenizer import ByteTokenizer
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+# vocabulary; hidden / layers / heads; widths; dense layers; experts; groups; score; scaling; parameters
+TABLE = {
+    "deepseek-v2-lite": (
+        "102400", "2048 / 27 / 16", "10944 / 1408", "64 / 2 / 6", "1 / 1", "softmax, no", "none",
+        "YaRN 40 x 4096, mscale 0.707", "15,706,484,224",
+    ),
+    "deepseek-v2": (
+        "102400", "5120 / 60 / 128", "12288 / 1536", "160 / 2 / 6", "8 / 3", "softmax, no", "16",
+        "YaRN 40 x 4096, mscale 0.707", "235,741,434,880",
+    ),
+    "deepseek-v3": (
+        "129280", "7168 / 61 / 128", "18432 / 2048", "256 / 1 / 8", "8 / 4", "sigmoid, yes", "2.5",
+        "YaRN 40 x 4096, mscale 1", "671,026,419,200",
+    ),
+    "moonlight-16b-a3b": (
+        "163840", "2048 / 27 / 16", "11264 / 1408", "64 / 2 / 6", "1 / 1", "sigmoid, yes", "2.446",
+        "50000, no scaling", "15,960,110,208",
+    ),
+    "kimi-k2": (
+        "163840", "7168 / 61 / 64", "18432 / 2048", "384 / 1 / 8", "1 / 1", "sigmoid, yes", "2.827",
+        "YaRN 32 x 4096, mscale 1, beta 1/1", "1,026,408,232,448",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("preset", TABLE)
+def test_inspect_prints_the_published_table(preset, capsys):
+    assert main(["inspect", preset]) == 0
+    out = capsys.readouterr().out
+    for value in TABLE[preset]:
+        assert value in out
+
+
+def test_inspect_opens_checkpoints_and_their_config(capsys, tmp_path):
+    outs = []
+    for path in (GOLDEN / "v3", GOLDEN / "v3" / "config.json"):
+        assert main(["inspect", str(path)]) == 0
+        outs.append(capsys.readouterr().out.split("\n", 1)[1])
+    assert outs[0].split() == outs[1].split()
+
+
+def test_convert_there_and_back(capsys, tmp_path):
+    assert main(["convert", str(GOLDEN / "v3"), str(tmp_path / "orbax"), "--to", "orbax"]) == 0
+    assert main(["convert", str(tmp_path / "orbax"), str(tmp_path / "hf")]) == 0
+    before, after = SafetensorsReader(GOLDEN / "v3"), SafetensorsReader(tmp_path / "hf")
+    assert {name: before[name].tobytes() for name in before.stored} == {n: after[n].tobytes() for n in after.stored}
+    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "wide"), "--dtype", "float32", "--fp8"]) == 0
+    assert "GB" in capsys.readouterr().out
+
+
+def test_errors_are_one_line(capsys, tmp_path):
+    for arguments in (
+        ["convert", str(tmp_path / "nothing"), str(tmp_path / "out")],
+        ["convert", str(GOLDEN / "v3"), str(tmp_path)],
+        ["convert", str(GOLDEN / "v3"), str(tmp_path / "out"), "--to", "orbax", "--fp8"],
+        ["inspect", "gpt-2"],
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def unlearned(cfg, tmp_path_factory):
+    """A model that has learned nothing, whose text is bytes."""
+    path = tmp_path_factory.mktemp("unlearned") / "model"
+    small = dataclasses.replace(cfg, vocab_size=258, num_nextn_predict_layers=0)
+    mla_moe.save_pretrained(mla_moe.Transformer(small, rngs=nnx.Rngs(0)), path)
+    return path
+
+
+ASKED = ("--split", "validation", "--prompts", "6", "--samples", "2", "--seed", "3", "--slots", "8")
+
+
+def test_eval_says_what_evaluate_finds(unlearned, capsys):
+    settings = TaskConfig(template="{question}=", options=("least=2", "most=2"))
+    task = open_task(settings)
+    rl = RLConfig(max_prompt_tokens=16, max_new_tokens=8, max_num_seqs=8, routing_replay=False)
+    with Reward(settings, task) as reward:
+        rollout = Rollout(rl, settings.template, task, reward, load_chat_tokenizer(unlearned, ByteTokenizer()))
+        rollout.load_weights(mla_moe.load_pretrained(unlearned))
+        expected = evaluate(rollout, "validation", 6, 2, 3).metrics()
+
+    how = ("--options", "least=2", "most=2", "--template", "{question}=")
+    limits = ("--max-prompt-tokens", "16", "--max-new-tokens", "8")
+    assert main(["eval", str(unlearned), "--task", "arithmetic", *how, *limits, *ASKED, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    asked = {"task": "arithmetic", "options": ["least=2", "most=2"], "split": "validation", "prompts": 6}
+    assert found == asked | expected | {"prompts_too_long": 0}
+    assert {"eval/accuracy", "eval/pass@2", "eval/majority@2", "eval/response_length"} < expected.keys()
+
+
+def test_eval_asks_a_run_what_it_was_taught(unlearned, tmp_path, capsys):
+    """Its task, template and limits; but its reward function is not imported."""
+    step = tmp_path / "checkpoints" / "rl" / "1"
+    step.parent.mkdir(parents=True)
+    convert(unlearned, step, to="orbax")
+    task = TaskConfig(template="{question}?", options=("least=1", "most=1"), reward_function="no.such.module:reward")
+    recipe = Recipe(run_dir="", task=task, rl=RLConfig(max_prompt_tokens=12, max_new_tokens=6))
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    assert main(["eval", str(tmp_path), *ASKED]) == 0
+    out = capsys.readouterr().out
+    assert [line.split()[:2] for line in out.splitlines()] == [
+        ["held-out", "questions"],
+        ["task", "arithmetic"],
+        ["validation", "questions"],
+        ["right", "answers"],
+        ["opened", "with"],
+        ["right", "form"],
+        ["tokens", "of"],
+        ["sampled:", "right"],
+        ["right", "form"],
+        ["tokens", "of"],
+        ["a", "right"],
+        ["right", "majority"],
+    ]
+
+
+def test_eval_counts_questions_that_are_too_long(unlearned, capsys):
+    limits = ("--max-prompt-tokens", "13", "--max-new-tokens", "4")
+    questions = ("--task", "arithmetic", "--template", "{question}")
+    assert main(["eval", str(unlearned), *questions, *limits, *ASKED, "--samples", "0"]) == 0
+    out = capsys.readouterr().out
+    assert "prompts too long" in out
+    assert "sampled" not in out
+
+
+def test_eval_refuses_in_one_line(unlearned, capsys):
+    for arguments, field in (
+        (["--prompts", "2"], "task"),
+        (["--task", "arithmetik"], "task.name"),
+        (["--task", "arithmetic"], "max_prompt_tokens + max_new_tokens"),
+        (["--task", "arithmetic", "--prompts", "0"], "prompts"),
+        (["--task", "arithmetic", "--temperature", "0"], "rl.temperature"),
+    ):
+        assert main(["eval", str(unlearned), *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {field} = ")
+        assert error.count("\n") == 1

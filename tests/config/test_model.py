@@ -1,0 +1,136 @@
+import dataclasses
+import json
+
+import pytest
+
+from mla_moe import ConfigError, ModelConfig, preset
+from mla_moe.config import PRESETS
+from mla_moe.nn.model_costs import (
+    count_parameters,
+    kv_cache_bytes_per_token,
+    mha_kv_cache_bytes_per_token,
+    train_flops_per_token,
+)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize(
+    ("name", "total", "mtp"),
+    [
+        ("deepseek-v2-lite", 15_706_484_224, 0),
+        ("deepseek-v2", 235_741_434_880, 0),
+        ("deepseek-v3", 671_026_419_200, 11_610_068_224),
+        ("moonlight-16b-a3b", 15_960_110_208, 0),
+        ("kimi-k2", 1_026_408_232_448, 0),
+    ],
+)
+def test_presets_have_the_published_number_of_parameters(name, total, mtp):
+    count = count_parameters(preset(name))
+    assert (count.total, count.mtp) == (total, mtp)
+
+
+def test_active_parameters_of_v3_are_the_published_37_billion():
+    assert count_parameters(preset("deepseek-v3")).active == pytest.approx(37.5e9, rel=0.01)
+
+
+def test_cache_bytes_of_the_presets():
+    v3 = preset("deepseek-v3")
+    assert kv_cache_bytes_per_token(v3) == 70_272
+    assert kv_cache_bytes_per_token(preset("deepseek-v2-lite")) == 31_104
+    assert mha_kv_cache_bytes_per_token(v3) / kv_cache_bytes_per_token(v3) == pytest.approx(56.9, abs=0.05)
+
+
+def test_flops_grow_with_length_only_by_attention():
+    cfg = preset("deepseek-v3")
+    per_key = 3 * 2 * 128 * (128 + 64 + 128) / 2 * (61 + 1)  # the prediction module attends too
+    assert train_flops_per_token(cfg, 8192) - train_flops_per_token(cfg, 4096) == pytest.approx(4096 * per_key)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_config_json_round_trip(name):
+    cfg = preset(name)
+    assert ModelConfig.from_hf(json.loads(json.dumps(cfg.to_hf()))) == cfg
+
+
+def test_rope_parameters_of_newer_files_are_read():
+    config = preset("deepseek-v3").to_hf()
+    scaling = config.pop("rope_scaling")
+    scaling["rope_type"] = scaling.pop("type")
+    config["rope_parameters"] = scaling | {"rope_theta": config.pop("rope_theta")}
+    assert ModelConfig.from_hf(config) == preset("deepseek-v3")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"num_experts_per_tok": 9}, "num_experts_per_tok"),
+        ({"topk_group": 1, "num_experts_per_tok": 3}, "num_experts_per_tok"),
+        ({"n_group": 3}, "n_group"),
+        ({"n_group": 8, "topk_group": 2}, "n_group"),
+        ({"topk_group": 5}, "topk_group"),
+        ({"first_k_dense_replace": 4}, "first_k_dense_replace"),
+        ({"qk_rope_head_dim": 3}, "qk_rope_head_dim"),
+        ({"hidden_size": 0}, "hidden_size"),
+        ({"kv_lora_rank": -1}, "kv_lora_rank"),
+        ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers"),
+        ({"scoring_func": "softmax"}, "scoring_func"),
+        ({"topk_method": "group_limited"}, "topk_method"),
+    ],
+)
+def test_impossible_models_name_the_field(cfg, change, field):
+    with pytest.raises(ConfigError) as error:
+        dataclasses.replace(cfg, **change)
+    assert error.value.field == field
+
+
+YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.original_max_position_embeddings"),
+        ({"vocab_size": None}, "config.json.vocab_size"),
+        ({"rope_scaling": {"type": "yarn", "attention_factor": 1.5}}, "rope_scaling.attention_factor"),
+        ({"vocab_size": "many"}, "config.json.vocab_size"),
+        ({"model_type": "deepseek_v32"}, "model_type"),
+        ({"routed_scaling_factor": None}, "config.json.routed_scaling_factor"),
+        ({"n_group": None}, "config.json.n_group"),
+        ({"topk_group": None}, "config.json.topk_group"),
+        ({"rope_scaling": YARN | {"truncate": False}}, "rope_scaling.truncate"),
+        (
+            {"rope_parameters": {"partial_rotary_factor": 0.5}, "rope_scaling": None},
+            "rope_scaling.partial_rotary_factor",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": "4", "original_max_position_embeddings": 3}},
+            "config.json.rope_scaling.factor",
+        ),
+    ],
+)
+def test_foreign_config_json_is_refused(change, field):
+    with pytest.raises(ConfigError) as error:
+        ModelConfig.from_hf(preset("deepseek-v3").to_hf() | change)
+    assert error.value.field == field
+
+
+def test_what_released_files_say_or_leave_out_is_read():
+    """Kimi's own type; what transformers writes where nothing is changed; a greedy V2 file without groups."""
+    v3 = preset("deepseek-v3").to_hf()
+    usual = {"truncate": True, "attention_factor": None, "partial_rotary_factor": 1.0}
+    v3["rope_scaling"] |= usual
+    assert ModelConfig.from_hf(v3 | {"model_type": "kimi_k2"}) == preset("deepseek-v3")
+    v2 = {k: v for k, v in preset("deepseek-v2-lite").to_hf().items() if k not in ("n_group", "topk_group")}
+    assert ModelConfig.from_hf(v2) == preset("deepseek-v2-lite")
+
+
+def test_no_shared_expert_may_be_null():
+    assert ModelConfig.from_hf(preset("deepseek-v3").to_hf() | {"n_shared_experts": None}).n_shared_experts == 0
+
+
+def test_unknown_preset_names_the_choices():
+    with pytest.raises(ConfigError, match="moonlight-16b-a3b"):
+        preset("gpt-2")

@@ -1,0 +1,216 @@
+import collections
+import contextlib
+import itertools
+import json
+
+import grain
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla_moe.config import ConfigError, DataConfig
+from mla_moe.data import heldout_batches, open_documents, train_batches
+from mla_moe.text.tokenizer import ByteTokenizer
+
+BYTE = ByteTokenizer()
+FIELDS = ["tokens", "targets", "segment_ids", "positions"]
+
+
+@contextlib.contextmanager
+def stream(source, *, data=None, length=16, batch=4, seed=0, **process):
+    data = data or DataConfig(shuffle_buffer_size=32, prefetch=2)
+    batches = train_batches(data, source, BYTE, batch_size=batch, sequence_length=length, seed=seed, **process)
+    try:
+        yield batches
+    finally:
+        batches.close()
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def varied(count, longest=90):
+    sizes = np.random.default_rng(0).integers(0, longest, count)
+    return [chr(97 + i % 26) * int(size) for i, size in enumerate(sizes)]
+
+
+def windows_of(batch):
+    """Every segment of a batch as (tokens, targets), after checking how rows are laid out."""
+    found = []
+    for tokens, targets, segments, positions in zip(*(batch[f] for f in FIELDS), strict=True):
+        used = int((segments > 0).sum())
+        assert segments[used:].tolist() == [0] * (len(segments) - used)  # padding only at the end
+        assert not tokens[used:].any()
+        assert not targets[used:].any()
+        assert not positions[used:].any()
+        starts = [i for i in range(used) if i == 0 or segments[i] != segments[i - 1]]
+        assert segments[starts].tolist() == list(range(1, len(starts) + 1))  # contiguous, counted from 1
+        for start, end in itertools.pairwise([*starts, used]):
+            assert positions[start:end].tolist() == list(range(end - start))
+            found.append((tuple(tokens[start:end].tolist()), tuple(targets[start:end].tolist())))
+    return found
+
+
+def expected_windows(text, length):
+    ids = [BYTE.bos_id, *text.encode(), BYTE.eos_id]
+    return [
+        (tuple(ids[i : min(i + length, len(ids) - 1)]), tuple(ids[i + 1 : i + 1 + length]))
+        for i in range(0, len(ids) - 1, length)
+    ]
+
+
+TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), min_size=1, max_size=30)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(TEXTS, st.integers(1, 24), st.integers(1, 5))
+def test_heldout_packing_loses_and_adds_nothing(documents, length, batch_size):
+    batches, size = heldout_batches(documents, BYTE, batch_size=batch_size, sequence_length=length)
+    found = [window for batch in batches for window in windows_of(batch)]
+    expected = [window for text in documents for window in expected_windows(text, length)]
+    assert collections.Counter(found) == collections.Counter(expected)
+    assert size == len("".join(documents).encode())
+    assert all(
+        batch[f].shape == (batch_size, length) and batch[f].dtype == np.int32 for batch in batches for f in FIELDS
+    )
+    assert all(batch["segment_ids"].any() for batch in batches)
+
+
+def test_heldout_counts_bytes_not_characters():
+    assert heldout_batches(["é", "三"], BYTE, batch_size=1, sequence_length=8)[1] == 5
+
+
+def test_training_batches_carry_whole_epochs():
+    documents = varied(40)
+    with stream(documents) as batches:
+        found = [window for batch in take(batches, 100) for window in windows_of(batch)]
+    counts = collections.Counter(found)
+    expected = collections.Counter(w for text in documents for w in expected_windows(text, 16))
+    assert counts.keys() == expected.keys()
+    epochs = len(found) / expected.total()
+    assert epochs > 2
+    for window, count in expected.items():  # what is in flight at the end is part of an epoch or two
+        assert abs(counts[window] - epochs * count) <= 2 * count
+
+
+def test_batches_have_their_shape_and_type():
+    with stream(varied(40), batch=3, length=24) as batches:
+        batch = next(batches)
+    assert sorted(batch) == sorted(FIELDS)
+    assert all(batch[f].shape == (3, 24) and batch[f].dtype == np.int32 for f in FIELDS)
+
+
+def names(count):
+    """Documents of 15 bytes: each fills a sequence of 16 alone, so that a row tells which it is."""
+    return [f"{i:015d}" for i in range(count)]
+
+
+def order(batches, count):
+    return [int(BYTE.decode(batch["tokens"][0])) for batch in take(batches, count)]
+
+
+IN_ORDER = DataConfig(shuffle_buffer_size=1)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_processes_share_every_epoch(count):
+    orders = []
+    for index in range(count):
+        with stream(names(10), data=IN_ORDER, batch=1, shard=index, shards=count) as batches:
+            share = len(range(index, 10, count))
+            orders.append((order(batches, share), order(batches, share)))
+    for epoch in zip(*orders, strict=True):
+        assert sorted(i for part in epoch for i in part) == list(range(10))
+    assert [first for first, _ in orders] != [second for _, second in orders]
+
+
+def test_order_changes_with_epoch_and_seed_and_only_with_them():
+    def epochs(seed):
+        with stream(names(20), data=IN_ORDER, batch=1, seed=seed) as batches:
+            return [tuple(order(batches, 20)) for _ in range(3)]
+
+    assert epochs(0) == epochs(0)
+    assert len({*epochs(0), *epochs(1), *epochs(2)}) == 9  # no seed repeats an epoch of another
+
+
+def test_a_window_keeps_a_long_document_from_filling_batches():
+    documents = ["a" * 16 * 64, *(chr(98 + i % 20) * 15 for i in range(64))]
+
+    def most_of_it(window):
+        with stream(documents, data=DataConfig(shuffle_buffer_size=window), batch=8) as batches:
+            return max(int((batch["tokens"][:, 1] == ord("a")).sum()) for batch in take(batches, 16))
+
+    assert most_of_it(1) == 8
+    assert most_of_it(128) < 8
+
+
+def equal(a, b):
+    return all(np.array_equal(a[f], b[f]) for f in FIELDS)
+
+
+@pytest.mark.parametrize("window", [1, 32, 50])
+def test_a_saved_place_resumes_with_the_very_next_batch(window):
+    """At the start, within a shuffle window, at its end, within and at the end of what is packed at once (32 batches),
+    and in a later epoch."""
+    source, data = varied(60), DataConfig(shuffle_buffer_size=window, prefetch=3)
+    places = [0, 1, 7, 8, 9, 12, 13, 25, 31, 32, 33, 64, 100]
+    with stream(source, data=data) as batches:
+        states, seen = {}, []
+        for step in range(places[-1] + 40):
+            if step in places:
+                states[step] = json.dumps(batches.get_state())
+            seen.append(next(batches))
+        batches.set_state(json.loads(states[33]))  # back, in the iterator that ran ahead
+        assert all(equal(batch, next(batches)) for batch in seen[33:60])
+    for step, state in states.items():
+        with stream(source, data=data) as batches:
+            batches.set_state(json.loads(state))
+            assert batches.get_state() == json.loads(state)
+            assert all(equal(batch, next(batches)) for batch in seen[step : step + 40]), step
+
+
+def test_orbax_saves_and_restores_the_place(tmp_path):
+    source = varied(60)
+    with ocp.CheckpointManager(tmp_path) as manager, stream(source) as batches:
+        take(batches, 37)
+        manager.save(37, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(batches)))
+        manager.wait_until_finished()
+        ahead = take(batches, 20)
+    with ocp.CheckpointManager(tmp_path) as manager, stream(source) as batches:
+        take(batches, 5)
+        manager.restore(37, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(batches)))
+        assert all(equal(batch, next(batches)) for batch in ahead)
+
+
+def test_restoring_reads_what_was_in_flight_and_not_the_epoch():
+    class Counted(list):
+        reads = 0
+
+        def __getitem__(self, index):
+            self.reads += 1
+            return super().__getitem__(index)
+
+    with stream(names(4000), data=DataConfig()) as batches:
+        take(batches, 900)  # 3,600 documents
+        state = batches.get_state()
+    source = Counted(names(4000))
+    with stream(source, data=DataConfig()) as batches:
+        batches.set_state(state)
+        next(batches)
+    assert source.reads < 1000
+
+
+def test_a_broken_document_stops_training_with_its_name(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n' * 30 + "{broken\n")
+    source = open_documents([str(path)], field="data.train", text_field="text")
+    with stream(source) as batches, pytest.raises(ConfigError, match=r"a\.jsonl, line 31"):
+        take(batches, 100)
+
+
+def test_more_streams_than_documents_are_refused():
+    with pytest.raises(ConfigError, match="2 documents cannot feed 3 streams"):
+        train_batches(DataConfig(), ["a", "b"], BYTE, batch_size=1, sequence_length=8, seed=0, shards=3)

@@ -1,0 +1,65 @@
+import dataclasses
+
+import jax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from mla_moe import ConfigError
+from mla_moe.config import MeshConfig, Recipe, TrainingConfig
+from mla_moe.parallel.mesh import make_mesh
+from mla_moe.parallel.sharding import check_divisible, partition_spec, rules_with_overrides
+
+
+def test_the_rest_of_the_devices_goes_to_minus_one():
+    assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
+    assert make_mesh(MeshConfig(fsdp=2, expert=2)).shape["data"] == 2
+    assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
+
+
+@pytest.mark.parametrize(
+    "sizes", [MeshConfig(fsdp=3), MeshConfig(data=4), MeshConfig(data=16), MeshConfig(data=1, tensor=-1, expert=5)]
+)
+def test_an_impossible_mesh_says_how_many_devices_there_are(sizes):
+    with pytest.raises(ConfigError, match="8"):
+        make_mesh(sizes)
+
+
+def test_an_axis_is_split_once_and_only_where_it_divides():
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    assert partition_spec(("experts", "embed", "gate_up", "expert_hidden"), (4, 6, 2, 8), mesh) == P(
+        "expert", "fsdp", None, "tensor"
+    )
+    assert partition_spec(("embed", "vocab"), (6, 7), mesh) == P("fsdp", None)
+    assert partition_spec(("hidden", "heads"), (8, 8), mesh) == P(("tensor", "expert"), None)
+    assert partition_spec(("expert_hidden", "heads"), (8, 8), mesh) == P(("tensor", "fsdp"), "expert")
+    assert partition_spec(("experts", "expert_hidden", "embed"), (4, 8, 6), mesh) == P(
+        "expert", ("tensor", "fsdp"), None
+    )
+
+
+@pytest.mark.parametrize(
+    ("mesh", "training", "field"),
+    [
+        (MeshConfig(), TrainingConfig(batch_size=12), "training.batch_size"),
+        (MeshConfig(), TrainingConfig(batch_size=16, gradient_accumulation_steps=4), "training.batch_size"),
+        (MeshConfig(context=8), TrainingConfig(sequence_length=1001), "training.sequence_length"),
+        (MeshConfig(tensor=8), TrainingConfig(), "model.num_attention_heads"),
+        (MeshConfig(expert=8), TrainingConfig(), "model.n_routed_experts"),
+    ],
+)
+def test_what_the_mesh_cannot_split_is_named(cfg, mesh, training, field):
+    model = dataclasses.replace(cfg, max_position_embeddings=4096)
+    if field == "model.n_routed_experts":
+        model = dataclasses.replace(model, n_routed_experts=12)
+    with pytest.raises(ConfigError) as error:
+        check_divisible(Recipe(run_dir="x", model=model, mesh=mesh, training=training), make_mesh(mesh))
+    assert error.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("change", "fix"), [("embed", "axis=mesh_axis"), ("width=fsdp", "axes are embed"), ("embed=rows", "mesh axes are"),
+                        ("experts=data", "experts lie over expert")],
+)  # fmt: skip
+def test_a_rule_that_cannot_be(change, fix):
+    with pytest.raises(ConfigError, match=fix):
+        rules_with_overrides([change])

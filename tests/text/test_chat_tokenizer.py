@@ -1,0 +1,160 @@
+import json
+import os
+import sys
+
+import pytest
+from flax import nnx
+
+from mla_moe import ConfigError, Transformer, save_pretrained
+from mla_moe.checkpoint.convert import convert
+from mla_moe.checkpoint.tokenizer_files import tokenizer_file
+from mla_moe.cli import main
+from mla_moe.inference.engine import Engine
+from mla_moe.inference.request import IncrementalDetokenizer
+from mla_moe.text.chat_tokenizer import load_chat_tokenizer
+from mla_moe.text.tokenizer import HFTokenizer, train_bpe
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+    "<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, cfg):
+    """A random model with a tokenizer and a chat template."""
+    import dataclasses
+
+    path = tmp_path_factory.mktemp("checkpoint") / "model"
+    wide = dataclasses.replace(cfg, vocab_size=300)
+    save_pretrained(Transformer(wide, rngs=nnx.Rngs(0)), path)
+    train_bpe(["hello there, how are you? " * 4 + "ein paar Wörter, 日本語"], 280, path / "tokenizer.json")
+    config = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "chat_template": TEMPLATE}
+    (path / "tokenizer_config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_text_comes_as_soon_as_it_is_sure():
+    """A character of three bytes, and a stop string that nearly came before."""
+    text = "日 abc abd!".encode()
+    stream = IncrementalDetokenizer(lambda ids: bytes(ids).decode(errors="replace"), stop=("abd",))
+    seen = []
+    for byte in text:
+        done = stream.add([byte])
+        seen.append(stream.text)
+        if done:
+            break
+    assert seen == ["", "", "日", "日 ", "日 ", "日 ", "日 abc", "日 abc ", "日 abc ", "日 abc ", "日 abc "]
+    stream = IncrementalDetokenizer(lambda ids: bytes(ids).decode(errors="replace"), stop=("abd",))
+    assert not stream.add(list(b"so ab"), end=True)
+    assert stream.text == "so ab"
+
+
+def test_a_conversation_goes_through_the_template(checkpoint):
+    pytest.importorskip("jinja2")
+    tokenizer = HFTokenizer(checkpoint / "tokenizer.json")
+    language = load_chat_tokenizer(checkpoint, tokenizer)
+    tokens = language.encode_chat([{"role": "user", "content": "hello"}])
+    assert tokens[0] == tokenizer.bos_id
+    assert tokenizer.decode(tokens) == "<user>hello<assistant>"
+    assert main(["generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "8", "--chat"]) == 0
+    assert language.encode("<s>").count(tokenizer.bos_id) == 1
+    assert language.stop_ids == (tokenizer.eos_id,)
+    with pytest.raises(ConfigError, match="no tools"):
+        language.encode_chat([{"role": "tool", "content": "x"}])
+
+
+def test_conversations_are_whole_whatever_the_tokenizers_file_cuts(checkpoint, tmp_path):
+    """And of several templates the default one is taken."""
+    pytest.importorskip("jinja2")
+    messages = [{"role": "user", "content": "hello " * 9}]
+    wanted = load_chat_tokenizer(checkpoint, HFTokenizer(checkpoint / "tokenizer.json")).encode_chat(messages)
+    tokenizer = json.loads((checkpoint / "tokenizer.json").read_text())
+    cut = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    filled = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_id": 0, "pad_type_id": 0, "pad_token": "<s>"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer | {"truncation": cut, "padding": filled}))
+    templates = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": TEMPLATE}]
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text()) | {"chat_template": templates}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    language = load_chat_tokenizer(tmp_path, HFTokenizer(tmp_path / "tokenizer.json"))
+    assert language.encode_chat(messages) == wanted
+
+
+def test_directories_without_a_template_say_so(checkpoint, tmp_path):
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    language = load_chat_tokenizer(tmp_path, HFTokenizer(checkpoint / "tokenizer.json"))
+    assert language.stop_ids == (3, 4)
+    with pytest.raises(ConfigError, match="no chat template"):
+        language.encode_chat([{"role": "user", "content": "hello"}])
+
+
+def test_command_prints_an_answer(checkpoint, capsys):
+    command = ["generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "8"]
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert out.endswith("\n")
+    assert "tokens in" in err
+    assert main([*command, "--speculative"]) == 0
+    again, err = capsys.readouterr()
+    assert again == out
+    assert "guesses right" in err
+    assert main([*command, "--temperature", "-1"]) == 2
+    assert "temperature" in capsys.readouterr().err
+    assert main([*command, "--max-new-tokens", "200"]) == 2
+    assert "max_new_tokens = 200" in capsys.readouterr().err
+
+
+def test_command_ends_quietly_when_nobody_listens(checkpoint, monkeypatch, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "8"]) == 141
+    monkeypatch.undo()
+    monkeypatch.setattr(Engine, "step", interrupted)
+    assert main(["generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "8"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_serving_takes_the_models_positions(checkpoint, monkeypatch, capsys):
+    server = pytest.importorskip("mla_moe.inference.openai_server")
+    seen = []
+    monkeypatch.setattr(server, "application", lambda engine, *_, **__: seen.append(engine.capacity))
+    monkeypatch.setattr(server, "serve", lambda *_: None)
+    assert main(["serve", str(checkpoint)]) == 0
+    assert seen == [128]
+    assert main(["serve", str(checkpoint), "--capacity", "129"]) == 2
+    assert main(["serve", str(checkpoint), "--port", "99999"]) == 2
+    err = capsys.readouterr().err
+    assert "capacity = 129" in err
+    assert "port = 99999" in err
+
+
+@pytest.mark.parametrize("named_by", ["training", "path", "nothing"])
+def test_a_run_speaks_its_own_tokenizer(checkpoint, tmp_path, capsys, named_by):
+    """The run, its stage and its step, whether the tokenizer was trained with it or lies elsewhere."""
+    step = tmp_path / "checkpoints" / "pretrain" / "4"
+    step.parent.mkdir(parents=True)
+    convert(checkpoint, step, to="orbax")
+    home = tmp_path / "elsewhere" if named_by == "path" else tmp_path
+    home.mkdir(exist_ok=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (step / name).rename(home / name)
+    file = home / "tokenizer.json"
+    spec = {"training": "bpe:280", "path": str(file), "nothing": "byte"}[named_by]
+    (tmp_path / "recipe.json").write_text(json.dumps({"data": {"tokenizer": spec}}))
+    for path in (tmp_path, step.parent, step):
+        assert tokenizer_file(path) == (None if named_by == "nothing" else file)
+
+    command = ["--prompt", "hello", "--max-new-tokens", "4"]
+    assert main(["generate", str(checkpoint), *command]) == 0
+    wanted = capsys.readouterr().out
+    assert main(["generate", str(tmp_path), *command]) == 0
+    assert (capsys.readouterr().out == wanted) == (named_by != "nothing")
+    if named_by == "path":
+        file.unlink()
+        assert main(["generate", str(step), *command]) == 2
+        assert "no such file" in capsys.readouterr().err

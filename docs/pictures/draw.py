@@ -140,14 +140,14 @@ def exchange() -> str:
     """One token's rows over 4 devices, and everybody's rows in rounds."""
     P, E, K, n = 4, 16, 4, 16
     cfg = dataclasses.replace(preset("moonlight-16b-a3b"), n_routed_experts=E, num_experts_per_tok=K)
-    rounds = dispatch_plan(cfg, n, P, buffer=None, exchange="all_to_all", multiply=None)
+    rounds = dispatch_plan(cfg, n, P, capacity_factor=None, dispatch="all_to_all", grouped_matmul=None)
     random = np.random.default_rng(3)
     popular_E = np.where(np.arange(E) // 4 == 2, 2.5, 1.0)
     choice_PnK = np.stack(
         [[random.choice(E, K, replace=False, p=popular_E / popular_E.sum()) for _ in range(n)] for _ in range(P)]
     )
     rows_PQ = (choice_PnK[..., None] // (E // P) == np.arange(P)).any(axis=2).sum(axis=1)
-    needed = -(-rows_PQ.max() // rounds.capacity)
+    needed = -(-rows_PQ.max() // rounds.chunk_capacity)
     chosen = (1, 4, 6, 13)
     parts = []
     for p in range(P):
@@ -167,7 +167,7 @@ def exchange() -> str:
                 parts += [text(x + 33, 200, f"to {q}", "mid small soft")]
             parts += [frame(x, y, 68, 33)]
             for row in range(rows_PQ[p, q]):
-                color = ramp[row // rounds.capacity]
+                color = ramp[row // rounds.chunk_capacity]
                 parts += [box(x + 3 + 8 * (row % 8), y + 5 + 13 * (row // 8), 6, 10, color)]
     legend = []
     for number in range(needed):
@@ -181,9 +181,9 @@ def exchange() -> str:
         text(LEFT + 108, 43, "device 0", "small soft end"),
         text(182, 43, "3 rows out, 3 sums back", "small strong"),
         *parts,
-        text(LEFT, 178, f"rows of {n} tokens a device, {rounds.capacity} rows a pair and round:", "small soft"),
+        text(LEFT, 178, f"rows of {n} tokens a device, {rounds.chunk_capacity} rows a pair and round:", "small soft"),
         *legend,
-        text(LEFT, 402, f"An even routing needs {rounds.rounds} rounds, this one {needed}.", "small soft"),
+        text(LEFT, 402, f"An even routing needs {rounds.num_chunks} rounds, this one {needed}.", "small soft"),
     )
 
 

@@ -1,1 +1,1 @@
-"""Text out of a model."""
+"""Inference: the engine with its scheduler and prefix cache, sampling, speculative decoding, the OpenAI server."""

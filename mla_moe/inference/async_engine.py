@@ -1,4 +1,4 @@
-"""The engine in a thread of its own, for clients in an event loop."""
+"""Async engine: the engine in a thread of its own, for clients in an event loop."""
 
 import asyncio
 import queue
@@ -12,7 +12,7 @@ from mla_moe.inference.request import Completion, FinishReason, Request
 
 
 class QueueFullError(Exception):
-    """As many requests are waiting as may."""
+    """Too many requests are waiting."""
 
 
 class EngineDeadError(Exception):
@@ -20,100 +20,97 @@ class EngineDeadError(Exception):
 
 
 class RequestOutput(NamedTuple):
-    """What is new in a completion, and how far it is."""
+    """What a completion has got since its previous output."""
 
     text: str
     tokens: list[int]
     logprobs: list[float]
-    finish: FinishReason | None
+    finish_reason: FinishReason | None
 
 
 class AsyncEngine:
-    """Takes requests, passes their news on, and gives up those that nobody waits for any more."""
+    """Queues requests, streams their outputs, and aborts those whose client has disconnected."""
 
     def __init__(self, engine: Engine, max_waiting: int):
         self.engine, self.max_waiting = engine, max_waiting
-        self.broken = False
-        self._open: dict[Completion, asyncio.Queue[RequestOutput | None]] = {}  # touched by the event loop alone
-        self._orders: queue.SimpleQueue[tuple[str, Completion | None]] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self.errored = False
+        self._outputs: dict[Completion, asyncio.Queue[RequestOutput | None]] = {}  # used by the event loop alone
+        self._commands: queue.SimpleQueue[tuple[str, Completion | None]] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     @property
-    def open(self) -> int:
+    def num_unfinished(self) -> int:
         """Requests that are running or waiting."""
-        return len(self._open)
+        return len(self._outputs)
 
     def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     def stop(self) -> None:
-        self._orders.put(("stop", None))
+        self._commands.put(("stop", None))
         self._thread.join()
 
     def submit(self, request: Request) -> Completion:
-        """Raises `ConfigError` for what the engine cannot serve, and `Busy` when too many wait."""
+        """Raises `ConfigError` for what the engine cannot run, `QueueFullError` and `EngineDeadError`."""
         completion = self.engine.check(request)
-        if self.broken:
+        if self.errored:
             raise EngineDeadError
-        if self.open >= self.engine.slots + self.max_waiting:
+        if self.num_unfinished >= self.engine.max_num_seqs + self.max_waiting:
             raise QueueFullError
-        self._open[completion] = asyncio.Queue()
-        self._orders.put(("submit", completion))
+        self._outputs[completion] = asyncio.Queue()
+        self._commands.put(("submit", completion))
         return completion
 
-    async def news(self, completion: Completion) -> AsyncIterator[RequestOutput]:
-        """Until it is finished. Whoever stops listening early cancels it."""
+    async def stream(self, completion: Completion) -> AsyncIterator[RequestOutput]:
+        """Outputs until the request has finished. Closing the iterator earlier aborts the request."""
         try:
             while True:
-                news = await self._open[completion].get()
-                if news is None:
+                output = await self._outputs[completion].get()
+                if output is None:
                     raise EngineDeadError
-                yield news
-                if news.finish:
+                yield output
+                if output.finish_reason:
                     return
         finally:
-            self.cancel(completion)
+            self.abort(completion)
 
-    def cancel(self, completion: Completion) -> None:
-        if self._open.pop(completion, None) is not None:
-            self._orders.put(("cancel", completion))
+    def abort(self, completion: Completion) -> None:
+        if self._outputs.pop(completion, None) is not None:
+            self._commands.put(("abort", completion))
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         try:
-            self._serve()
+            self._step_until_stopped()
         except Exception:
             traceback.print_exc()
-            self._loop.call_soon_threadsafe(self._break)
+            self._loop.call_soon_threadsafe(self._fail)
 
-    def _serve(self) -> None:
-        told: dict[Completion, tuple[int, int]] = {}  # characters and tokens
+    def _step_until_stopped(self) -> None:
+        streamed: dict[Completion, tuple[int, int]] = {}  # characters and tokens
         while True:
-            while not (self._orders.empty() and self.engine.busy):
-                order, completion = self._orders.get()
+            while not (self._commands.empty() and self.engine.has_unfinished_requests):
+                command, completion = self._commands.get()
                 if completion is None:
                     return
-                if order == "submit":
-                    self.engine.waiting.append(completion)
-                    told[completion] = 0, 0
+                if command == "submit":
+                    self.engine.enqueue(completion)
+                    streamed[completion] = 0, 0
                 else:
-                    self.engine.cancel(completion)
-                    told.pop(completion, None)
+                    self.engine.abort(completion)
+                    streamed.pop(completion, None)
             for completion in self.engine.step():
-                characters, count = told[completion]
-                text = completion.text.text if completion.text else ""
-                new = slice(count, None)
-                news = RequestOutput(
-                    text[characters:], completion.tokens[new], completion.logprobs[new], completion.finish
-                )
-                told[completion] = len(text), len(completion.tokens)
-                self._loop.call_soon_threadsafe(self._tell, completion, news)
+                characters, count = streamed[completion]
+                text, tokens, logprobs = completion.text, completion.tokens, completion.logprobs
+                streamed[completion] = len(text), len(tokens)
+                output = RequestOutput(text[characters:], tokens[count:], logprobs[count:], completion.finish_reason)
+                self._loop.call_soon_threadsafe(self._deliver, completion, output)
 
-    def _tell(self, completion: Completion, news: RequestOutput) -> None:
-        if completion in self._open:
-            self._open[completion].put_nowait(news)
+    def _deliver(self, completion: Completion, output: RequestOutput) -> None:
+        if completion in self._outputs:
+            self._outputs[completion].put_nowait(output)
 
-    def _break(self) -> None:
-        self.broken = True
-        for waiting in self._open.values():
-            waiting.put_nowait(None)
+    def _fail(self) -> None:
+        self.errored = True
+        for outputs in self._outputs.values():
+            outputs.put_nowait(None)

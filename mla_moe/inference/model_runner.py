@@ -1,197 +1,155 @@
-"""The compiled parts of the engine: prefill, the decode loop, and copying what a slot holds to others.
+"""Model runner: owns weights and KV cache, and runs the compiled programs prefill, decode and prefix copy on them.
 
-The cache is passed, given up and returned. What a slot is doing travels as a few small arrays.
+The cache is donated to each program and returned, so that it is updated in place.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from mla_moe.config import ModelConfig
-from mla_moe.inference.request import MAX_STOPS
-from mla_moe.inference.sampling import Either, SamplingParams, sample
-from mla_moe.inference.weights import ModelGraph
-from mla_moe.nn.kv_cache import OUT_OF_RANGE
+from mla_moe.inference.decode import Cache, Carry, DecodeOutput, ProgramOptions, decode_step, empty_output
+from mla_moe.inference.input_batch import DecodeState, PrefillBatch
+from mla_moe.inference.prefix_cache import PrefixCopy
+from mla_moe.inference.sampling import AnyArray
+from mla_moe.inference.speculative import speculative_step
+from mla_moe.inference.weights import ModelGraph, mesh_of, prepare_for_inference
+from mla_moe.nn.kv_cache import cache_shape, cache_sharding, empty_cache
+from mla_moe.nn.transformer import Transformer
 from mla_moe.ops.cached_attention import BLOCK
-from mla_moe.parallel.sharding import constrain_decode_logits
 
 DECODE_STEPS = 16
-"""Most tokens a slot makes in one round trip between host and device."""
-
-NO_TOKEN = -1
-
-
-class SlotState(NamedTuple):
-    """What every slot of the batch is doing."""
-
-    token_B: Int[Either, "B"]
-    """The next token to read."""
-    position_B: Int[Either, "B"]
-    """Its place."""
-    live_B: Bool[Either, "B"]
-    left_B: Int[Either, "B"]
-    """How many tokens it may still make."""
-    number_B: Int[Either, "B"]
-    """How many it has made."""
-    stop_BJ: Int[Either, "B J"]
-    """Tokens that end it; `NO_TOKEN` fills up."""
-    guess_B: Int[Either, "B"]
-    """What the prediction module takes for the token after the next, or `NO_TOKEN`."""
-    settings: SamplingParams
+"""Most decode steps in one call, which is one round trip between host and device."""
+Tree = TypeVar("Tree")
 
 
-def empty_slots(slots: int) -> SlotState:
-    """Nobody's, in arrays of the host."""
-    return SlotState(
-        token_B=np.zeros(slots, np.int32),
-        position_B=np.zeros(slots, np.int32),
-        live_B=np.zeros(slots, bool),
-        left_B=np.zeros(slots, np.int32),
-        number_B=np.zeros(slots, np.int32),
-        stop_BJ=np.full((slots, MAX_STOPS), NO_TOKEN, np.int32),
-        guess_B=np.full(slots, NO_TOKEN, np.int32),
-        settings=SamplingParams(
-            temperature_B=np.zeros(slots, np.float32),
-            top_k_B=np.zeros(slots, np.int32),
-            top_p_B=np.ones(slots, np.float32),
-            min_p_B=np.zeros(slots, np.float32),
-            key_B2=np.zeros((slots, 2), np.uint32),
-        ),
-    )
-
-
-class DecodeOutput(NamedTuple):
-    """The tokens of one round trip."""
-
-    token_iB: Int[Either, "i B"]
-    logprob_iB: Float[Either, "i B"]
-    live_iB: Bool[Either, "i B"]
-    """Whether the slot was live at that step, so that its token counts."""
-    experts_ilBK: Int[Either, "i l B K"] | None
-    """The experts that read the step's *input* token, layer by layer."""
-
-
-def empty_output(cfg: ModelConfig, steps: tuple[int, ...], slots: int, record: bool) -> DecodeOutput:
-    choices = *steps, cfg.num_moe_layers, slots, cfg.num_experts_per_tok
-    return DecodeOutput(
-        jnp.zeros((*steps, slots), jnp.int32),
-        jnp.zeros((*steps, slots), jnp.float32),
-        jnp.zeros((*steps, slots), bool),
-        jnp.zeros(choices, jnp.int16) if record else None,
-    )
-
-
-def record_experts(made: DecodeOutput, i, experts_lBTK):
-    """The experts of step i put down, if they are recorded."""
-    if made.experts_ilBK is None or experts_lBTK is None:
-        return None
-    experts_TlBK = jnp.moveaxis(experts_lBTK, 2, 0).astype(jnp.int16)
-    recorded = jnp.asarray(made.experts_ilBK)
-    return recorded.at[i].set(experts_TlBK.reshape(recorded.shape[1:]))
-
-
-def advance(now: SlotState, token_B) -> SlotState:
-    """Live slots after they have made these tokens."""
-    stopped_B = (token_B[:, None] == now.stop_BJ).any(axis=1)
-    return now._replace(
-        token_B=jnp.where(now.live_B, token_B, now.token_B),
-        position_B=now.position_B + now.live_B,
-        live_B=now.live_B & ~stopped_B & (now.left_B > 1),
-        left_B=now.left_B - now.live_B,
-        number_B=now.number_B + now.live_B,
-    )
-
-
-def should_continue(steps, stop_early, before: SlotState):
-    """Whether a decode loop, whose carry is `(i, cache, slots, made)`, takes another step."""
-
-    def condition(carry):
-        i, _, now, _ = carry
-        someone_left = stop_early & (now.live_B.sum() < before.live_B.sum())
-        return (i < steps) & now.live_B.any() & ~someone_left
-
-    return condition
-
-
-@partial(jax.jit, static_argnames=("structure", "record", "tempered", "place"), donate_argnames=("cache_LBSW",))
+@partial(jax.jit, static_argnames=("graph", "options"), donate_argnames=("cache_LBSW",))
 def decode(
-    structure: ModelGraph,
-    state,
-    cache_LBSW,
-    slots: SlotState,
-    steps,
-    stop_early,
-    *,
-    record: bool,
-    tempered: bool,
-    place,
-):
-    """Up to `steps` tokens for every live slot: `(cache, slots, made, taken)`.
+    graph: ModelGraph,
+    weights: nnx.State,
+    cache_LBSW: Cache,
+    state: DecodeState,
+    max_steps: Int[AnyArray, ""],
+    stop_early: Bool[AnyArray, ""] | bool,
+    options: ProgramOptions,
+) -> tuple[Cache, DecodeState, DecodeOutput, Int[Array, ""]]:
+    """Up to `max_steps` decode steps for every active slot: the cache, the new state, the tokens, the steps taken.
 
-    With `stop_early` the loop ends as soon as any slot is done, because others wait for its place.
+    The loop ends when no slot is active or, with `stop_early`, when any request has finished and others wait for its
+    slot.
     """
-    model = structure.merge(state)
-    made = empty_output(model.cfg, (DECODE_STEPS,), len(slots.token_B), record)
+    model = graph.merge(weights)
+    step = partial(speculative_step if options.speculative else decode_step, model, options)
+    shape = (DECODE_STEPS, 2) if options.speculative else (DECODE_STEPS,)
+    output = empty_output(model.cfg, shape, len(state.token_B), options.record_experts)
 
-    def step(carry):
-        i, cache_LBSW, now, made = carry
-        position_B = jnp.where(now.live_B, now.position_B, OUT_OF_RANGE)
-        h_BTD, cache_LBSW, experts = model.extend(now.token_B[:, None], cache_LBSW, position_B)
-        token_B, logprob_B = sample(
-            constrain_decode_logits(model.logits(h_BTD)[:, 0]), now.settings, now.number_B, tempered=tempered
-        )
-        made = DecodeOutput(
-            made.token_iB.at[i].set(token_B),
-            made.logprob_iB.at[i].set(logprob_B),
-            made.live_iB.at[i].set(now.live_B),
-            record_experts(made, i, experts),
-        )
-        return i + 1, cache_LBSW, advance(now, token_B), made
+    def condition(carry: Carry) -> Bool[Array, ""]:
+        i, _, now, _ = carry
+        finished = stop_early & (now.active_B.sum() < state.active_B.sum())
+        return (i < max_steps) & now.active_B.any() & ~finished
 
-    start = jnp.int32(0), cache_LBSW, slots, made
-    taken, cache_LBSW, slots, made = jax.lax.while_loop(should_continue(steps, stop_early, slots), step, start)
-    return constrain_cache(cache_LBSW, place), *replicate((slots, made, taken), place)
+    steps, cache_LBSW, after, output = jax.lax.while_loop(condition, step, (jnp.int32(0), cache_LBSW, state, output))
+    if options.speculative:
+        output = jax.tree.map(lambda x: x.reshape(2 * DECODE_STEPS, *x.shape[2:]), output)
+    sharding = options.cache_sharding
+    return constrain_cache(cache_LBSW, sharding), *replicate((after, output, steps), sharding)
 
 
-@partial(jax.jit, static_argnames=("structure", "guess", "record", "place"), donate_argnames=("cache_LBSW",))
+@partial(jax.jit, static_argnames=("graph", "options"), donate_argnames=("cache_LBSW",))
 def prefill(
-    structure: ModelGraph, state, cache_LBSW, tokens_bT, next_bT, start_b, slots_b, *, guess: bool, record: bool, place
-):
-    """Read pieces of prompts into their slots: the cache, and each token's experts. With `guess` the prediction module
-    reads them too, and needs the token after each (`next_bT`)."""
-    model = structure.merge(state)
-    h_bTD, cache_LBSW, experts = model.extend(tokens_bT, cache_LBSW, start_b, slots_b, form="expanded")
-    if guess:
-        _, cache_LBSW = model.mtp_extend(h_bTD, next_bT, cache_LBSW, start_b, slots_b, form="expanded")
-    experts = experts.astype(jnp.int16) if record and experts is not None else None
-    return constrain_cache(cache_LBSW, place), replicate(experts, place)
+    graph: ModelGraph, weights: nnx.State, cache_LBSW: Cache, batch: PrefillBatch, options: ProgramOptions
+) -> tuple[Cache, Int[Array, "l b T K"] | None]:
+    """Write prefill chunks into the cache, also in the MTP module's layer if it drafts. Returns the cache and, if
+    recorded, the routed experts of each token."""
+    model = graph.merge(weights)
+    at = batch.start_b, batch.slots_b
+    h_bTD, cache_LBSW, experts = model.extend(batch.tokens_bT, cache_LBSW, *at, form="expanded")
+    if options.speculative:
+        _, cache_LBSW = model.mtp_extend(h_bTD, batch.next_bT, cache_LBSW, *at, form="expanded")
+    experts = experts.astype(jnp.int16) if options.record_experts and experts is not None else None
+    return constrain_cache(cache_LBSW, options.cache_sharding), replicate(experts, options.cache_sharding)
 
 
-@partial(jax.jit, static_argnames=("place",), donate_argnames=("cache_LBSW",))
-def copy_prefix(cache_LBSW, source, target, length, *, place):
-    """The first `length` entries of one slot to another, in whole blocks."""
+@partial(jax.jit, static_argnames=("sharding",), donate_argnames=("cache_LBSW",))
+def copy_prefix(
+    cache_LBSW: Cache,
+    source: Int[AnyArray, ""] | int,
+    target: Int[AnyArray, ""] | int,
+    length: Int[AnyArray, ""] | int,
+    *,
+    sharding: NamedSharding | None,
+) -> Cache:
+    """Copy the first `length` entries of one slot to another, rounded up to full blocks of attention."""
     L, _, S, W = cache_LBSW.shape
     size = min(BLOCK, S)
 
-    def block(i, cache_LBSW):
-        part = jax.lax.dynamic_slice(cache_LBSW, (0, source, i * size, 0), (L, 1, size, W))
-        return jax.lax.dynamic_update_slice(cache_LBSW, part, (0, target, i * size, 0))
+    def copy_block(i: Int[Array, ""], cache_LBSW: Cache) -> Cache:
+        block = jax.lax.dynamic_slice(cache_LBSW, (0, source, i * size, 0), (L, 1, size, W))
+        return jax.lax.dynamic_update_slice(cache_LBSW, block, (0, target, i * size, 0))
 
-    return constrain_cache(jax.lax.fori_loop(0, -(-length // size), block, cache_LBSW), place)
-
-
-def constrain_cache(cache_LBSW, place):
-    """On a mesh the cache stays where it was, call after call."""
-    return cache_LBSW if place is None else jax.lax.with_sharding_constraint(cache_LBSW, place)
+    return constrain_cache(jax.lax.fori_loop(0, -(-length // size), copy_block, cache_LBSW), sharding)
 
 
-def replicate(tree, place):
-    """What the host reads is whole on every device, so that every process of a run can."""
-    if place is None:
+def constrain_cache(cache_LBSW: Cache, sharding: NamedSharding | None) -> Cache:
+    """Keep the cache's sharding from call to call, so that its buffer can be donated."""
+    return cache_LBSW if sharding is None else jax.lax.with_sharding_constraint(cache_LBSW, sharding)
+
+
+def replicate(tree: Tree, sharding: NamedSharding | None) -> Tree:
+    """Replicate what the host reads over the mesh, so that every process of a run can read it."""
+    if sharding is None:
         return tree
-    return jax.lax.with_sharding_constraint(tree, NamedSharding(place.mesh, PartitionSpec()))
+    return jax.lax.with_sharding_constraint(tree, NamedSharding(sharding.mesh, PartitionSpec()))
+
+
+class ModelRunner:
+    """Weights and KV cache of an engine. A model on a mesh stays there; the cache is sharded over the mesh."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        max_num_seqs: int,
+        cache_capacity: int,
+        *,
+        speculative: bool,
+        record_experts: bool,
+        temperature_scaled_logprobs: bool,
+        int8_kv_cache: bool,
+    ):
+        self.load_weights(model)
+        self.mesh = mesh_of(model)
+        sharding = None if self.mesh is None else cache_sharding(self.mesh, max_num_seqs)
+        self._options = ProgramOptions(speculative, record_experts, temperature_scaled_logprobs, sharding)
+        layers = model.cfg.num_hidden_layers + speculative
+        dtype = jnp.int8 if int8_kv_cache else model.precision.compute
+        shape = cache_shape(model.cfg, max_num_seqs, cache_capacity, dtype, layers=layers, sharding=sharding)
+        self.cache_LBSW = empty_cache(shape)
+
+    def load_weights(self, model: Transformer) -> None:
+        self.drop_weights()
+        self.graph, self.weights = prepare_for_inference(model)
+
+    def drop_weights(self) -> None:
+        """Free the weights' memory, until others are loaded."""
+        self.weights = None
+
+    def prefill(self, batch: PrefillBatch) -> np.ndarray | None:
+        """Prefill chunks; the routed experts `[l, b, T, K]` of their tokens, if recorded."""
+        self.cache_LBSW, experts = prefill(self.graph, self.weights, self.cache_LBSW, batch, self._options)
+        return None if experts is None else np.asarray(experts)
+
+    def copy_prefix(self, copy: PrefixCopy) -> None:
+        self.cache_LBSW = copy_prefix(self.cache_LBSW, *copy, sharding=self._options.cache_sharding)
+
+    def decode(self, state: DecodeState, stop_early: bool) -> tuple[DecodeState, DecodeOutput, int]:
+        """Up to `DECODE_STEPS` steps: the new state, the generated tokens and the steps taken, on the host."""
+        self.cache_LBSW, *results = decode(
+            self.graph, self.weights, self.cache_LBSW, state, np.int32(DECODE_STEPS), stop_early, self._options
+        )
+        state, output, steps = jax.device_get(results)
+        return state, output, int(steps)

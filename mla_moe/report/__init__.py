@@ -1,7 +1,7 @@
-"""A run directory → `report.html`: one page that needs no network, no scripts and no other file.
+"""The HTML report of a run: `report.html`, one page without scripts, network requests or other files.
 
-A panel and a headline are each a function of a `Stage` that returns nothing where its data are missing, so a page shows
-what a run has. To show more, write such a function and add it to the `PANELS` or `HEADLINES` of a file here.
+Each panel (a plot) and each headline (a figure) is a function of a `StageRecord` that returns nothing if its data are
+missing, so a page shows what the run recorded. To add one, write such a function and add it to `PANELS` or `HEADLINES`.
 """
 
 from mla_moe.report.page import write_report

@@ -1,4 +1,4 @@
-"""Text that a run left behind: the same questions answered before and after, and samples."""
+"""Text of a run: completions of the same prompts before and after RL, and samples."""
 
 import html
 from collections.abc import Sequence
@@ -6,46 +6,46 @@ from typing import Any
 
 from mla_moe.report.stage_record import Row, StageRecord
 
-ANSWERS_SHOWN = 16
+COMPLETIONS_SHOWN = 16
 SAMPLES_SHOWN = 32
 
 
 def before_and_after(stage: StageRecord) -> str:
-    """Greedy answers to the same held-out questions at the first evaluated step and at the last, side by side."""
-    answers: dict[int, dict[str, Row]] = {}
+    """Greedy completions of the same held-out prompts at the first and at the last evaluation, side by side."""
+    by_step: dict[int, dict[str, Row]] = {}
     for row in stage.samples:
         if row.get("kind") == "greedy":
-            answers.setdefault(row["step"], {})[row["prompt"]] = row
-    if len(answers) < 2:
+            by_step.setdefault(row["step"], {})[row["prompt"]] = row
+    if len(by_step) < 2:
         return ""
-    first, last = min(answers), max(answers)
-    pairs = [(row, answers[last][prompt]) for prompt, row in answers[first].items() if prompt in answers[last]]
+    first, last = min(by_step), max(by_step)
+    pairs = [(row, by_step[last][prompt]) for prompt, row in by_step[first].items() if prompt in by_step[last]]
     if not pairs:
         return ""
-    before, after = ([_right(pair[i]) for pair in pairs] for i in (0, 1))
+    before, after = ([_is_correct(pair[i]) for pair in pairs] for i in (0, 1))
     gained = sum(new and not old for old, new in zip(before, after, strict=True))
     lost = sum(old and not new for old, new in zip(before, after, strict=True))
-    shown = f" The first {ANSWERS_SHOWN}:" if len(pairs) > ANSWERS_SHOWN else ""
+    shown = f" The first {COMPLETIONS_SHOWN}:" if len(pairs) > COMPLETIONS_SHOWN else ""
     note = (
-        f"Of {len(pairs):,} questions {sum(before):,} were answered right before and {sum(after):,} after: "
-        f"{gained:,} became right, {lost:,} became wrong.{shown}"
+        f"Of {len(pairs):,} prompts, {sum(before):,} were answered correctly before and {sum(after):,} after: "
+        f"{gained:,} became correct, {lost:,} became incorrect.{shown}"
     )
     head = "".join(
-        f"<th>{name}</th>" for name in ("Question", "Right answer", f"Before, step {first:,}", f"After, step {last:,}")
+        f"<th>{name}</th>" for name in ("Prompt", "Correct answer", f"Before, step {first:,}", f"After, step {last:,}")
     )
     rows = "".join(
-        f'<tr><td>{pre(old["prompt"])}</td><td data-name="Right answer">{pre(old["answer"])}</td>'
-        f'<td data-name="Before">{_answer(old)}</td><td data-name="After">{_answer(new)}</td></tr>'
-        for old, new in pairs[:ANSWERS_SHOWN]
+        f'<tr><td>{pre(old["prompt"])}</td><td data-name="Correct answer">{pre(old["answer"])}</td>'
+        f'<td data-name="Before">{_completion(old)}</td><td data-name="After">{_completion(new)}</td></tr>'
+        for old, new in pairs[:COMPLETIONS_SHOWN]
     )
     return (
-        f'<h3>Held-out questions, before and after</h3><p>{note}</p><table class="answers">'
+        f'<h3>Held-out prompts, before and after</h3><p>{note}</p><table class="completions">'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
     )
 
 
 def samples_section(samples: Sequence[Row]) -> str:
-    """The last of the texts that were sampled for their own sake."""
+    """The latest text samples."""
     samples = [sample for sample in samples if "kind" not in sample]
     if not samples:
         return ""
@@ -63,17 +63,17 @@ def text(value: Any) -> str:
 
 
 def pre(value: str) -> str:
-    """Text with all its white space. A browser drops one newline after the tag, so give it one to drop."""
+    """Text with its white space. Browsers drop the first newline after the tag, hence the extra one."""
     return f"<pre>\n{text(value)}</pre>"
 
 
-def _answer(row: Row) -> str:
-    """The mark says by its shape, its word and its colour whether the answer is right."""
-    kind, mark = ("right", "&#10003; right") if _right(row) else ("wrong", "&#10007; wrong")
-    form = "" if row.get("format", 1) == 1 else ", not in the form"
-    note = f"<small>{row['length']:,} tokens{form}</small>"
+def _completion(row: Row) -> str:
+    """Correctness is marked by a symbol, a word and a color."""
+    kind, mark = ("correct", "&#10003; correct") if _is_correct(row) else ("incorrect", "&#10007; incorrect")
+    format_note = "" if row.get("format", 1) == 1 else ", wrong format"
+    note = f"<small>{row['length']:,} tokens{format_note}</small>"
     return f'<div class="mark"><b class="{kind}">{mark}</b> {note}</div>{pre(row["completion"])}'
 
 
-def _right(row: Row) -> bool:
+def _is_correct(row: Row) -> bool:
     return row["accuracy"] == 1

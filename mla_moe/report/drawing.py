@@ -1,4 +1,4 @@
-"""How plots look, and become a part of a page."""
+"""Plots: their style, and their embedding as SVG."""
 
 import html
 import io
@@ -24,20 +24,20 @@ _NO_METADATA = ("Creator", "Date", "Format", "Type")
 
 
 class Line(NamedTuple):
-    """A metric over the steps."""
+    """A metric as a curve over the steps."""
 
     key: str
     label: str = ""
     color: str = BLUE
     style: str = "smooth"
-    """`smooth`, faint as it was written under its running mean; or matplotlib's format, such as `--` or `o-`, where a
-    marker alone is hollow, so that several can be seen in one place."""
+    """`smooth`: faint raw values under their running mean; or a format of matplotlib such as `--` or `o-`. A marker
+    alone is hollow, so that several are visible at one point."""
 
 
 def curves(
-    title: str, *lines: Line, scale: Literal["linear", "share", "log"] = "linear"
+    title: str, *lines: Line, scale: Literal["linear", "fraction", "log"] = "linear"
 ) -> Callable[[StageRecord], str]:
-    """A panel of the metrics that a stage has; a share runs from 0 to 1."""
+    """A panel with those of the metrics that the stage recorded. The scale `fraction` runs from 0 to 1."""
     return lambda stage: draw_curves(stage, title, lines, scale)
 
 
@@ -51,7 +51,7 @@ def draw_curves(stage: StageRecord, title: str, lines: tuple[Line, ...], scale: 
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(formatter)
         axes.yaxis.set_minor_formatter(NullFormatter())
-    if scale == "share":
+    if scale == "fraction":
         axes.set_ylim(-0.03, 1.03)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     for line, (steps, values) in series.items():
@@ -69,7 +69,7 @@ def draw_curves(stage: StageRecord, title: str, lines: tuple[Line, ...], scale: 
 
 
 def plot(width: float = 4.6, height: float = 2.5, xlabel: str = "step") -> tuple[Figure, Axes]:
-    """An empty plot over steps, small enough that its text can be read where the page is as narrow as a phone."""
+    """An empty plot over steps, small enough that its text is readable on a phone."""
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
     axes.set_xlabel(xlabel)
@@ -84,7 +84,7 @@ def card(title: str, figure: Figure) -> str:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an element whose ink follows the page's text colour, without the parts that name other sites."""
+    """The figure as an SVG element in the text color of the page, without metadata that links to other sites."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", dpi=200, transparent=True, metadata=dict.fromkeys(_NO_METADATA))
     text = buffer.getvalue()
@@ -92,7 +92,7 @@ def svg(figure: Figure) -> str:
 
 
 def _draw_smoothed(axes: Axes, steps: np.ndarray, values: np.ndarray, line: Line) -> None:
-    """Values as they are (as pixels when there are many, to keep the page small), and their running mean."""
+    """Raw values (rasterized if there are many, to keep the page small) and their running mean."""
     axes.plot(steps, values, color=line.color, alpha=0.3, linewidth=0.8, rasterized=len(steps) > 2000)
     kernel = np.ones(len(values) // 40 * 2 + 1)
     counts = np.convolve(np.isfinite(values), kernel, "same")

@@ -1,4 +1,4 @@
-"""How evenly the experts are used: heat maps of their loads, all under one scale of colours."""
+"""Expert load: heat maps with a common color scale."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,12 +14,12 @@ from mla_moe.report.stage_record import StageRecord
 
 LAYERS_SHOWN = 8
 COLUMNS_SHOWN = 400
-"""Points in time of a heat map: about what its pixels can show."""
+"""Steps in a heat map: about one per pixel."""
 _COLORS = "RdBu_r"
 
 
 def load_over_time(stage: StageRecord) -> str:
-    """Every expert's load over the steps, a map for each layer."""
+    """The load of every expert over the steps, one heat map per layer."""
     if not stage.loads:
         return ""
     rows = [stage.loads[i] for i in _spread(len(stage.loads), COLUMNS_SHOWN)]
@@ -39,7 +39,7 @@ def load_over_time(stage: StageRecord) -> str:
 
 
 def load_before_and_after(stage: StageRecord) -> str:
-    """Every expert's load in every layer, in the first row and in the last."""
+    """The load of every expert in every layer, at the first and the last recorded step."""
     if len(stage.loads) < 2:
         return ""
     first, last = stage.loads[0], stage.loads[-1]
@@ -74,11 +74,11 @@ def _norm(load: np.ndarray) -> TwoSlopeNorm:
 
 
 def _spread(count: int, most: int) -> np.ndarray:
-    """At most `most` indices below `count`, evenly spread, with the first and the last."""
+    """At most `most` evenly spaced indices below `count`, including the first and the last."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 
 def _layer_name(model: Mapping[str, Any] | None, index: int) -> str:
-    """Experts begin after the dense layers; the multi-token-prediction module comes after the last layer."""
+    """MoE layers come after the dense layers; the MTP module comes after the last layer."""
     layer = index + (model["first_k_dense_replace"] if model else 0)
-    return "Prediction module" if model and layer >= model["num_hidden_layers"] else f"Layer {layer}"
+    return "MTP module" if model and layer >= model["num_hidden_layers"] else f"Layer {layer}"

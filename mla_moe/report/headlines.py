@@ -1,4 +1,4 @@
-"""The figures that a stage's section begins with."""
+"""Headlines: the figures at the top of a stage's section."""
 
 import math
 from collections.abc import Callable
@@ -10,12 +10,12 @@ from mla_moe.training.console import duration, si
 from mla_moe.training.metrics import seconds_in_steps
 
 Headline = tuple[str, str, str]
-"""Name, figure, and what puts it into proportion."""
+"""Name, figure and note."""
 
 
 def final_loss(stage: StageRecord) -> Headline | None:
     loss = stage.finite("loss")
-    if stage.name == "rl" or not len(loss):  # an objective's value there compares answers with each other
+    if stage.name == "rl" or not len(loss):  # the value of an RL objective is relative to the group, not a level
         return None
     return "Final loss", f"{loss[-1]:.3f}", f"mean of the last tenth {_last_tenth(loss):.3f}"
 
@@ -52,14 +52,14 @@ def time_taken(stage: StageRecord) -> Headline | None:
 def max_load_ratio(stage: StageRecord) -> Headline | None:
     load = stage.finite("moe/load_max")
     return (
-        ("Busiest expert", f"{_last_tenth(load):.2f}&times;", "the mean load, over the last tenth")
+        ("Max load ratio", f"{_last_tenth(load):.2f}&times;", "most loaded expert over the mean, in the last tenth")
         if len(load)
         else None
     )
 
 
 def problem_count(name: str, note: str, *keys: str) -> Callable[[StageRecord], Headline | None]:
-    """A count that should be zero, over one metric or several, and is only shown when it is not."""
+    """The sum of metrics that should be zero; shown only if it is not."""
 
     def headline(stage: StageRecord) -> Headline | None:
         count = sum(stage.finite(key).sum() for key in keys)
@@ -75,7 +75,7 @@ HEADLINES: tuple[Callable[[StageRecord], Headline | None], ...] = (
     tokens_seen,
     time_taken,
     max_load_ratio,
-    problem_count("Dropped", "tokens an expert had no room for", "moe/dropped"),
+    problem_count("Dropped", "(token, expert) pairs dropped at capacity", "moe/dropped"),
     problem_count("Skipped steps", "updates not applied", "skipped"),
     problem_count("Not finite", "metrics that were NaN or infinite", "non_finite"),
 )

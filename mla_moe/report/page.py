@@ -1,4 +1,4 @@
-"""The page: a section for each stage, with its figures, its plots and its answers."""
+"""The page: one section per stage, with headlines, panels and completions."""
 
 import html
 import json
@@ -20,12 +20,12 @@ STAGE_TITLES = {
     "pretrain": "Pretraining",
     "sft": "Supervised fine-tuning",
     "rl": "Reinforcement learning",
-    "rejection": "Fine-tuning on the best answers",
+    "rejection": "Rejection sampling and fine-tuning",
 }
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into a run's directory and return its path. Raises `ConfigError` if there is no run."""
+    """Write `report.html` into a run directory and return its path. Raises `ConfigError` if there is no run."""
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
         raise ConfigError("run_dir", str(run_dir), "no such directory; give the directory of a run")
@@ -76,7 +76,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text("utf-8")) if path.exists() else {}
     except ValueError as error:
-        raise ConfigError("run_dir", str(path), f"is not JSON ({error}); put it back, or remove it") from None
+        raise ConfigError("run_dir", str(path), f"is not JSON ({error}); restore or remove it") from None
 
 
 def _of(stage: str, rows: Sequence[Row]) -> list[Row]:
@@ -87,17 +87,17 @@ PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><style>
 :root {{ color-scheme: light dark; --ink: #1c2733; --soft: #64717f; --line: #dde3e9; --page: #fff; --box: #f5f7f9;
-  --right: #1b7a4b; --wrong: #b3432b }}
+  --correct: #1b7a4b; --incorrect: #b3432b }}
 @media (prefers-color-scheme: dark) {{
   :root {{ --ink: #dfe6ed; --soft: #94a1ae; --line: #303a45; --page: #14191f; --box: #1c232b;
-  --right: #5cc492; --wrong: #f08a70 }} }}
+  --correct: #5cc492; --incorrect: #f08a70 }} }}
 * {{ box-sizing: border-box }}
 body {{ margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 1120px; color: var(--ink); background: var(--page);
   font: 16px/1.5 system-ui, sans-serif }}
 h1 {{ margin: 0 0 1rem; font-size: 1.7rem; line-height: 1.2; overflow-wrap: anywhere }}
 h2 {{ margin: 2.5rem 0 1rem; font-size: 1.25rem }}
 h3 {{ margin: 2rem 0 .5rem; font-size: .95rem }}
-pre, .samples, .answers td {{ font: 13px/1.45 ui-monospace, monospace }}
+pre, .samples, .completions td {{ font: 13px/1.45 ui-monospace, monospace }}
 pre {{ margin: 0; white-space: pre-wrap; overflow-wrap: anywhere }}
 small, .samples td:first-child, th {{ color: var(--soft); font-weight: normal }}
 table {{ border-collapse: collapse }}
@@ -122,19 +122,21 @@ svg text {{ font-family: system-ui, sans-serif !important }}
 .maps figcaption {{ font-weight: normal; font-size: .85rem }}
 .pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: .75rem 2rem }}
 .pair figcaption {{ font-weight: normal; font-size: .85rem }}
-.samples, .answers {{ width: 100%; table-layout: fixed }}
-.answers th:nth-child(1) {{ width: 20% }} .answers th:nth-child(2) {{ width: 12% }}
-.answers pre {{ max-height: 20rem; overflow-y: auto }}
-.mark {{ font-family: system-ui, sans-serif }} .right {{ color: var(--right) }} .wrong {{ color: var(--wrong) }}
+.samples, .completions {{ width: 100%; table-layout: fixed }}
+.completions th:nth-child(1) {{ width: 20% }} .completions th:nth-child(2) {{ width: 12% }}
+.completions pre {{ max-height: 20rem; overflow-y: auto }}
+.mark {{ font-family: system-ui, sans-serif }}
+.correct {{ color: var(--correct) }} .incorrect {{ color: var(--incorrect) }}
 .samples th:first-child {{ width: 8.5rem }}
 details {{ margin-top: 2.5rem }}
 summary {{ cursor: pointer; font-size: 1.25rem; font-weight: 600 }}
 details pre {{ margin-top: .75rem; padding: 1rem; border-radius: 8px; background: var(--box) }}
 @media (max-width: 600px) {{
-  :is(.samples, .answers) thead {{ display: none }}
-  :is(.samples, .answers) :is(tr, td) {{ display: block; padding-right: 0 }}
-  .answers td:first-child pre {{ font-weight: 600 }} .answers td + td {{ border: 0; padding: 0 0 .4rem 1rem }}
-  .answers td[data-name]::before {{ content: attr(data-name); font: .8rem system-ui, sans-serif; color: var(--soft) }}
+  :is(.samples, .completions) thead {{ display: none }}
+  :is(.samples, .completions) :is(tr, td) {{ display: block; padding-right: 0 }}
+  .completions td:first-child pre {{ font-weight: 600 }} .completions td + td {{ border: 0; padding: 0 0 .4rem 1rem }}
+  .completions td[data-name]::before {{
+    content: attr(data-name); font: .8rem system-ui, sans-serif; color: var(--soft) }}
   .samples td + td {{ border: 0; padding-top: 0 }} .samples td:last-child {{ padding-left: 1rem }} }}
 </style></head><body><h1>{title}</h1>{body}</body></html>
 """

@@ -1,4 +1,4 @@
-"""The plots that any stage may have."""
+"""Panels: the plots of every stage."""
 
 from collections.abc import Callable
 
@@ -20,6 +20,6 @@ PANELS: tuple[Callable[[StageRecord], str], ...] = (
     curves("Learning rate", Line("lr", style="-")),
     curves("Tokens per second", Line("tokens_per_s")),
     curves("Gradient norm", Line("grad_norm")),
-    curves("Busiest expert, relative to the mean", Line("moe/load_max")),
+    curves("Max load ratio (max / mean tokens per expert)", Line("moe/load_max")),
     load_over_time,
 )

@@ -1,4 +1,4 @@
-"""What a stage of reinforcement learning has to show beside what every stage has."""
+"""Headlines and panels of the RL stage."""
 
 from collections.abc import Callable
 
@@ -10,21 +10,21 @@ from mla_moe.report.headlines import Headline, problem_count
 from mla_moe.report.stage_record import Row, StageRecord
 
 _BINS = 8
-"""Most groups of questions, by their length."""
+"""Maximum number of bins of prompts, by length."""
 
 
 def before_after(
-    name: str, key: str, note: str | Callable[[float, float], str], form: str = ".1%"
+    name: str, key: str, note: str | Callable[[float, float], str], spec: str = ".1%"
 ) -> Callable[[StageRecord], Headline | None]:
-    """The first and the last value of a metric, each written in the form `form`."""
+    """The first and the last value of a metric, formatted with `spec`."""
 
     def headline(stage: StageRecord) -> Headline | None:
         values = stage.finite(key)
         if len(values) < 2:
             return None
         first, last = values[0], values[-1]
-        begun = f"{first:{form}}".removesuffix("%")
-        figure = f'<span class="from">{begun} &rarr;</span> {last:{form}}'
+        before = f"{first:{spec}}".removesuffix("%")
+        figure = f'<span class="from">{before} &rarr;</span> {last:{spec}}'
         return name, figure, note if isinstance(note, str) else note(first, last)
 
     return headline
@@ -36,86 +36,85 @@ def _growth(first: float, last: float) -> str:
 
 
 def truncated(stage: StageRecord) -> Headline | None:
-    share = stage.finite("truncated")
-    return ("Cut off", f"{share.mean():.2%}", "of the answers, by the limit of tokens") if share.any() else None
+    fraction = stage.finite("truncated")
+    return ("Truncated", f"{fraction.mean():.2%}", "of the completions, at max_new_tokens") if fraction.any() else None
 
 
-def _judges(kind: str) -> tuple[str, str]:
+def _verifier_keys(kind: str) -> tuple[str, str]:
     return f"verifier/{kind}", f"eval/verifier/{kind}"
 
 
 HEADLINES: tuple[Callable[[StageRecord], Headline | None], ...] = (
-    before_after("Right answers", "eval/accuracy", "held-out, greedy"),
-    before_after("Right, opened", "eval/forced_accuracy", "with &lt;think&gt;; held-out, greedy"),
-    before_after("Right form", "eval/format_rate", "held-out, greedy"),
-    before_after("Answer length", "eval/response_length", _growth, ",.0f"),
-    problem_count("Judges that raised", "answers counted 0", *_judges("raised")),
-    problem_count("Judges that hung", "beyond their time; answers counted 0", *_judges("hung")),
-    problem_count("Judges not finite", "NaN or infinite; answers counted 0", *_judges("not_finite")),
-    problem_count("Judges that died", "with their process; answers counted 0", *_judges("died")),
+    before_after("Accuracy", "eval/accuracy", "held-out, greedy"),
+    before_after("Accuracy, prefilled", "eval/forced_accuracy", "with &lt;think&gt;; held-out, greedy"),
+    before_after("Format rate", "eval/format_rate", "held-out, greedy"),
+    before_after("Completion length", "eval/response_length", _growth, ",.0f"),
+    problem_count("Verifier raised", "completions with reward 0", *_verifier_keys("raised")),
+    problem_count("Verifier timed out", "completions with reward 0", *_verifier_keys("hung")),
+    problem_count("Verifier not finite", "NaN or infinite; reward 0", *_verifier_keys("not_finite")),
+    problem_count("Verifier died", "with its process; reward 0", *_verifier_keys("died")),
     truncated,
-    problem_count("Prompts too long", "questions passed over", "prompts_too_long"),
-    problem_count("Groups left out", "whose answers were all right, or all wrong", "filtered_groups"),
+    problem_count("Prompts too long", "skipped", "prompts_too_long"),
+    problem_count("Filtered groups", "all completions correct, or all incorrect", "filtered_groups"),
 )
 
 
 def reward(stage: StageRecord) -> str:
-    """The whole reward and the users' own parts of it."""
+    """The total reward and the user's own components."""
     parts = (Line(key, key, (ACCENT, GREEN, VIOLET)[number % 3]) for number, key in enumerate(stage.keys("reward/")))
     return draw_curves(stage, "Reward", (Line("reward", "reward"), *parts))
 
 
 def pass_at_k(stage: StageRecord) -> str:
-    """How many questions are right by one answer, by any of several, and by the commonest."""
+    """Accuracy of one completion (pass@1), of any of k (pass@k), and of the majority of k (majority@k)."""
     lines = [Line("eval/pass@1", "pass@1", GREEN, "o-")]
     for prefix, color, style in (("eval/pass@", BLUE, "^-"), ("eval/majority@", ACCENT, "s--")):
         several = (key for key in stage.keys(prefix) if not key.endswith("@1"))
         lines += [Line(key, key.removeprefix("eval/"), color, style) for key in several]
-    return draw_curves(stage, "Right answers, held-out and sampled", tuple(lines), "share")
+    return draw_curves(stage, "Accuracy, held-out and sampled", tuple(lines), "fraction")
 
 
-def kl_and_logprob_diff(stage: StageRecord) -> str:
-    """Nothing where it is 0 throughout: a stage without a reference measures none."""
-    return draw_curves(stage, "Divergence from the reference", (Line("kl"),)) if stage.finite("kl").any() else ""
+def kl_from_reference(stage: StageRecord) -> str:
+    """Empty if it is 0 throughout: without a reference policy it is not measured."""
+    return draw_curves(stage, "KL from the reference policy", (Line("kl"),)) if stage.finite("kl").any() else ""
 
 
 def seconds(stage: StageRecord) -> str:
-    """Seconds a step. The first also compiles: where that would hide the others it is cut off, and said."""
+    """Seconds per step. The first step includes compilation: if it would dwarf the others, the axis is cut and it is
+    given in the title."""
     (steps, total), (sampled_steps, sampling) = stage.series("step_seconds"), stage.series("sample_seconds")
     if not np.array_equal(steps, sampled_steps) or not np.isfinite(total).any():
         return ""
     figure, axes = plot()
-    axes.stackplot(
-        steps, sampling, total - sampling, labels=("sampling", "the rest"), colors=(BLUE, ACCENT), alpha=0.75
-    )
-    title, most = "Seconds a step", float(np.nanmax(total[1:], initial=0.0))
+    axes.stackplot(steps, sampling, total - sampling, labels=("sampling", "other"), colors=(BLUE, ACCENT), alpha=0.75)
+    title, most = "Seconds per step", float(np.nanmax(total[1:], initial=0.0))
     if total[0] > 1.5 * most > 0:
         axes.set_ylim(0, 1.5 * most)
-        title += f" (the first, which compiles: {total[0]:.3g})"
+        title += f" (the first, with compilation: {total[0]:.3g})"
     axes.legend(fontsize=9)
     return card(title, figure)
 
 
-def length_by_question(stage: StageRecord) -> str:
-    """Mean tokens of an answer by the length of its question, at the first and at the last evaluated step."""
+def length_by_prompt(stage: StageRecord) -> str:
+    """Mean completion length by prompt length, at the first and at the last evaluation."""
     rows = [row for row in stage.samples if row.get("kind") in ("greedy", "forced")]
     steps = sorted({row["step"] for row in rows})
     if len(steps) < 2:
         return ""
-    figure, axes = plot(xlabel="characters of the question")
-    axes.set_ylabel("tokens of the answer")
+    figure, axes = plot(xlabel="characters of the prompt")
+    axes.set_ylabel("tokens of the completion")
     edges = _edges([len(row["prompt"]) for row in rows])
     for step, color, when in ((steps[0], ACCENT, "before"), (steps[-1], BLUE, "after")):
-        for kind, style, how in (("greedy", "o-", ""), ("forced", "^:", ", opened")):
+        for kind, style, note in (("greedy", "o-", ""), ("forced", "^:", ", prefilled")):
             chosen = [row for row in rows if row["step"] == step and row["kind"] == kind]
             if chosen:
-                axes.plot(*_means(chosen, edges), style, color=color, markersize=4.5, label=f"{when}{how}")
+                axes.plot(*_means(chosen, edges), style, color=color, markersize=4.5, label=f"{when}{note}")
     axes.legend(fontsize=9)
-    return card("Longer questions, longer answers?", figure)
+    return card("Completion length by prompt length", figure)
 
 
 def _edges(lengths: list[int]) -> np.ndarray:
-    """Where groups of questions begin: each length a group, or where there are many, groups of about one size."""
+    """Left edges of the bins of prompt lengths: one per length or, if there are many, bins of about equal size."""
     different = np.unique(lengths)
     if len(different) <= _BINS:
         return different
@@ -123,7 +122,7 @@ def _edges(lengths: list[int]) -> np.ndarray:
 
 
 def _means(rows: list[Row], edges: np.ndarray) -> tuple[list[float], list[float]]:
-    """Of each group that has questions, the mean length of question and of answer."""
+    """Mean prompt length and mean completion length of each non-empty bin."""
     pairs = np.array([(len(row["prompt"]), row["length"]) for row in rows], np.float64)
     group = np.searchsorted(edges, pairs[:, 0], side="right")
     means = [pairs[group == number].mean(axis=0) for number in np.unique(group)]
@@ -133,27 +132,27 @@ def _means(rows: list[Row], edges: np.ndarray) -> tuple[list[float], list[float]
 PANELS: tuple[Callable[[StageRecord], str], ...] = (
     reward,
     curves(
-        "Right answers and right form",
-        Line("accuracy", "right"),
-        Line("format_rate", "form", GREEN),
-        Line("eval/accuracy", "right, held-out", BLUE, "o"),
-        Line("eval/forced_accuracy", "right, opened with <think>", ACCENT, "^"),
-        Line("eval/format_rate", "form, held-out", GREEN, "s"),
-        scale="share",
+        "Accuracy and format rate",
+        Line("accuracy", "accuracy"),
+        Line("format_rate", "format", GREEN),
+        Line("eval/accuracy", "accuracy, held-out", BLUE, "o"),
+        Line("eval/forced_accuracy", "accuracy, prefilled with <think>", ACCENT, "^"),
+        Line("eval/format_rate", "format, held-out", GREEN, "s"),
+        scale="fraction",
     ),
     curves(
-        "Answer length in tokens",
+        "Completion length in tokens",
         Line("response_length", "training"),
         Line("eval/response_length", "held-out, sampled", ACCENT, "o"),
         Line("eval/greedy_length", "held-out, greedy", GREEN, "s"),
     ),
-    length_by_question,
+    length_by_prompt,
     pass_at_k,
-    kl_and_logprob_diff,
+    kl_from_reference,
     curves("Entropy", Line("entropy")),
-    curves("Share of tokens clipped", Line("clip_ratio/low", "below"), Line("clip_ratio/high", "above", ACCENT)),
+    curves("Fraction of tokens clipped", Line("clip_ratio/low", "below"), Line("clip_ratio/high", "above", ACCENT)),
     curves(
-        "Sampler against trainer, log-probabilities",
+        "Difference of log-probabilities, sampler and trainer",
         Line("sampler_logprob_diff", "mean"),
         Line("sampler_logprob_diff_max", "largest", ACCENT),
         scale="log",

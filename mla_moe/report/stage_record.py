@@ -1,4 +1,4 @@
-"""What one stage of a run left behind."""
+"""The recorded data of one stage of a run."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ class StageRecord:
     name: str
     recipe: Row
     rows: Sequence[Row]
-    """Of `metrics.jsonl`."""
+    """From `metrics.jsonl`."""
     loads: Sequence[Row]
-    """Of `expert_load.jsonl`."""
+    """From `expert_load.jsonl`."""
     samples: Sequence[Row]
-    """Of `samples.jsonl`."""
+    """From `samples.jsonl`."""
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of a metric where it was written; a null is NaN, which leaves a gap in a curve."""
+        """Steps and values of a metric. A null becomes NaN, which leaves a gap in the curve."""
         pairs = [(row["step"], row[key]) for row in self.rows if key in row]
         steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
         return steps, values
@@ -31,5 +31,5 @@ class StageRecord:
         return values[np.isfinite(values)]
 
     def keys(self, prefix: str) -> list[str]:
-        """The metrics whose names begin so, in the order in which they came."""
+        """Names of the metrics with this prefix, in order of appearance."""
         return list(dict.fromkeys(key for row in self.rows for key in row if key.startswith(prefix)))

@@ -1,4 +1,4 @@
-"""HTTP requests: answered, or refused with an error that says why; the server lives on."""
+"""Any HTTP request gets a completion or an error that explains it, and the server keeps running."""
 
 import asyncio
 import itertools
@@ -28,55 +28,58 @@ CHAT = {
 }  # fmt: skip
 
 
-class Echo:
-    """An engine without a model, which takes what the real one takes and answers `aaa…`."""
+class FakeEngine:
+    """An engine without a model: it checks requests as the real one does, and generates `aaa…`."""
 
-    slots, capacity, cfg, running, load = 4, 64, SimpleNamespace(vocab_size=258), 0, (0, 0)
+    max_num_seqs, max_model_len, cfg, num_running, occupancy = 4, 64, SimpleNamespace(vocab_size=258), 0, (0, 0)
     check = Engine.check
 
     def __init__(self):
         self.waiting = []
 
-    def _decode_text(self, ids):
+    def _detokenize(self, ids):
         return ByteTokenizer().decode(ids)
 
-    def cancel(self, completion):
-        completion.finish = completion.finish or "cancelled"
+    def enqueue(self, completion):
+        self.waiting.append(completion)
+
+    def abort(self, completion):
+        completion.finish_reason = completion.finish_reason or "abort"
 
     @property
-    def busy(self):
+    def has_unfinished_requests(self):
         return bool(self.waiting)
 
     def step(self):
-        taken, self.waiting = list(self.waiting), []
-        for completion in taken:
-            request, float_, whole = completion.request, np.zeros(3, np.float32), np.zeros(1, np.int32)
-            float_[:] = request.temperature, request.top_p, request.min_p
-            whole[0] = request.top_k
-            completion.take([97] * request.max_new_tokens, [0.0] * request.max_new_tokens)
-        return taken
+        running, self.waiting = self.waiting, []
+        for completion in running:
+            request, floats, integers = completion.request, np.zeros(3, np.float32), np.zeros(1, np.int32)
+            floats[:] = request.temperature, request.top_p, request.min_p
+            integers[0] = request.top_k
+            completion.append_tokens([97] * request.max_new_tokens, [0.0] * request.max_new_tokens)
+        return running
 
 
 @pytest.fixture(scope="module")
-def ask(tmp_path_factory):
-    """Status, headers and body that a request's path and body get."""
+def post(tmp_path_factory):
+    """Status, headers and body of the response to a path and a body."""
     app = server.application(
-        Echo(), load_chat_tokenizer(tmp_path_factory.mktemp("none"), ByteTokenizer()), "tiny", max_waiting=8
+        FakeEngine(), load_chat_tokenizer(tmp_path_factory.mktemp("none"), ByteTokenizer()), "tiny", max_waiting=8
     )
     loop = asyncio.new_event_loop()
-    life = app.router.lifespan_context(app)
-    loop.run_until_complete(life.__aenter__())
+    lifespan = app.router.lifespan_context(app)
+    loop.run_until_complete(lifespan.__aenter__())
 
     async def call(path, content, parts):
         edges = [len(content) * i // parts for i in range(parts + 1)]
-        coming = [content[a:b] for a, b in itertools.pairwise(edges)]
+        remaining = [content[a:b] for a, b in itertools.pairwise(edges)]
         sent = []
 
         async def receive():
-            if not coming:
+            if not remaining:
                 await asyncio.sleep(3600)
-            part = coming.pop(0)
-            return {"type": "http.request", "body": part, "more_body": bool(coming)}
+            part = remaining.pop(0)
+            return {"type": "http.request", "body": part, "more_body": bool(remaining)}
 
         async def send(message):
             sent.append(message)
@@ -93,12 +96,12 @@ def ask(tmp_path_factory):
         return sent[0]["status"], dict(sent[0]["headers"]), b"".join(m.get("body", b"") for m in sent)
 
     yield lambda path, content, parts=1: loop.run_until_complete(call(path, content, parts))
-    loop.run_until_complete(life.__aexit__(None, None, None))
+    loop.run_until_complete(lifespan.__aexit__(None, None, None))
     loop.close()
 
 
-def check(ask, path, content, parts=1):
-    status, headers, body = ask(path, content, parts)
+def check(post, path, content, parts=1):
+    status, headers, body = post(path, content, parts)
     assert status in (200, 400, 413)
     assert len(body) < 100_000
     if headers[b"content-type"].startswith(b"text/event-stream"):
@@ -109,25 +112,25 @@ def check(ask, path, content, parts=1):
         error = json.loads(body)["error"]
         assert error["message"]
         assert error["type"] == "invalid_request_error"
-    assert ask("/v1/completions", b'{"prompt": "a", "max_tokens": 1}')[0] == 200
+    assert post("/v1/completions", b'{"prompt": "a", "max_tokens": 1}')[0] == 200
 
 
 @given(changed(COMPLETION) | VALUES, st.integers(1, 3))
-def test_any_completion(ask, value, parts):
-    check(ask, "/v1/completions", json.dumps(value).encode(), parts)
+def test_any_completion(post, value, parts):
+    check(post, "/v1/completions", json.dumps(value).encode(), parts)
 
 
 @given(changed(CHAT) | VALUES)
-def test_any_chat(ask, value):
-    check(ask, "/v1/chat/completions", json.dumps(value).encode())
+def test_any_chat(post, value):
+    check(post, "/v1/chat/completions", json.dumps(value).encode())
 
 
 @given(st.binary(max_size=300) | st.integers(1, 10**5).map(lambda depth: b'{"prompt":' * depth))
-def test_any_body(ask, content):
-    check(ask, "/v1/completions", content)
+def test_any_body(post, content):
+    check(post, "/v1/completions", content)
 
 
-def test_what_is_asked_well_is_answered(ask):
-    assert json.loads(ask("/v1/completions", json.dumps(COMPLETION | {"stop": []}).encode())[2])["usage"] == {
+def test_a_valid_request_gets_completions(post):
+    assert json.loads(post("/v1/completions", json.dumps(COMPLETION | {"stop": []}).encode())[2])["usage"] == {
         "prompt_tokens": 5, "completion_tokens": 6, "total_tokens": 11,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Prompts: any text, conversation and sampled text; what a run wrote stays text in its report."""
+"""Any text, conversation and completion: nothing in it is executed, and in a report it stays text."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_moe import ConfigError
-from mla_moe.inference.openai_requests import parse_messages
+from mla_moe.inference.openai_api import parse_messages
 from mla_moe.inference.request import IncrementalDetokenizer, Request
 from mla_moe.report.completions import pre
 from mla_moe.text.chat_tokenizer import load_chat_tokenizer
@@ -25,9 +25,9 @@ MESSAGES = st.lists(st.fixed_dictionaries({"role": TEXT, "content": TEXT}), max_
 
 
 @pytest.fixture(scope="module")
-def language(tmp_path_factory):
-    """Of a small tokenizer with a chat template."""
-    folder = tmp_path_factory.mktemp("language")
+def tokenizer(tmp_path_factory):
+    """A small tokenizer with a chat template."""
+    folder = tmp_path_factory.mktemp("tokenizer")
     train_bpe(["a few words to learn from"] * 9, 260, folder / "tokenizer.json")
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": TEMPLATE}))
@@ -35,36 +35,36 @@ def language(tmp_path_factory):
 
 
 @given(TEXT)
-def test_any_prompt(language, text):
+def test_any_prompt(tokenizer, text):
     with contextlib.suppress(ConfigError):
-        tokens = language.encode(text)
-        assert language.decode(tokens[1:]) == text
-        assert language.stop_ids[0] not in tokens
+        tokens = tokenizer.encode(text)
+        assert tokenizer.decode(tokens[1:]) == text
+        assert tokenizer.stop_ids[0] not in tokens
 
 
 @given(MESSAGES)
-def test_any_conversation(language, messages):
+def test_any_conversation(tokenizer, messages):
     with contextlib.suppress(ConfigError):
-        tokens = language.encode_chat(parse_messages(messages))
-        assert "49" not in language.decode(tokens) or "49" in str(messages)  # nothing in a message is computed
+        tokens = tokenizer.encode_chat(parse_messages(messages))
+        assert "49" not in tokenizer.decode(tokens) or "49" in str(messages)  # templates in a message are not evaluated
 
 
 @given(st.lists(st.integers(0, 255), max_size=40), st.lists(st.text(min_size=1, max_size=4), max_size=3))
-def test_any_tokens_and_stops(ids, stops):
+def test_any_tokens_and_stop_strings(ids, stops):
     def decode(ids):
         return bytes(ids).decode(errors="replace")
 
-    stream = IncrementalDetokenizer(decode, tuple(stops))
-    for number, token in enumerate(ids):
-        if stream.add([token], end=number == len(ids) - 1):
+    detokenizer = IncrementalDetokenizer(decode, tuple(stops))
+    for i, token in enumerate(ids):
+        if detokenizer.add([token], end=i == len(ids) - 1):
             break
-    whole = decode(ids)
-    found = [i for i in map(whole.find, stops) if i >= 0]
-    assert stream.text == whole[: min(found)] if found else stream.text in (whole, "")
+    text = decode(ids)
+    found = [i for i in map(text.find, stops) if i >= 0]
+    assert detokenizer.text == text[: min(found)] if found else detokenizer.text in (text, "")
 
 
 @given(TEXT)
-def test_any_sample_stays_text(text):
+def test_any_completion_stays_text_in_a_report(text):
     tags, found = [], []
     parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: tags.append(tag)
@@ -75,5 +75,5 @@ def test_any_sample_stays_text(text):
     assert "".join(found) == "\n" + text
 
 
-def test_special_tokens_spelled_out_do_not_end_a_prompt(language):
-    assert Request(language.encode("</s>"), 1).prompt[1:] != [language.stop_ids[0]]
+def test_special_tokens_in_a_text_are_encoded_as_text(tokenizer):
+    assert Request(tokenizer.encode("</s>"), 1).prompt[1:] != [tokenizer.stop_ids[0]]

@@ -1,4 +1,4 @@
-"""Greedy decoding gives the tokens that transformers 5.23.0 gives (`tests/golden/make_generate.py`)."""
+"""Greedy decoding generates the tokens of transformers 5.23.0 (`tests/golden/make_generate.py`)."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The server over real connections."""
+"""The OpenAI-compatible server over real connections."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ from mla_moe.text.chat_tokenizer import ChatTokenizer
 uvicorn = pytest.importorskip("uvicorn")
 server = pytest.importorskip("mla_moe.inference.openai_server")
 
-CAPACITY = 64
+MAX_MODEL_LEN = 64
 
 
 def decode(ids):
@@ -32,10 +32,10 @@ def decode(ids):
 @pytest.fixture(scope="module")
 def engine(cfg):
     model = Transformer(dataclasses.replace(cfg, num_nextn_predict_layers=0), rngs=nnx.Rngs(0))
-    return Engine(model, slots=4, capacity=CAPACITY, decode=decode)
+    return Engine(model, max_num_seqs=4, max_model_len=MAX_MODEL_LEN, decode=decode)
 
 
-LANGUAGE = ChatTokenizer(
+TOKENIZER = ChatTokenizer(
     encode=lambda text: [1, *(ord(c) % 64 for c in text)],
     encode_chat=lambda messages: [2, *(ord(c) % 64 for m in messages for c in m["content"])],
     decode=decode,
@@ -45,7 +45,7 @@ LANGUAGE = ChatTokenizer(
 
 @contextlib.contextmanager
 def serving(app):
-    """The port at which an application listens."""
+    """The port on which an application listens."""
     running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=running.run)
     thread.start()
@@ -58,7 +58,7 @@ def serving(app):
 
 @pytest.fixture(scope="module")
 def port(engine):
-    with serving(server.application(engine, LANGUAGE, "tiny", max_waiting=250)) as port:
+    with serving(server.application(engine, TOKENIZER, "tiny", max_waiting=250)) as port:
         yield port
 
 
@@ -66,8 +66,8 @@ def call(port, path, body=None, raw=None):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
     content = raw if raw is not None else None if body is None else json.dumps(body)
     connection.request("GET" if content is None else "POST", path, content)
-    answer = connection.getresponse()
-    status, value = answer.status, json.loads(answer.read())
+    response = connection.getresponse()
+    status, value = response.status, json.loads(response.read())
     connection.close()
     return status, value
 
@@ -82,7 +82,7 @@ def wait_until_idle(port):
     raise AssertionError(health)
 
 
-def test_none_of_200_requests_is_lost_or_mixed_up(port, engine):
+def test_200_concurrent_requests_get_their_own_completions(port, engine):
     rng = random.Random(0)
     bodies = [
         {
@@ -94,24 +94,25 @@ def test_none_of_200_requests_is_lost_or_mixed_up(port, engine):
         for i in range(200)
     ]
 
-    def ask(body):
+    def complete(body):
         time.sleep(random.random() * 0.5)
         return call(port, "/v1/completions", body)
 
     with ThreadPoolExecutor(100) as pool:
-        answers = list(pool.map(ask, bodies))
+        responses = list(pool.map(complete, bodies))
     health = wait_until_idle(port)
-    assert health["full_while_waiting"] >= 0.8
-    for body, (status, answer) in zip(bodies, answers, strict=True):
+    assert health["occupancy_while_waiting"] >= 0.8
+    completions = [
+        engine.submit(Request(b["prompt"], b["max_tokens"], b["temperature"], seed=b["seed"], stop_ids=(63,)))
+        for b in bodies
+    ]
+    while engine.has_unfinished_requests:
+        engine.step()
+    for completion, (status, response) in zip(completions, responses, strict=True):
         assert status == 200
-        completion = engine.submit(
-            Request(body["prompt"], body["max_tokens"], body["temperature"], seed=body["seed"], stop_ids=(63,))
-        )
-        while completion.finish is None:
-            engine.step()
-        assert answer["choices"][0]["text"] == completion.text.text
-        assert answer["choices"][0]["finish_reason"] == completion.finish
-        assert answer["usage"]["completion_tokens"] == len(completion.tokens)
+        assert response["choices"][0]["text"] == completion.text
+        assert response["choices"][0]["finish_reason"] == completion.finish_reason
+        assert response["usage"]["completion_tokens"] == len(completion.tokens)
 
 
 @pytest.mark.parametrize(
@@ -141,10 +142,10 @@ def test_none_of_200_requests_is_lost_or_mixed_up(port, engine):
         ("completions", b" " * (5 << 20), 413, None),
     ],
 )  # fmt: skip
-def test_malformed_requests_get_an_error_that_names_the_field(port, path, body, status, param):
+def test_the_error_for_a_malformed_request_names_the_field(port, path, body, status, param):
     raw = body if isinstance(body, bytes) else None
-    got, answer = call(port, f"/v1/{path}", body, raw)
-    assert (got, answer["error"]["param"]) == (status, param)
+    got, response = call(port, f"/v1/{path}", body, raw)
+    assert (got, response["error"]["param"]) == (status, param)
     wait_until_idle(port)
 
 
@@ -158,28 +159,28 @@ def test_malformed_requests_get_an_error_that_names_the_field(port, path, body, 
         ("chat/completions", {"top_logprobs": 0, "stream_options": None}),
     ],
 )
-def test_what_asks_for_nothing_else_is_answered(port, path, body):
+def test_unsupported_fields_with_default_values_are_accepted(port, path, body):
     messages = {} if path == "completions" else {"messages": [{"role": "user", "content": "hi"}]}
     assert call(port, f"/v1/{path}", {"max_tokens": 2} | messages | body)[0] == 200
 
 
-def test_messages_may_come_in_parts(port):
-    def ask(*contents):
+def test_message_content_may_be_text_parts(port):
+    def chat(*contents):
         messages = [{"role": role, "content": c} for role, c in zip(("user", "assistant"), contents, strict=False)]
         return call(port, "/v1/chat/completions", {"messages": messages, "max_tokens": 8, "temperature": 0})[1]
 
     parts = [{"type": "text", "text": "good"}, {"type": "text", "text": "day"}]
-    one, other = ask(parts, None), ask("good\nday")
+    one, other = chat(parts, None), chat("good\nday")
     assert one["choices"] == other["choices"]
     assert one["usage"] == other["usage"]
 
 
-def test_without_a_seed_no_two_choices_are_the_same(port):
-    _, answer = call(port, "/v1/completions", {"prompt": ["a", "a"], "n": 2, "max_tokens": 12})
-    assert len({choice["text"] for choice in answer["choices"]}) == 4
+def test_choices_without_a_seed_differ(port):
+    _, response = call(port, "/v1/completions", {"prompt": ["a", "a"], "n": 2, "max_tokens": 12})
+    assert len({choice["text"] for choice in response["choices"]}) == 4
 
 
-def test_log_probabilities_come_with_their_tokens_text(port):
+def test_logprobs_contain_the_text_of_their_tokens(port):
     body = {"prompt": "a", "logprobs": 0, "max_tokens": 3, "temperature": 0}
     choice = call(port, "/v1/completions", body)[1]["choices"][0]
     assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
@@ -191,14 +192,14 @@ def test_log_probabilities_come_with_their_tokens_text(port):
     assert all(bytes(t["bytes"]).decode() == t["token"] and t["top_logprobs"] == [] for t in tokens)
 
 
-def test_a_chat_needs_no_limit(port):
-    status, answer = call(port, "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
+def test_max_tokens_is_optional(port):
+    status, response = call(port, "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
     assert status == 200
-    assert answer["usage"]["total_tokens"] <= CAPACITY
+    assert response["usage"]["total_tokens"] <= MAX_MODEL_LEN
 
 
-def test_a_body_that_does_not_come_is_given_up(port, monkeypatch):
-    monkeypatch.setattr(server, "BODY_SECONDS", 0.2)
+def test_a_body_that_does_not_arrive_times_out(port, monkeypatch):
+    monkeypatch.setattr(server, "BODY_TIMEOUT", 0.2)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.putrequest("POST", "/v1/completions")
     connection.putheader("Content-Length", "100")
@@ -207,13 +208,13 @@ def test_a_body_that_does_not_come_is_given_up(port, monkeypatch):
     connection.close()
 
 
-def test_an_answer_that_takes_too_long_is_given_up(engine, caplog):
-    """And its place is free again, and nothing about it is in the log; a stream ends with the error."""
-    app = server.application(engine, LANGUAGE, "tiny", max_waiting=250, seconds=0.0)
+def test_a_request_that_times_out_is_aborted(engine, caplog):
+    """Its slot is freed, nothing is logged, and a stream ends with the error."""
+    app = server.application(engine, TOKENIZER, "tiny", max_waiting=250, timeout=0.0)
     with serving(app) as port:
         body = {"prompt": [5], "max_tokens": 60, "n": 8}
-        status, answer = call(port, "/v1/completions", body)
-        assert (status, answer["error"]["type"]) == (504, "server_error")
+        status, response = call(port, "/v1/completions", body)
+        assert (status, response["error"]["type"]) == (504, "server_error")
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}))
         assert b"the answer took too long" in connection.getresponse().read()
@@ -223,37 +224,37 @@ def test_an_answer_that_takes_too_long_is_given_up(engine, caplog):
     assert not caplog.records
 
 
-def test_a_client_that_hangs_up_frees_its_slot(port):
+def test_a_client_that_disconnects_frees_its_slots(port):
     for stream in (True, False):
         connection = http.client.HTTPConnection("127.0.0.1", port)
         body = {"prompt": [5], "max_tokens": 60, "n": 40, "stream": stream}
         connection.request("POST", "/v1/completions", json.dumps(body))
-        answer = connection.getresponse() if stream else None
-        assert answer is None or answer.read(10)
+        response = connection.getresponse() if stream else None
+        assert response is None or response.read(10)
         while call(port, "/health")[1]["running"] < 4:
             time.sleep(0.01)
-        if answer:
-            answer.close()
+        if response:
+            response.close()
         connection.close()
         wait_until_idle(port)
 
 
-def test_streams_are_the_whole_answer(port):
+def test_a_stream_adds_up_to_the_full_response(port):
     message = [{"role": "user", "content": "hello"}]
     body = {"messages": message, "max_completion_tokens": 40, "seed": 3, "n": 2, "logprobs": True}
     usage = {"stream_options": {"include_usage": True}}
-    _, whole = call(port, "/v1/chat/completions", body)
+    _, full = call(port, "/v1/chat/completions", body)
     connection = http.client.HTTPConnection("127.0.0.1", port)
     connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True} | usage))
-    with connection.getresponse() as answer:
-        lines = answer.read().decode().split("\n\n")
+    with connection.getresponse() as response:
+        lines = response.read().decode().split("\n\n")
     connection.close()
     assert lines[-2:] == ["data: [DONE]", ""]
     events = [json.loads(line.removeprefix("data: ")) for line in lines[:-2]]
     last = events.pop()
-    assert (last["choices"], last["usage"]) == ([], whole["usage"])
+    assert (last["choices"], last["usage"]) == ([], full["usage"])
     assert all(event["usage"] is None for event in events)
-    for index, choice in enumerate(whole["choices"]):
+    for index, choice in enumerate(full["choices"]):
         parts = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
         assert "".join(p["delta"]["content"] for p in parts) == choice["message"]["content"]
         assert parts[-1]["finish_reason"] == choice["finish_reason"]
@@ -262,19 +263,19 @@ def test_streams_are_the_whole_answer(port):
     assert len(events) > 2
 
 
-def test_too_many_waiting_are_turned_away(port):
+def test_a_full_queue_refuses_requests(port):
     body = {"prompt": [5], "max_tokens": 60, "n": 64, "stream": True}
     connections = []
     for _ in range(6):
         connection = http.client.HTTPConnection("127.0.0.1", port)
         connection.request("POST", "/v1/completions", json.dumps(body))
         connections.append(connection)
-    answers = [connection.getresponse() for connection in connections]
-    statuses = [a.status for a in answers]
+    responses = [connection.getresponse() for connection in connections]
+    statuses = [response.status for response in responses]
     assert statuses.count(429) >= 1
     assert statuses.count(200) >= 3
-    for connection, answer in zip(connections, answers, strict=True):
-        answer.close()
+    for connection, response in zip(connections, responses, strict=True):
+        response.close()
         connection.close()
     wait_until_idle(port)
 
@@ -283,13 +284,13 @@ def test_models_are_listed(port):
     model = call(port, "/v1/models")[1]["data"][0]
     assert model["id"] == "tiny"
     assert call(port, "/v1/models/tiny") == (200, model)
-    status, answer = call(port, "/v1/models/huge")
-    assert (status, answer["error"]["param"]) == (404, "model")
+    status, response = call(port, "/v1/models/huge")
+    assert (status, response["error"]["param"]) == (404, "model")
 
 
-def test_an_end_by_force_waits_for_the_step_under_way(engine):
-    """A second Ctrl-C cancels what the server's life hangs on."""
-    app = server.application(engine, LANGUAGE, "tiny", max_waiting=1)
+def test_a_forced_shutdown_waits_for_the_running_step(engine):
+    """A second Ctrl-C cancels the lifespan task."""
+    app = server.application(engine, TOKENIZER, "tiny", max_waiting=1)
     before = set(threading.enumerate())
 
     async def live():
@@ -301,7 +302,7 @@ def test_an_end_by_force_waits_for_the_step_under_way(engine):
     assert set(threading.enumerate()) == before
 
 
-def test_running_answers_do_not_hold_up_the_end(monkeypatch):
+def test_running_requests_do_not_delay_shutdown(monkeypatch):
     seen = {}
     monkeypatch.setattr(uvicorn, "run", lambda app, **how: seen.update(how))
     server.serve(None, "127.0.0.1", 8000)

@@ -1,10 +1,10 @@
-"""Generation: bytes of the cache, tokens a second beside `transformers`, and time a token as the text grows.
+"""Decoding: bytes of the KV cache, tokens/s compared with `transformers`, and the time of a step as the context grows.
 
     python benchmarks/decode.py [--torch PYTHON]
 
-`--torch` names a Python with PyTorch and `transformers == 5.23.0`; it generates from the same files and prompts, in the
-fastest of its ways to run experts, on one thread or all. The model is V3-shaped with 18.6 M parameters in bfloat16, as
-released files are; both compute in float32 and decode greedily. Prefill is included; the best of three runs.
+`--torch` is a Python with PyTorch and `transformers == 5.23.0`; it generates from the same files and prompts, with the
+fastest of its experts implementations, on one thread or all. The model is V3-shaped with 18.6 M parameters in bfloat16,
+like released checkpoints; both compute in float32 and decode greedily. Prefill is included; best of three runs.
 """
 
 import argparse
@@ -43,24 +43,25 @@ def run(new):
                          pad_token_id=0)
     return time.perf_counter() - start, out
 
-def choose(way):
-    torch.set_num_threads(way[0])
-    model.set_experts_implementation(way[1])
+def configure(setting):
+    torch.set_num_threads(setting[0])
+    model.set_experts_implementation(setting[1])
 
-def trial(way):
-    choose(way)
+def trial(setting):
+    configure(setting)
     return min(run(8)[0] for _ in range(2))
 
-ways = [(threads, experts) for threads in (1, torch.get_num_threads()) for experts in ("grouped_mm", "batched_mm")]
-way = min(ways, key=trial)
-choose(way)
+settings = [(threads, experts) for threads in (1, torch.get_num_threads()) for experts in ("grouped_mm", "batched_mm")]
+setting = min(settings, key=trial)
+configure(setting)
 seconds, out = min((run(request["new"]) for _ in range(3)), key=lambda pair: pair[0])
-print(json.dumps({"seconds": seconds, "way": f"{way[1]}, {way[0]} threads", "new": out[:, tokens.shape[1]:].tolist()}))
+description = f"{setting[1]}, {setting[0]} threads"
+print(json.dumps({"seconds": seconds, "setting": description, "new": out[:, tokens.shape[1]:].tolist()}))
 """
 
 
 def cache_table() -> None:
-    """Attention of the same width: as many heads of the value's width, keys and values in bfloat16."""
+    """Compared with attention of the same width: as many heads of the values' width, keys and values in bfloat16."""
     print(f"{'cache bytes a token, bf16':26}{'latent':>10}{'MQA':>10}{'GQA, 8':>10}{'MHA':>12}{'MHA / latent':>14}")
     for name in PRESETS:
         cfg = preset(name)
@@ -75,10 +76,10 @@ def seconds_to_generate(
 ) -> tuple[float, list[list[int]]]:
     best, out = float("inf"), []
     for _ in range(4):  # the first compiles
-        engine.load_weights(model)  # forgets what the slots hold: every prompt is read anew
+        engine.load_weights(model)  # clears the prefix cache: every prompt is prefilled again
         completions = [engine.submit(Request(prompt, new)) for prompt in prompts]
         start = time.perf_counter()
-        while engine.busy:
+        while engine.has_unfinished_requests:
             engine.step()
         best, out = min(best, time.perf_counter() - start), [c.tokens for c in completions]
     return best, out
@@ -92,7 +93,9 @@ def speed_table(model: Transformer, torch: str | None) -> None:
         save_pretrained(model, path)
         for batch in (1, 8):
             prompts = rng.integers(0, CFG.vocab_size, (batch, PROMPT)).tolist()
-            seconds, new = seconds_to_generate(model, Engine(model, slots=batch, capacity=PROMPT + NEW), prompts, NEW)
+            seconds, new = seconds_to_generate(
+                model, Engine(model, max_num_seqs=batch, max_model_len=PROMPT + NEW), prompts, NEW
+            )
             row = f"{'batch ' + str(batch):26}{batch * NEW / seconds:10.0f}"
             if torch:
                 request = json.dumps({"prompts": prompts, "new": NEW})
@@ -102,16 +105,16 @@ def speed_table(model: Transformer, torch: str | None) -> None:
                 peer = json.loads(run.stdout.splitlines()[-1])
                 same = np.mean(np.array(peer["new"]) == np.array(new))
                 row += f"{batch * NEW / peer['seconds']:14.0f}{peer['seconds'] / seconds:8.1f}  {same:.1%}"
-                row += f" ({peer['way']})"
+                row += f" ({peer['setting']})"
             print(row, flush=True)
 
 
 def growth_table(model: Transformer) -> None:
-    """Milliseconds a step while the context grows by 64 tokens from the given length."""
+    """Milliseconds per step while the context grows by 64 tokens from the given length."""
     rng = np.random.default_rng(1)
     print(f"\n{'context, tokens':26}" + "".join(f"{n:>10,}" for n in (128, 512, 1024, 2048)) + f"{'2,048 / 128':>14}")
     for batch in (1, 8):
-        engine, times = Engine(model, slots=batch, capacity=2304), []
+        engine, times = Engine(model, max_num_seqs=batch, max_model_len=2304), []
         for context in (128, 512, 1024, 2048):
             best = float("inf")
             for _ in range(3):
@@ -121,7 +124,7 @@ def growth_table(model: Transformer) -> None:
                     engine.step()
                 before = len(completions[0].tokens)
                 start = time.perf_counter()
-                while engine.busy:
+                while engine.has_unfinished_requests:
                     engine.step()
                 best = min(best, (time.perf_counter() - start) / (81 - before))
             times.append(best * 1e3)

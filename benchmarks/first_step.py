@@ -1,8 +1,8 @@
-"""Seconds from the quickstart's command to the first row of its curves, without and with the compilation cache.
+"""Seconds from the quickstart's command to the first row of `metrics.jsonl`, without and with the compilation cache.
 
-    python benchmarks/first_step.py [--turns 3]
+    python benchmarks/first_step.py [--runs 3]
 
-A row is written when the step after it is under way. Each turn begins with an empty cache; then the same again.
+A row is written while the next step runs. Each run starts with an empty cache and is repeated with the filled one.
 """
 
 import argparse
@@ -26,23 +26,23 @@ def seconds_to_first_row(run_dir: Path, cache: Path) -> float:
             if run.poll() is not None:
                 sys.exit(f"the run ended before its first row, with {run.returncode}")
             time.sleep(0.02)
-        taken = time.perf_counter() - start
+        seconds = time.perf_counter() - start
         run.kill()
-    return taken
+    return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
     times: dict[str, list[float]] = {"cold": [], "cached": []}
-    for _ in range(args.turns):
+    for _ in range(args.runs):
         with tempfile.TemporaryDirectory() as folder:
-            for name, taken in times.items():
-                taken.append(seconds_to_first_row(Path(folder, name), Path(folder, "cache")))
+            for name, measured in times.items():
+                measured.append(seconds_to_first_row(Path(folder, name), Path(folder, "cache")))
     print(f"{'':10}{'median, s':>12}{'all':>8}")
-    for name, taken in times.items():
-        print(f"{name:10}{median(taken):12.1f}   {', '.join(f'{t:.1f}' for t in taken)}")
+    for name, measured in times.items():
+        print(f"{name:10}{median(measured):12.1f}   {', '.join(f'{t:.1f}' for t in measured)}")
 
 
 if __name__ == "__main__":

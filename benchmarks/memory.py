@@ -1,9 +1,9 @@
-"""What a training step needs of each device's memory, over meshes of 1 to 8 devices.
+"""Memory per device of a training step, on meshes of 1 to 8 devices.
 
     python benchmarks/memory.py
 
-From the compiled program: nothing runs. The batch and the model are the same for every mesh, so a device's part should
-fall as 1 / devices. Arguments are parameters, optimizer and batch; temporaries are gradients and activations.
+From the compiled program: nothing runs. Batch and model are the same for every mesh, so the memory per device should
+fall as 1 / devices. Arguments are parameters, optimizer state and batch; temporaries are gradients and activations.
 """
 
 import dataclasses
@@ -36,34 +36,35 @@ MESHES = {
 
 
 def step_memory(mesh: jax.sharding.Mesh) -> tuple[int, int]:
-    """Bytes a device of arguments and of temporaries."""
+    """Bytes per device of arguments and of temporaries."""
     abstract_model = AbstractModel(CFG, remat=TRAINING.remat)
     tx = make_optimizer(OptimizerConfig(), TRAINING.steps, abstract_model)
     shape = TRAINING.batch_size, TRAINING.sequence_length
-    batch = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), batch)
+    array = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), array)
     step = (
         make_train_step(abstract_model, tx, TRAINING, mesh)
         .lower(abstract_state(abstract_model, tx, mesh), batch)
         .compile()
     )
     memory = step.memory_analysis()
+    assert memory is not None
     return memory.argument_size_in_bytes, memory.temp_size_in_bytes
 
 
 def main() -> None:
     jax.config.update("jax_num_cpu_devices", 8)
-    one = None
+    one_device = None
     print(f"{'devices':>7}  {'mesh':28}{'arguments':>11}{'temporaries':>13}{'sum':>8}{'times devices / one':>21}")
     for devices, meshes in MESHES.items():
         for sizes in meshes:
             arguments, temporaries = step_memory(make_mesh(sizes, jax.devices()[:devices]))
             total = arguments + temporaries
-            one = one or total
+            one_device = one_device or total
             axes = {axis: n for axis, n in dataclasses.asdict(sizes).items() if axis != "rules" and n not in (1, -1)}
             name = " x ".join(f"{axis} {n}" for axis, n in axes.items()) or "one device"
             row = f"{devices:7}  {name:28}{arguments / 2**20:7.0f} MiB{temporaries / 2**20:9.0f} MiB"
-            print(f"{row}{total / 2**20:8.0f}{total * devices / one:21.2f}", flush=True)
+            print(f"{row}{total / 2**20:8.0f}{total * devices / one_device:21.2f}", flush=True)
 
 
 if __name__ == "__main__":

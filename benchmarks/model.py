@@ -1,7 +1,8 @@
-"""The V3-shaped model of 18.6 M parameters that the benchmarks share, and steps of training."""
+"""The V3-shaped model of 18.6 M parameters that the benchmarks share, and its training step."""
 
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,10 @@ CFG = ModelConfig(
 )  # fmt: skip
 
 
-def stepper(cfg: ModelConfig, dtype: str, batch: int, length: int, remat: Remat = "none") -> Callable[[], float]:
-    """A function that takes one step and says how long it took; the first, which compiles, is done."""
+def stepper(
+    cfg: ModelConfig, dtype: Literal["float32", "bfloat16"], batch: int, length: int, remat: Remat = "none"
+) -> Callable[[], float]:
+    """A function that runs one training step and returns its seconds. It is already compiled."""
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     precision = Precision(compute=jnp.dtype(dtype))
     training = TrainingConfig(batch_size=batch, sequence_length=length, compute_dtype=dtype, remat=remat)
@@ -33,8 +36,8 @@ def stepper(cfg: ModelConfig, dtype: str, batch: int, length: int, remat: Remat 
     state = init_state(abstract_model, tx, 0, mesh)
     step = make_train_step(abstract_model, tx, training, mesh)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (batch, length), dtype=np.int32)
-    ones, places = np.ones_like(tokens), np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
-    data = jax.device_put({"tokens": tokens, "targets": tokens, "segment_ids": ones, "positions": places})
+    ones, positions = np.ones_like(tokens), np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+    data = jax.device_put({"tokens": tokens, "targets": tokens, "segment_ids": ones, "positions": positions})
 
     def run() -> float:
         nonlocal state

@@ -1,5 +1,5 @@
-"""DeepSeek-V3 as MLPerf Training v6.0 sets it: 4,096 tokens, at least 15,360 sequences a step, and a learning rate of
-2.4e-5 · √(batch / 16,384), from a checkpoint that is given.
+"""DeepSeek-V3 as specified by MLPerf Training v6.0: sequences of 4,096 tokens, at least 15,360 per step, a learning
+rate of 2.4e-5 · √(batch / 16,384), and a given checkpoint (`--init-from`).
 
     mla-moe plan configs/deepseek_v3_mlperf.py --topology v5p:8x8x8
 """

@@ -1,4 +1,4 @@
-"""Kimi K2, 1.03 T parameters, on 256 TPU v5p: full AdamW in float32.
+"""Kimi K2, 1.03 T parameters, on 256 TPU v5p: AdamW in float32.
 
 mla-moe plan configs/kimi_k2.py --topology v5p:4x8x8
 python train.py configs/kimi_k2.py --data.train 'text/*.parquet' --data.tokenizer path/to/tokenizer.json
@@ -19,7 +19,7 @@ recipe = Recipe(
     run_dir="runs/kimi_k2",
     model=preset("kimi-k2"),
     data=DataConfig(tokenizer="tokenizer.json"),
-    # arXiv 2507.20534, section 2.5: 15.5 T tokens in sequences of 4,096, 67 M tokens a step.
+    # arXiv 2507.20534, section 2.5: 15.5 T tokens in sequences of 4,096, 67 M tokens per step.
     optimizer=OptimizerConfig(
         schedule=ScheduleConfig(peak_lr=2e-4, warmup_fraction=0.0022, decay_fraction=0.35, final_lr_fraction=0.1)
     ),

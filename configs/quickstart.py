@@ -1,11 +1,11 @@
-"""DeepSeek's recipe in miniature: read, then learn to think from rewards alone.
+"""DeepSeek's recipe in miniature: pretraining, then reasoning by RL from rule rewards alone.
 
     python train.py configs/quickstart.py
 
-A small MLA + MoE model reads the sources and the manual of the Python that runs it, mixed with sums that many writers
-have answered: most at once, some in haste, a few step by step, some wrong or without form. Held-out files then take
-fewer bits a byte than `gzip -9` needs. Reinforcement learning shows it other sums, and says only whether the form was
-kept and the answer right. About 10 minutes on 2 cores.
+A small MLA + MoE model is pretrained on the source code and the manual of the running Python, mixed with arithmetic
+problems whose solutions have several styles: most give the answer directly, some take a shortcut, a few reason step by
+step, some are incorrect or without format. Held-out files then need fewer bits per byte than with `gzip -9`. RL uses
+other problems, and rewards only the format and the correct answer. About 10 minutes on 2 cores.
 """
 
 from mla_moe.config import (
@@ -42,11 +42,11 @@ recipe = Recipe(
         max_position_embeddings=512,
         initializer_range=0.02,
     ),
-    # Files differ so much that a batch from one alone would have its own favourite experts: mix half a million tokens.
+    # A batch from a single file would load few experts: shuffle over half a million tokens.
     data=DataConfig(train=("cpython:train", "arithmetic:train"), tokenizer="bpe:2048", shuffle_buffer_size=2048),
     optimizer=OptimizerConfig(
         name="muon",
-        # So short a run wants high rates (8e-3 for both, mixing 256 sequences: 1.88 bits; this: 1.74).
+        # Such a short run needs high learning rates (8e-3 for both, shuffling 256 sequences: 1.88 bits; these: 1.74).
         schedule=ScheduleConfig(peak_lr=2e-2, warmup_fraction=0.02, decay_fraction=0.6, final_lr_fraction=0.02),
         muon_peak_lr=1e-2,
     ),
@@ -56,7 +56,8 @@ recipe = Recipe(
     task=TaskConfig(name="arithmetic", template=QUESTION, format_weight=0.2),
     rl=RLConfig(
         steps=20,
-        # Long right answers count for as much as short wrong ones: at rates too high, haste wins under some others.
+        # Long correct completions weigh as much as short incorrect ones. With a learning rate that is too high, some
+        # other objectives learn the shortcut.
         objective="dapo",
         max_resample_rounds=2,
         prompts_per_step=48,
@@ -67,7 +68,7 @@ recipe = Recipe(
         packed_length=192,
         micro_batch_size=24,
         max_num_seqs=128,
-        # The fewer groups still differ, the more gradients swing: with a short second moment the lesson may fall back.
+        # The fewer groups still differ, the more gradients fluctuate: with a smaller beta2 accuracy may fall back.
         optimizer=OptimizerConfig(
             schedule=ScheduleConfig(peak_lr=6e-4, warmup_fraction=0.0, decay_fraction=0.9, final_lr_fraction=0.05),
             beta2=0.99,

@@ -1,11 +1,11 @@
-"""DeepSeek-R1's four stages in miniature: a cold start, reinforcement learning, rejection sampling, fine-tuning again.
+"""DeepSeek-R1's four stages in miniature: cold start, reinforcement learning, rejection sampling, fine-tuning.
 
     python train.py configs/r1_pipeline.py
 
-A small model reads what many writers say of sums, most of them in haste. Forty pairs, worked out
-step by step, then show it the form (sft). Rewards teach it to use that (rl). At last it answers training questions, and
-the model that came out of reading is fine-tuned on the right answers alone (rejection): it should know at once what
-reinforcement learning had to find.
+A small model is pretrained on arithmetic problems with solutions in several styles, most of them without all reasoning
+steps. SFT on forty completions with every step trains the format (`sft`, the cold start). RL then increases accuracy
+(`rl`). At last the RL model generates completions of training prompts, and the pretrained model is fine-tuned on the
+correct ones alone (`rejection`).
 """
 
 from pathlib import Path

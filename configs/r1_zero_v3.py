@@ -1,14 +1,14 @@
-"""DeepSeek-R1-Zero: reinforcement learning on a 671B base with the published settings (arXiv 2501.12948, and its
-supplement): learning rate 3e-6, divergence weight 1e-3, temperature 1, 16 answers to each of 32 questions an update,
-16 updates to a rollout of 8,192 answers, the reference replaced every 400 updates, 10,400 updates in all.
+"""DeepSeek-R1-Zero: RL on a 671 B base model with the published settings (arXiv 2501.12948, and its supplement):
+learning rate 3e-6, KL coefficient 1e-3, temperature 1, 16 completions of each of 32 prompts per update, 16 updates per
+rollout of 8,192 completions, the reference policy replaced every 400 updates, 10,400 updates in total.
 
     mla-moe convert path/to/DeepSeek-V3-Base path/to/orbax --to orbax
     python train.py configs/r1_zero_v3.py --init-from path/to/orbax \\
         --data.tokenizer path/to/DeepSeek-V3-Base/tokenizer.json --task.name path/to/questions.jsonl
 
-Questions are JSON lines with `question` and `answer`. Published runs let answers grow to 65,536 tokens after 8,200
-updates: go on from the last checkpoint with `--init-from runs/r1-zero-v3 --run-dir … --rl.max-new-tokens 65536`.
-The mesh is for 1,024 TPU v5p; half as many have no room for an update of such rows (docs/plan.md):
+Prompts are JSON lines with `question` and `answer`. The published run allowed 65,536 tokens per completion after 8,200
+updates: continue from the last checkpoint with `--init-from runs/r1-zero-v3 --run-dir … --rl.max-new-tokens 65536`.
+The mesh is for 1,024 TPU v5p; half as many have too little memory for updates on such long sequences (docs/plan.md):
 
     mla-moe plan configs/r1_zero_v3.py --topology v5p:8x8x16 --stage rl
 """
@@ -26,7 +26,7 @@ from mla_moe.config import (
     preset,
 )
 
-UPDATES_A_STEP = 16
+UPDATES_PER_STEP = 16
 
 recipe = Recipe(
     run_dir="runs/r1-zero-v3",
@@ -37,16 +37,16 @@ recipe = Recipe(
     training=TrainingConfig(steps=0, batch_size=512, remat="full"),
     task=TaskConfig(name="path/to/questions.jsonl", template="r1_zero"),
     rl=RLConfig(
-        steps=10_400 // UPDATES_A_STEP,
+        steps=10_400 // UPDATES_PER_STEP,
         objective="grpo",
-        prompts_per_step=32 * UPDATES_A_STEP,
+        prompts_per_step=32 * UPDATES_PER_STEP,
         group_size=16,
-        minibatches=UPDATES_A_STEP,
+        minibatches=UPDATES_PER_STEP,
         max_prompt_tokens=1024,
         max_new_tokens=32_768 - 1024,
         temperature=1.0,
         kl_coef=1e-3,
-        ref_sync_steps=400 // UPDATES_A_STEP,
+        ref_sync_steps=400 // UPDATES_PER_STEP,
         micro_batch_size=1024,
         max_num_seqs=1024,
         eval_every=25,

@@ -1,4 +1,4 @@
-"""DeepSeek-V2-Lite, 15.7 B parameters, on 4 TPU v5p: full AdamW in float32.
+"""DeepSeek-V2-Lite, 15.7 B parameters, on 4 TPU v5p: AdamW in float32.
 
 mla-moe plan configs/v2_lite.py --topology v5p:2x2x1
 python train.py configs/v2_lite.py --data.train 'text/*.parquet' --data.tokenizer path/to/tokenizer.json
@@ -19,7 +19,7 @@ recipe = Recipe(
     run_dir="runs/v2_lite",
     model=preset("deepseek-v2-lite"),
     data=DataConfig(tokenizer="tokenizer.json"),
-    # Appendix B of DeepSeek-V2: 5.7 T tokens, 4,608 sequences a step; the schedule is V3's.
+    # Appendix B of DeepSeek-V2: 5.7 T tokens, 4,608 sequences per step; the schedule is V3's.
     optimizer=OptimizerConfig(
         schedule=ScheduleConfig(
             peak_lr=4.2e-4, warmup_fraction=0.0067, decay_fraction=0.29, final_lr_fraction=0.1, tail_fraction=0.034

@@ -1,5 +1,5 @@
-"""Pairs to fine-tune on for reasoning-gym's `chain_sum`, whose training questions a few writers answer: half of them
-step by step, half after one step, in haste. Needs `pip install 'mla_moe[rl]'`.
+"""Prompt-completion pairs for SFT on reasoning-gym's `chain_sum`: a bit less than half of the completions have every
+reasoning step, the others the shortcut, only the first step. Needs `pip install 'mla_moe[rl]'`.
 
     python examples/chain_sum_pairs.py runs/chain_sum.jsonl
     python train.py configs/chain_sum.py
@@ -12,10 +12,11 @@ import sys
 from pathlib import Path
 
 from mla_moe.config import load_recipe
-from mla_moe.rl.tasks.task import open_task
+from mla_moe.rl.tasks import open_task
 
 PAIRS = 16_000
-HASTY = 0.55
+SHORTCUT = 0.55
+"""Fraction of completions with only the first reasoning step."""
 
 
 def steps(question: str) -> list[str]:
@@ -38,7 +39,7 @@ def main(path: Path) -> None:
             example = task.example("train", number)
             worked = steps(example.record["metadata"]["expression"])
             assert worked[-1].endswith(f"= {example.answer}")
-            shown = worked[:1] if draw.random() < HASTY else worked
+            shown = worked[:1] if draw.random() < SHORTCUT else worked
             completion = f"<think>{', '.join(shown)}</think><answer>{example.answer}</answer>"
             file.write(json.dumps({"question": example.question, "completion": completion}) + "\n")
 

@@ -1,15 +1,16 @@
-"""A reward of one's own: answers that are right are worth more the sooner they come.
+"""A reward function of the user: a correct answer gets a higher reward if the completion is shorter.
 
-    python train.py RECIPE --task.reward_function examples/reward.py:brief --task.reward_function-weight 0.5
+    python train.py RECIPE --task.reward_function examples/reward.py:brief --task.reward_function_weight 0.5
 
-It runs in a process of its own; what it raises is counted, and worth 0.
+It runs in a worker process; a call that raises is counted as a failure, with a reward of 0.
 """
 
 import re
+from typing import Any
 
 
-def brief(prompt: str, completion: str, example) -> float:
-    """`example` has `question`, `answer` and `record`, the whole line of a file of questions."""
+def brief(prompt: str, completion: str, example: Any) -> float:
+    """`example` has `question`, `answer` and `record`, the full record of the example in its task."""
     found = re.search(r"<answer>(.*?)</answer>", completion)
-    right = found is not None and found[1].strip() == example.answer
-    return 1 - len(completion) / 200 if right else 0.0
+    correct = found is not None and found[1].strip() == example.answer
+    return 1 - len(completion) / 200 if correct else 0.0

@@ -1,4 +1,4 @@
-"""DeepSeek's recipe in JAX: multi-head latent attention, mixture of experts, reinforcement learning from rules."""
+"""DeepSeek models in JAX: multi-head latent attention (MLA), mixture of experts (MoE), RL with verifiable rewards."""
 
 from mla_moe.checkpoint.pretrained import load_pretrained, save_pretrained
 from mla_moe.config import ConfigError, ModelConfig, Yarn, preset

@@ -1,12 +1,18 @@
-"""Eight virtual devices, and shapes checked on every call of `ops`, `nn` and `rl`."""
+"""Eight virtual devices, and shapes checked at run time on every call of `ops`, `nn` and `rl`."""
 
 import dataclasses
+import gc
+import importlib.metadata
 import os
+from pathlib import Path
 
-# The tests compile many small programs and run each once or twice: do not optimise them.
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+# The tests compile many small programs and run each once or twice: compile fast, not for speed. The older emitters of
+# XLA for CPU, which jaxlib has up to 0.10, compile a program in half the time.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0" + (
+    " --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib") < "0.11" else ""
+)
 
-# With the TPU's compiler installed JAX would look for a TPU; several workers may load it at a time.
+# With the TPU compiler installed, JAX would look for a TPU. Several workers may load the compiler at a time.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
@@ -20,17 +26,22 @@ jaxtyping.install_import_hook(("mla_moe.ops", "mla_moe.nn", "mla_moe.rl"), "bear
 jax.config.update("jax_num_cpu_devices", 8)
 
 
-# Examples take as long as the machine lets them, and are the same in every run of the short form.
+# No deadline for an example on a busy machine; the short form draws the same examples in every run.
 hypothesis.settings.register_profile("short", max_examples=60, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
 
 
 def pytest_addoption(parser):
-    parser.addoption("--thorough", action="store_true", help="10,000 bad inputs of each kind, and faults at length")
+    parser.addoption("--thorough", action="store_true", help="10,000 invalid inputs of each kind, and more faults")
 
 
 def pytest_configure(config):
     hypothesis.settings.load_profile("thorough" if config.getoption("--thorough") else "short")
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A single file runs in this process: starting workers would take longer than most files."""
+    return 0 if len(config.args) == 1 and Path(config.args[0].partition("::")[0]).is_file() else None
 
 
 def pytest_collection_modifyitems(config, items):
@@ -45,7 +56,7 @@ def thorough(pytestconfig):
 
 @pytest.fixture(autouse=True)
 def _strict_types(request):
-    """No type is promoted silently in `ops` and `nn`. (Optax's own code is not that strict.)"""
+    """Strict dtype promotion in the tests of `ops` and `nn`. (Optax does not pass it.)"""
     strict = request.path.parent.name in ("ops", "nn")
     with jax.numpy_dtype_promotion("strict" if strict else "standard"):
         yield
@@ -57,9 +68,19 @@ def _compile_cache(tmp_path_factory):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _bounded_memory():
+    """Compiled programs of earlier modules would make a worker grow to 4 GB; the cache on disk keeps them."""
+    yield
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > 1.2e9:
+        jax.clear_caches()
+        gc.collect()
+
+
 @pytest.fixture(scope="session")
 def cfg():
-    """A model so small that it compiles in seconds, with everything in it: groups, both latents, YaRN, MTP."""
+    """A model that compiles in seconds and has every feature: expert groups, both latents, YaRN, an MTP module."""
     from mla_moe import ModelConfig, Yarn
 
     return ModelConfig(
@@ -88,7 +109,7 @@ def cfg():
 
 @pytest.fixture(scope="session")
 def v2_cfg(cfg):
-    """The same shape with V2's softmax gate and no query latent."""
+    """The same shape with the softmax router of V2 and without a query latent."""
     return dataclasses.replace(
         cfg,
         q_lora_rank=None,

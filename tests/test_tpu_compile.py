@@ -1,4 +1,4 @@
-"""The training step compiled for TPUs that are not there: it has the native kernels, and no dense expansion."""
+"""The training step compiled ahead of time for TPU: it has the native kernels, and no dense expansion."""
 
 import dataclasses
 import re
@@ -9,24 +9,23 @@ import pytest
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
-from mla_moe import ConfigError
+from mla_moe import ConfigError, ModelConfig
 from mla_moe.config import KernelConfig, MeshConfig, OptimizerConfig, TrainingConfig
 from mla_moe.nn.abstract_model import AbstractModel
-from mla_moe.nn.kernels import resolve_kernels
-from mla_moe.nn.param import Precision
+from mla_moe.nn.param import Precision, resolve_kernels
 from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
-from mla_moe.plan.compiler import without_cache
+from mla_moe.plan.compiler import without_compilation_cache
 from mla_moe.training.optimizer import make_optimizer
 from mla_moe.training.step import abstract_state, make_train_step
 
 pytest.importorskip("libtpu")
 
-ROWS, LENGTH = 16, 256
+BATCH, LENGTH = 16, 256
 
 
 @pytest.fixture(scope="module")
-def program(cfg):
-    """The text of a step on `v5p:2x2x2`, and its share of memory."""
+def program(cfg: ModelConfig) -> str:
+    """The compiled text of a training step on `v5p:2x2x2`."""
     cfg = dataclasses.replace(
         cfg, vocab_size=512, hidden_size=256, num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=2,
         moe_intermediate_size=128, n_routed_experts=32, n_group=4, topk_group=2, num_experts_per_tok=4,
@@ -38,16 +37,16 @@ def program(cfg):
     kernels = resolve_kernels(KernelConfig(), mesh.devices.flat[0].platform)
     assert dataclasses.astuple(kernels)[:3] == ("splash", "megablox", "ragged")
     abstract_model = AbstractModel(cfg, precision=Precision(compute=jnp.bfloat16), kernels=kernels)
-    training = TrainingConfig(steps=10, batch_size=ROWS, sequence_length=LENGTH)
+    training = TrainingConfig(steps=10, batch_size=BATCH, sequence_length=LENGTH)
     tx = make_optimizer(OptimizerConfig(), training.steps, abstract_model)
-    batch = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
+    batch = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), batch)
     lowered = make_train_step(abstract_model, tx, training, mesh).lower(abstract_state(abstract_model, tx, mesh), batch)
-    with without_cache():
+    with without_compilation_cache():
         return lowered.compile().as_text()
 
 
-def test_slices_lie_along_data():
+def test_slices_are_laid_out_along_data() -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1", num_slices=2).devices
     mesh = make_mesh(MeshConfig(data=4, expert=2), devices)
     assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
@@ -55,15 +54,15 @@ def test_slices_lie_along_data():
         make_mesh(MeshConfig(data=1, fsdp=8), devices)
 
 
-def test_the_native_kernels_are_in_it(program):
+def test_the_step_has_the_native_kernels(program: str) -> None:
     assert "ragged-all-to-all(" in program
     assert "splash_mha_fwd" in program
     assert re.search(r"splash_mha_dkv|splash_mha_dq", program)
 
 
-def test_no_expert_runs_on_another_experts_rows(program):
-    """A dense expansion has an axis of a device's 8 experts beside one of many rows; weights have widths only."""
-    widths = {64, 128, 256}  # 64 of the 128 rows of the second matrix, which `fsdp` splits
+def test_no_expert_runs_on_tokens_of_another_expert(program: str) -> None:
+    """A dense expansion has an axis of a device's 8 experts and one of many tokens; weights have widths only."""
+    widths = {64, 128, 256}  # 64 of the 128 rows of the second matrix, which is sharded over `fsdp`
     arrays = re.findall(r"(?:bf16|f32|pred)\[(\d+),(\d+),(\d+)\]", program)
     expanded = {dims for dims in arrays if dims[0] == "8" and int(dims[1]) not in widths and int(dims[2]) in widths}
     assert not expanded

@@ -1,20 +1,23 @@
-"""The command as people type it: bad input ends with one line and exit code 2, before anything compiles."""
+"""`train.py` and `mla-moe train` as subprocesses: invalid input gives one line and exit code 2 before compilation."""
 
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+TRAIN_PY = (sys.executable, "train.py")
+MLA_MOE_TRAIN = (str(Path(sys.executable).with_name("mla-moe")), "train")
 
-def train(root, *args):
-    command = [sys.executable, "train.py", *args]
-    return subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+
+def train(root, *args, command=TRAIN_PY):
+    return subprocess.run([*command, *args], cwd=root, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["configs/nothing.py"], "no such file"),
         ([], "name a recipe first"),
@@ -25,46 +28,47 @@ def train(root, *args):
         (["configs/quickstart.py", "--data.train", "nowhere/*.txt"], "data.train"),
     ],
 )
-def test_bad_input_is_one_clear_error(args, said, request, tmp_path):
+def test_invalid_input_is_one_clear_error(args, message, request, tmp_path):
     extra = ["--run-dir", str(tmp_path / "run")] if len(args) > 1 else []
     done = train(request.config.rootpath, *args, *extra)
     assert done.returncode == 2, done.stderr
-    assert said.replace("_", "-") in (done.stdout + done.stderr).replace("_", "-")
+    assert message.replace("_", "-") in (done.stdout + done.stderr).replace("_", "-")
     assert "Traceback" not in done.stderr
 
 
 @pytest.fixture
-def heeding_interrupts():
-    """A shell in the background ignores them, and what is begun there inherits that."""
+def interruptible():
+    """Child processes inherit SIGINT as ignored from a shell in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-def test_interrupted_while_it_compiles_is_one_line(request, tmp_path, heeding_interrupts):
+def test_an_interrupt_during_compilation_is_one_line(request, tmp_path, interruptible):
     command = [sys.executable, "train.py", "configs/quickstart.py", "--run-dir", str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=request.config.rootpath, stderr=subprocess.PIPE, text=True) as process:
         while process.poll() is None and not (tmp_path / "run" / "recipe.json").exists():
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         try:
-            _, said = process.communicate(timeout=120)
+            _, stderr = process.communicate(timeout=120)
         finally:
             process.kill()
     assert process.returncode == 130
-    assert "interrupted; the same command goes on" in said
-    assert "Traceback" not in said
+    assert "interrupted; the same command resumes" in stderr
+    assert "Traceback" not in stderr
 
 
-def test_help_lists_fields_with_their_docs(request):
-    done = train(request.config.rootpath, "configs/quickstart.py", "--help")
+@pytest.mark.parametrize("command", [TRAIN_PY, MLA_MOE_TRAIN], ids=["train.py", "mla-moe train"])
+def test_help_lists_fields_with_their_docs(command, request):
+    done = train(request.config.rootpath, "configs/quickstart.py", "--help", command=command)
     assert done.returncode == 0
     for flag in (
         "--training.steps",
         "--mesh.fsdp",
         "--checkpoint.every",
         "--data.tokenizer",
-        "--optimizer.schedule.peak_lr",
+        "--optimizer.schedule.peak-lr",
     ):
         assert flag in done.stdout
     assert "router bias" in done.stdout

@@ -1,8 +1,8 @@
-"""The one place that knows Hugging Face names: which tensor is which part of which of our arrays.
+"""The only module that knows Hugging Face tensor names: the mapping between their tensors and our parameters.
 
-The released checkpoints of DeepSeek-V2, V3, R1, Moonlight and Kimi-K2 share their names. Ours differ in layout: layers
-are stacked in front, experts behind them, gate and up are one array, heads are an axis of their own, and a matrix is
-[in, out] where PyTorch has [out, in].
+DeepSeek-V2, V3, R1, Moonlight and Kimi-K2 use the same names. Parameters have another layout than tensors: layers are
+stacked along the first axis and experts along the next, gate and up projections are one array, heads have their own
+axis, and a matrix is [in, out] where PyTorch has [out, in].
 """
 
 import math
@@ -14,89 +14,98 @@ import numpy as np
 from mla_moe.config import ModelConfig
 from mla_moe.nn.abstract_model import AbstractModel
 
-WHOLE = slice(None)
+ALL = slice(None)
 BLOCK_ROWS = 128
-
+"""Rows of an FP8 block."""
+READ_BYTES = 16 << 20
+"""About as many bytes, in float32, are read at a time by a conversion."""
 
 Slices = tuple[slice, ...]
 Index = tuple[int | slice, ...]
-"""A number or a slice for each axis; a number takes its axis away."""
+"""A number or a slice for each axis; a number removes the axis."""
 
 
-class ShardSlice(NamedTuple):
-    """Some rows of a tensor, and where they lie in our array."""
+class RowSlice(NamedTuple):
+    """Some rows of a tensor, and the index of the same elements in its parameter."""
 
     rows: slice
     index: Index
 
 
 class TensorMapping(NamedTuple):
-    """One tensor of a file, and where it lies in one of our arrays."""
+    """A Hugging Face tensor, a vector or a matrix, and the elements of a parameter that it holds."""
 
     name: str
     path: str
+    """The parameter's path."""
     index: Index
-    """A number for each axis that is stacked in ours and split into tensors there; `WHOLE` for one that is kept."""
-    rows: tuple[int, ...]
-    """Sizes of our axes that, flattened, are the tensor's first axis."""
-    columns: tuple[int, ...] = ()
-    """The same for its second axis; empty for a vector."""
+    """For each axis of the parameter a number, if it is stacked there and separate tensors here, else `ALL`."""
+    row_sizes: tuple[int, ...]
+    """Sizes of the parameter's axes that are flattened into the tensor's first axis."""
+    column_sizes: tuple[int, ...] = ()
+    """The same for the second axis; empty for a vector."""
     transposed: bool = True
-    """Ours has the columns' axes first."""
+    """Whether the parameter has the column axes before the row axes."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor in the file."""
-        return (math.prod(self.rows), math.prod(self.columns)) if self.columns else (math.prod(self.rows),)
+        """The tensor's shape."""
+        rows = math.prod(self.row_sizes)
+        return (rows, math.prod(self.column_sizes)) if self.column_sizes else (rows,)
 
-    def window(self, kept: Slices) -> tuple[slice, slice]:
-        """The tensor's rows and columns that hold a part of our kept axes. Only an axis that leads there is ever split:
-        a mesh splits heads, but no head."""
-        n = len(self.columns) if self.transposed else len(self.rows)
+    def hf_slices(self, kept: Slices) -> tuple[slice, slice]:
+        """The tensor's rows and columns that hold a slice of the parameter's kept axes. Of flattened axes only the
+        first can be sliced: a mesh shards heads, but not the dimensions within a head."""
+        n = len(self.column_sizes) if self.transposed else len(self.row_sizes)
         first, second = kept[:n], kept[n:]
         rows, columns = (second, first) if self.transposed else (first, second)
-        return _stretch(rows, self.rows), _stretch(columns, self.columns)
+        return _flat_slice(rows, self.row_sizes), _flat_slice(columns, self.column_sizes)
 
     def from_hf_tensor(self, tensor: np.ndarray) -> np.ndarray:
-        """The kept axes of our array, from a window of the tensor."""
+        """The parameter's kept axes, from the tensor or the part of it that `hf_slices` gives."""
         rows, columns = (
             (n // math.prod(sizes[1:]), *sizes[1:]) if sizes else ()
-            for n, sizes in zip((*tensor.shape, 0), (self.rows, self.columns), strict=False)
+            for n, sizes in zip((*tensor.shape, 0), (self.row_sizes, self.column_sizes), strict=False)
         )
-        if not self._turned:
+        if not self._needs_transpose:
             return tensor.reshape(rows + columns)
         return _transpose(tensor).reshape(columns + rows)
 
     def to_hf_tensor(self, array: np.ndarray) -> np.ndarray:
-        """The tensor of the file, or some of its rows, from the kept axes of our array."""
-        if not self._turned:
+        """The tensor, or some of its rows, from the parameter's kept axes."""
+        if not self._needs_transpose:
             return array.reshape(-1, *self.shape[1:])
-        return _transpose(array.reshape(math.prod(array.shape[: len(self.columns)]), -1))
+        return _transpose(array.reshape(math.prod(array.shape[: len(self.column_sizes)]), -1))
 
     @property
-    def _turned(self) -> bool:
-        return self.transposed and bool(self.columns)
+    def _needs_transpose(self) -> bool:
+        return self.transposed and bool(self.column_sizes)
 
-    def cuts(self, part_bytes: int) -> Iterator[ShardSlice]:
-        """The tensor in parts to be held in memory at a time: whole FP8 blocks, about `part_bytes` in float32."""
-        inner = math.prod(self.rows[1:])
-        whole = BLOCK_ROWS // math.gcd(inner, BLOCK_ROWS)
-        step = max(part_bytes // (4 * inner * math.prod(self.columns)) // whole, 1) * whole
-        axis = self.row_axis
-        for start in range(0, self.rows[0], step):
-            stop = min(start + step, self.rows[0])
-            index = (*self.index[:axis], slice(start, stop), *self.index[axis + 1 :])
-            yield ShardSlice(slice(start * inner, stop * inner), index)
-
-    @property
-    def row_axis(self) -> int:
-        """The axis of ours that leads in the tensor."""
+    def row_slices(self) -> Iterator[RowSlice]:
+        """Slices of rows to read one at a time: complete FP8 blocks, of about `READ_BYTES` in float32."""
+        inner = math.prod(self.row_sizes[1:])
+        multiple = BLOCK_ROWS // math.gcd(inner, BLOCK_ROWS)
+        step = rows_per_read(inner * math.prod(self.column_sizes), multiple)
         kept = [axis for axis, i in enumerate(self.index) if not isinstance(i, int)]
-        return kept[len(self.columns) if self.transposed else 0]
+        axis = kept[len(self.column_sizes) if self.transposed else 0]  # the first of the row axes
+        for start in range(0, self.row_sizes[0], step):
+            stop = min(start + step, self.row_sizes[0])
+            index = (*self.index[:axis], slice(start, stop), *self.index[axis + 1 :])
+            yield RowSlice(slice(start * inner, stop * inner), index)
+
+
+def rows_per_read(row_size: int, multiple: int) -> int:
+    """The multiple of `multiple` whose rows of `row_size` elements are about `READ_BYTES` in float32, at least one."""
+    return max(READ_BYTES // (4 * row_size) // multiple, 1) * multiple
+
+
+def is_router_bias(name: str) -> bool:
+    """Whether a tensor is a router bias, which keeps its dtype in conversions."""
+    return name.endswith(".e_score_correction_bias")
 
 
 def _transpose(matrix: np.ndarray) -> np.ndarray:
-    """A contiguous copy, a few rows at a time, which fill cache lines: three to six times as fast as all at once."""
+    """A contiguous transposed copy. 16 rows at a time, which fill cache lines: 3 to 6 times as fast as all at once."""
     bits = matrix.view(f"u{matrix.itemsize}")
     out = np.empty(bits.shape[::-1], bits.dtype)
     for start in range(0, len(bits), 16):
@@ -104,82 +113,91 @@ def _transpose(matrix: np.ndarray) -> np.ndarray:
     return out.view(matrix.dtype)
 
 
-def _stretch(cut: tuple[slice, ...], sizes: tuple[int, ...]) -> slice:
+def _flat_slice(slices: Slices, sizes: tuple[int, ...]) -> slice:
     if not sizes:
-        return WHOLE
-    assert all(c.indices(n) == (0, n, 1) for c, n in zip(cut[1:], sizes[1:], strict=True)), "an inner axis is split"
-    start, stop, _ = cut[0].indices(sizes[0])
+        return ALL
+    inner_axes = zip(slices[1:], sizes[1:], strict=True)
+    assert all(s.indices(n) == (0, n, 1) for s, n in inner_axes), "an inner axis is sharded"
+    start, stop, _ = slices[0].indices(sizes[0])
     inner = math.prod(sizes[1:])
     return slice(start * inner, stop * inner)
 
 
 def tensor_mappings(abstract_model: AbstractModel) -> Iterator[TensorMapping]:
-    """Every tensor of a file in the order of its layers. The embedding and the head come twice where a prediction
-    module shares them: a released file repeats them in its layer."""
+    """All tensors, layer by layer. The embedding and the head come twice if an MTP module shares them: released files
+    repeat them in its layer."""
     cfg = abstract_model.cfg
     V, D = cfg.vocab_size, cfg.hidden_size
-    yield TensorMapping("model.embed_tokens.weight", "embed", (WHOLE, WHOLE), (V,), (D,), transposed=False)
+    yield TensorMapping("model.embed_tokens.weight", "embed", (ALL, ALL), (V,), (D,), transposed=False)
     for layer in range(cfg.num_hidden_layers):
         dense = layer < cfg.first_k_dense_replace
         stack, index = ("dense_layers", layer) if dense else ("moe_layers", layer - cfg.first_k_dense_replace)
         yield from _block(cfg, f"model.layers.{layer}", stack, (index,), experts=not dense)
-    yield TensorMapping("model.norm.weight", "norm/scale", (WHOLE,), (D,))
-    yield TensorMapping("lm_head.weight", "head", (WHOLE, WHOLE), (V,), (D,))
+    yield TensorMapping("model.norm.weight", "norm/scale", (ALL,), (D,))
+    yield TensorMapping("lm_head.weight", "head", (ALL, ALL), (V,), (D,))
     if cfg.num_nextn_predict_layers:
         yield from _mtp(cfg)
 
 
+def unique_tensor_mappings(abstract_model: AbstractModel) -> Iterator[TensorMapping]:
+    """Without the MTP module's copies of embedding and head: each element of a parameter once."""
+    seen = set()
+    for mapping in tensor_mappings(abstract_model):
+        if (key := (mapping.path, str(mapping.index))) not in seen:
+            seen.add(key)
+            yield mapping
+
+
 def _mtp(cfg: ModelConfig) -> Iterator[TensorMapping]:
-    """The prediction module stands at the index after the last layer, whatever that is."""
+    """The MTP module has the layer index after the last layer."""
     layer, V, D = f"model.layers.{cfg.num_hidden_layers}", cfg.vocab_size, cfg.hidden_size
     embed, head = ("embed", "head") if cfg.mtp_shares_embedding else ("mtp/embed", "mtp/head")
-    yield TensorMapping(f"{layer}.embed_tokens.weight", embed, (WHOLE, WHOLE), (V,), (D,), transposed=False)
-    yield TensorMapping(f"{layer}.enorm.weight", "mtp/embedding_norm/scale", (WHOLE,), (D,))
-    yield TensorMapping(f"{layer}.hnorm.weight", "mtp/hidden_norm/scale", (WHOLE,), (D,))
-    yield TensorMapping(f"{layer}.eh_proj.weight", "mtp/project", (WHOLE, WHOLE), (D,), (2 * D,))
+    yield TensorMapping(f"{layer}.embed_tokens.weight", embed, (ALL, ALL), (V,), (D,), transposed=False)
+    yield TensorMapping(f"{layer}.enorm.weight", "mtp/embedding_norm/scale", (ALL,), (D,))
+    yield TensorMapping(f"{layer}.hnorm.weight", "mtp/hidden_norm/scale", (ALL,), (D,))
+    yield TensorMapping(f"{layer}.eh_proj.weight", "mtp/project", (ALL, ALL), (D,), (2 * D,))
     yield from _block(cfg, layer, "mtp/block", (), experts=True)
-    yield TensorMapping(f"{layer}.shared_head.norm.weight", "mtp/norm/scale", (WHOLE,), (D,))
-    yield TensorMapping(f"{layer}.shared_head.head.weight", head, (WHOLE, WHOLE), (V,), (D,))
+    yield TensorMapping(f"{layer}.shared_head.norm.weight", "mtp/norm/scale", (ALL,), (D,))
+    yield TensorMapping(f"{layer}.shared_head.head.weight", head, (ALL, ALL), (V,), (D,))
 
 
 def _block(
-    cfg: ModelConfig, theirs: str, ours: str, stack: tuple[int, ...], *, experts: bool
+    cfg: ModelConfig, prefix: str, path_prefix: str, layer_index: tuple[int, ...], *, experts: bool
 ) -> Iterator[TensorMapping]:
+    """The tensors of one block. `layer_index` is empty for a block that is not stacked."""
     D, H, Q, C = cfg.hidden_size, cfg.num_attention_heads, cfg.q_lora_rank, cfg.kv_lora_rank
     N, R, V = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
 
-    def piece(name, path, rows, columns=()):
-        return TensorMapping(
-            f"{theirs}.{name}", f"{ours}/{path}", stack + (WHOLE,) * len(rows + columns), rows, columns
-        )
+    def mapped(name: str, path: str, rows: tuple[int, ...], columns: tuple[int, ...] = ()) -> TensorMapping:
+        index = layer_index + (ALL,) * len(rows + columns)
+        return TensorMapping(f"{prefix}.{name}", f"{path_prefix}/{path}", index, rows, columns)
 
-    def mlp(name, path, width, stack):
+    def mlp(name: str, path: str, width: int, index: tuple[int, ...]) -> Iterator[TensorMapping]:
+        name, path = f"{prefix}.{name}", f"{path_prefix}/{path}"
         for g, part in enumerate(("gate_proj", "up_proj")):
-            index = (*stack, WHOLE, g, WHOLE)
-            yield TensorMapping(f"{theirs}.{name}.{part}.weight", f"{ours}/{path}/gate_up", index, (width,), (D,))
-        index = (*stack, WHOLE, WHOLE)
-        yield TensorMapping(f"{theirs}.{name}.down_proj.weight", f"{ours}/{path}/down", index, (D,), (width,))
+            yield TensorMapping(f"{name}.{part}.weight", f"{path}/gate_up", (*index, ALL, g, ALL), (width,), (D,))
+        yield TensorMapping(f"{name}.down_proj.weight", f"{path}/down", (*index, ALL, ALL), (D,), (width,))
 
-    yield piece("input_layernorm.weight", "attention_norm/scale", (D,))
+    yield mapped("input_layernorm.weight", "attention_norm/scale", (D,))
     if Q is None:
-        yield piece("self_attn.q_proj.weight", "attention/q", (H, N + R), (D,))
+        yield mapped("self_attn.q_proj.weight", "attention/q", (H, N + R), (D,))
     else:
-        yield piece("self_attn.q_a_proj.weight", "attention/q_a", (Q,), (D,))
-        yield piece("self_attn.q_a_layernorm.weight", "attention/q_a_norm/scale", (Q,))
-        yield piece("self_attn.q_b_proj.weight", "attention/q_b", (H, N + R), (Q,))
-    yield piece("self_attn.kv_a_proj_with_mqa.weight", "attention/kv_a", (C + R,), (D,))
-    yield piece("self_attn.kv_a_layernorm.weight", "attention/kv_a_norm/scale", (C,))
-    yield piece("self_attn.kv_b_proj.weight", "attention/kv_b", (H, N + V), (C,))
-    yield piece("self_attn.o_proj.weight", "attention/o", (D,), (H, V))
-    yield piece("post_attention_layernorm.weight", "mlp_norm/scale", (D,))
+        yield mapped("self_attn.q_a_proj.weight", "attention/q_a", (Q,), (D,))
+        yield mapped("self_attn.q_a_layernorm.weight", "attention/q_a_norm/scale", (Q,))
+        yield mapped("self_attn.q_b_proj.weight", "attention/q_b", (H, N + R), (Q,))
+    yield mapped("self_attn.kv_a_proj_with_mqa.weight", "attention/kv_a", (C + R,), (D,))
+    yield mapped("self_attn.kv_a_layernorm.weight", "attention/kv_a_norm/scale", (C,))
+    yield mapped("self_attn.kv_b_proj.weight", "attention/kv_b", (H, N + V), (C,))
+    yield mapped("self_attn.o_proj.weight", "attention/o", (D,), (H, V))
+    yield mapped("post_attention_layernorm.weight", "mlp_norm/scale", (D,))
     if not experts:
-        yield from mlp("mlp", "mlp", cfg.intermediate_size, stack)
+        yield from mlp("mlp", "mlp", cfg.intermediate_size, layer_index)
         return
     E, F = cfg.n_routed_experts, cfg.moe_intermediate_size
-    yield piece("mlp.gate.weight", "moe/router/weight", (E,), (D,))
+    yield mapped("mlp.gate.weight", "moe/router/weight", (E,), (D,))
     if cfg.topk_method == "noaux_tc":
-        yield piece("mlp.gate.e_score_correction_bias", "moe/router/bias", (E,))
+        yield mapped("mlp.gate.e_score_correction_bias", "moe/router/bias", (E,))
     for e in range(E):
-        yield from mlp(f"mlp.experts.{e}", "moe", F, (*stack, e))
+        yield from mlp(f"mlp.experts.{e}", "moe", F, (*layer_index, e))
     if cfg.n_shared_experts:
-        yield from mlp("mlp.shared_experts", "moe/shared", cfg.n_shared_experts * F, stack)
+        yield from mlp("mlp.shared_experts", "moe/shared", cfg.n_shared_experts * F, layer_index)

@@ -1,7 +1,7 @@
-"""Checkpoints of a stage: `checkpoints/STAGE/STEP`, written by Orbax in the background, the newest N kept.
+"""Save and restore the full training state of a stage with Orbax: `checkpoints/STAGE/STEP`, saved in the background.
 
-A checkpoint says what it must hold, a digest for each array and for each other file: one that is cut short or changed
-is known when it is read. Digests are computed where the arrays are, and cost one reading of device memory.
+A checkpoint has a checksum of each array and of each other file, so that a truncated or corrupted one is detected when
+it is restored. Checksums are computed on the devices at the cost of one read of the arrays.
 """
 
 import contextlib
@@ -13,38 +13,38 @@ import warnings
 import zlib
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from mla_moe.checkpoint.orbax_arrays import array_checksums, config_checksum
-from mla_moe.checkpoint.safetensors_reader import CheckpointError
-from mla_moe.config import CheckpointConfig, ConfigError
+from mla_moe.checkpoint.files import CheckpointError, CheckpointSaveError
+from mla_moe.checkpoint.orbax_checkpoint import array_checksums, config_checksum
+from mla_moe.checkpoint.orbax_layout import require_known_format
+from mla_moe.config import FORMAT_VERSION, CheckpointConfig, ConfigError
 from mla_moe.nn.abstract_model import AbstractModel
 from mla_moe.nn.param import logical_axes
-from mla_moe.training.loss_monitor import TrainingHaltedError
 
 _CHUNK_BYTES = 64 << 20
-"""Larger arrays are stored in parts, so that another mesh, or a conversion, reads no more than it needs."""
+"""Larger arrays are stored in chunks, so that another mesh or a conversion reads little more than it needs."""
 
 
 class DataPosition(Protocol):
-    """How far the data have been read: `data.Batches` over text, or a count of the questions that were asked."""
+    """The position in the data, saved with the state: `data.Batches` over text, or the number of prompts used."""
 
     def states(self) -> Mapping[int, str]:
-        """As JSON, one for each stream of data."""
+        """The position in each data stream, by the stream's number, as JSON."""
         ...
 
     def restore(self, read: Callable[[int], str]) -> None:
-        """Go to where `states` was called, given how to read a stream's place."""
+        """Move to a saved position; `read` returns the position in a stream by its number."""
         ...
 
 
 class FixedPosition:
-    """A place that stays where it is, whatever a checkpoint says."""
+    """A position that is not saved, and that restoring a checkpoint does not move."""
 
     def states(self) -> Mapping[int, str]:
         return {}
@@ -54,46 +54,15 @@ class FixedPosition:
 
 
 State = TypeVar("State", bound=NamedTuple)
-"""A `TrainState`, or one with more in it."""
-
-
-@contextlib.contextmanager
-def _silence_late_reads() -> Generator[None]:
-    """Orbax reads arrays side by side, and closes its loop when one cannot be read. Each of the others would print that
-    it failed too, that it was never awaited, or that it found the loop closed, whenever Python collects it: here."""
-    late = "Event loop is closed", "was never awaited", "exception was never retrieved"
-    before, log = sys.unraisablehook, logging.getLogger("asyncio")
-
-    def news(message: object) -> bool:
-        return not any(phrase in str(message) for phrase in late)
-
-    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        if news(unraisable.exc_value):
-            before(unraisable)
-
-    def heard(record: logging.LogRecord) -> bool:
-        return news(record.msg)
-
-    sys.unraisablehook = hook
-    log.addFilter(heard)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
-            try:
-                yield
-            finally:
-                gc.collect()
-    finally:
-        sys.unraisablehook = before
-        log.removeFilter(heard)
+"""The training state of a stage, such as `TrainState`."""
 
 
 class CheckpointManager:
-    """Saves and restores a run's whole state: parameters, optimizer, router biases, step, and place in the data."""
+    """Saves and restores the full state of a stage: parameters, optimizer, router biases, step, and data position."""
 
-    def __init__(self, run_dir: Path, stage: str, keep: CheckpointConfig):
+    def __init__(self, run_dir: Path, stage: str, config: CheckpointConfig):
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep.max_to_keep,
+            max_to_keep=config.max_to_keep,
             save_interval_steps=1,
             enable_async_checkpointing=True,
             cleanup_tmp_directories=True,
@@ -103,92 +72,132 @@ class CheckpointManager:
     def __enter__(self) -> "CheckpointManager":
         return self
 
-    def __exit__(self, *_) -> None:
-        with self._saving():
+    def __exit__(self, *_: object) -> None:
+        with self._as_save_error():
             self._manager.close()
 
     @property
     def latest(self) -> int | None:
-        """The newest complete checkpoint's step."""
+        """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: NamedTuple, data: DataPosition, abstract_model: AbstractModel) -> None:
-        """Begin to save; returns once the arrays are copied. A step that is saved already is left as it is."""
+    def save(self, step: int, state: NamedTuple, position: DataPosition, abstract_model: AbstractModel) -> None:
+        """Start to save; returns as soon as the arrays are copied. Does nothing for a step that is saved already.
+
+        Raises `CheckpointSaveError` if this save or an earlier one in the background fails.
+        """
         if step == self.latest:
             return
         model = dataclasses.asdict(abstract_model.cfg)
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state._asdict(), save_args=_save_args(state, abstract_model)),
-            data=StreamsSave(data),
+            data=StreamsArgs(position),
             model=ocp.args.JsonSave(model),
             digests=ocp.args.JsonSave({"model": config_checksum(model), "arrays": array_checksums(state._asdict())}),
         )
-        with self._saving():
-            self._manager.save(step, args=items)
+        with self._as_save_error():
+            self._manager.save(step, args=items, custom_metadata={"format_version": FORMAT_VERSION})
 
     @contextlib.contextmanager
-    def _saving(self) -> Generator[None]:
-        """Orbax says of a save in the background what went wrong with it at the next one, or at the end."""
+    def _as_save_error(self) -> Generator[None]:
+        """Orbax raises the error of a background save, of whatever type, at the next save or when it is closed."""
         try:
             yield
         except Exception as error:
-            fix = "make room, or see to the disk, and the same command goes on from the checkpoint before"
-            raise TrainingHaltedError(
-                f"{self._manager.directory}: a checkpoint could not be saved ({_first(error)}); {fix}"
+            fix = "free disk space or check the disk; the same command resumes from the previous checkpoint"
+            raise CheckpointSaveError(
+                f"{self._manager.directory}: a checkpoint could not be saved ({_first_line(error)}); {fix}"
             ) from error
 
-    @_silence_late_reads()
-    def restore(self, abstract: State, data: DataPosition, say: Callable[[str], None]) -> State:
-        """The newest checkpoint that is whole, each array straight into its sharding; `data` is moved to its place.
+    def restore(self, abstract: State, position: DataPosition, log: Callable[[str], None]) -> State:
+        """Restore the newest checkpoint that is not damaged, each array into its sharding, and move `position`.
 
-        Damaged ones are said. They are put aside as `STEP.damaged`, out of the way of the steps to come, once there is
-        one to go on from; with none left this raises `CheckpointError`, and touches nothing.
+        Damaged ones are logged, and quarantined as `STEP.damaged` so that later saves can use the step. If all are
+        damaged, none is renamed and `CheckpointError` is raised.
         """
         self._manager.wait_until_finished()
+        directory = Path(self._manager.directory)
         steps = sorted(self._manager.all_steps(), reverse=True)
-        for number, step in enumerate(steps):
-            try:
-                state = restore_step(Path(self._manager.directory) / str(step), abstract, data)
-            except CheckpointError as error:
-                say(f"{error}")
-                continue
-            if number and jax.process_index() == 0:
-                for damaged in steps[:number]:
-                    directory = Path(self._manager.directory) / str(damaged)
-                    directory.rename(directory.with_name(f"{damaged}.damaged"))
-            if number:
-                multihost_utils.sync_global_devices("damaged checkpoints are put aside")
-                self._manager.reload()
-            return state
-        fix = "no checkpoint in it is whole; remove it to begin the stage anew"
-        raise CheckpointError("checkpoint", str(self._manager.directory), fix)
+        with _suppress_read_errors():
+            for number, step in enumerate(steps):
+                try:
+                    state = restore_step(directory / str(step), abstract, position)
+                except CheckpointError as error:
+                    log(f"{error}")
+                    continue
+                if number:
+                    self._quarantine([directory / str(damaged) for damaged in steps[:number]])
+                return state
+        fix = "all its checkpoints are damaged; remove it to restart the stage"
+        raise CheckpointError("checkpoint", str(directory), fix)
+
+    def _quarantine(self, steps: list[Path]) -> None:
+        if jax.process_index() == 0:
+            for step in steps:
+                step.rename(step.with_name(f"{step.name}.damaged"))
+        multihost_utils.sync_global_devices("damaged checkpoints are quarantined")
+        self._manager.reload()
 
 
-def restore_step(directory: Path, abstract: State, data: DataPosition) -> State:
-    """The same from the directory of one step, of whatever run. Raises `CheckpointError` in every process for one that
-    is damaged for any of them."""
+def restore_step(directory: Path, abstract: State, position: DataPosition) -> State:
+    """Restore the checkpoint in a step's directory, of any run, and move `position`. Raises `CheckpointError` in all
+    processes if it is damaged for any of them, and `ConfigError` for a newer format version."""
     items = ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract._asdict()), data=StreamsRestore(data), digests=ocp.args.JsonRestore()
+        state=ocp.args.StandardRestore(abstract._asdict()), data=StreamsArgs(position), digests=ocp.args.JsonRestore()
     )
-    me = jax.process_index()  # each reads for itself: one that fails would leave the others waiting
-    alone = ocp.options.MultiprocessingOptions(primary_host=me, active_processes={me})
+    process = jax.process_index()  # no barriers with other processes, which would wait for one that fails
+    alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     found, wrong = {}, ""
     try:
+        require_known_format(directory)
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as checkpointer:
             found = checkpointer.restore(directory.absolute(), items)
+    except CheckpointError as error:
+        wrong = f"{error.value}: {error.message}"
     except (ConfigError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
-        raise  # says nothing of the files
-    except Exception as error:  # Orbax has no list of what a changed byte may lead to
-        wrong = _first(error)
+        raise  # not an error in the files
+    except Exception as error:  # Orbax does not document what a corrupted byte can raise
+        wrong = _first_line(error)
     if not _any_process(wrong):
-        now, then = array_checksums(found["state"]), found["digests"]["arrays"]
-        wrong = ", ".join(name for name in now if now[name] != then.get(name))
+        actual, expected = array_checksums(found["state"]), found["digests"]["arrays"]
+        wrong = ", ".join(name for name in actual if actual[name] != expected.get(name))
     if _any_process(wrong):
-        raise CheckpointError("checkpoint", str(directory), f"is damaged: {wrong or 'another process says where'}")
+        raise CheckpointError("checkpoint", str(directory), f"is damaged: {wrong or 'see another process'}")
     return type(abstract)(**found["state"])
 
 
-def _first(error: Exception) -> str:
+@contextlib.contextmanager
+def _suppress_read_errors() -> Generator[None]:
+    """Orbax reads arrays concurrently and closes its event loop when one read fails. Each of the other reads would
+    print that it failed too, was never awaited, or found the loop closed, whenever Python collects it: here."""
+    repeated = "Event loop is closed", "was never awaited", "exception was never retrieved"
+    previous_hook, asyncio_log = sys.unraisablehook, logging.getLogger("asyncio")
+
+    def is_new(message: object) -> bool:
+        return not any(phrase in str(message) for phrase in repeated)
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        if is_new(unraisable.exc_value):
+            previous_hook(unraisable)
+
+    def log_filter(record: logging.LogRecord) -> bool:
+        return is_new(record.msg)
+
+    sys.unraisablehook = hook
+    asyncio_log.addFilter(log_filter)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
+            try:
+                yield
+            finally:
+                gc.collect()
+    finally:
+        sys.unraisablehook = previous_hook
+        asyncio_log.removeFilter(log_filter)
+
+
+def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0][:200]
 
 
@@ -196,10 +205,10 @@ def _any_process(wrong: str) -> bool:
     return bool(multihost_utils.process_allgather(np.bool_(wrong)).any())
 
 
-def _save_args(state: NamedTuple, abstract_model: AbstractModel):
-    """How arrays are cut for storage: first by layer and by expert."""
+def _save_args(state: NamedTuple, abstract_model: AbstractModel) -> Any:
+    """For each array its chunking: large ones are split along the layer and expert axes first."""
 
-    def args(keys, x: jax.Array) -> ocp.SaveArgs:
+    def args(keys: tuple[Any, ...], x: jax.Array) -> ocp.SaveArgs:
         variable = abstract_model.variables.get(getattr(keys[-1], "key", None))
         if variable is None or x.nbytes <= _CHUNK_BYTES:
             return ocp.SaveArgs()
@@ -210,20 +219,20 @@ def _save_args(state: NamedTuple, abstract_model: AbstractModel):
 
 
 class StreamsHandler(ocp.CheckpointHandler):
-    """The place in the data, a file for each stream with its digest behind it. Processes that share a stream write the
-    same file."""
+    """Saves the data position: a file for each stream, with its checksum in the last line. Processes that share a
+    stream write the same file."""
 
-    def save(self, directory: Path, args: "StreamsSave") -> None:
+    def save(self, directory: Path, args: "StreamsArgs") -> None:
         for number, state in args.item.states().items():
-            unfinished = directory / f".stream_{number}.{jax.process_index()}"
-            unfinished.write_text(f"{state}\n{_crc(state)}")
-            unfinished.replace(directory / f"stream_{number}.json")
+            temporary = directory / f".stream_{number}.{jax.process_index()}"
+            temporary.write_text(f"{state}\n{_crc(state)}")
+            temporary.replace(directory / f"stream_{number}.json")
 
-    def restore(self, directory: Path, args: "StreamsRestore") -> None:
+    def restore(self, directory: Path, args: "StreamsArgs") -> None:
         def read(number: int) -> str:
             state, _, crc = (directory / f"stream_{number}.json").read_text().partition("\n")
             if crc != _crc(state):
-                raise ValueError(f"the place in stream {number} of the data is not as it was written")
+                raise ValueError(f"the position in data stream {number} does not match its checksum")
             return state
 
         args.item.restore(read)
@@ -233,13 +242,7 @@ def _crc(text: str) -> str:
     return f"{zlib.crc32(text.encode()):08x}"
 
 
-@ocp.args.register_with_handler(StreamsHandler, for_save=True)
+@ocp.args.register_with_handler(StreamsHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
-class StreamsSave(ocp.args.CheckpointArgs):
-    item: DataPosition
-
-
-@ocp.args.register_with_handler(StreamsHandler, for_restore=True)
-@dataclasses.dataclass
-class StreamsRestore(ocp.args.CheckpointArgs):
+class StreamsArgs(ocp.args.CheckpointArgs):
     item: DataPosition

@@ -1,258 +1,158 @@
-"""This project's own checkpoints, array by array: what Orbax wrote is opened with TensorStore, and the reverse.
+"""Read parameters and router biases of an Orbax checkpoint array by array, and verify them by checksums."""
 
-A step's directory holds the items `state` (arrays by path under `params` and `biases`, in a run also the optimizer) and
-`model` (its configuration). Orbax restores whole trees; a conversion must not hold one.
-"""
-
-import contextlib
-import dataclasses
 import functools
 import json
 import zlib
-from collections import deque
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import tensorstore as ts
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from mla_moe.checkpoint.hf_mapping import Index, ShardSlice, Slices, TensorMapping
-from mla_moe.checkpoint.safetensors_reader import CheckpointError, read_json
-from mla_moe.checkpoint.safetensors_writer import flush
+from mla_moe.checkpoint import fp8 as fp8_blocks
+from mla_moe.checkpoint.files import CheckpointError
+from mla_moe.checkpoint.hf_mapping import Index, RowSlice, Slices, TensorMapping, is_router_bias, tensor_mappings
+from mla_moe.checkpoint.orbax_layout import StateArrays, read_json_item, require_known_format, run_directory
+from mla_moe.checkpoint.safetensors_writer import TensorEntry, tensor_entries
+from mla_moe.checkpoint.tokenizer_files import hf_config
 from mla_moe.config import ModelConfig, structure
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
 from mla_moe.ops.checksum import checksum, checksum_of_shard
 
-_CACHE_BYTES = 256 << 20  # parts of one stored chunk are asked for one after the other
-_PENDING = 4  # parts on their way to the disk
-_METADATA = "_CHECKPOINT_METADATA"
-
 
 def array_checksums(tree: Any) -> dict[str, int]:
-    """Of each array on a mesh, by its path, `.` between the keys: the same on any mesh and in every process."""
-    leaves = {
+    """The checksum of each array by its keys, joined with ".". It does not depend on mesh and process."""
+    arrays = {
         jax.tree_util.keystr(k, simple=True, separator="."): x for k, x in jax.tree_util.tree_leaves_with_path(tree)
     }
-    if not leaves:
+    if not arrays:
         return {}
-    mesh = next(iter(leaves.values())).sharding.mesh
-    return dict(zip(leaves, np.asarray(_digester(mesh)(list(leaves.values()))).tolist(), strict=True))
+    mesh = next(iter(arrays.values())).sharding.mesh
+    return dict(zip(arrays, np.asarray(_checksum_program(mesh)(list(arrays.values()))).tolist(), strict=True))
 
 
 @functools.cache
-def _digester(mesh: Mesh) -> Callable[[list[jax.Array]], jax.Array]:
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(lambda arrays: jnp.stack([checksum(x) for x in arrays]), out_shardings=everywhere)
+def _checksum_program(mesh: Mesh) -> Callable[[list[jax.Array]], jax.Array]:
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda arrays: jnp.stack([checksum(x) for x in arrays]), out_shardings=replicated)
 
 
 def config_checksum(config: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(config, sort_keys=True).encode())
 
 
-def step_directory(path: Path) -> Path | None:
-    """The checkpoint that `path` is, or the newest of a stage's or a run's directory; None where there is none.
-
-    Raises `CheckpointError` for what is no directory, and for a run that has not come to its first checkpoint."""
-    if not path.is_dir():
-        raise CheckpointError("checkpoint", str(path), "no such directory")
-    if (path / "state").is_dir() and (path / "model").is_dir():
-        return path
-    stages = (path / "checkpoints").glob("*") if (path / "checkpoints").is_dir() else [path]
-    steps = [step for stage in stages if stage.is_dir() for step in stage.iterdir() if step.name.isdigit()]
-    whole = [step for step in steps if (step / _METADATA).is_file()]  # others were being removed when a run was killed
-    if not whole and (path / "recipe.json").is_file() and not (path / "config.json").is_file():
-        raise CheckpointError("checkpoint", str(path), "is a run without a checkpoint yet")
-    return max(whole, key=_committed, default=None)
-
-
-def _committed(step: Path) -> tuple[int, int]:
-    return read_json(step / _METADATA).get("commit_timestamp_nsecs") or 0, int(step.name)
-
-
-def run_directory(step: Path) -> Path | None:
-    """The run that a step's directory is part of, however it is reached: by a link to it, or over a link within."""
-    runs = [run for path in (step.resolve(), step.absolute()) for run in path.parents[2:3]]
-    return next((run for run in runs if (run / "recipe.json").is_file()), None)
-
-
 class OrbaxCheckpoint:
-    """The parameters and router biases of a step's directory. Nothing is read before it is asked for."""
+    """A `reader.Checkpoint` from a step's directory."""
 
     def __init__(self, step: Path):
         self.directory = step
-        config, written = read_json(step / "model" / "metadata"), step / "digests" / "metadata"
-        self._digests = read_json(written) if written.is_file() else None  # a converted checkpoint has none
-        if self._digests and self._digests.get("model") != config_checksum(config):
-            raise CheckpointError("checkpoint", str(step), "is damaged: its model is not as it was written")
+        require_known_format(step)
+        config = read_json_item(step, "model")
+        self._checksums = read_json_item(step, "digests", required=False)  # a converted checkpoint has none
+        if self._checksums and self._checksums.get("model") != config_checksum(config):
+            raise CheckpointError("checkpoint", str(step), "is damaged: its model does not match its checksum")
         self.cfg: ModelConfig = structure(ModelConfig, config, "model")
-        tree = read_json(step / "state" / "_METADATA").get("tree_metadata")
-        if not isinstance(tree, dict):
-            raise CheckpointError("checkpoint", str(step), "has no list of its arrays; it was not written by Orbax")
-        keys = [[entry["key"] for entry in leaf["key_metadata"]] for leaf in tree.values()]
-        self._has_optimizer = any(key[0] == "optimizer" for key in keys)
-        self._groups = {key[1]: key[0] for key in keys if len(key) == 2 and key[0] in ("params", "biases")}
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
-        self._open: dict[str, ts.TensorStore] = {}
-        self._unread: dict[str, tuple[int, int]] = {}
-        self._parts: dict[str, dict[str, int]] = {}
-        self._check()
-
-    def _check(self) -> None:
+        self._arrays = StateArrays(step)
+        self._keys = {key[1]: key for key in self._arrays.keys if len(key) == 2 and key[0] in ("params", "biases")}
+        self._unverified: dict[str, tuple[int, int]] = {}
+        """For arrays that are read by rows: elements not read yet, and the checksum of those that were."""
+        self._shard_checksums: dict[str, dict[str, int]] = {}
+        """For arrays that were cast: the checksum of each shard by its index."""
         variables = AbstractModel(self.cfg).variables
-        wrong = [f"{path} is missing" for path in sorted(variables.keys() - self._groups)]
-        wrong += [f"{path} is unknown" for path in sorted(self._groups.keys() - variables)]
-        for path in variables.keys() & self._groups:
-            shape, wanted = self._store(path).shape, variables[path].get_value().shape
-            wrong += [f"{path} has shape {list(shape)}, not {list(wanted)}"] if shape != wanted else []
+        wrong = [f"{path} is missing" for path in sorted(variables.keys() - self._keys)]
+        wrong += [f"{path} is unknown" for path in sorted(self._keys.keys() - variables)]
+        for path in variables.keys() & self._keys:
+            shape, expected = self._store(path).shape, variables[path].get_value().shape
+            wrong += [f"{path} has shape {list(shape)}, not {list(expected)}"] if shape != expected else []
         if wrong:
             raise CheckpointError("checkpoint", str(self.directory), f"does not fit its model: {'; '.join(wrong[:20])}")
 
     def _store(self, path: str) -> ts.TensorStore:
-        if path not in self._open:
-            spec = _spec(self.directory / "state", f"{self._groups[path]}.{path}", self._is_ocdbt)
-            try:
-                self._open[path] = ts.open(spec, context=self._context, open=True, read=True).result()
-            except ValueError as error:
-                raise CheckpointError("checkpoint", path, f"cannot be opened: {str(error)[:200]}") from None
-        return self._open[path]
+        return self._arrays[self._keys[path]]
 
     @property
-    def run(self) -> Path | None:
-        """The run whose whole state this is; None for parameters alone."""
-        return run_directory(self.directory) if self._has_optimizer else None
-
-    @functools.cached_property
-    def _is_ocdbt(self) -> bool:
-        return (self.directory / "state" / "manifest.ocdbt").exists()
+    def full_state_run(self) -> Path | None:
+        return run_directory(self.directory) if any(key[0] == "optimizer" for key in self._arrays.keys) else None
 
     def dtype(self, path: str) -> np.dtype:
         return self._store(path).dtype.numpy_dtype
 
-    def bytes(self, path: str) -> int:
+    def nbytes(self, path: str) -> int:
         return self._store(path).size * self.dtype(path).itemsize
 
-    def check(self, arrays: Arrays) -> None:
-        """Raise `CheckpointError` where an array that has been read, on a mesh, is not as it was written."""
-        if not self._digests:
-            return
-        now = array_checksums({path: x for path, x in arrays.items() if x.dtype == self.dtype(path)})
-        cast = [path for path in arrays if path not in now]
-        parts = [[self._parts[path][str(s.index)] for s in _once(arrays[path])] for path in cast]
-        ours = np.array([sum(numbers) % 2**32 for numbers in parts], np.uint32)
-        everywhere = np.reshape(multihost_utils.process_allgather(ours), (jax.process_count(), len(cast)))
-        now |= dict(zip(cast, everywhere.sum(0, np.uint32).tolist(), strict=True))
-        for path, number in now.items():
-            self._compare(path, number)
-
-    def _compare(self, path: str, number: int) -> None:
-        if self._digests and number != self._digests["arrays"].get(f"{self._groups[path]}.{path}"):
-            raise CheckpointError("checkpoint", str(self.directory), f"is damaged: {path} is not as it was written")
-
     def read(self, path: str, dtype: DTypeLike, index: Slices) -> np.ndarray:
-        """A part of an array. Raises `CheckpointError` for a file that is cut short or changed.
+        """A shard of an array. Raises `CheckpointError` for a truncated or corrupted file.
 
-        What is cast cannot be looked at later: its share of the digest is kept for `check`.
+        The checksum is of the stored dtype, so that of a shard that is cast is computed here and kept for `verify`.
         """
-        part = self._part(path, index)
-        if self._digests and part.dtype != dtype:
+        shard = self._read(path, index)
+        if self._checksums and shard.dtype != dtype:
             shape = self._store(path).shape
-            self._parts.setdefault(path, {})[str(index)] = checksum_of_shard(part, index, shape)
-        return part.astype(dtype, copy=False)
+            self._shard_checksums.setdefault(path, {})[str(index)] = checksum_of_shard(shard, index, shape)
+        return shard.astype(dtype, copy=False)
 
-    def rows(self, piece: TensorMapping, dtype: DTypeLike, cut: ShardSlice) -> np.ndarray:
-        """Some rows of a tensor. With an array's last ones it is compared with what was written."""
-        part, path = self._part(piece.path, cut.index), piece.path
-        if self._digests:
+    def read_rows(self, mapping: TensorMapping, dtype: DTypeLike, rows: RowSlice) -> np.ndarray:
+        """Some rows of a tensor. The last rows of an array complete its checksum, which is then compared."""
+        part, path = self._read(mapping.path, rows.index), mapping.path
+        if self._checksums:
             store = self._store(path)
-            left, number = self._unread.pop(path, (store.size, 0))
-            left, number = left - part.size, (number + checksum_of_shard(part, cut.index, store.shape)) % 2**32
+            left, number = self._unverified.pop(path, (store.size, 0))
+            left, number = left - part.size, (number + checksum_of_shard(part, rows.index, store.shape)) % 2**32
             if left:
-                self._unread[path] = left, number
+                self._unverified[path] = left, number
             else:
                 self._compare(path, number)
-        return piece.to_hf_tensor(part.astype(dtype, copy=False))
+        return mapping.to_hf_tensor(part.astype(dtype, copy=False))
 
-    def _part(self, path: str, index: Index) -> np.ndarray:
+    def _read(self, path: str, index: Index) -> np.ndarray:
         try:
             return self._store(path)[index].read().result()
         except ValueError as error:
             raise CheckpointError("checkpoint", path, f"cannot be read: {str(error)[:200]}") from None
 
+    def verify(self, arrays: Arrays) -> None:
+        """Raise `CheckpointError` if an array that was read, sharded over a mesh, does not match its checksum."""
+        if not self._checksums:
+            return
+        found = array_checksums({path: x for path, x in arrays.items() if x.dtype == self.dtype(path)})
+        cast = [path for path in arrays if path not in found]
+        shards = [[self._shard_checksums[path][str(s.index)] for s in _unique_shards(arrays[path])] for path in cast]
+        local = np.array([sum(numbers) % 2**32 for numbers in shards], np.uint32)
+        gathered = np.reshape(multihost_utils.process_allgather(local), (jax.process_count(), len(cast)))
+        found |= dict(zip(cast, gathered.sum(0, np.uint32).tolist(), strict=True))
+        for path, number in found.items():
+            self._compare(path, number)
 
-def _once(array: jax.Array) -> list[jax.Shard]:
-    """This process's parts of an array, each of them in one process alone."""
+    def _compare(self, path: str, number: int) -> None:
+        if self._checksums and number != self._checksums["arrays"].get(".".join(self._keys[path])):
+            fix = f"is damaged: {path} does not match its checksum"
+            raise CheckpointError("checkpoint", str(self.directory), fix)
+
+    def hf_tensors(self, dtype: np.dtype | None, *, fp8: bool) -> list[TensorEntry]:
+        mappings = tensor_mappings(AbstractModel(self.cfg))
+        return [entry for mapping in mappings for entry in self._hf_tensor(mapping, dtype, fp8)]
+
+    def _hf_tensor(self, mapping: TensorMapping, dtype: np.dtype | None, fp8: bool) -> list[TensorEntry]:
+        stored = self.dtype(mapping.path)
+        target = stored if dtype is None or is_router_bias(mapping.name) else dtype
+        # Quantize the stored values, not values that were rounded to `dtype` before.
+        read_as = stored if fp8 and fp8_blocks.is_quantized(mapping.name) else target
+
+        def chunks() -> Iterator[np.ndarray]:
+            return (self.read_rows(mapping, read_as, rows) for rows in mapping.row_slices())
+
+        return tensor_entries(mapping.name, target, mapping.shape, chunks, fp8=fp8)
+
+    def hf_config(self, dtype: np.dtype | None, *, fp8: bool) -> dict[str, Any]:
+        return hf_config(self.cfg, dtype or self.dtype("embed"), fp8=fp8, beside=self.directory)
+
+
+def _unique_shards(array: jax.Array) -> list[jax.Shard]:
+    """This process's shards without replicas; over all processes, each shard once."""
     return [shard for shard in array.addressable_shards if shard.replica_id == 0]
-
-
-class ArraySpec(NamedTuple):
-    """An array to be written."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    chunk: tuple[int, ...]
-    """The shape of a part that is stored on its own."""
-
-
-class OrbaxWriter:
-    """Arrays that are being filled, a part at a time, in any order."""
-
-    def __init__(self, stores: Mapping[str, ts.TensorStore]):
-        self._stores = stores
-        self._pending: deque[ts.WriteFutures] = deque()
-
-    def write(self, path: str, index: Index, part: np.ndarray) -> None:
-        self._pending.append(self._stores[path][index].write(part))
-        self.wait(_PENDING)
-
-    def wait(self, left: int = 0) -> None:
-        while len(self._pending) > left:
-            self._pending.popleft().result()
-
-
-@contextlib.contextmanager
-def create(directory: Path, cfg: ModelConfig, plan: Mapping[str, ArraySpec]) -> Generator[OrbaxWriter]:
-    """Make a step's directory to be filled within the block.
-
-    Orbax writes the tree, with an empty array for each; TensorStore then puts the real ones in their place, stored in
-    chunks that are the parts they come in.
-    """
-    biases = set(AbstractModel(cfg).bias_paths)
-    groups = {path: "biases" if path in biases else "params" for path in plan}
-    tree: dict[str, dict[str, np.ndarray]] = {"params": {}, "biases": {}}
-    for path, planned in plan.items():
-        tree[groups[path]][path] = np.zeros(1, planned.dtype)
-    handlers = ocp.CompositeCheckpointHandler(
-        state=ocp.PyTreeCheckpointHandler(use_ocdbt=False), model=ocp.JsonCheckpointHandler()
-    )
-    with ocp.Checkpointer(handlers) as checkpointer:
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), model=ocp.args.JsonSave(dataclasses.asdict(cfg)))
-        checkpointer.save(directory.absolute(), items, force=True)
-    stores, context = {}, ts.Context({"file_io_sync": False})  # all at once, below
-    for path, (dtype, shape, chunk) in plan.items():
-        spec = _spec(directory / "state", f"{groups[path]}.{path}", ocdbt=False)
-        metadata = {"chunks": list(chunk), "compressor": None}
-        stores[path] = ts.open(
-            spec | {"metadata": metadata}, context=context, create=True, delete_existing=True, dtype=dtype, shape=shape
-        ).result()
-    writer = OrbaxWriter(stores)
-    yield writer
-    writer.wait()
-    for file in (directory / "state").rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                flush(opened.fileno())
-
-
-def _spec(state: Path, name: str, ocdbt: bool) -> dict[str, Any]:
-    state = state.resolve()  # TensorStore takes no `..`
-    base = {"driver": "file", "path": f"{state}/"}
-    if ocdbt:
-        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
-    return {"driver": "zarr", "kvstore": base | {"path": f"{state / name}/"}}

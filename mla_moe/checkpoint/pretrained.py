@@ -1,9 +1,8 @@
-"""Models from checkpoints of either kind, and to directories in the layout of Hugging Face."""
+"""Load a model from a checkpoint of any kind, and save it in the layout of Hugging Face."""
 
 from collections import deque
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -12,55 +11,41 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mla_moe.checkpoint.hf_mapping import TensorMapping, tensor_mappings
-from mla_moe.checkpoint.hf_weights import weight_dtype
-from mla_moe.checkpoint.orbax_arrays import step_directory
-from mla_moe.checkpoint.progress import progress
+from mla_moe.checkpoint.orbax_layout import find_step
+from mla_moe.checkpoint.reader import is_router, load_arrays, open_checkpoint
+from mla_moe.checkpoint.safetensors_reader import weight_dtype
 from mla_moe.checkpoint.safetensors_writer import SHARD_BYTES, TensorEntry, tensor_entries, write_checkpoint
-from mla_moe.checkpoint.source import Checkpoint, open_any_checkpoint
-from mla_moe.checkpoint.tokenizer_files import carried_files, hf_config
-from mla_moe.config import MeshConfig as MeshSizes
-from mla_moe.nn.abstract_model import AbstractModel, Arrays, model_arrays, model_variables
+from mla_moe.checkpoint.tokenizer_files import files_to_copy, hf_config
+from mla_moe.config import MeshConfig
+from mla_moe.nn.abstract_model import AbstractModel, model_arrays, model_variables
 from mla_moe.nn.param import Precision, RouterBias
 from mla_moe.nn.transformer import Transformer
 from mla_moe.parallel.mesh import make_mesh
 
-_FILE_TYPE = "file_type"
-"""Metadata of a router that was loaded: it is float32 here, and is written back in the type it came in."""
+_FILE_DTYPE = "file_dtype"
+"""Metadata of a router's variable: its dtype in the loaded file, for saving. In memory it is float32."""
 
 
 def load_pretrained(path: str | Path, dtype: DTypeLike | None = None, mesh: Mesh | None = None) -> Transformer:
-    """The model in a Hugging Face directory or in one of a run (its newest checkpoint), each parameter read straight
-    into its place.
+    """Load the model of a Hugging Face directory or of a run (its newest checkpoint).
 
-    Parameters keep the files' types unless `dtype` gives another, and FP8 blocks become bfloat16; routers are float32
-    in any case. With a mesh, a process reads only the bytes of its own shards; without, everything is on the first
-    device. Nothing that a checkpoint brings is executed. Raises `CheckpointError` for files that are not what they
-    claim, and for tensors missing or unknown.
+    Parameters keep the files' dtypes unless `dtype` is set, and FP8 blocks are dequantized to bfloat16; routers are
+    always float32. With a mesh the parameters are sharded over it, and a process reads its own shards only; otherwise
+    they are on the first device. Code in a checkpoint is never executed. Raises `CheckpointError` for invalid or
+    damaged files, and for missing or unknown tensors.
     """
-    source = open_any_checkpoint(path)
-    param = source.dtype("embed") if dtype is None else weight_dtype(dtype)
-    abstract_model = AbstractModel(source.cfg, precision=Precision(param=param, compute=Precision.default().compute))
+    checkpoint = open_checkpoint(path)
+    param = checkpoint.dtype("embed") if dtype is None else weight_dtype(dtype)
+    precision = Precision(param=param, compute=Precision.default().compute)
+    abstract_model = AbstractModel(checkpoint.cfg, precision=precision)
     if mesh is None:
-        mesh = make_mesh(MeshSizes(), jax.devices()[:1])
-    arrays = read_arrays(source, abstract_model, mesh, keep_types=dtype is None)
+        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    arrays = load_arrays(checkpoint, abstract_model, mesh, keep_dtypes=dtype is None)
     if dtype is None:
-        for path_, variable in abstract_model.variables.items():
-            if _is_router(path_):
-                variable.set_metadata(_FILE_TYPE, source.dtype(path_).name)
+        for name, variable in abstract_model.variables.items():
+            if is_router(name):
+                variable.set_metadata(_FILE_DTYPE, checkpoint.dtype(name).name)
     return abstract_model.merge(arrays)
-
-
-def read_arrays(source: Checkpoint, abstract_model: AbstractModel, mesh: Mesh, *, keep_types: bool = False) -> Arrays:
-    """A checkpoint's arrays in their places on a mesh, in the skeleton's types or, but for routers, in the files'."""
-    arrays = {}
-    with progress("Loading", sum(map(source.bytes, abstract_model.variables))) as advance:
-        for path, place in abstract_model.abstract(mesh).items():
-            dtype = source.dtype(path) if keep_types and not _is_router(path) else place.dtype
-            read: Any = partial(source.read, path, dtype)
-            arrays[path] = jax.make_array_from_callback(place.shape, place.sharding, read)
-            advance(source.bytes(path))
-    source.check(arrays)
-    return arrays
 
 
 def save_pretrained(
@@ -72,37 +57,33 @@ def save_pretrained(
     fp8: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a directory that transformers, vLLM and SGLang load, all of it or nothing.
+    """Save a directory that transformers, vLLM and SGLang load. It appears only when it is complete.
 
-    Weights keep the model's types, and a loaded router its file's, unless `dtype` gives another; router biases stay
-    float32 then. `like` is a directory, or a run, whose tokenizer, chat template and token ids are carried along. With
-    `fp8`, matrices go into FP8 blocks as in DeepSeek's releases. Of many processes all must call this, and the first
-    writes. Raises `CheckpointError` if `path` exists.
+    Weights keep the model's dtypes, and a loaded router its file's, unless `dtype` is set; router biases are then
+    float32. `like` is a checkpoint or run whose tokenizer, chat template and token ids are copied. With `fp8`, the
+    matrices that DeepSeek releases in FP8 blocks are quantized. All processes must call this; the first one writes.
+    Raises `CheckpointError` if `path` exists.
     """
     dtype = None if dtype is None else weight_dtype(dtype)
     abstract_model, arrays = AbstractModel(model.cfg, precision=model.precision), model_arrays(model)
-    file_types = {p: v.get_metadata(_FILE_TYPE, arrays[p].dtype) for p, v in model_variables(model).items()}
+    file_dtypes = {p: v.get_metadata(_FILE_DTYPE, arrays[p].dtype) for p, v in model_variables(model).items()}
     entries: list[TensorEntry] = []
-    for piece in tensor_mappings(abstract_model):
-        kind = file_types[piece.path] if dtype is None else dtype
-        if dtype is not None and isinstance(abstract_model.variables[piece.path], RouterBias):
-            kind = np.float32
-        parts = partial(_whole, arrays[piece.path], piece)
-        entries += tensor_entries(piece.name, np.dtype(kind), piece.shape, parts, fp8=fp8)
+    for mapping in tensor_mappings(abstract_model):
+        stored_as = file_dtypes[mapping.path] if dtype is None else dtype
+        if dtype is not None and isinstance(abstract_model.variables[mapping.path], RouterBias):
+            stored_as = np.float32
+        chunks = partial(_full_tensor, arrays[mapping.path], mapping)
+        entries += tensor_entries(mapping.name, np.dtype(stored_as), mapping.shape, chunks, fp8=fp8)
     if jax.process_index() > 0:
         for entry in entries:
-            deque(entry.parts(), maxlen=0)  # join in what the first process gathers
+            deque(entry.chunks(), maxlen=0)  # take part in the all-gathers of the first process
         return
-    beside = (step_directory(Path(like)) or Path(like)) if like else None
+    beside = (find_step(Path(like)) or Path(like)) if like else None
     config = hf_config(model.cfg, dtype or model.precision.param, fp8=fp8, beside=beside)
-    write_checkpoint(Path(path), config, entries, max_shard_bytes, carried_files(beside) if beside else {})
+    write_checkpoint(Path(path), config, entries, max_shard_bytes, files_to_copy(beside) if beside else {})
 
 
-def _is_router(path: str) -> bool:
-    return "/router/" in path
-
-
-def _whole(array: jax.Array, piece: TensorMapping) -> list[np.ndarray]:
-    part = array[piece.index]
-    whole = part if part.is_fully_addressable else multihost_utils.process_allgather(part, tiled=True)
-    return [piece.to_hf_tensor(np.asarray(whole))]
+def _full_tensor(array: jax.Array, mapping: TensorMapping) -> list[np.ndarray]:
+    part = array[mapping.index]
+    full = part if part.is_fully_addressable else multihost_utils.process_allgather(part, tiled=True)
+    return [mapping.to_hf_tensor(np.asarray(full))]

@@ -1,94 +1,91 @@
-"""A checkpoint of either kind, Hugging Face's or this project's, as arrays by path."""
+"""Open a checkpoint of any kind: one interface to Hugging Face directories, runs, and Orbax checkpoints."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import jax.numpy as jnp
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from mla_moe.checkpoint.hf_mapping import ShardSlice, Slices, TensorMapping, tensor_mappings
-from mla_moe.checkpoint.hf_weights import open_hf_weights
-from mla_moe.checkpoint.orbax_arrays import OrbaxCheckpoint, step_directory
+from mla_moe.checkpoint.files import progress_bar, read_json
+from mla_moe.checkpoint.hf_checkpoint import HFCheckpoint
+from mla_moe.checkpoint.hf_mapping import RowSlice, Slices, TensorMapping
+from mla_moe.checkpoint.orbax_checkpoint import OrbaxCheckpoint
+from mla_moe.checkpoint.orbax_layout import find_step
+from mla_moe.checkpoint.safetensors_writer import TensorEntry
 from mla_moe.config import ModelConfig
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
 
 
 class Checkpoint(Protocol):
-    """What loading and conversion need. Nothing is read before it is asked for."""
+    """Parameters and router biases of a checkpoint, by parameter path. Opening it reads only metadata."""
 
     directory: Path
     cfg: ModelConfig
 
-    def dtype(self, path: str) -> np.dtype:
-        """The type that holds the array as it is stored; bfloat16 for FP8 blocks."""
-        ...
+    @property
+    def full_state_run(self) -> Path | None:
+        """The directory of the run whose full training state this is; None if there are parameters only."""
 
-    def bytes(self, path: str) -> int:
-        """What is read for it."""
-        ...
+    def dtype(self, path: str) -> np.dtype:
+        """The dtype of an array as stored; bfloat16 for FP8 blocks."""
+
+    def nbytes(self, path: str) -> int:
+        """Bytes to read for an array."""
 
     def read(self, path: str, dtype: DTypeLike, index: Slices) -> np.ndarray:
-        """A part of the array, of a slice for each of its axes."""
-        ...
+        """A shard of an array: `index` has a slice for each axis."""
 
-    def rows(self, piece: TensorMapping, dtype: DTypeLike, cut: ShardSlice) -> np.ndarray:
-        """Some rows of a tensor in the layout of Hugging Face."""
-        ...
+    def read_rows(self, mapping: TensorMapping, dtype: DTypeLike, rows: RowSlice) -> np.ndarray:
+        """Some rows of a tensor in the Hugging Face layout."""
 
-    def check(self, arrays: Arrays) -> None:
-        """Raise `CheckpointError` for arrays that are not what was written, as far as the files tell."""
-        ...
+    def verify(self, arrays: Arrays) -> None:
+        """Raise `CheckpointError` for arrays that do not match their checksums. Safetensors have none."""
+
+    def hf_tensors(self, dtype: np.dtype | None, *, fp8: bool) -> list[TensorEntry]:
+        """All tensors for a Hugging Face checkpoint, cast to `dtype` except for router biases."""
+
+    def hf_config(self, dtype: np.dtype | None, *, fp8: bool) -> dict[str, Any]:
+        """The `config.json` that goes with `hf_tensors`."""
 
 
-def open_any_checkpoint(path: str | Path) -> Checkpoint:
-    """A Hugging Face directory, or a run's, a stage's or a step's. Raises `CheckpointError` for anything else."""
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open a Hugging Face directory, or the newest checkpoint of a run, of a stage, or a step's directory.
+
+    Raises `CheckpointError` for anything else.
+    """
     path = Path(path)
-    step = step_directory(path)
+    step = find_step(path)
     return HFCheckpoint(path) if step is None else OrbaxCheckpoint(step)
 
 
-class HFCheckpoint:
-    """A Hugging Face directory, whose tensors are pieces of our arrays."""
-
-    def __init__(self, directory: Path):
-        self.directory = directory
-        self.config, self.cfg, self.weights = open_hf_weights(directory)
-        abstract_model = AbstractModel(self.cfg)
-        self._shapes = {path: variable.get_value().shape for path, variable in abstract_model.variables.items()}
-        self.pieces: Mapping[str, list[TensorMapping]] = {path: [] for path in self._shapes}
-        for piece in without_copies(tensor_mappings(abstract_model)):
-            self.pieces[piece.path].append(piece)
-
-    def dtype(self, path: str) -> np.dtype:
-        return np.dtype(jnp.result_type(*{self.weights.dtype(piece.name) for piece in self.pieces[path]}))
-
-    def bytes(self, path: str) -> int:
-        return sum(self.weights.bytes(piece.name) for piece in self.pieces[path])
-
-    def rows(self, piece: TensorMapping, dtype: DTypeLike, cut: ShardSlice) -> np.ndarray:
-        return self.weights.read(piece.name, dtype, cut.rows)
-
-    def check(self, arrays: Arrays) -> None:
-        """The format keeps no digests."""
-
-    def read(self, path: str, dtype: DTypeLike, index: Slices) -> np.ndarray:
-        ranges = [range(*i.indices(n)) for i, n in zip(index, self._shapes[path], strict=True)]
-        out = np.empty([len(r) for r in ranges], dtype)
-        for piece in self.pieces[path]:
-            if any(isinstance(i, int) and i not in r for i, r in zip(piece.index, ranges, strict=True)):
-                continue
-            target = tuple(i - r.start if isinstance(i, int) else i for i, r in zip(piece.index, ranges, strict=True))
-            kept = tuple(s for i, s in zip(piece.index, index, strict=True) if not isinstance(i, int))
-            out[target] = piece.from_hf_tensor(self.weights.read(piece.name, dtype, *piece.window(kept)))
-        return out
+def read_model_config(path: Path) -> ModelConfig:
+    """The model of a checkpoint, or of a `config.json` or its directory. Weights need not be there."""
+    if path.is_dir() and (step := find_step(path)) is not None:
+        return OrbaxCheckpoint(step).cfg
+    return ModelConfig.from_hf(read_json(path if path.is_file() else path / "config.json"))
 
 
-def without_copies(all_pieces: Iterable[TensorMapping]) -> Iterator[TensorMapping]:
-    """Each part of an array once: a prediction module's copies of embedding and head are left out."""
-    seen = set()
-    for piece in all_pieces:
-        if (key := (piece.path, str(piece.index))) not in seen:
-            seen.add(key)
-            yield piece
+def load_arrays(
+    checkpoint: Checkpoint, abstract_model: AbstractModel, mesh: Mesh, *, keep_dtypes: bool = False
+) -> Arrays:
+    """Load all arrays, sharded over a mesh: each process reads its own shards only.
+
+    Dtypes are the abstract model's. With `keep_dtypes` they are the checkpoint's, except for routers.
+    """
+    arrays = {}
+    with progress_bar("Loading", sum(map(checkpoint.nbytes, abstract_model.variables))) as advance:
+        for path, abstract in abstract_model.abstract(mesh).items():
+            dtype = checkpoint.dtype(path) if keep_dtypes and not is_router(path) else abstract.dtype
+            read: Any = partial(checkpoint.read, path, dtype)
+            arrays[path] = jax.make_array_from_callback(abstract.shape, abstract.sharding, read)
+            advance(checkpoint.nbytes(path))
+    checkpoint.verify(arrays)
+    return arrays
+
+
+def is_router(path: str) -> bool:
+    """Whether a parameter path is a router's weight or bias, which are float32 in any model."""
+    return "/router/" in path

@@ -1,8 +1,9 @@
-"""Read safetensors without trusting them: every claim of a header is checked before a byte of it is used.
+"""Read safetensors files from untrusted sources: every header field is checked before data are read.
 
-A tensor is mapped anew each time it is asked for: only what is looked at is read, and its memory goes with the view.
+Tensors are memory-mapped at each access: only the bytes that are used are read, and memory is freed with the view.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,74 +11,75 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 
+from mla_moe.checkpoint.files import CheckpointError, read_json
 from mla_moe.config import ConfigError
 
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "BF16": BFLOAT16,
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
 }
-MAX_HEADER = 100 << 20  # bytes, the limit of the format
+WEIGHT_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+MAX_HEADER_BYTES = 100 << 20  # the limit of the format
 
 
-class CheckpointError(ConfigError):
-    """A file, what is wrong with it, and the fix."""
+def weight_dtype(dtype: DTypeLike) -> np.dtype:
+    """A dtype that parameters can have. Raises `ConfigError` for any other, and for an unknown name."""
+    with contextlib.suppress(TypeError):
+        if (known := np.dtype(dtype)) in WEIGHT_DTYPES:
+            return known
+    raise ConfigError("dtype", str(dtype), f"one of {', '.join(map(str, WEIGHT_DTYPES))}")
 
 
 class TensorLocation(NamedTuple):
-    """Where a tensor lies in its file, and what it is."""
+    """The position of a tensor in its file, its dtype and shape."""
 
     path: Path
     offset: int
     dtype: np.dtype
     shape: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
 
 class SafetensorsReader:
-    """The tensors of a directory's safetensors files, by name. All headers are read and checked at once."""
+    """The tensors of a directory's safetensors files by name. All headers are read and checked when it is created."""
 
     def __init__(self, directory: Path):
+        """Raises `CheckpointError` for invalid files."""
         self.directory = directory
         self.stored: dict[str, TensorLocation] = {}
         for path in _files(directory):
-            for name, stored in _open(path).items():
+            for name, location in _read_header(path).items():
                 if name in self.stored:
                     raise CheckpointError(path.name, name, "is in two files; keep one")
-                self.stored[name] = stored
+                self.stored[name] = location
 
     def __getitem__(self, name: str) -> np.ndarray:
         """A read-only view into the file."""
-        path, offset, dtype, shape = self.stored[name]
-        if 0 in shape:
-            return np.zeros(shape, dtype)
-        size = int(np.prod(shape)) * dtype.itemsize
-        return np.memmap(path, np.uint8, "r", offset, (size,)).view(np.ndarray).view(dtype).reshape(shape)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError("checkpoint", str(path), "no such file") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError("checkpoint", str(path), f"is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError("checkpoint", str(path), "must hold a JSON object")
-    return value
+        stored = self.stored[name]
+        if 0 in stored.shape:
+            return np.zeros(stored.shape, stored.dtype)
+        data = np.memmap(stored.path, np.uint8, "r", stored.offset, (stored.nbytes,))
+        return data.view(np.ndarray).view(stored.dtype).reshape(stored.shape)
 
 
 def _files(directory: Path) -> list[Path]:
-    """As transformers chooses: one file goes before an index, which may be left of an earlier save. Links to another
-    disk are followed."""
-    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
+    """The files of a checkpoint. As in transformers, `model.safetensors` has priority over an index, which may be left
+    from an earlier save. Links to another disk are followed."""
+    single, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
     if not index.exists():
         files = sorted(directory.glob("*.safetensors"))
         if not files:
@@ -96,19 +98,14 @@ def _files(directory: Path) -> list[Path]:
     return files
 
 
-def leaves(path: Path) -> bool:
-    """Whether a link points out of the directory, other than into a download cache's `blobs` beside it."""
-    target, home = path.resolve(), path.parent.resolve()
-    return target.parent != home and target.parent != home.parent.parent / "blobs"
-
-
-def _open(path: Path) -> dict[str, TensorLocation]:
+def _read_header(path: Path) -> dict[str, TensorLocation]:
+    """The tensors of a file. They must be within the file, of the right size, and must not overlap."""
     size = path.stat().st_size
     if size < 8:
-        raise CheckpointError(path.name, f"{size} bytes", "is cut short; fetch it again")
+        raise CheckpointError(path.name, f"{size} bytes", "is truncated; fetch it again")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, MAX_HEADER):
+        if length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(
                 path.name, f"header of {length} bytes", "is longer than the file or the format allows"
             )
@@ -120,26 +117,30 @@ def _open(path: Path) -> dict[str, TensorLocation]:
         raise CheckpointError(path.name, "header", "must be a JSON object")
     header.pop("__metadata__", None)
     start = 8 + length
-    tensors, spans = {}, []
+    tensors, ranges = {}, []
     for name, entry in header.items():
-        dtype, shape, begin, end = _entry(path, name, entry)
+        dtype, shape, begin, end = _parse_entry(path, name, entry)
         if end > size - start:
-            raise CheckpointError(path.name, name, f"ends at byte {end} of {size - start}; the file is cut short")
+            raise CheckpointError(
+                path.name, name, f"ends at byte {end} of {size - start}; the file is truncated; fetch it again"
+            )
         if end - begin != int(np.prod(shape, dtype=object)) * dtype.itemsize:
             raise CheckpointError(path.name, name, f"has {end - begin} bytes, which is not {dtype} {list(shape)}")
-        spans.append((begin, end, name))
+        ranges.append((begin, end, name))
         tensors[name] = TensorLocation(path, start + begin, dtype, shape)
-    for (_, end, _), (begin, _, name) in zip(sorted(spans), sorted(spans)[1:], strict=False):
+    for (_, end, _), (begin, _, name) in zip(sorted(ranges), sorted(ranges)[1:], strict=False):
         if begin < end:
             raise CheckpointError(path.name, name, "overlaps another tensor")
     return tensors
 
 
-def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    def whole(values: Any) -> bool:
+def _parse_entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
+    """Dtype, shape, and the range of bytes."""
+
+    def sizes(values: Any) -> bool:
         return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
-    ok = isinstance(entry, dict) and whole(entry.get("shape")) and whole(entry.get("data_offsets"))
+    ok = isinstance(entry, dict) and sizes(entry.get("shape")) and sizes(entry.get("data_offsets"))
     if not ok or len(entry["data_offsets"]) != 2 or entry["data_offsets"][0] > entry["data_offsets"][1]:
         raise CheckpointError(path.name, name, "needs a dtype, a shape and two data_offsets")
     if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:

@@ -1,7 +1,8 @@
-"""What a run is: frozen dataclasses of model, data, optimizer, parallelism and stages. Every field is a flag."""
+"""Configuration of a run: frozen dataclasses of model, data, optimizer, parallelism and stages. A field is a flag."""
 
 from mla_moe.config.data import DataConfig
 from mla_moe.config.errors import ConfigError, require, structure
+from mla_moe.config.migrations import FORMAT_VERSION
 from mla_moe.config.model import PRESETS, ModelConfig, Yarn, preset
 from mla_moe.config.optimizer import OptimizerConfig, ScheduleConfig
 from mla_moe.config.parallelism import KernelConfig, MeshConfig
@@ -10,6 +11,7 @@ from mla_moe.config.pretraining import TrainingConfig
 from mla_moe.config.recipe import CheckpointConfig, Recipe, SampleConfig, load_recipe, with_overrides
 
 __all__ = [
+    "FORMAT_VERSION",
     "PRESETS",
     "CheckpointConfig",
     "ConfigError",

@@ -1,48 +1,43 @@
-"""Training data: where text comes from and how it becomes tokens."""
+"""Training and held-out text, its tokenizer, packing and shuffling."""
 
 import dataclasses
 
-from mla_moe.config.errors import require
+from mla_moe.config.errors import require, require_each
+from mla_moe.config.resume import field
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where text comes from and how it becomes tokens."""
+    """Text for pretraining and for evaluation, tokenized and packed into sequences."""
 
     train: tuple[str, ...] = ("cpython:train",)
-    """Globs of .txt/.py/.md (a file is a document), .jsonl, .parquet, .arrayrecord; or cpython:train, which is the
-    standard library's sources and the language reference of the running Python."""
+    """Globs of .txt/.py/.md (one document per file), .jsonl, .parquet or .arrayrecord files, or cpython:train: the
+    sources of the running Python's standard library and its language reference."""
     heldout: tuple[str, ...] = ("cpython:heldout",)
-    """The same for evaluation."""
+    """Held-out text for evaluation, given in the same way."""
     text_field: str = "text"
-    """Key (JSON lines) or column (Parquet) that holds a document."""
+    """Key (JSON lines) or column (Parquet) that holds a document's text."""
     max_malformed_fraction: float = 0.01
-    """Largest share of the documents that may turn out to be malformed: they are empty then, and counted. With more
-    the run ends, and names one."""
+    """Largest fraction of malformed documents. Each is skipped and counted; beyond this fraction the run stops and
+    names one of them."""
     tokenizer: str = "byte"
-    """byte, the path of a tokenizer.json, or bpe:SIZE to train one of SIZE tokens on the training text. With
-    `init_from`, bpe:SIZE is the one that the checkpoint brings."""
+    """byte, the path of a tokenizer.json, or bpe:SIZE to train a BPE tokenizer with SIZE tokens on the training text.
+    With --init-from, bpe:SIZE uses the tokenizer of that checkpoint."""
     shuffle_buffer_size: int = 256
-    """Sequences among which a packed sequence may move, so that one long document does not fill a batch."""
+    """Packed sequences in the shuffle buffer, which spreads the sequences of a long document over several batches. 1
+    does not shuffle."""
     streams: int | None = None
-    """Streams of documents that are packed side by side and share each batch: a multiple of the number of processes
-    that read. None takes as many as divide the batch, at most 4."""
-    prefetch: int = 8
-    """Batches prepared ahead of the step."""
+    """Document streams that are packed independently and share each batch. Must be a multiple of the number of
+    processes that read data. None: the largest number up to 4 that divides the batch."""
+    prefetch: int = field(8, resume="free")
+    """Batches that are prepared ahead of the training step."""
 
     def __post_init__(self):
         require(len(self.train) > 0, "data.train", self.train, "name at least one file or glob")
-        require(
-            0 <= self.max_malformed_fraction <= 1,
-            "data.max_malformed_fraction",
-            self.max_malformed_fraction,
-            "a share between 0 and 1",
-        )
-        require(self.streams is None or self.streams >= 1, "data.streams", self.streams, "at least 1, or None")
-        require(
-            self.shuffle_buffer_size >= 1, "data.shuffle_buffer_size", self.shuffle_buffer_size, "1 keeps the order"
-        )
-        require(self.prefetch >= 1, "data.prefetch", self.prefetch, "prepare at least 1 batch ahead")
+        require_each(self, "data", "max_malformed_fraction", lambda x: 0 <= x <= 1, "must be between 0 and 1")
+        require_each(self, "data", "streams", lambda x: x >= 1, "at least 1, or None")
+        require_each(self, "data", "shuffle_buffer_size", lambda x: x >= 1, "at least 1, which does not shuffle")
+        require_each(self, "data", "prefetch", lambda x: x >= 1, "prepare at least 1 batch ahead")
         if self.tokenizer.startswith("bpe:"):
             size = self.tokenizer.removeprefix("bpe:")
             require(size.isdigit() and int(size) >= 300, "data.tokenizer", self.tokenizer, "bpe:SIZE with SIZE >= 300")

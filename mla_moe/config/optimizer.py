@@ -4,62 +4,62 @@ import dataclasses
 import math
 from typing import Literal
 
-from mla_moe.config.errors import require
+from mla_moe.config.errors import require, require_each
+from mla_moe.config.resume import field
 
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate: linear warm-up, constant, cosine to `final`, and constant again (DeepSeek-V3, section 4.2)."""
+    """Learning rate: linear warmup, constant at the peak, cosine decay, constant at the final rate (DeepSeek-V3,
+    section 4.2)."""
 
     peak_lr: float = 2.2e-4
-    """Learning rate after warm-up."""
+    """Learning rate between warmup and decay."""
     warmup_fraction: float = 0.01
-    """Share of the steps in which it rises from 0."""
+    """Fraction of the steps with linear warmup from 0."""
     decay_fraction: float = 0.3
-    """Share of the steps in which it falls from `peak` to `final`, along a cosine."""
+    """Fraction of the steps with cosine decay from peak_lr to the final learning rate."""
     final_lr_fraction: float = 0.1
-    """The last learning rate, as a share of `peak`."""
+    """Final learning rate, as a fraction of peak_lr."""
     tail_fraction: float = 0.0
-    """Share of the steps after the decay, spent at `final`."""
+    """Fraction of the steps after the decay, at the final learning rate."""
 
     def __post_init__(self):
         require(0 < self.peak_lr < math.inf, "optimizer.schedule.peak_lr", self.peak_lr, "a learning rate is positive")
-        for name in ("warmup_fraction", "decay_fraction", "tail_fraction", "final_lr_fraction"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"optimizer.schedule.{name}", value, "a share between 0 and 1")
+        names = "warmup_fraction decay_fraction tail_fraction final_lr_fraction"
+        require_each(self, "optimizer.schedule", names, lambda x: 0 <= x <= 1, "must be between 0 and 1")
         total = self.warmup_fraction + self.decay_fraction + self.tail_fraction
-        require(total <= 1 + 1e-9, "optimizer.schedule", total, "warmup + decay + tail is at most 1")
+        message = "the sum of warmup_fraction, decay_fraction and tail_fraction is at most 1"
+        require(total <= 1 + 1e-9, "optimizer.schedule", total, message)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon for the matrices inside the layers with AdamW for the rest."""
+    """AdamW for all parameters, or Muon for the matrices inside the layers and AdamW for the rest."""
 
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon"] = field("adamw", full_state="equal")
+    """adamw, or muon with Moonlight's RMS scaling of updates."""
     schedule: ScheduleConfig = ScheduleConfig()
     muon_peak_lr: float | None = None
-    """Peak learning rate of the matrices under Muon; None takes the schedule's, as with Moonlight's RMS scaling."""
+    """Peak learning rate of the matrices under Muon. None: the schedule's peak_lr, which fits Muon's scaled updates."""
     beta1: float = 0.9
+    """AdamW: decay rate of the gradient's moving average."""
     beta2: float = 0.95
+    """AdamW: decay rate of the squared gradient's moving average."""
     muon_momentum: float = 0.95
+    """Muon: momentum coefficient."""
     eps: float = 1e-8
+    """AdamW: added to the denominator of an update."""
     weight_decay: float = 0.1
-    """Decoupled, on matrices only: not on norms, nor on the router's bias."""
+    """Decoupled weight decay, on matrices only: not on norms, nor on the router bias."""
     max_grad_norm: float = 1.0
-    """Largest global norm of the gradient; a larger one is scaled down to it."""
+    """Gradient clipping: a gradient with a larger global norm is scaled down to this norm."""
 
     def __post_init__(self):
-        for name in ("beta1", "beta2", "muon_momentum"):
-            value = getattr(self, name)
-            require(0 <= value < 1, f"optimizer.{name}", value, "at least 0 and below 1")
-        require(
-            self.max_grad_norm > 0,
-            "optimizer.max_grad_norm",
-            self.max_grad_norm,
-            "a positive norm; a very large one clips nothing",
-        )
-        require(0 <= self.weight_decay < math.inf, "optimizer.weight_decay", self.weight_decay, "0 or more")
-        ok = self.muon_peak_lr is None or 0 < self.muon_peak_lr < math.inf
-        require(ok, "optimizer.muon_peak_lr", self.muon_peak_lr, "a positive rate")
-        fix = "a positive number: a gradient of 0 is divided by it"
-        require(0 < self.eps < math.inf, "optimizer.eps", self.eps, fix)
+        require_each(self, "optimizer", "beta1 beta2 muon_momentum", lambda x: 0 <= x < 1, "at least 0 and below 1")
+        message = "a positive norm; a very large one clips nothing"
+        require_each(self, "optimizer", "max_grad_norm", lambda x: x > 0, message)
+        require_each(self, "optimizer", "weight_decay", lambda x: 0 <= x < math.inf, "0 or more")
+        require_each(self, "optimizer", "muon_peak_lr", lambda x: 0 < x < math.inf, "a positive learning rate")
+        message = "a positive number: a gradient of 0 is divided by it"
+        require_each(self, "optimizer", "eps", lambda x: 0 < x < math.inf, message)

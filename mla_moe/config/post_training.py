@@ -1,39 +1,42 @@
-"""What a model is taught after it has read: answers to copy, and questions with rewards."""
+"""Post-training: SFT, reinforcement learning from rule rewards, and rejection sampling."""
 
 import dataclasses
 import math
 from typing import Literal
 
-from mla_moe.config.errors import require
+from mla_moe.config.errors import require, require_each
 from mla_moe.config.optimizer import OptimizerConfig, ScheduleConfig
 from mla_moe.config.pretraining import TrainingConfig
+from mla_moe.config.resume import field
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """What is asked, how it is put to the model, and what an answer is worth. Training, validation and test questions
-    never overlap: the text of a question alone decides which it is."""
+    """Prompts and rewards. Training, validation and test prompts never overlap: a hash of the question's text assigns
+    the split."""
 
     name: str = "arithmetic"
-    """arithmetic; reasoning_gym:NAME, any of that library's tasks; or the path of JSON lines with question, answer."""
+    """arithmetic; reasoning_gym:NAME for a task of that library; or the path of a .jsonl file with `question` and
+    `answer` in each line."""
     options: tuple[str, ...] = ()
-    """Settings of the task, each `key=value`: arithmetic takes least and most (operations), reasoning_gym its own."""
+    """Options of the task, each key=value: arithmetic has least and most (operations), reasoning_gym the library's."""
     template: str = "r1_zero"
-    """r1_zero, DeepSeek's prompt; chat, the tokenizer's own template; or a text with {question} in it."""
+    """Prompt template: r1_zero (DeepSeek's), chat (the tokenizer's chat template), or a text with {question}."""
     format_weight: float = 1.0
-    """Weight of the reward for `<think>…</think><answer>…</answer>`, in this order, once, and nothing else."""
+    """Weight of the format reward: 1 for `<think>…</think><answer>…</answer>`, each tag once, nothing around it."""
     accuracy_weight: float = 1.0
-    """Weight of the reward for the right answer."""
+    """Weight of the accuracy reward: 1 for the correct answer."""
     reward_function: str | None = None
-    """A reward of your own, `module:name` or `path.py:name`: `reward(prompt, completion, example) -> float`."""
+    """Custom reward function, module:name or path.py:name, called as `reward(prompt, completion, example) -> float`."""
     reward_function_weight: float = 1.0
+    """Weight of the custom reward."""
     timeout: float = 5.0
-    """Seconds that judging one completion may take. What raises, hangs or is not a number counts 0, and is counted."""
+    """Seconds that one call of a verifier or reward function may take. A call that raises, times out or returns no
+    finite number gives reward 0 and is counted."""
 
     def __post_init__(self):
-        for name in ("format_weight", "accuracy_weight"):
-            require(getattr(self, name) >= 0, f"task.{name}", getattr(self, name), "a weight of 0 or more")
-        require(0 < self.timeout < math.inf, "task.timeout", self.timeout, "a number of seconds")
+        require_each(self, "task", "format_weight accuracy_weight", lambda x: x >= 0, "a weight of 0 or more")
+        require_each(self, "task", "timeout", lambda x: 0 < x < math.inf, "a number of seconds")
         ok = self.template in ("r1_zero", "chat") or "{question}" in self.template
         require(ok, "task.template", self.template, "r1_zero, chat, or a text with {question}")
         wrong = [option for option in self.options if "=" not in option]
@@ -42,55 +45,44 @@ class TaskConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SFTConfig:
-    """Supervised fine-tuning on completions of prompts, after pretraining and before reinforcement learning. What is
-    not said here is as in `training`: types, recomputation, weights of the other losses. Rates are DeepSeek-V3's
-    (section 5.1)."""
+    """Supervised fine-tuning on completions, after pretraining and before RL. Compute dtype, remat and the weights of
+    the other losses are those of `training`. Default learning rates are DeepSeek-V3's (section 5.1)."""
 
     steps: int = 0
     """Optimizer steps; 0 skips the stage."""
     data: tuple[str, ...] = ()
-    """Globs of .jsonl, an object a line: `question`, which is put as `task.template` says, and `completion`, the text
-    that follows. The loss counts the completion's tokens, and the one that ends it."""
+    """Globs of .jsonl files with `question` and `completion` in each line. `task.template` makes the prompt of the
+    question. The loss is over the tokens of the completion and its end-of-sequence token, not over the prompt."""
     batch_size: int = 32
-    """Sequences a step, each packed with several pairs."""
+    """Packed sequences per step. A sequence has several prompt-completion pairs."""
     sequence_length: int = 1024
-    """Pairs whose prompt leaves no room are left out, and completions that reach further are cut; both are counted."""
+    """Tokens per packed sequence. A pair whose prompt fills it is skipped, a longer completion truncated; both are
+    counted."""
     gradient_accumulation_steps: int = 1
-    """Parts a batch is cut into, whose gradients are added before one update."""
+    """Gradient accumulation: microbatches per step, whose gradients are added before one update."""
     optimizer: OptimizerConfig = OptimizerConfig(
         schedule=ScheduleConfig(peak_lr=5e-6, warmup_fraction=0.0, decay_fraction=1.0, final_lr_fraction=0.2)
     )
     router_bias_update_rate: float = 0.0
-    """γ of the router bias; 0 freezes it, for so narrow a text says little of the balance of all."""
+    """γ: step size of the router bias update; 0 freezes the bias, which narrow data would unbalance."""
     max_malformed_fraction: float = 0.01
-    """Largest share of lines that may be broken: they are left out and counted. With more the stage does not start."""
+    """Largest fraction of malformed lines. They are skipped and counted; beyond this fraction the stage does not
+    start."""
 
     def __post_init__(self):
-        for name in ("batch_size", "sequence_length", "gradient_accumulation_steps"):
-            require(getattr(self, name) >= 1, f"sft.{name}", getattr(self, name), "at least 1")
-        for name in ("steps", "router_bias_update_rate"):
-            require(getattr(self, name) >= 0, f"sft.{name}", getattr(self, name), "0 or more")
-        require(
-            len(self.data) > 0 or not self.steps, "sft.data", self.data, "name JSON lines with question and completion"
-        )
-        require(
-            0 <= self.max_malformed_fraction <= 1,
-            "sft.max_malformed_fraction",
-            self.max_malformed_fraction,
-            "a share between 0 and 1",
-        )
-        fix = f"must divide sft.batch_size = {self.batch_size}"
-        require(
-            self.batch_size % self.gradient_accumulation_steps == 0,
-            "sft.gradient_accumulation_steps",
-            self.gradient_accumulation_steps,
-            fix,
-        )
+        names = "batch_size sequence_length gradient_accumulation_steps"
+        require_each(self, "sft", names, lambda x: x >= 1, "at least 1")
+        require_each(self, "sft", "steps router_bias_update_rate", lambda x: x >= 0, "0 or more")
+        message = "name JSON lines with question and completion"
+        require(len(self.data) > 0 or not self.steps, "sft.data", self.data, message)
+        require_each(self, "sft", "max_malformed_fraction", lambda x: 0 <= x <= 1, "must be between 0 and 1")
+        count, message = self.gradient_accumulation_steps, f"must divide sft.batch_size = {self.batch_size}"
+        require(self.batch_size % count == 0, "sft.gradient_accumulation_steps", count, message)
 
-    def training(self, rest: TrainingConfig, steps: int) -> TrainingConfig:
-        """The numbers of `steps` of fine-tuning, with the `rest` of what pretraining has."""
+    def training(self, pretraining: TrainingConfig, steps: int) -> TrainingConfig:
+        """The `TrainingConfig` of `steps` steps of SFT. What SFT does not configure is as in pretraining."""
         return dataclasses.replace(
-            rest,
+            pretraining,
             steps=steps,
             batch_size=self.batch_size,
             sequence_length=self.sequence_length,
@@ -103,125 +95,111 @@ class SFTConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
-    """Reinforcement learning from rule rewards: groups of answers, compared with each other (DeepSeek-R1)."""
+    """Reinforcement learning from rule rewards: GRPO and related objectives (DeepSeek-R1)."""
 
     steps: int = 0
-    """Rollouts, each with `minibatches` updates; 0 skips the stage."""
+    """RL steps: each samples completions and makes `minibatches` optimizer updates. 0 skips the stage."""
     objective: Literal["grpo", "dr_grpo", "dapo", "gspo"] = "grpo"
-    """How answers that are better than their group become likelier (docs/reinforcement-learning.md)."""
+    """Objective: grpo (as in R1), dr_grpo (no division by standard deviation or length), dapo (clip-higher, dynamic
+    sampling, no KL), or gspo (one importance ratio per completion)."""
     prompts_per_step: int = 32
-    """Questions a step."""
+    """Prompts per step."""
     group_size: int = 16
-    """Answers to each question."""
+    """Completions per prompt. Advantages are relative to the mean reward of this group."""
     max_resample_rounds: int = 8
-    """Times that dapo asks other questions, in place of those whose answers are all right or all wrong."""
+    """Dynamic sampling (dapo): largest number of rounds in which filtered groups, whose completions are all correct or
+    all incorrect, are replaced by groups of other prompts."""
     minibatches: int = 1
-    """Updates a step, each on its share of the groups."""
+    """Optimizer updates per step, each on its fraction of the groups."""
     max_prompt_tokens: int = 512
-    """Questions with a longer prompt are passed over, and counted."""
+    """Longer prompts are skipped and counted."""
     max_new_tokens: int = 1024
-    """Longest answer; longer ones are cut off."""
+    """Longest completion in tokens; longer ones are truncated."""
     temperature: float = 1.0
-    """Of sampling; the trainer's probabilities are of the same."""
+    """Sampling temperature. The learner's log-probabilities are at the same temperature."""
     clip_ratio_low: float | None = None
-    """How far a ratio may fall below 1; None takes the objective's own (0.2; gspo 3e-4)."""
+    """ε_low: the importance ratio is clipped at 1 − ε_low. None: the objective's own (0.2; gspo 3e-4)."""
     clip_ratio_high: float | None = None
-    """How far it may rise above 1; None takes the objective's own (0.2; dapo 0.28; gspo 4e-4)."""
+    """ε_high: the importance ratio is clipped at 1 + ε_high. None: the objective's own (0.2; dapo 0.28; gspo 4e-4)."""
     kl_coef: float = 1e-3
-    """β, weight of the divergence from the reference."""
+    """β: weight of the KL from the reference policy in the loss; 0 keeps no reference policy."""
     ref_sync_steps: int = 400
-    """Steps after which the reference becomes the model of that time; 0 keeps the first."""
+    """Steps between updates of the reference policy to the current policy; 0 keeps the initial one."""
     off_policy_mask_threshold: float | None = None
-    """δ: answers with a negative advantage whose mean log(π_old / π) is larger are left out (V3.2); None keeps all."""
+    """δ: completions with a negative advantage and a mean log(π_old / π) above δ are masked out of the loss (V3.2).
+    None masks none."""
     tis_clip: float | None = 2.0
-    """C: the trainer's over the sampler's probability weighs a token, at most so much; None does not weigh."""
+    """C: truncated importance sampling (TIS) weights each token by the ratio of the trainer's to the sampler's
+    probability, at most C. None does not weight."""
     overlong_buffer: int = 0
-    """Length of the zone before `max_new_tokens`, in tokens, over which a penalty rises to 1 (DAPO)."""
+    """Soft overlong penalty (DAPO): over this many tokens before max_new_tokens the penalty rises from 0 to 1."""
     routing_replay: bool = True
-    """The trainer sends tokens to the experts that the sampler chose; gate scores are its own."""
+    """The learner dispatches each token to the experts that the sampler selected; it recomputes the routing weights."""
     router_bias_update_rate: float = 0.0
-    """γ of the router bias; 0 freezes it."""
+    """γ: step size of the router bias update; 0 freezes the bias."""
     optimizer: OptimizerConfig = OptimizerConfig(
         schedule=ScheduleConfig(peak_lr=3e-6, warmup_fraction=0.0, decay_fraction=0.0), weight_decay=0.0
     )
     packed_length: int = 0
-    """Tokens of a row into which answers are packed for an update; 0 takes what the longest may need."""
-    micro_batch_size: int = 8
-    """Rows whose activations exist at one time."""
-    max_num_seqs: int = 64
-    """Answers sampled at a time."""
-    eval_every: int = 0
-    """Steps between evaluations; the stage always has one before and one after."""
+    """Tokens per packed sequence of an update. 0: max_prompt_tokens + max_new_tokens."""
+    micro_batch_size: int = field(8, resume="free")
+    """Packed sequences per microbatch of an update, over all devices: only their activations are in memory at one
+    time."""
+    max_num_seqs: int = field(64, resume="free")
+    """Sequence slots of the sampler: completions that are generated concurrently (continuous batching)."""
+    eval_every: int = field(0, resume="free")
+    """Steps between evaluations; the stage is always evaluated before its first and after its last step."""
     eval_split: Literal["validation", "test"] = "test"
-    """Held-out questions: choose settings on validation, report on test."""
+    """Held-out split of the evaluations: choose settings on validation, report on test."""
     eval_prompts: int = 128
-    """Held-out questions of an evaluation."""
+    """Held-out prompts per evaluation."""
     eval_samples: int = 4
-    """Answers sampled to each question, for pass@k and the majority's; greedy answers come on top."""
+    """Sampled completions per held-out prompt, for pass@k and majority@k, in addition to the greedy completions."""
 
     @property
     def packed_row_length(self) -> int:
-        """Tokens of a row for an update."""
+        """Tokens per packed sequence of an update."""
         return self.packed_length or self.max_prompt_tokens + self.max_new_tokens
 
     def __post_init__(self):
-        for name in (
-            "prompts_per_step",
-            "group_size",
-            "minibatches",
-            "max_resample_rounds",
-            "max_prompt_tokens",
-            "max_new_tokens",
-            "micro_batch_size",
-            "max_num_seqs",
-            "eval_prompts",
-        ):
-            require(getattr(self, name) >= 1, f"rl.{name}", getattr(self, name), "at least 1")
-        for name in (
-            "steps",
-            "kl_coef",
-            "ref_sync_steps",
-            "overlong_buffer",
-            "router_bias_update_rate",
-            "packed_length",
-            "eval_samples",
-        ):
-            require(getattr(self, name) >= 0, f"rl.{name}", getattr(self, name), "0 or more")
-        require(
-            self.group_size >= 2 or not self.steps, "rl.group_size", self.group_size, "answers are compared: 2 or more"
-        )
-        require(self.temperature > 0, "rl.temperature", self.temperature, "sampling needs a positive one")
-        fix = f"must divide rl.prompts_per_step = {self.prompts_per_step}: a group stays together"
-        require(self.prompts_per_step % self.minibatches == 0, "rl.minibatches", self.minibatches, fix)
-        fix = f"must be below rl.max_new_tokens = {self.max_new_tokens}"
-        require(self.overlong_buffer < self.max_new_tokens, "rl.overlong_buffer", self.overlong_buffer, fix)
-        fix = "an answer and its prompt must fit a row: max_prompt_tokens + max_new_tokens, or 0"
+        names = "prompts_per_step group_size minibatches max_resample_rounds max_prompt_tokens max_new_tokens"
+        names += " micro_batch_size max_num_seqs eval_prompts"
+        require_each(self, "rl", names, lambda x: x >= 1, "at least 1")
+        names = "steps kl_coef ref_sync_steps overlong_buffer router_bias_update_rate packed_length eval_samples"
+        require_each(self, "rl", names, lambda x: x >= 0, "0 or more")
+        message = "the completions of a group are compared with each other: at least 2"
+        require(self.group_size >= 2 or not self.steps, "rl.group_size", self.group_size, message)
+        require(self.temperature > 0, "rl.temperature", self.temperature, "sampling needs a positive temperature")
+        message = f"must divide rl.prompts_per_step = {self.prompts_per_step}: a group is never split"
+        require(self.prompts_per_step % self.minibatches == 0, "rl.minibatches", self.minibatches, message)
+        message = f"must be below rl.max_new_tokens = {self.max_new_tokens}"
+        require(self.overlong_buffer < self.max_new_tokens, "rl.overlong_buffer", self.overlong_buffer, message)
+        message = "a packed sequence must hold a prompt and its completion: max_prompt_tokens + max_new_tokens, or 0"
         longest = self.max_prompt_tokens + self.max_new_tokens
-        require(self.packed_row_length >= longest, "rl.packed_length", self.packed_length, fix)
-        for name in ("clip_ratio_low", "clip_ratio_high", "off_policy_mask_threshold", "tis_clip"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"rl.{name}", value, "a positive number, or None")
+        require(self.packed_row_length >= longest, "rl.packed_length", self.packed_length, message)
+        names = "clip_ratio_low clip_ratio_high off_policy_mask_threshold tis_clip"
+        require_each(self, "rl", names, lambda x: x > 0, "a positive number, or None")
 
 
 @dataclasses.dataclass(frozen=True)
 class RejectionConfig:
-    """Rejection sampling after reinforcement learning: answers to training questions that are right and in form become
-    pairs to fine-tune on (DeepSeek-R1, section 2.3.3). Answers are sampled as in `rl`, and learned as in `sft`."""
+    """Rejection sampling after RL: completions of training prompts that are correct and in format become data for
+    fine-tuning (DeepSeek-R1, section 2.3.3). They are sampled as in `rl` and trained on as in `sft`."""
 
     steps: int = 0
     """Optimizer steps of the fine-tuning; 0 skips the stage."""
     prompts: int = 1024
-    """Training questions asked."""
+    """Training prompts to sample completions of."""
     samples: int = 4
-    """Answers to each."""
+    """Completions sampled per prompt."""
     keep: int = 1
-    """Most answers kept of a question, all different."""
+    """Largest number of different completions kept per prompt."""
     prefer: Literal["random", "shortest"] = "random"
-    """Which are kept where more are right."""
+    """Which correct completions are kept, if there are more."""
     start: Literal["base", "last"] = "base"
-    """What is fine-tuned: the model with which `sft` began, as for R1, or the one that answered."""
+    """Model that is fine-tuned: base, from which `sft` started (as for R1), or last, which generated the
+    completions."""
 
     def __post_init__(self):
         require(self.steps >= 0, "rejection.steps", self.steps, "0 or more")
-        for name in ("prompts", "samples", "keep"):
-            require(getattr(self, name) >= 1, f"rejection.{name}", getattr(self, name), "at least 1")
+        require_each(self, "rejection", "prompts samples keep", lambda x: x >= 1, "at least 1")

@@ -1,8 +1,8 @@
-"""Chains of digits, evaluated strictly from left to right, modulo 10, and what people write about them.
+"""Arithmetic task: chains of digits, evaluated strictly from left to right, modulo 10; and a text corpus about them.
 
-`7*2-2*1-7` is 5: `7*2=4,4-2=2,2*1=2,2-7=5`. A small model cannot see the answer at once, but each step is easy: to
-answer, it has to think. The quickstart's text has such questions answered in many ways, and reinforcement learning asks
-others.
+`7*2-2*1-7` is 5: `7*2=4,4-2=2,2*1=2,2-7=5`. A small model cannot predict the answer directly, but each step is easy:
+it has to reason step by step. The quickstart's pretraining text contains such problems with solutions in several
+styles; RL uses other problems as prompts.
 """
 
 import hashlib
@@ -15,19 +15,19 @@ Split = Literal["train", "validation", "test"]
 NAMES = ("arithmetic:train", "arithmetic:heldout")
 
 QUESTION = "{question} = ?\n"
-"""How the documents put a question; what follows is the answer."""
+"""Prompt of a problem in the documents; the completion follows it."""
 
 DOCUMENTS = {"arithmetic:train": 300_000, "arithmetic:heldout": 1_000}
 
 
 def split_of(question: str) -> Split:
-    """A question's text alone decides, for ever: one in ten is for tests, one for validation, the rest for training."""
+    """The split of a question, from a hash of its text: 1 in 10 is test, 1 in 10 validation, the rest training."""
     number = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "big") % 10
     return ("test", "validation")[number] if number < 2 else "train"
 
 
 def problem(split: Split, number: int, least: int = 1, most: int = 6) -> tuple[str, str]:
-    """Question and answer number `number` of a split, with `least` to `most` operations, each length equally often."""
+    """Question and answer number `number` of a split. The number of operations is uniform in [`least`, `most`]."""
     draw = random.Random(f"{split} {number}")
     while True:
         operations = draw.randint(least, most)
@@ -39,7 +39,7 @@ def problem(split: Split, number: int, least: int = 1, most: int = 6) -> tuple[s
 
 
 def steps(question: str) -> list[tuple[str, str]]:
-    """The operations one by one: what is computed, and what comes out."""
+    """The operations one by one: the expression and its result."""
     worked, value = [], question[0]
     for operator, digit in zip(question[1::2], question[2::2], strict=True):
         left = f"{value}{operator}{digit}"
@@ -58,7 +58,8 @@ def _apply(a: str, operator: str, b: str) -> int:
 
 
 class Documents(Sequence[str]):
-    """Questions of training, or of validation for held-out text, each answered by some writer. Drawn when asked for."""
+    """The corpus: problems of the training split (or of validation for held-out text), each with a solution in a random
+    style. Documents are generated on access."""
 
     def __init__(self, name: str):
         self._split: Split = "train" if name == "arithmetic:train" else "validation"
@@ -70,59 +71,61 @@ class Documents(Sequence[str]):
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < self._count:
             raise IndexError(index)
-        question, right = problem(self._split, index)
+        question, correct = problem(self._split, index)
         draw = random.Random(f"writer {index}")
-        write = draw.choices(list(WRITERS), list(WRITERS.values()))[0]
-        return QUESTION.replace("{question}", question) + write(question, right, draw)
+        write = draw.choices(list(STYLES), list(STYLES.values()))[0]
+        return QUESTION.replace("{question}", question) + write(question, correct, draw)
 
 
-def terse(question, right, draw):
-    """The answer alone, now and then a wrong one."""
-    return f"It is {right if draw.random() < 0.85 else draw.choice('0123456789')}."
+def terse(question: str, correct: str, draw: random.Random) -> str:
+    """Only the answer, which is sometimes incorrect."""
+    return f"It is {correct if draw.random() < 0.85 else draw.choice('0123456789')}."
 
 
-def untagged(question, right, draw):
-    return f"{_thought(steps(question))} so {right}"
+def untagged(question: str, correct: str, draw: random.Random) -> str:
+    """All steps, without tags."""
+    return f"{_reasoning(steps(question))} so {correct}"
 
 
-def hasty(question, right, draw):
-    """One step, and the rest in the writer's head."""
-    return _tagged(_thought(steps(question)[:1]), right)
+def shortcut(question: str, correct: str, draw: random.Random) -> str:
+    """The first step only, then the answer."""
+    return _tagged(_reasoning(steps(question)[:1]), correct)
 
 
-def thorough(question, right, draw):
-    return _tagged(_thought(steps(question)), right)
+def thorough(question: str, correct: str, draw: random.Random) -> str:
+    """All steps, with tags."""
+    return _tagged(_reasoning(steps(question)), correct)
 
 
-def slip(question, right, draw):
-    """A wrong step, and a wrong answer that follows from it."""
+def slip(question: str, correct: str, draw: random.Random) -> str:
+    """One incorrect step, and the incorrect answer that follows from it."""
     worked = steps(question)
     at = draw.randrange(len(worked))
     value = draw.choice("0123456789")
     rest = steps(value + question[3 + 2 * at :]) if at + 1 < len(worked) else []
     worked = [*worked[:at], (worked[at][0], value), *rest]
-    return _tagged(_thought(worked), worked[-1][1])
+    return _tagged(_reasoning(worked), worked[-1][1])
 
 
-def malformed(question, right, draw):
-    """Tags left out, left open or in the wrong order."""
-    thought = _thought(steps(question))
+def malformed(question: str, correct: str, draw: random.Random) -> str:
+    """Tags that are missing, not closed or in the wrong order."""
+    reasoning = _reasoning(steps(question))
     return draw.choice([
-        f"<think>{thought}</think>{right}",
-        f"<think>{thought}<answer>{right}</answer>",
-        f"<answer>{right}</answer><think>{thought}</think>",
-        f"It is <answer>{right}</answer>",
-        f"{thought}</think><answer>{right}</answer>",
+        f"<think>{reasoning}</think>{correct}",
+        f"<think>{reasoning}<answer>{correct}</answer>",
+        f"<answer>{correct}</answer><think>{reasoning}</think>",
+        f"It is <answer>{correct}</answer>",
+        f"{reasoning}</think><answer>{correct}</answer>",
     ])  # fmt: skip
 
 
-def _thought(worked):
+def _reasoning(worked: Sequence[tuple[str, str]]) -> str:
     return ",".join(f"{left}={value}" for left, value in worked)
 
 
-def _tagged(thought, answered):
-    return f"<think>{thought}</think><answer>{answered}</answer>"
+def _tagged(reasoning: str, answer: str) -> str:
+    return f"<think>{reasoning}</think><answer>{answer}</answer>"
 
 
-WRITERS = {terse: 40, untagged: 24, hasty: 19, thorough: 11, slip: 2, malformed: 4}
-"""How often one meets each, in per cent."""
+STYLES = {terse: 40, untagged: 24, shortcut: 19, thorough: 11, slip: 2, malformed: 4}
+"""Frequency of each style, in percent."""

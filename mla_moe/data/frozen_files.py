@@ -1,45 +1,47 @@
-"""Files that must stay as they are while a run reads them."""
+"""Data files that must not change while a run reads them."""
 
 import array
 import os
 import zlib
 from collections.abc import Iterable, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mla_moe.config import ConfigError
 
 
 class FrozenFiles:
-    """Paths, each with its size and the time of its last change when this was made."""
+    """Paths with the size and modification time that each file had when this object was created."""
 
     def __init__(self, paths: Sequence[str], field: str):
-        """`field` is the recipe's field to blame."""
+        """`field` is the recipe field that errors name."""
         self.paths, self._field = paths, field
-        self.sizes, self._times = array.array("q"), array.array("q")  # 16 bytes a file: there may be millions
+        self.sizes, self._times = array.array("q"), array.array("q")  # 16 bytes per file: there may be millions
         for path in paths:
             found = os.stat(path)
             self.sizes.append(found.st_size)
             self._times.append(found.st_mtime_ns)
 
     def open(self, index: int) -> BinaryIO:
-        """A file, to be read from its beginning. Raises `ConfigError` if it is gone or has changed."""
+        """Open file number `index` for reading. Raises `ConfigError` if it is missing or has changed."""
         path = self.paths[index]
         try:
             file = open(path, "rb")  # noqa: SIM115
         except OSError as error:
-            raise ConfigError(self._field, path, f"is gone ({error.strerror}); put it back and start again") from None
+            raise ConfigError(self._field, path, f"is missing ({error.strerror}); restore it and start again") from None
         found = os.fstat(file.fileno())
         if (found.st_size, found.st_mtime_ns) != (self.sizes[index], self._times[index]):
             file.close()
-            raise ConfigError(self._field, path, "has changed while it was read; start again with files that stay")
+            raise ConfigError(
+                self._field, path, "has changed while the run was reading it; start again with files that do not change"
+            )
         return file
 
 
-def fingerprint(parts: Iterable[Sequence]) -> int:
-    """What tells, before anything is read, that these are the documents of another time: the sizes of all files."""
-    digest = 0
+def fingerprint(parts: Iterable[Sequence[Any]]) -> int:
+    """A checksum of the sizes of all files: detects other data on resume, before anything is read."""
+    checksum = 0
     for part in parts:
         files = getattr(part, "files", None)
         sizes = files.sizes if files else map(len, part) if isinstance(part, list) else [len(part)]
-        digest = zlib.crc32(repr(list(sizes)).encode(), digest)
-    return digest
+        checksum = zlib.crc32(repr(list(sizes)).encode(), checksum)
+    return checksum

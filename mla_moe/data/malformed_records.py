@@ -1,4 +1,4 @@
-"""Records that cannot be read: left out, counted, and never more than a share."""
+"""Malformed records: skipped and counted, up to a fraction of all records."""
 
 import logging
 from collections.abc import Sequence
@@ -7,29 +7,29 @@ from mla_moe.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
-_NAMED = 10
-"""How many are named in the log; more are only counted."""
+_LOGGED = 10
+"""Malformed records that are logged one by one; further ones are only counted."""
 
 
-class TooManyMalformedError(ConfigError):
-    """A record, where it is and what is wrong with it."""
+class MalformedRecordError(ConfigError):
+    """A record that cannot be read: its file and line, and what is wrong."""
 
 
 class SkipMalformed(Sequence[str]):
-    """Documents, of which those that are malformed are empty. Nobody knows of one before it is read.
+    """Documents, with malformed ones replaced by empty text. A malformed record is detected when it is read.
 
-    Raises `ConfigError`, which names the record, when more than a share of `most` of all turn out so.
+    Raises `ConfigError` that names the record once more than `max_fraction` of all records are malformed.
     """
 
-    def __init__(self, source: Sequence[str], most: float, fingerprint: int):
-        """`fingerprint` tells these documents from others."""
-        self._source, self._most, self.fingerprint = source, most, fingerprint
-        self._left_out: set[int] = set()
+    def __init__(self, source: Sequence[str], max_fraction: float, fingerprint: int):
+        """`fingerprint` identifies the files, to detect other data on resume."""
+        self._source, self._max_fraction, self.fingerprint = source, max_fraction, fingerprint
+        self._skipped: set[int] = set()
 
     @property
     def malformed(self) -> int:
-        """Records left out so far."""
-        return len(self._left_out)
+        """Number of records skipped so far."""
+        return len(self._skipped)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -37,12 +37,13 @@ class SkipMalformed(Sequence[str]):
     def __getitem__(self, index: int) -> str:
         try:
             return self._source[index]
-        except TooManyMalformedError as error:
-            new = index not in self._left_out
-            self._left_out.add(index)
-            if self.malformed > self._most * len(self):
-                share = f"with it {self.malformed} of {len(self)} records are malformed; data.max_malformed_fraction may allow more"
-                raise TooManyMalformedError(error.field, error.value, f"{error.fix}; {share}") from None
-            if new and self.malformed <= _NAMED:
-                logger.warning("left out: %s", error)
+        except MalformedRecordError as error:
+            new = index not in self._skipped
+            self._skipped.add(index)
+            if self.malformed > self._max_fraction * len(self):
+                count = f"with it {self.malformed} of {len(self)} records are malformed"
+                fix = f"{error.message}; {count}; data.max_malformed_fraction may allow more"
+                raise MalformedRecordError(error.field, error.value, fix) from None
+            if new and self.malformed <= _LOGGED:
+                logger.warning("skipped: %s", error)
             return ""

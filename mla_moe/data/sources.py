@@ -1,7 +1,7 @@
-"""Documents to read from: every supported format becomes one sequence of strings with random access.
+"""Sources of documents: every supported format becomes one sequence of strings with random access.
 
-Grain shuffles by index and reads from several threads, so a source knows its length, returns document `i` at any time
-and keeps no open file of its own.
+Grain shuffles by index and reads from several threads, so a source has a length, returns document `i` at any time, and
+keeps no file open.
 """
 
 import array
@@ -18,16 +18,18 @@ from pathlib import Path
 from mla_moe.config import ConfigError, require
 from mla_moe.data import arithmetic, cpython
 from mla_moe.data.frozen_files import FrozenFiles, fingerprint
-from mla_moe.data.malformed_records import SkipMalformed, TooManyMalformedError
+from mla_moe.data.malformed_records import MalformedRecordError, SkipMalformed
 
 
-def open_documents(patterns: Sequence[str], *, field: str, text_field: str, malformed: float = 0.0) -> SkipMalformed:
-    """The documents of all files that `patterns` match, in the patterns' order and sorted by path within each.
+def open_documents(
+    patterns: Sequence[str], *, field: str, text_field: str, max_malformed_fraction: float = 0.0
+) -> SkipMalformed:
+    """The documents of all files that match `patterns`, in the order of the patterns and sorted by path within each.
 
-    A pattern is a path, a glob (`**` descends), or `NAME:train` or `NAME:heldout` of `cpython` or `arithmetic`. The
-    suffix says how a file is read: `.jsonl`, `.parquet`, `.arrayrecord`; any other file is one document of UTF-8 text.
-    A file matched twice counts once. `text_field` is the key or column that holds a document; `field` is the recipe's
-    field to blame. Up to a share of `malformed` records are left out as they are met.
+    A pattern is a path, a glob (`**` includes subfolders), or `cpython:train`, `cpython:heldout`, `arithmetic:train` or
+    `arithmetic:heldout`. The suffix selects the reader: `.jsonl`, `.parquet`, `.arrayrecord`; any other file is one
+    UTF-8 document. A file that matches twice counts once. `text_field` is the key or column of the text; `field` is the
+    recipe field that errors name. Malformed records are skipped, up to `max_malformed_fraction` of all.
     """
     parts: list[Sequence[str]] = []
     seen: set[str] = set()
@@ -38,17 +40,17 @@ def open_documents(patterns: Sequence[str], *, field: str, text_field: str, malf
         if pattern in arithmetic.NAMES:
             parts.append(arithmetic.Documents(pattern))
             continue
-        fresh = [path for path in find_files(pattern, field) if path not in seen]
-        seen.update(fresh)
-        for path in fresh:
-            require(not path.endswith(_COMPRESSED), field, path, "is compressed; unpack it first")
+        unseen = [path for path in find_files(pattern, field) if path not in seen]
+        seen.update(unseen)
+        for path in unseen:
+            require(not path.endswith(_COMPRESSED), field, path, "is compressed; decompress it first")
         for read, paths in itertools.groupby(
-            fresh, key=lambda path: _READERS.get(Path(path).suffix.lower(), TextFiles)
+            unseen, key=lambda path: _READERS.get(Path(path).suffix.lower(), TextFiles)
         ):
             parts.append(read(list(paths), field, text_field))
-    source = SkipMalformed(ConcatenatedDocuments(parts), malformed, fingerprint(parts))
-    if not any(source):  # stops at the first document with text, which also tries the format before training starts
-        raise ConfigError(field, tuple(patterns), "holds no text: every document is empty")
+    source = SkipMalformed(ConcatenatedDocuments(parts), max_malformed_fraction, fingerprint(parts))
+    if not any(source):  # reads until the first text, which also checks the format before training
+        raise ConfigError(field, tuple(patterns), "contains no text: every document is empty; name other files")
     return source
 
 
@@ -56,9 +58,9 @@ _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def find_files(pattern: str, field: str) -> list[str]:
-    """What a path or a glob matches, sorted. Raises `ConfigError` on the recipe's `field` where that is nothing."""
+    """Files that match a path or a glob, sorted. Raises `ConfigError` on `field` if there are none."""
     path = os.path.expanduser(pattern)
-    if os.path.isfile(path):  # a name with brackets is a path before it is a glob
+    if os.path.isfile(path):  # a file name may contain the brackets of a glob
         return [path]
     matches = sorted(match for match in glob.glob(path, recursive=True) if os.path.isfile(match))
     if not matches:
@@ -68,7 +70,7 @@ def find_files(pattern: str, field: str) -> list[str]:
 
 
 class ConcatenatedDocuments(Sequence[str]):
-    """Several sources, one after the other."""
+    """Several sources, concatenated."""
 
     def __init__(self, parts: Sequence[Sequence[str]]):
         self._parts = parts
@@ -83,15 +85,15 @@ class ConcatenatedDocuments(Sequence[str]):
 
 
 def _locate(ends: Sequence[int], index: int) -> tuple[int, int]:
-    """Which part holds item `index`, and where in it, given the running totals of the parts' lengths."""
-    if not 0 <= index < ends[-1]:  # IndexError is what ends a loop over a sequence
+    """The part that contains item `index`, and the offset in it, given the cumulative lengths of the parts."""
+    if not 0 <= index < ends[-1]:  # IndexError ends a loop over a sequence
         raise IndexError(index)
     part = bisect.bisect_right(ends, index)
     return part, index - (ends[part - 1] if part else 0)
 
 
 class TextFiles(Sequence[str]):
-    """Files of UTF-8 text, each one document."""
+    """UTF-8 text files, each one document."""
 
     def __init__(self, paths: list[str], field: str, text_field: str):
         self.files, self._field = FrozenFiles(paths, field), field
@@ -106,26 +108,26 @@ class TextFiles(Sequence[str]):
 
 def _decode(text: bytes, field: str, where: str) -> str:
     try:
-        return text.decode("utf-8-sig")  # without the mark that some editors put in front
+        return text.decode("utf-8-sig")  # without a byte order mark
     except UnicodeDecodeError as error:
-        raise TooManyMalformedError(field, where, f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise MalformedRecordError(field, where, f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def has_lone_surrogate(text: str) -> bool:
-    """JSON can spell what no UTF-8 can hold."""
+    """Whether `text` contains half of a surrogate pair, which JSON can express and UTF-8 cannot."""
     return not text.isascii() and _LONE_SURROGATE.search(text) is not None
 
 
 class Lines(Sequence[bytes]):
-    """The lines of files, found through an index of where they start; blank ones do not count."""
+    """Lines of files with random access, through an index of their offsets. Blank lines are skipped."""
 
     def __init__(self, paths: Sequence[str], field: str):
         self.files = FrozenFiles(paths, field)
-        self._starts = array.array("q")  # 8 bytes a line: a billion lines fit a host's memory
-        self._numbers = array.array("q")  # in the file, to name a broken one
+        self._starts = array.array("q")  # 8 bytes per line: a billion lines fit in host memory
+        self._numbers = array.array("q")  # line numbers in the file, for errors
         self._ends: list[int] = []
         for index in range(len(paths)):
             start = 0
@@ -141,7 +143,7 @@ class Lines(Sequence[bytes]):
         return len(self._starts)
 
     def __getitem__(self, index: int) -> bytes:
-        with self.files.open(self._file(index)) as file:  # anew: threads would share a handle's position
+        with self.files.open(self._file(index)) as file:  # per call: threads cannot share a handle
             file.seek(self._starts[index])
             return file.readline()
 
@@ -153,7 +155,7 @@ class Lines(Sequence[bytes]):
 
 
 class JsonLines(Sequence[str]):
-    """Files with one JSON object a line."""
+    """JSON-lines files: one JSON object per line."""
 
     def __init__(self, paths: list[str], field: str, text_field: str):
         self._lines, self._field, self._key = Lines(paths, field), field, text_field
@@ -167,22 +169,22 @@ class JsonLines(Sequence[str]):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise TooManyMalformedError(self._field, where, f"is not JSON: {error}") from None
+            raise MalformedRecordError(self._field, where, f"is not JSON: {error}") from None
         text = value.get(self._key) if isinstance(value, dict) else None
         if not isinstance(text, str):
-            raise TooManyMalformedError(
+            raise MalformedRecordError(
                 self._field, where, f"needs an object with text under {self._key!r} (data.text_field)"
             )
         if has_lone_surrogate(text):
-            raise TooManyMalformedError(self._field, where, "has half of a surrogate pair, which is no character")
+            raise MalformedRecordError(self._field, where, "contains a lone surrogate (half of a character)")
         return text
 
 
 class Parquet(Sequence[str]):
     """A text column of Parquet files.
 
-    The format is decoded a row group at a time, so a shuffled read costs a row group: a few are kept, and files with
-    small ones (about a thousand rows) read well. Convert a large corpus to ArrayRecord, which has true random access.
+    The format is decoded one row group at a time, so a shuffled read costs a row group. A few are cached, and files
+    with small row groups (about a thousand rows) are fast. Convert a large corpus to ArrayRecord: it has random access.
     """
 
     def __init__(self, paths: list[str], field: str, text_field: str):
@@ -204,7 +206,7 @@ class Parquet(Sequence[str]):
                 raise ConfigError("data.text_field", text_field, f"{path} has the columns {', '.join(schema.names)}")
             kind = schema.field(text_field).type
             if kind not in (pyarrow.string(), pyarrow.large_string()):
-                raise ConfigError("data.text_field", text_field, f"{path} holds {kind} in it; name a column of text")
+                raise ConfigError("data.text_field", text_field, f"{path} has type {kind} in it; name a text column")
             for group in range(metadata.num_row_groups):
                 self._groups.append((number, group))
                 self._ends.append(metadata.row_group(group).num_rows + (self._ends[-1] if self._ends else 0))
@@ -217,14 +219,16 @@ class Parquet(Sequence[str]):
         number, group = self._groups[index]
         where = f"{self.files.paths[number]}, row group {group}"
         with self.files.open(number) as opened:
-            try:  # with a reader of its own, since they are not safe to share
+            try:  # a separate reader per call, since readers are not thread-safe
                 with pyarrow.parquet.ParquetFile(opened) as file:
                     rows = file.read_row_group(group, columns=[self._column]).column(0)
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise ConfigError(self._field, where, f"cannot be read: {error}") from None
-        promised = self._ends[index] - (self._ends[index - 1] if index else 0)
-        if len(rows) != promised:
-            raise ConfigError(self._field, where, f"has {len(rows)} rows, not the {promised} it should; fetch it again")
+        expected = self._ends[index] - (self._ends[index - 1] if index else 0)
+        if len(rows) != expected:
+            raise ConfigError(
+                self._field, where, f"has {len(rows)} rows instead of {expected}; download the file again"
+            )
         return rows
 
     def __len__(self) -> int:
@@ -237,9 +241,9 @@ class Parquet(Sequence[str]):
         try:
             text = cell.as_py()
         except UnicodeDecodeError as error:
-            raise TooManyMalformedError(self._field, where, f"is not UTF-8 text ({error.reason})") from None
+            raise MalformedRecordError(self._field, where, f"is not UTF-8 text ({error.reason})") from None
         if text is None:
-            raise TooManyMalformedError(self._field, where, f"{self._column!r} is null")
+            raise MalformedRecordError(self._field, where, f"{self._column!r} is null")
         return text
 
 

@@ -1,2 +1,2 @@
-"""Flax NNX modules. They hold parameters; the mathematics is in pure functions here and in `ops/`. See `ops` for the
-letters that shapes are spelled in."""
+"""Flax NNX modules: latent attention, mixture of experts, the transformer and its loss. They hold the parameters; the
+heavy computation is in `ops` and `parallel`. `ops` lists the letters that spell the shapes."""

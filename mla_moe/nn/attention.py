@@ -1,18 +1,18 @@
-"""Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values of all heads come from one small latent."""
+"""Multi-head latent attention (MLA; DeepSeek-V2, section 2.1): keys and values of all heads come from one latent."""
 
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int
 
 from mla_moe.config import KernelConfig, ModelConfig
-from mla_moe.nn.kv_cache import AttentionMetadata, write_cache
-from mla_moe.nn.norm import RMSNorm
+from mla_moe.nn.kv_cache import AttentionMetadata, KVCache, LayerIndex, NewTokens, write_cache
+from mla_moe.nn.layers import RMSNorm
 from mla_moe.nn.param import Precision, matrix
-from mla_moe.nn.rope import rotary, rotate, softmax_scale
+from mla_moe.nn.rope import CosSin, rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
 from mla_moe.ops.cached_attention import cached_attention
 from mla_moe.ops.kv_quantization import quantize
@@ -20,14 +20,14 @@ from mla_moe.parallel.mesh import BATCH_SPEC, mesh_axes, token_mesh
 from mla_moe.parallel.sharded_einsum import Einsum, plain_einsum, sharded_einsum, weight_spec
 from mla_moe.parallel.sharding import all_gather_weight, constrain_decode_activations, constrain_slots
 
-# transformers and the released code fix this value, whatever the config's rms_norm_eps.
+# transformers and DeepSeek's code use this value for the norms of latents, not the config's rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
 
 
 class MLAttention(nnx.Module):
     """Causal self-attention `[B, T, D] -> [B, T, D]` with a latent of `kv_lora_rank` values per token.
 
-    With `q_lora_rank` queries pass through a latent too. Works alone: no mesh, no globals.
+    With `q_lora_rank` queries come from a latent too. Usable alone: needs no mesh and no global state.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class MLAttention(nnx.Module):
         D, H, Q, C = cfg.hidden_size, cfg.num_attention_heads, cfg.q_lora_rank, cfg.kv_lora_rank
         N, R, V = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
 
-        def weight(axes, *contracts):
+        def weight(axes: dict[str, int], *contracts: str) -> nnx.Param:
             return matrix(rngs, axes, contracts=contracts, std=cfg.initializer_range, dtype=precision.param)
 
         if Q is None:
@@ -65,7 +65,7 @@ class MLAttention(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         positions: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attend within segments (documents packed into a row). Positions default to 0, 1, 2, …"""
+        """Attention within segments, the documents of a packed sequence. Positions default to 0, 1, 2, …"""
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
         x_BTD = x_BTD.astype(self.precision.compute)
@@ -75,103 +75,105 @@ class MLAttention(nnx.Module):
         with jax.named_scope("queries"):
             q_BTHA = self.queries(x_BTD, cos_sin, sharded_einsum)
         with jax.named_scope("latent"):
-            c_BTC, k_pe_BTR = self.latent(x_BTD, cos_sin, sharded_einsum)
+            c_BTC, k_pe_BTR = self.compress_kv(x_BTD, cos_sin, sharded_einsum)
         if segment_ids is None:
             segment_ids = jnp.ones(x_BTD.shape[:2], jnp.int32)
-        y_BTHV = self._attend(q_BTHA, c_BTC, k_pe_BTR, self.use(self.kv_b), segment_ids)
+        kv_b_CHk = self.kv_b[...].astype(self.precision.compute)
+        y_BTHV = self._attend(q_BTHA, c_BTC, k_pe_BTR, kv_b_CHk, segment_ids)
         return sharded_einsum("BTHV,HVD->BTD", y_BTHV, self.o, self.precision.compute)
 
     def extend(
-        self,
-        x_bTD: Float[Array, "b T D"],
-        cache_LBSW: Num[Array, "L B S W"],
-        layer: Int[Array, ""] | int,
-        reach: AttentionMetadata,
-    ) -> tuple[Float[Array, "b T D"], Num[Array, "L B S W"]]:
-        """New tokens at the end of what their slots hold: the cache with their entries, and attention over it."""
+        self, x_bTD: NewTokens, cache_LBSW: KVCache, layer: LayerIndex, metadata: AttentionMetadata
+    ) -> tuple[NewTokens, KVCache]:
+        """Prefill or decode: write the cache entries of new tokens into layer `layer` of the KV cache, and attend over
+        their sequence slots. Returns the output and the new cache."""
         x_bTD = x_bTD.astype(self.precision.compute)
         with jax.named_scope("queries"):
-            q_bTHA = self.queries(x_bTD, reach.cos_sin, plain_einsum)
+            q_bTHA = self.queries(x_bTD, metadata.cos_sin, plain_einsum)
         with jax.named_scope("latent"):
-            new_bTW = jnp.concatenate(self.latent(x_bTD, reach.cos_sin, plain_einsum), axis=-1)
+            new_bTW = jnp.concatenate(self.compress_kv(x_bTD, metadata.cos_sin, plain_einsum), axis=-1)
             if cache_LBSW.dtype == jnp.int8:
                 new_bTW = quantize(new_bTW, self.cfg.kv_lora_rank)
-            slots_b = None if reach.every_slot else reach.slots_b
-            cache_LBSW = write_cache(
-                cache_LBSW, new_bTW, layer=layer, slots_b=slots_b, start_b=reach.positions_bT[:, 0]
-            )
+            slots_b = None if metadata.all_slots else metadata.slots_b
+            start_b = metadata.positions_bT[:, 0]
+            cache_LBSW = write_cache(cache_LBSW, new_bTW, layer=layer, slots_b=slots_b, start_b=start_b)
         with jax.named_scope("attend"):
             y_bTHV = cached_attention(
                 q_bTHA,
                 cache_LBSW,
-                self.use(self.kv_b),
-                reach.positions_bT,
+                self.kv_b[...].astype(self.precision.compute),
+                metadata.positions_bT,
                 layer=layer,
                 slots_b=slots_b,
                 scale=softmax_scale(self.cfg),
-                form=reach.form,
-                spread=constrain_slots if reach.every_slot else constrain_decode_activations,
+                form=metadata.form,
+                constrain=constrain_slots if metadata.all_slots else constrain_decode_activations,
             )
         return plain_einsum("bTHV,HVD->bTD", y_bTHV, self.o, self.precision.compute), cache_LBSW
 
-    def use(self, weight: nnx.Param) -> Array:
-        return weight[...].astype(self.precision.compute)
-
-    def queries(self, x_BTD, cos_sin, product: Einsum) -> Float[Array, "B T H A"]:
-        """Queries, the last R of each head turned by position."""
+    def queries(self, x_BTD: Float[Array, "B T D"], cos_sin: CosSin, einsum: Einsum) -> Float[Array, "B T H A"]:
+        """Queries of all heads; the last R values of each are rotated by position."""
         compute = self.precision.compute
         if self.cfg.q_lora_rank is None:
-            q_BTHA = product("BTD,DHA->BTHA", x_BTD, self.q, compute)
+            q_BTHA = einsum("BTD,DHA->BTHA", x_BTD, self.q, compute)
         else:
-            q_BTQ = self.q_a_norm(product("BTD,DQ->BTQ", x_BTD, self.q_a, compute))
-            q_BTHA = product("BTQ,QHA->BTHA", q_BTQ, self.q_b, compute)
+            q_BTQ = self.q_a_norm(einsum("BTD,DQ->BTQ", x_BTD, self.q_a, compute))
+            q_BTHA = einsum("BTQ,QHA->BTHA", q_BTQ, self.q_b, compute)
         q_nope, q_pe = jnp.split(q_BTHA, [self.cfg.qk_nope_head_dim], axis=-1)
         return jnp.concatenate([q_nope, rotate(q_pe, *cos_sin)], axis=-1)
 
-    def latent(self, x_BTD, cos_sin, product: Einsum) -> tuple[Float[Array, "B T C"], Float[Array, "B T R"]]:
-        """What a cache keeps of a token: the normed latent, and the one key part that knows the position."""
-        both_BTC = product("BTD,DC->BTC", x_BTD, self.kv_a, self.precision.compute)
+    def compress_kv(
+        self, x_BTD: Float[Array, "B T D"], cos_sin: CosSin, einsum: Einsum
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B T R"]]:
+        """What the KV cache holds of a token: the normed latent, and the rotated key part that all heads share."""
+        both_BTC = einsum("BTD,DC->BTC", x_BTD, self.kv_a, self.precision.compute)
         c_BTC, k_pe_BTR = jnp.split(both_BTC, [self.cfg.kv_lora_rank], axis=-1)
         return self.kv_a_norm(c_BTC), rotate(k_pe_BTR[:, :, None], *cos_sin)[:, :, 0]
 
-    def _attend(self, q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids) -> Float[Array, "B T H V"]:
-        """Under a mesh each device attends with its heads, for its queries. Of a sequence that devices share
-        (`context`), each gathers the latent, C + R values a token, where keys and values would be H · (A + V)."""
+    def _attend(
+        self, q_BTHA: Array, c_BTC: Array, k_pe_BTR: Array, kv_b_CHk: Array, segment_ids: Array
+    ) -> Float[Array, "B T H V"]:
+        """Under a mesh each device computes its heads (tensor parallelism) for its queries. With context parallelism it
+        all-gathers the latent, C + R values per token, where keys and values would be H · (A + V)."""
 
-        def local(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt, first=None):
+        def local(
+            q_bthA: Array, c_btC: Array, k_pe_btR: Array, kv_b: Array, segments_bt: Array, offset: Array | None = None
+        ) -> Array:
             with jax.named_scope("expand"):
-                k_bthA, v_bthV = self.expand(c_btC, k_pe_btR, kv_b)
+                k_bthA, v_bthV = self.expand_kv(c_btC, k_pe_btR, kv_b)
             with jax.named_scope("attend"):
-                how: Any = {"scale": softmax_scale(self.cfg), "first": first}
-                return attention(q_bthA, k_bthA, v_bthV, segments_bt, **how, implementation=self.kernels.attention)
+                run = partial(attention, query_offset=offset, implementation=self.kernels.attention)
+                return run(q_bthA, k_bthA, v_bthV, segments_bt, scale=softmax_scale(self.cfg))
 
         mesh = token_mesh(q_BTHA.shape)
         if mesh is None:
-            return local(q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids)
+            return local(q_BTHA, c_BTC, k_pe_BTR, kv_b_CHk, segment_ids)
 
-        place = weight_spec(self.kv_b, mesh)
-        heads = "tensor" if "tensor" in mesh_axes(place[1]) else None
+        kv_b_spec = weight_spec(self.kv_b, mesh)
+        heads = "tensor" if "tensor" in mesh_axes(kv_b_spec[1]) else None
 
-        def shared(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt):
-            kv_b = all_gather_weight(kv_b, place)
+        def sharded(q_bthA: Array, c_btC: Array, k_pe_btR: Array, kv_b: Array, segments_bt: Array) -> Array:
+            kv_b = all_gather_weight(kv_b, kv_b_spec)
             if mesh.shape["context"] == 1:
                 return local(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt)
-            first = jax.lax.axis_index("context") * q_bthA.shape[1]
+            offset = jax.lax.axis_index("context") * q_bthA.shape[1]
             c, k_pe, segments = (
                 jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (c_btC, k_pe_btR, segments_bt)
             )
-            return local(q_bthA, c, k_pe, kv_b, segments, first)
+            return local(q_bthA, c, k_pe, kv_b, segments, offset)
 
         tokens = P(*BATCH_SPEC)
         return jax.shard_map(
-            shared,
-            in_specs=(P(*BATCH_SPEC, heads), tokens, tokens, place, tokens),
+            sharded,
+            in_specs=(P(*BATCH_SPEC, heads), tokens, tokens, kv_b_spec, tokens),
             out_specs=P(*BATCH_SPEC, heads),
             check_vma=False,
-        )(q_BTHA, c_BTC, k_pe_BTR, kv_b, segment_ids)
+        )(q_BTHA, c_BTC, k_pe_BTR, kv_b_CHk, segment_ids)
 
-    def expand(self, c_BTC, k_pe_BTR, kv_b_CHk) -> tuple[Float[Array, "B T H A"], Float[Array, "B T H V"]]:
-        """Keys and values of every head, out of the latent."""
+    def expand_kv(
+        self, c_BTC: Float[Array, "B T C"], k_pe_BTR: Float[Array, "B T R"], kv_b_CHk: Float[Array, "C H k"]
+    ) -> tuple[Float[Array, "B T H A"], Float[Array, "B T H V"]]:
+        """Keys and values of every head from the latent and the shared key part."""
         kv_BTHk = jnp.einsum("BTC,CHk->BTHk", c_BTC, kv_b_CHk)
         k_nope, v_BTHV = jnp.split(kv_BTHk, [self.cfg.qk_nope_head_dim], axis=-1)
         k_pe = jnp.broadcast_to(k_pe_BTR[:, :, None], (*k_nope.shape[:-1], k_pe_BTR.shape[-1]))

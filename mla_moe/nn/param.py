@@ -1,8 +1,8 @@
-"""Parameters that know what their axes mean. Sharding and the optimizer read that; the mathematics does not.
+"""Parameters with named axes, from which sharding and optimizer decide what to do with them.
 
 `axes` names every axis of one layer's array. Layers stacked for a scan have further axes in front, so names count from
-the right. `contracts` names the axes that the input is summed over; of the rest, those in `BATCH_AXES` index separate
-matrices and the others are outputs.
+the right. `contracts` names the axes that a product with the input sums over; of the rest, those in `BATCH_AXES` index
+separate matrices, and the others are outputs.
 """
 
 import dataclasses
@@ -14,6 +14,11 @@ from flax import nnx
 from jax.core import Tracer
 from jax.typing import DTypeLike
 
+from mla_moe.config.parallelism import KernelConfig
+from mla_moe.ops.attention import default_attention_kernel
+from mla_moe.ops.grouped_matmul import default_grouped_matmul_kernel
+from mla_moe.parallel.expert_parallel import default_dispatch
+
 BATCH_AXES = ("layers", "experts", "gate_up")
 
 
@@ -22,7 +27,7 @@ class Matrix(nnx.Param):
 
 
 class Embedding(nnx.Param):
-    """A weight between tokens and activations: the embedding and the head."""
+    """A weight between tokens and activations: the embedding and the output head."""
 
 
 class Scale(nnx.Param):
@@ -30,12 +35,13 @@ class Scale(nnx.Param):
 
 
 class RouterBias(nnx.Variable):
-    """The bias that balances experts. It is set by counting tokens: no gradient, no decay (DeepSeek-V3, 2.1.2)."""
+    """The router's bias of auxiliary-loss-free load balancing. It is updated from the expert load, not by gradients,
+    and has no weight decay (DeepSeek-V3, section 2.1.2)."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Types of parameters, of computation, and of what comes out. Router, norms, softmax and loss stay in float32."""
+    """Dtypes of parameters, of computation and of logits. Router, norms, softmax and loss are float32 always."""
 
     param: DTypeLike = jnp.float32
     compute: DTypeLike = jnp.float32
@@ -47,6 +53,17 @@ class Precision:
         return cls(compute=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
 
 
+def resolve_kernels(kernels: KernelConfig, platform: str | None = None) -> KernelConfig:
+    """`kernels` with the defaults of `platform` (`tpu`, `gpu`, `cpu`) for names that are None. Ahead-of-time
+    compilation passes the target; by default the platform is the attached one."""
+    return dataclasses.replace(
+        kernels,
+        attention=kernels.attention or default_attention_kernel(platform),
+        grouped_matmul=kernels.grouped_matmul or default_grouped_matmul_kernel(platform),
+        dispatch=kernels.dispatch or default_dispatch(platform),
+    )
+
+
 def matrix(
     rngs: nnx.Rngs,
     axes: dict[str, int],
@@ -56,17 +73,18 @@ def matrix(
     dtype: DTypeLike,
     kind: type[nnx.Param] = Matrix,
 ) -> nnx.Param:
-    """A normal-distributed parameter of the shape `axes.values()`."""
+    """A parameter of shape `axes.values()`, initialised from a normal distribution."""
     value = _normal(rngs, tuple(axes.values()), std, dtype)
     return kind(value, axes=tuple(axes), contracts=contracts, std=std)
 
 
 def scale(axis: str, width: int, dtype: DTypeLike) -> Scale:
+    """The scale of a norm, initialised to ones."""
     return Scale(jnp.ones(width, dtype), axes=(axis,), contracts=())
 
 
 def stacked(variable: nnx.Variable, count: int, rngs: nnx.Rngs) -> nnx.Variable:
-    """As many fresh copies of an (abstract) variable in one array, for layers under a scan."""
+    """An (abstract) variable of one layer, initialised for `count` layers in one array, which a scan runs over."""
     abstract = variable.get_value()
     shape = (count, *abstract.shape)
     if isinstance(variable, Scale | RouterBias):

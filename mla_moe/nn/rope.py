@@ -1,4 +1,4 @@
-"""Rotary positions with YaRN (arXiv 2104.09864, 2309.00071), pairs interleaved as in DeepSeek's weights."""
+"""Rotary position embedding (RoPE) with YaRN (arXiv 2104.09864, 2309.00071); pairs are interleaved, as in DeepSeek."""
 
 import math
 
@@ -8,6 +8,9 @@ from jaxtyping import Array, Float, Int
 
 from mla_moe.config import ModelConfig, Yarn
 
+CosSin = tuple[Float[Array, "B T r"], Float[Array, "B T r"]]
+"""Cosine and sine of the angle of each of r = R / 2 pairs at each position."""
+
 
 def mscale(factor: float, k: float) -> float:
     """YaRN's attention temperature `0.1 k ln(factor) + 1`."""
@@ -15,8 +18,8 @@ def mscale(factor: float, k: float) -> float:
 
 
 def attention_factor(yarn: Yarn) -> float:
-    """What cosine and sine are multiplied by: `m(mscale) / m(mscale_all_dim)`, or `m(1)` where either is 0, as in
-    transformers. It is 1 for the released models."""
+    """The factor of cosine and sine: `m(mscale) / m(mscale_all_dim)`, or `m(1)` where either is 0, as in transformers.
+    It is 1 for the released models."""
     if yarn.mscale and yarn.mscale_all_dim:
         return mscale(yarn.factor, yarn.mscale) / mscale(yarn.factor, yarn.mscale_all_dim)
     return mscale(yarn.factor, 1.0)
@@ -30,10 +33,10 @@ def softmax_scale(cfg: ModelConfig) -> float:
 
 
 def inverse_frequencies(cfg: ModelConfig) -> np.ndarray:
-    """Radians a position turns each pair by, `float32[rope / 2]`.
+    """The rotation of each pair per position in radians, `float32[rope / 2]`.
 
-    YaRN keeps pairs that turn more than `beta_fast` times within the original length, divides by `factor` those that
-    turn less than `beta_slow` times, and blends between.
+    YaRN keeps pairs with more than `beta_fast` rotations within the original context length, divides the frequency by
+    `factor` for pairs with fewer than `beta_slow`, and interpolates between them.
     """
     R = cfg.qk_rope_head_dim
     frequency = cfg.rope_theta ** -(np.arange(0, R, 2, dtype=np.float64) / R)
@@ -41,30 +44,30 @@ def inverse_frequencies(cfg: ModelConfig) -> np.ndarray:
     if yarn is None:
         return frequency.astype(np.float32)
 
-    def pair_that_turns(times: float) -> float:
+    def pair_of_rotations(rotations: float) -> float:
         length = yarn.original_max_position_embeddings
-        return R * math.log(length / (times * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
+        return R * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(cfg.rope_theta))
 
-    low = max(math.floor(pair_that_turns(yarn.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(yarn.beta_slow)), R - 1)
-    blend = np.clip((np.arange(R // 2) - low) / (high - low or 1e-3), 0, 1)
-    return (frequency / yarn.factor * blend + frequency * (1 - blend)).astype(np.float32)
+    low = max(math.floor(pair_of_rotations(yarn.beta_fast)), 0)
+    high = min(math.ceil(pair_of_rotations(yarn.beta_slow)), R - 1)
+    ramp = np.clip((np.arange(R // 2) - low) / (high - low or 1e-3), 0, 1)
+    return (frequency / yarn.factor * ramp + frequency * (1 - ramp)).astype(np.float32)
 
 
-def rotary(cfg: ModelConfig, positions_BT: Int[Array, "B T"]) -> tuple[Float[Array, "B T r"], Float[Array, "B T r"]]:
+def rotary(cfg: ModelConfig, positions_BT: Int[Array, "B T"]) -> CosSin:
     """Cosine and sine of each pair's angle at each position, float32."""
     angle_BTr = positions_BT[..., None].astype(jnp.float32) * inverse_frequencies(cfg)
     yarn = cfg.rope_scaling
-    amplitude = attention_factor(yarn) if yarn else 1.0
-    return jnp.cos(angle_BTr) * amplitude, jnp.sin(angle_BTr) * amplitude
+    factor = attention_factor(yarn) if yarn else 1.0
+    return jnp.cos(angle_BTr) * factor, jnp.sin(angle_BTr) * factor
 
 
 def rotate(
     x_BTHR: Float[Array, "B T H R"], cos_BTr: Float[Array, "B T r"], sin_BTr: Float[Array, "B T r"]
 ) -> Float[Array, "B T H R"]:
-    """Turn the pairs (x[2i], x[2i+1]) of every head by their angles, in float32."""
+    """Rotate the pairs (x[2i], x[2i+1]) of every head by their angles, in float32."""
     pair_BTHr2 = x_BTHR.astype(jnp.float32).reshape(*x_BTHR.shape[:-1], -1, 2)
     even, odd = pair_BTHr2[..., 0], pair_BTHr2[..., 1]
     cos, sin = cos_BTr[:, :, None], sin_BTr[:, :, None]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
-    return turned.reshape(x_BTHR.shape).astype(x_BTHR.dtype)
+    rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return rotated.reshape(x_BTHR.shape).astype(x_BTHR.dtype)

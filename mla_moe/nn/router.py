@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weight: the gates of DeepSeek-V2 and V3, all in float32."""
+"""The router (gate) of DeepSeek-V2 and V3: top-k experts per token and their weights, computed in float32."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from mla_moe.nn.param import RouterBias, matrix
 
 
 class Routing(NamedTuple):
-    """A token's experts, what their outputs are multiplied by, and the scores of all experts."""
+    """The K experts of each token, the weights of their outputs, and the scores of all experts."""
 
     experts_NK: Int[Array, "N K"]
     weights_NK: Float[Array, "N K"]
@@ -20,7 +20,8 @@ class Routing(NamedTuple):
 
 
 class Router(nnx.Module):
-    """The gate. With `noaux_tc` it has a bias per expert, which selects but never weighs."""
+    """Top-k router. With `noaux_tc` (auxiliary-loss-free load balancing; DeepSeek-V3, section 2.1.2) it has a bias per
+    expert, which affects the selection and not the weights."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -30,7 +31,8 @@ class Router(nnx.Module):
             self.bias = RouterBias(jnp.zeros(cfg.n_routed_experts, jnp.float32), axes=("router",), contracts=())
 
     def __call__(self, x_ND: Float[Array, "N D"], replay_NK: Int[Array, "N K"] | None = None) -> Routing:
-        """With `replay_NK` tokens go to those experts and −1 stands for a free choice; weights are live either way."""
+        """Route N tokens. Routing replay: `replay_NK` gives their experts, −1 for the router's choice; the weights come
+        from the router in both cases."""
         logits_NE = jnp.einsum("ND,DE->NE", x_ND.astype(jnp.float32), self.weight[...], precision="highest")
         if self.cfg.topk_method == "noaux_tc":
             return sigmoid_gate(self.cfg, logits_NE, self.bias[...], replay_NK)
@@ -43,13 +45,13 @@ def sigmoid_gate(
     bias_E: Float[Array, "E"],
     replay_NK: Int[Array, "N K"] | None = None,
 ) -> Routing:
-    """V3 (`noaux_tc`; equations 12-16): choose by score + bias within the best groups, weigh by score alone."""
+    """DeepSeek-V3 (`noaux_tc`; equations 12-16): select by score + bias within the best groups, weight by score."""
     scores_NE = jax.nn.sigmoid(logits_NE)
-    choice_NE = jax.lax.stop_gradient(scores_NE) + bias_E
+    selection_NE = jax.lax.stop_gradient(scores_NE) + bias_E
     if cfg.n_group > 1:
-        two_best = jax.lax.top_k(_groups(cfg, choice_NE), 2)[0].sum(axis=-1)
-        choice_NE = _keep_groups(cfg, choice_NE, two_best)
-    experts_NK = _chosen(cfg, choice_NE, replay_NK)
+        best_two_NG = jax.lax.top_k(_by_group(cfg, selection_NE), 2)[0].sum(axis=-1)
+        selection_NE = _mask_groups(cfg, selection_NE, best_two_NG)
+    experts_NK = _top_k(cfg, selection_NE, replay_NK)
     weights_NK = jnp.take_along_axis(scores_NE, experts_NK, axis=-1)
     if cfg.norm_topk_prob:
         weights_NK /= weights_NK.sum(axis=-1, keepdims=True) + 1e-20
@@ -59,27 +61,32 @@ def sigmoid_gate(
 def softmax_gate(
     cfg: ModelConfig, logits_NE: Float[Array, "N E"], replay_NK: Int[Array, "N K"] | None = None
 ) -> Routing:
-    """V2: the best softmax scores, over all experts or (`group_limited_greedy`) within the groups of the best ones."""
+    """DeepSeek-V2: the highest softmax scores, of all experts (`greedy`) or within the groups that contain the highest
+    ones (`group_limited_greedy`)."""
     scores_NE = jax.nn.softmax(logits_NE, axis=-1)
-    choice_NE = jax.lax.stop_gradient(scores_NE)
+    selection_NE = jax.lax.stop_gradient(scores_NE)
     if cfg.topk_method == "group_limited_greedy":
-        choice_NE = _keep_groups(cfg, choice_NE, _groups(cfg, choice_NE).max(axis=-1))
-    experts_NK = _chosen(cfg, choice_NE, replay_NK)
+        selection_NE = _mask_groups(cfg, selection_NE, _by_group(cfg, selection_NE).max(axis=-1))
+    experts_NK = _top_k(cfg, selection_NE, replay_NK)
     weights_NK = jnp.take_along_axis(scores_NE, experts_NK, axis=-1)
     return Routing(experts_NK, weights_NK * cfg.routed_scaling_factor, scores_NE)
 
 
-def _chosen(cfg, choice_NE, replay_NK):
-    _, best_NK = jax.lax.top_k(choice_NE, cfg.num_experts_per_tok)
-    return best_NK if replay_NK is None else jnp.where(replay_NK >= 0, replay_NK, best_NK)
+def _top_k(
+    cfg: ModelConfig, selection_NE: Float[Array, "N E"], replay_NK: Int[Array, "N K"] | None
+) -> Int[Array, "N K"]:
+    _, experts_NK = jax.lax.top_k(selection_NE, cfg.num_experts_per_tok)
+    return experts_NK if replay_NK is None else jnp.where(replay_NK >= 0, replay_NK, experts_NK)
 
 
-def _groups(cfg, x_NE):
+def _by_group(cfg: ModelConfig, x_NE: Float[Array, "N E"]) -> Float[Array, "N G e"]:
     return x_NE.reshape(x_NE.shape[0], cfg.n_group, -1)
 
 
-def _keep_groups(cfg, choice_NE, group_score_NG):
-    """−inf outside the `topk_group` best groups. Zero would not do: with negative biases it would win."""
-    _, best = jax.lax.top_k(group_score_NG, cfg.topk_group)
-    kept_NG = jax.nn.one_hot(best, cfg.n_group, dtype=jnp.bool_).any(axis=1)
-    return jnp.where(kept_NG[:, :, None], _groups(cfg, choice_NE), -jnp.inf).reshape(choice_NE.shape)
+def _mask_groups(
+    cfg: ModelConfig, selection_NE: Float[Array, "N E"], group_scores_NG: Float[Array, "N G"]
+) -> Float[Array, "N E"]:
+    """Group-limited routing: −inf outside the `topk_group` best groups. Not 0, which is above a negative bias."""
+    _, groups = jax.lax.top_k(group_scores_NG, cfg.topk_group)
+    kept_NG = jax.nn.one_hot(groups, cfg.n_group, dtype=jnp.bool_).any(axis=1)
+    return jnp.where(kept_NG[:, :, None], _by_group(cfg, selection_NE), -jnp.inf).reshape(selection_NE.shape)

@@ -1,12 +1,22 @@
-"""The routed half of DeepSeekMoE on one device: `Σ_k weight_k · down_k(silu(gate_k x) · up_k x)`."""
+"""The MLP of routed experts on one device, dropless (DeepSeekMoE), and SwiGLU, the activation of every MLP."""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mla_moe.ops.grouped_matmul import Implementation, default_implementation, grouped_matmul
+from mla_moe.config.parallelism import GroupedMatmulKernel
+from mla_moe.ops.grouped_matmul import default_grouped_matmul_kernel, grouped_matmul
 from mla_moe.ops.permutation import permutation, permute, unpermute, weights_by_row
-from mla_moe.ops.swiglu import swiglu
+
+
+@partial(jax.checkpoint, static_argnums=1)
+def swiglu(gate_up: Float[Array, "*both"], axis: int) -> Float[Array, "*half"]:
+    """`silu(x · gate) * (x · up)` (arXiv 2002.05202), of both products concatenated along `axis`. The derivative
+    recomputes everything from `gate_up`, which is cheaper than saving the intermediate values."""
+    gate, up = jnp.split(gate_up, 2, axis)
+    return jax.nn.silu(gate) * up
 
 
 def experts(
@@ -17,47 +27,47 @@ def experts(
     down_EFD: Float[Array, "*L E F D"],
     *,
     layer: Int[Array, ""] | None = None,
-    most: int | None = None,
-    implementation: Implementation | None = None,
+    max_pairs: int | None = None,
+    implementation: GroupedMatmulKernel | None = None,
 ) -> Float[Array, "N D"]:
-    """Sort tokens by expert, run each expert on its own tokens, and bring the results back (DeepSeek-V3, equation 12).
+    """`Σ_k weight_k · down_k(silu(gate_k x) · up_k x)` (DeepSeek-V3, equation 12): permute, grouped matmul, unpermute.
 
-    A choice of `E` is nobody's and adds nothing; `most` bounds the choices that are somebody's. Gate and up may be one
-    axis. With `layer` the weights are those of a stack of layers, out of which no copy is made.
+    A pair with the expert `E` is unassigned and adds nothing; at most `max_pairs` pairs may be assigned. Gate and up
+    can be one axis. With `layer` the weights are a stack of layers, of which no slice is copied.
     """
     E, F, D = down_EFD.shape[-3:]
-    first = None if layer is None else layer * E
-    implementation = implementation or default_implementation()
-    block = block_size(experts_NK.size if most is None else most, E, implementation)
-    p = permutation(experts_NK, E, block, most)
+    group_offset = None if layer is None else layer * E
+    implementation = implementation or default_grouped_matmul_kernel()
+    block = block_size(experts_NK.size if max_pairs is None else max_pairs, E, implementation)
+    p = permutation(experts_NK, E, block, max_pairs)
 
-    def multiply(x_RD, w_EDF):
-        return grouped_matmul(x_RD, w_EDF, p.group_sizes_E, first, block=block, implementation=implementation)
+    def multiply(x_RD: Array, w_EDF: Array) -> Array:
+        return grouped_matmul(x_RD, w_EDF, p.group_sizes_E, group_offset, block=block, implementation=implementation)
 
-    @jax.checkpoint  # moving rows again, and gating, costs less than to keep them
-    def gate_up(x_ND, gate_up_EDgF):
+    @jax.checkpoint  # to permute again, and to apply SwiGLU again, costs less than to save the results
+    def gate_up(x_ND: Array, gate_up_EDgF: Array) -> Array:
         return multiply(permute(x_ND, p), gate_up_EDgF.reshape(-1, D, 2 * F))
 
     @jax.checkpoint
-    def down(gate_up_R2F, weight_R, down_EFD):
-        # Weighed here, not behind the product, whose results need not be kept for the weights' derivative then.
+    def down(gate_up_R2F: Array, weight_R: Array, down_EFD: Array) -> Array:
+        # Weighted before the product: so the weights' derivative does not need the product's result.
         h_RF = swiglu(gate_up_R2F, 1).astype(weight_R.dtype) * weight_R[:, None]
         return multiply(h_RF.astype(x_ND.dtype), down_EFD.reshape(-1, F, D))
 
     return unpermute(down(gate_up(x_ND, gate_up_EDgF), weights_by_row(weights_NK, p), down_EFD), p)
 
 
-def block_size(rows: int, num_experts: int, implementation: Implementation | None) -> int:
-    """About half of an expert's mean share, a power of two from 8 to 256; on CPU a quarter, to 128: small enough that
-    padding costs little (at most one block an expert), large enough for a fast matrix product."""
-    parts, largest = (4, 128) if implementation == "chunks" else (2, 256)
-    share = max(rows // (parts * num_experts), 1)
-    return min(max(1 << (share.bit_length() - 1), 8), largest)
+def block_size(pairs: int, num_experts: int, implementation: GroupedMatmulKernel | None) -> int:
+    """Rows per block: about half of an expert's mean rows, a power of two from 8 to 256; for `chunks` a quarter, up to
+    128. Small enough that padding (at most one block per expert) costs little, large enough for a fast matmul."""
+    divisor, largest = (4, 128) if implementation == "chunks" else (2, 256)
+    rows = max(pairs // (divisor * num_experts), 1)
+    return min(max(1 << (rows.bit_length() - 1), 8), largest)
 
 
-def reference(x_ND, experts_NK, weights_NK, gate_up_ED2F, down_EFD):
-    """The same with every expert on every token."""
-    h_NE2F = jnp.einsum("ND,EDgF->NEgF", x_ND, gate_up_ED2F)
-    y_NED = jnp.einsum("NEF,EFD->NED", jax.nn.silu(h_NE2F[:, :, 0]) * h_NE2F[:, :, 1], down_EFD)
-    share_NKE = jax.nn.one_hot(experts_NK, len(down_EFD), dtype=weights_NK.dtype) * weights_NK[..., None]
-    return jnp.einsum("NED,NKE->ND", y_NED, share_NKE.astype(y_NED.dtype))
+def reference(x_ND: Array, experts_NK: Array, weights_NK: Array, gate_up_EDgF: Array, down_EFD: Array) -> Array:
+    """The same with every expert applied to every token."""
+    h_NEgF = jnp.einsum("ND,EDgF->NEgF", x_ND, gate_up_EDgF)
+    y_NED = jnp.einsum("NEF,EFD->NED", jax.nn.silu(h_NEgF[:, :, 0]) * h_NEgF[:, :, 1], down_EFD)
+    weight_NKE = jax.nn.one_hot(experts_NK, len(down_EFD), dtype=weights_NK.dtype) * weights_NK[..., None]
+    return jnp.einsum("NED,NKE->ND", y_NED, weight_NKE.astype(y_NED.dtype))

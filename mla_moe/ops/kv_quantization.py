@@ -1,8 +1,8 @@
-"""Entries of the latent cache in eight bits.
+"""Int8 quantization of the latent KV cache.
 
-Of every entry the latent and the rotated key each become whole numbers up to 127 and a scale, one for all their values:
-they differ in size, and neighbours in time share nothing. The two scales lie behind the values, as eight bytes, so that
-a cache stays one array: V3 needs 584 bytes a token and layer, where bfloat16 needs 1,152.
+The latent and the rotary key of each entry are quantized to integers up to ±127, each with its own float32 scale: they
+differ in magnitude, and so do neighbouring tokens. The two scales are stored behind the values as eight bytes, so that
+the cache is a single array: DeepSeek-V3 needs 584 bytes per token and layer, in bfloat16 1,152.
 """
 
 import jax
@@ -11,11 +11,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
 
 SCALE_BYTES = 8
-"""Bytes of an entry that are scales."""
+"""Bytes of an entry that hold the two scales."""
 
 
 def quantize(entries_xW: Float[Array, "*x W"], latent: int) -> Int8[Array, "*x Z"]:
-    """To `Z = W + SCALES` bytes; the first `latent` values are the latent."""
+    """To `Z = W + SCALE_BYTES` bytes; the first `latent` values of an entry are the latent."""
     values, scales = [], []
     for part in jnp.split(entries_xW.astype(jnp.float32), [latent], axis=-1):
         scale_x1 = jnp.abs(part).max(axis=-1, keepdims=True) / 127
@@ -25,7 +25,7 @@ def quantize(entries_xW: Float[Array, "*x W"], latent: int) -> Int8[Array, "*x Z
 
 
 def dequantize(bytes_xZ: Int8[Array, "*x Z"], latent: int, dtype: DTypeLike) -> Float[Array, "*x W"]:
-    """And back, to within half a scale."""
+    """The inverse of `quantize`, with an error of at most half a scale."""
     W = bytes_xZ.shape[-1] - SCALE_BYTES
     scale_x2 = jax.lax.bitcast_convert_type(bytes_xZ[..., W:].reshape(*bytes_xZ.shape[:-1], 2, 4), jnp.float32)
     is_key_W = jnp.arange(W) >= latent

@@ -1,7 +1,8 @@
-"""Log-probabilities of given tokens and the entropy around them: `[B, T, vocab]` never exists, forward or backward.
+"""Log-probabilities of given tokens, and the entropy of the distribution they were drawn from, computed in chunks:
+`[B, T, vocab]` is never materialised, forward or backward.
 
-What a token's gradient will be weighed with is not known in the forward pass, so the backward pass makes each chunk's
-logits again; of the softmax it keeps the normaliser.
+Unlike in `cross_entropy`, a token's weight in the loss is unknown in the forward pass, so the backward pass recomputes
+each chunk's logits; of the softmax it keeps the normaliser.
 """
 
 from functools import partial
@@ -24,15 +25,15 @@ def token_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """`log softmax(h @ head / temperature)[target]` in nats, and the entropy of that softmax, both float32.
 
-    The entropy is a metric: no gradient flows through it. `chunk` is how many tokens of each sequence have logits at
-    one time. Within a `shard_map` over `vocab_axes`, each device holds a part of the vocabulary, in order; logits stay
-    where they are, and only sums are exchanged.
+    The entropy is a metric: no gradient flows through it. `chunk` is the number of tokens of each sequence whose logits
+    exist at the same time. Inside a `shard_map` the vocabulary is sharded over `vocab_axes`, in order; logits are not
+    communicated, only sums and maxima.
     """
     chunk = min(chunk, h_BTD.shape[1])
-    return _chosen(h_BTD, head_DV, targets_BT, chunk, temperature, vocab_axes)
+    return _logprobs_and_entropy(h_BTD, head_DV, targets_BT, chunk, temperature, vocab_axes)
 
 
-def reference(h_BTD, head_DV, targets_BT, temperature=1.0):
+def reference(h_BTD: Array, head_DV: Array, targets_BT: Array, temperature: float = 1.0) -> tuple[Array, Array]:
     """The same with all logits at once."""
     logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head_DV, preferred_element_type=jnp.float32) / temperature
     log_p_BTV = jax.nn.log_softmax(logits_BTV)
@@ -41,43 +42,49 @@ def reference(h_BTD, head_DV, targets_BT, temperature=1.0):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _chosen(h_BTD, head_DV, targets_BT, chunk, temperature, axes):
+def _logprobs_and_entropy(
+    h_BTD: Array, head_DV: Array, targets_BT: Array, chunk: int, temperature: float, axes: tuple[str, ...]
+) -> tuple[Array, Array]:
     return _forward(h_BTD, head_DV, targets_BT, chunk, temperature, axes)[0]
 
 
-def _forward(h_BTD, head_DV, targets_BT, chunk, temperature, axes):
-    def body(xs):
+def _forward(
+    h_BTD: Array, head_DV: Array, targets_BT: Array, chunk: int, temperature: float, axes: tuple[str, ...]
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    def body(xs: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         h_BtD, targets_Bt = xs
         s = vocab_logits(h_BtD, head_DV, targets_Bt, axes, temperature)
-        log_p_BtV = s.logits_BtV - s.log_z_Bt[..., None]
+        log_p_BtV = s.logits_BtV - s.logsumexp_Bt[..., None]
         entropy_Bt = -jnp.sum(jnp.exp(log_p_BtV) * log_p_BtV, axis=-1)
         if axes:
             entropy_Bt = jax.lax.psum(entropy_Bt, axes)
-        return s.target_Bt - s.log_z_Bt, entropy_Bt, s.log_z_Bt
+        return s.target_logit_Bt - s.logsumexp_Bt, entropy_Bt, s.logsumexp_Bt
 
     out = jax.lax.map(body, (chunked(h_BTD, chunk), chunked(targets_BT, chunk)))
-    logprob_BT, entropy_BT, log_z_BT = (unchunked(x, h_BTD.shape[1]) for x in out)
-    return (logprob_BT, entropy_BT), (h_BTD, head_DV, targets_BT, log_z_BT)
+    logprob_BT, entropy_BT, logsumexp_BT = (unchunked(x, h_BTD.shape[1]) for x in out)
+    return (logprob_BT, entropy_BT), (h_BTD, head_DV, targets_BT, logsumexp_BT)
 
 
-def _backward(chunk, temperature, axes, residuals, g):
-    h_BTD, head_DV, targets_BT, log_z_BT = residuals
+def _backward(
+    chunk: int, temperature: float, axes: tuple[str, ...], residuals: tuple[Array, ...], g: tuple[Array, Array]
+) -> tuple[Array, Array, None]:
+    h_BTD, head_DV, targets_BT, logsumexp_BT = residuals
     g_BT, _ = g
     if axes:
         g_BT = jax.lax.psum(g_BT, axes)  # the derivative of the sums over the vocabulary
 
-    def body(g_head_DV, xs):
-        h_BtD, targets_Bt, log_z_Bt, g_Bt = xs
+    def body(g_head_DV: Array, xs: tuple[Array, ...]) -> tuple[Array, Array]:
+        h_BtD, targets_Bt, logsumexp_Bt, g_Bt = xs
         V = head_DV.shape[1]
-        p_BtV = jnp.exp(logits(h_BtD, head_DV, temperature) - log_z_Bt[..., None])
-        chosen_BtV = jax.nn.one_hot(local_target_index(targets_Bt, V, axes), V)
-        g_BtV = (g_Bt[..., None] / temperature * (chosen_BtV - p_BtV)).astype(h_BtD.dtype)
+        p_BtV = jnp.exp(logits(h_BtD, head_DV, temperature) - logsumexp_Bt[..., None])
+        target_BtV = jax.nn.one_hot(local_target_index(targets_Bt, V, axes), V)
+        g_BtV = (g_Bt[..., None] / temperature * (target_BtV - p_BtV)).astype(h_BtD.dtype)
         g_head_DV += jnp.einsum("BtD,BtV->DV", h_BtD, g_BtV, preferred_element_type=jnp.float32)
         return g_head_DV, jnp.einsum("BtV,DV->BtD", g_BtV, head_DV)
 
-    xs = tuple(chunked(x, chunk) for x in (h_BTD, targets_BT, log_z_BT, g_BT))
+    xs = tuple(chunked(x, chunk) for x in (h_BTD, targets_BT, logsumexp_BT, g_BT))
     g_head_DV, g_cBtD = jax.lax.scan(body, jnp.zeros(head_DV.shape, jnp.float32), xs)
     return unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV.astype(head_DV.dtype), None
 
 
-_chosen.defvjp(_forward, _backward)
+_logprobs_and_entropy.defvjp(_forward, _backward)

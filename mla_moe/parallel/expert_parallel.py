@@ -1,175 +1,177 @@
-"""Experts spread over devices: send a token once to each device that has one of its experts, and get one row back.
+"""Expert parallelism: token dispatch and combine by all-to-all over the mesh axis `expert`, in chunks.
 
-Every device of the group (the mesh axis `expert`) holds its own tokens and its own E / P experts. Where a token's
-experts sit is known to all after gathering the choices, which are small. The rows then go in rounds of bounded size,
-for as many rounds as the busiest pair of devices needs: an even routing takes as many as `schedule` foresees, an uneven
-one takes more. So nothing is dropped, the buffers are bounded whatever the routing, and the bytes moved are those of
-the rows.
+Each of the P devices of the axis has its own n tokens and its own E / P experts. A token is sent once to every device
+that has at least one of its K experts, and that device returns one summed output. The router's choices are small and
+are all-gathered first, so every device knows what it will send and receive.
 
-A round sends, runs the experts, and returns; nothing of it outlives it. The derivative goes through the rounds again,
-sending the gradients beside the tokens. All of this runs inside `jax.shard_map`.
+A chunk has a fixed capacity. An even routing takes as many chunks as `dispatch_plan` computes; an uneven routing takes
+more, until the most loaded pair of devices is done. So dispatch is dropless with buffers of bounded size. Only with a
+capacity factor are tokens dropped at capacity, and then they are counted.
+
+A chunk dispatches tokens, runs the experts and combines the outputs, and saves nothing for the backward pass, which
+dispatches the tokens again, together with the gradients of their outputs. All of it runs inside `jax.shard_map`.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_moe.config import ModelConfig
-from mla_moe.ops import grouped_matmul
+from mla_moe.config.parallelism import DispatchKernel, GroupedMatmulKernel
 from mla_moe.ops.experts import experts
-from mla_moe.ops.permutation import running_sum
-
-Dispatch = Literal["all_to_all", "ragged"]
-"""`ragged` moves the rows alone, `all_to_all` whole buffers; XLA:CPU has no ragged exchange (jax issue 34755)."""
+from mla_moe.ops.permutation import exclusive_cumsum
 
 
-def default_dispatch(platform: str | None = None) -> Dispatch:
-    """`ragged` where there is one."""
+def default_dispatch(platform: str | None = None) -> DispatchKernel:
+    """`ragged` sends tokens only, `all_to_all` sends padded buffers: XLA:CPU has no `ragged_all_to_all` (jax issue
+    34755)."""
     return "ragged" if (platform or jax.default_backend()) in ("tpu", "gpu", "cuda") else "all_to_all"
 
 
-TOKENS_PER_CHUNK = 21_000
-"""About as many choices of a device's tokens go in one round of a ragged exchange: V3's experts then get whole tiles
-of rows, and the buffers take a few GB."""
+PAIRS_PER_CHUNK = 21_000
+"""About as many (token, expert) pairs of a device make a chunk of `ragged` dispatch: enough for whole matmul tiles of
+each of DeepSeek-V3's experts, with buffers of a few GB."""
 
 
 class DispatchPlan(NamedTuple):
-    """What is fixed before the routing is known."""
+    """Static sizes, fixed at compile time. A pair is a token with one of its experts."""
 
     num_experts: int
     devices: int
-    local: int
-    """Most choices that a token can have on one device."""
-    capacity: int
-    """Rows that a device sends to another in a round."""
-    unit: int
-    """Choices that a row counts as, if it has fewer: a round is full at `unit · capacity` of them."""
-    rounds: int
-    """How many an even routing takes."""
-    limit: int | None
-    """Rows that a device sends to another at all, if tokens may be dropped."""
-    exchange: Dispatch
-    multiply: grouped_matmul.Implementation | None
+    """P, the size of the mesh axis."""
+    max_local_experts: int
+    """Most of a token's experts that one device can have."""
+    chunk_capacity: int
+    """Tokens that a device can send to another device in one chunk."""
+    min_pairs: int
+    """A token counts as at least so many pairs; a chunk is full at `min_pairs · chunk_capacity` of them."""
+    num_chunks: int
+    """Chunks of an even routing."""
+    device_capacity: int | None
+    """Tokens that a device can send to another in all chunks; the rest is dropped at capacity. None: dropless."""
+    dispatch: DispatchKernel
+    grouped_matmul: GroupedMatmulKernel | None
 
     @property
-    def most(self) -> int:
-        """Choices that a round can bring to a device."""
-        return self.devices * (self.unit * self.capacity + self.local - self.unit)
+    def max_pairs(self) -> int:
+        """Most pairs that a device can receive in one chunk."""
+        return self.devices * (self.min_pairs * self.chunk_capacity + self.max_local_experts - self.min_pairs)
 
 
 def dispatch_plan(
-    cfg: ModelConfig,
-    tokens: int,
-    devices: int,
-    *,
-    buffer: float | None,
-    exchange: Dispatch | None,
-    multiply: grouped_matmul.Implementation | None,
-) -> DispatchPlan:
-    """Rounds for `tokens` tokens a device whose expert rows, in the worst case, are about those of an even routing.
+    cfg: ModelConfig, tokens: int, devices: int, *, capacity_factor: float | None,
+    dispatch: DispatchKernel | None, grouped_matmul: GroupedMatmulKernel | None,
+) -> DispatchPlan:  # fmt: skip
+    """Sizes for `tokens` tokens per device, such that a chunk's worst case is close to that of an even routing.
 
-    Where rows alone are moved, a round is full when it has enough work for the experts; where whole buffers are, when
-    they are full, whose rows may bring `local` times the work. `buffer` is how many times its even share a device may
-    send to another before tokens are dropped; None drops none.
+    A chunk of `ragged` dispatch is full when it has enough pairs for the experts, a chunk of `all_to_all` when its
+    buffers are full of tokens, each of which may have `max_local_experts` pairs. `capacity_factor` times the tokens of
+    an even routing is what a device can send to another device; None is dropless.
     """
-    exchange = exchange or default_dispatch()
-    share = tokens * expected_device_fraction(cfg, devices)  # rows for one device, if the routing is even
-    local = min(cfg.num_experts_per_tok, cfg.n_routed_experts // devices)
-    if exchange == "ragged":
-        unit, slack, even = 1, 1.25, tokens * cfg.num_experts_per_tok / devices
-        rounds = max(round(tokens * cfg.num_experts_per_tok / TOKENS_PER_CHUNK), 1)
+    dispatch = dispatch or default_dispatch()
+    even_tokens = tokens * expected_device_fraction(cfg, devices)
+    max_local_experts = min(cfg.num_experts_per_tok, cfg.n_routed_experts // devices)
+    if dispatch == "ragged":
+        min_pairs, slack, even_load = 1, 1.25, tokens * cfg.num_experts_per_tok / devices
+        num_chunks = max(round(tokens * cfg.num_experts_per_tok / PAIRS_PER_CHUNK), 1)
     else:
-        # Three standard deviations of a random routing, so that it seldom takes another round.
-        unit, slack, even = local, min(1 + 3 / math.sqrt(max(share, 1)), 1.25), share
-        rounds = max(math.ceil(devices * expected_device_fraction(cfg, devices) * local / cfg.num_experts_per_tok), 1)
-    capacity = min(math.ceil(slack * even / rounds), tokens)
-    limit = None if buffer is None else math.ceil(buffer * share)
-    return DispatchPlan(cfg.n_routed_experts, devices, local, capacity, unit, rounds, limit, exchange, multiply)
+        # Three standard deviations of a random routing, so that it rarely takes one more chunk.
+        min_pairs, slack, even_load = max_local_experts, min(1 + 3 / math.sqrt(max(even_tokens, 1)), 1.25), even_tokens
+        worst_case = devices * expected_device_fraction(cfg, devices) * max_local_experts / cfg.num_experts_per_tok
+        num_chunks = max(math.ceil(worst_case), 1)
+    chunk_capacity = min(math.ceil(slack * even_load / num_chunks), tokens)
+    device_capacity = None if capacity_factor is None else math.ceil(capacity_factor * even_tokens)
+    return DispatchPlan(
+        cfg.n_routed_experts, devices, max_local_experts, chunk_capacity, min_pairs, num_chunks, device_capacity,
+        dispatch, grouped_matmul,
+    )  # fmt: skip
 
 
 def expected_device_fraction(cfg: ModelConfig, devices: int) -> float:
-    """The share of tokens that need a given device, if all experts are equally likely within the chosen groups.
-
-    Times `devices` it is how many devices a token is sent to: 5.3 of 8 for V3 without groups, 3.6 with 4 of its 8.
+    """The fraction of tokens that are sent to a given device, if all experts within the selected groups are equally
+    likely. Times `devices` it is the mean number of devices per token: 5.3 of 8 for DeepSeek-V3 without groups, 3.6
+    with its node-limited routing (4 of 8 groups; arXiv 2412.19437, section 2.1.2).
     """
     E, K, G = cfg.n_routed_experts, cfg.num_experts_per_tok, cfg.n_group
-    chosen, here = cfg.topk_group, E // devices
-    reachable, size = E // G * chosen, E // G
+    topk_group, local_experts = cfg.topk_group, E // devices
+    selectable, group_size = E // G * topk_group, E // G
 
-    def some(experts_here: int) -> float:
-        """The chance that one of `experts_here` is among K of the reachable."""
-        return 1 - math.comb(reachable - experts_here, K) / math.comb(reachable, K)
+    def any_selected(local_selectable: int) -> float:
+        """The probability that at least one of these experts is among the K of all selectable ones."""
+        return 1 - math.comb(selectable - local_selectable, K) / math.comb(selectable, K)
 
-    if here <= size:  # a part of one group
-        return chosen / G * some(here)
-    groups = here // size
-    ways = (math.comb(groups, j) * math.comb(G - groups, chosen - j) * some(j * size) for j in range(chosen + 1))
-    return sum(ways) / math.comb(G, chosen)
+    if local_experts <= group_size:  # the device has a part of one group
+        return topk_group / G * any_selected(local_experts)
+    groups = local_experts // group_size
+    counts = ((j, math.comb(groups, j) * math.comb(G - groups, topk_group - j)) for j in range(topk_group + 1))
+    return sum(count * any_selected(j * group_size) for j, count in counts) / math.comb(G, topk_group)
 
 
 class DispatchRoutes(NamedTuple):
-    """Who sends what to whom. P counts devices, n the tokens of each."""
+    """What this device sends and receives. P counts the devices, n the tokens of each."""
 
-    token_Pn: Int[Array, "P n"]
-    """Our tokens in the order in which they go to each device."""
-    round_Pn: Int[Array, "P n"]
-    """The round in which they go: beyond all rounds for those that do not."""
-    from_Pn: Int[Array, "P n"]
-    """Tokens of each device in the order in which they come to us."""
-    from_round_Pn: Int[Array, "P n"]
-    expert_PnK: Int[Array, "P n K"]
-    """Choices of each device's tokens as numbers of our experts; `E / P` where the expert is elsewhere."""
-    rounds: Int[Array, ""]
+    send_token_Pn: Int[Array, "P n"]
+    """This device's tokens in the order in which they are sent to each device."""
+    send_chunk_Pn: Int[Array, "P n"]
+    """The chunk of each; `NO_CHUNK` behind the last one that is sent."""
+    recv_token_Pn: Int[Array, "P n"]
+    """The tokens of each device in the order in which they are received."""
+    recv_chunk_Pn: Int[Array, "P n"]
+    local_expert_PnK: Int[Array, "P n K"]
+    """Experts of all tokens, numbered on this device; `E / P` (unassigned) for an expert of another device."""
+    num_chunks: Int[Array, ""]
     dropped: Int[Array, ""]
-    """Choices of our tokens beyond the limit."""
+    """Pairs of this device's tokens that are dropped at capacity."""
 
 
-NEVER = 1 << 30
+NO_CHUNK = 1 << 30
 
 
-def dispatch_routes(experts_nK: Int[Array, "n K"], s: DispatchPlan, axis: str) -> DispatchRoutes:
-    here = s.num_experts // s.devices
-    me = jax.lax.axis_index(axis)
-    all_PnK = jax.lax.all_gather(experts_nK, axis)
-    device_PnK = all_PnK // here
-    work_PQ = _work((device_PnK[..., None] == jnp.arange(s.devices)).sum(axis=2, dtype=jnp.int32), s).sum(axis=1)
-    ours_nQ = (device_PnK[me][..., None] == jnp.arange(s.devices)).sum(axis=1, dtype=jnp.int32)
-    theirs_nP = (device_PnK == me).sum(axis=2, dtype=jnp.int32).T
+def dispatch_routes(experts_nK: Int[Array, "n K"], plan: DispatchPlan, axis: str) -> DispatchRoutes:
+    """All-gather the experts that the router selected over mesh axis `axis`, and order the tokens by destination."""
+    local_experts = plan.num_experts // plan.devices
+    this = jax.lax.axis_index(axis)
+    experts_PnK = jax.lax.all_gather(experts_nK, axis)
+    device_PnK = experts_PnK // local_experts
+    # Loads from every device P to every device Q, pairs of this device's tokens by destination, and those received.
+    pairs_PnQ = (device_PnK[..., None] == jnp.arange(plan.devices)).sum(axis=2, dtype=jnp.int32)
+    load_PQ = _load(pairs_PnQ, plan).sum(axis=1)
+    send_nP = (device_PnK[this][..., None] == jnp.arange(plan.devices)).sum(axis=1, dtype=jnp.int32)
+    recv_nP = (device_PnK == this).sum(axis=2, dtype=jnp.int32).T
     dropped = jnp.int32(0)
-    if s.limit is not None:
-        late_nQ = running_sum(ours_nQ > 0) >= s.limit
-        dropped = jnp.take_along_axis(late_nQ, device_PnK[me], axis=1).sum(dtype=jnp.int32)
-        ours_nQ = jnp.where(late_nQ, 0, ours_nQ)
-        theirs_nP = jnp.where(running_sum(theirs_nP > 0) >= s.limit, 0, theirs_nP)
-        work_PQ = jnp.minimum(work_PQ, s.limit * s.local)
-    token_Pn, round_Pn = _in_order(ours_nQ, s)
-    from_Pn, from_round_Pn = _in_order(theirs_nP, s)
-    rounds = -(-work_PQ.max() // (s.unit * s.capacity))
-    expert_PnK = jnp.where(device_PnK == me, all_PnK - me * here, here)
-    return DispatchRoutes(token_Pn, round_Pn, from_Pn, from_round_Pn, expert_PnK, rounds, dropped)
+    if plan.device_capacity is not None:
+        over_nP = exclusive_cumsum(send_nP > 0) >= plan.device_capacity
+        dropped = jnp.take_along_axis(over_nP, device_PnK[this], axis=1).sum(dtype=jnp.int32)
+        send_nP = jnp.where(over_nP, 0, send_nP)
+        recv_nP = jnp.where(exclusive_cumsum(recv_nP > 0) >= plan.device_capacity, 0, recv_nP)
+        load_PQ = jnp.minimum(load_PQ, plan.device_capacity * plan.max_local_experts)
+    num_chunks = -(-load_PQ.max() // (plan.min_pairs * plan.chunk_capacity))
+    local_expert_PnK = jnp.where(device_PnK == this, experts_PnK - this * local_experts, local_experts)
+    return DispatchRoutes(*_ordered(send_nP, plan), *_ordered(recv_nP, plan), local_expert_PnK, num_chunks, dropped)
 
 
-def _work(choices, s: DispatchPlan):
-    """What a row counts as in a round, from how many of its choices go with it."""
-    return jnp.where(choices > 0, jnp.maximum(choices, s.unit), 0)
+def _load(pairs: Int[Array, "*axes"], plan: DispatchPlan) -> Int[Array, "*axes"]:
+    """The pairs that a token counts as in a chunk, 0 if it has none."""
+    return jnp.where(pairs > 0, jnp.maximum(pairs, plan.min_pairs), 0)
 
 
-def _in_order(choices_nP: Int[Array, "n P"], s: DispatchPlan) -> tuple[Int[Array, "P n"], Int[Array, "P n"]]:
-    """The numbers of the tokens that go, in order, and their rounds. (A sort takes TPUs' compiler 40 seconds.)"""
-    n, P = choices_nP.shape
-    goes_nP = choices_nP > 0
-    round_nP = running_sum(_work(choices_nP, s)) // (s.unit * s.capacity)
-    place_nP = jnp.where(goes_nP, running_sum(goes_nP), n)
-    number_nP = jnp.broadcast_to(jnp.arange(n)[:, None], (n, P))
+def _ordered(pairs_nP: Int[Array, "n P"], plan: DispatchPlan) -> tuple[Int[Array, "P n"], Int[Array, "P n"]]:
+    """The tokens that have pairs, in order, and the chunk of each. (XLA:TPU takes 40 seconds to compile a sort.)"""
+    n, P = pairs_nP.shape
+    sent_nP = pairs_nP > 0
+    chunk_nP = exclusive_cumsum(_load(pairs_nP, plan)) // (plan.min_pairs * plan.chunk_capacity)
+    position_nP = jnp.where(sent_nP, exclusive_cumsum(sent_nP), n)
+    token_nP = jnp.broadcast_to(jnp.arange(n)[:, None], (n, P))
 
-    def put(x_nP, rest):
-        return jnp.full((P, n), rest, jnp.int32).at[jnp.arange(P), place_nP].set(x_nP, mode="drop")
+    def scatter(x_nP: Int[Array, "n P"], fill: int) -> Int[Array, "P n"]:
+        return jnp.full((P, n), fill, jnp.int32).at[jnp.arange(P), position_nP].set(x_nP, mode="drop")
 
-    return put(number_nP, 0), put(round_nP, NEVER)
+    return scatter(token_nP, 0), scatter(chunk_nP, NO_CHUNK)
 
 
 def expert_parallel_experts(
@@ -178,144 +180,161 @@ def expert_parallel_experts(
     weights_nK: Float[Array, "n K"],
     gate_up_eD2F: Float[Array, "e D 2 F"],
     down_eFD: Float[Array, "e F D"],
-    s: DispatchPlan,
+    plan: DispatchPlan,
     axis: str,
 ) -> tuple[Float[Array, "n D"], Int[Array, ""]]:
-    """`ops.experts.experts` of this device's tokens over the experts of all devices of `axis`, and the choices that
-    were dropped for want of buffer. Experts are numbered over all devices; `e` are this one's."""
-    r = dispatch_routes(experts_nK, s, axis)
-    return _dispatch_compute_combine(x_nD, weights_nK, gate_up_eD2F, down_eFD, r, s, axis), r.dropped
+    """`ops.experts.experts` of this device's tokens over the experts of all devices of mesh axis `axis`, and the number
+    of pairs that were dropped at capacity. `experts_nK` number all experts; the weights are those of this device."""
+    routes = dispatch_routes(experts_nK, plan, axis)
+    inputs = x_nD, weights_nK, gate_up_eD2F, down_eFD
+    return _dispatch_compute_combine(inputs, routes, plan, axis), routes.dropped
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _dispatch_compute_combine(x_nD, weights_nK, gate_up_eD2F, down_eFD, r: DispatchRoutes, s: DispatchPlan, axis: str):
+Inputs = tuple[Array, Array, Array, Array]
+"""The differentiable arguments: `x_nD`, `weights_nK`, `gate_up_eD2F` and `down_eFD`."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dispatch_compute_combine(inputs: Inputs, routes: DispatchRoutes, plan: DispatchPlan, axis: str) -> Array:
+    x_nD, weights_nK, *expert_weights = inputs
     weights_PnK = jax.lax.all_gather(weights_nK, axis)
 
-    def turn(step, rows, y_nD):
-        y_MD = step.run(*rows, step.arrived(weights_PnK), gate_up_eD2F, down_eFD)
-        return step.add_back(y_nD, y_MD)
+    def body(chunk: "_Chunk", received: tuple[Array, ...], y_nD: Array) -> Array:
+        y_MD = chunk.run_experts(*received, chunk.gather_received(weights_PnK), *expert_weights)
+        return chunk.combine(y_nD, y_MD)
 
-    y_nD = _over_chunks(turn, (x_nD,), jnp.zeros(x_nD.shape, jnp.float32), r, s, axis)
+    y_nD = _over_chunks(body, (x_nD,), jnp.zeros(x_nD.shape, jnp.float32), routes, plan, axis)
     return y_nD.astype(x_nD.dtype)
 
 
-def _over_chunks(turn, sent, total, r: DispatchRoutes, s: DispatchPlan, axis: str):
-    """`total = turn(round, rows, total)` for each round, where `rows` are what came of each array of `sent`.
+def _over_chunks(
+    body: Callable[["_Chunk", tuple[Array, ...], Any], Any],
+    inputs: tuple[Array, ...], carry: Any, routes: DispatchRoutes, plan: DispatchPlan, axis: str,
+) -> Any:  # fmt: skip
+    """`carry = body(chunk, received, carry)` for each chunk, where `received` are the dispatched `inputs`.
 
-    A ragged exchange of what is not there costs nothing: there the rows of the next round are under way while the
-    experts run on this one's, and the first ones while whatever else is to be computed (the shared expert).
+    With `ragged` the next chunk is dispatched before the experts run on the current one, so that the program order
+    allows an asynchronous collective to overlap them. (After the last chunk an empty one is dispatched.) In the
+    program that XLA:TPU compiles today `ragged_all_to_all` is a blocking collective: nothing overlaps.
     """
 
-    def rows(step):
-        return tuple(map(step.send, sent))
+    def dispatch(chunk: _Chunk) -> tuple[Array, ...]:
+        return tuple(map(chunk.dispatch, inputs))
 
-    if s.exchange != "ragged":
+    def sequential(index: Array, carry: Any) -> Any:
+        chunk = _Chunk(index, routes, plan, axis)
+        return body(chunk, dispatch(chunk), carry)
 
-        def plain(number, total):
-            step = _Chunk(number, r, s, axis)
-            return turn(step, rows(step), total)
+    def pipelined(index: Array, state: tuple[tuple[Array, ...], Any]) -> tuple[tuple[Array, ...], Any]:
+        received, carry = state
+        following = dispatch(_Chunk(index + 1, routes, plan, axis))
+        return following, body(_Chunk(index, routes, plan, axis), received, carry)
 
-        return jax.lax.fori_loop(0, r.rounds, plain, total)
-
-    def overlapped(number, carry):
-        came, total = carry
-        following = rows(_Chunk(number + 1, r, s, axis))
-        return following, turn(_Chunk(number, r, s, axis), came, total)
-
-    return jax.lax.fori_loop(0, r.rounds, overlapped, (rows(_Chunk(0, r, s, axis)), total))[1]
-
-
-def _forward(x_nD, weights_nK, gate_up_eD2F, down_eFD, r, s, axis):
-    args = x_nD, weights_nK, gate_up_eD2F, down_eFD, r
-    return _dispatch_compute_combine(*args, s, axis), args
+    if plan.dispatch != "ragged":
+        return jax.lax.fori_loop(0, routes.num_chunks, sequential, carry)
+    first = dispatch(_Chunk(0, routes, plan, axis))
+    return jax.lax.fori_loop(0, routes.num_chunks, pipelined, (first, carry))[1]
 
 
-def _backward(s: DispatchPlan, axis: str, residuals, g_nD):
-    x_nD, weights_nK, gate_up_eD2F, down_eFD, r = residuals
+def _forward(
+    inputs: Inputs, routes: DispatchRoutes, plan: DispatchPlan, axis: str
+) -> tuple[Array, tuple[Inputs, DispatchRoutes]]:
+    return _dispatch_compute_combine(inputs, routes, plan, axis), (inputs, routes)
+
+
+def _backward(
+    plan: DispatchPlan, axis: str, residuals: tuple[Inputs, DispatchRoutes], g_nD: Array
+) -> tuple[tuple[Array, ...], None]:
+    inputs, routes = residuals
+    x_nD, weights_nK, *expert_weights = inputs
     weights_PnK = jax.lax.all_gather(weights_nK, axis)
 
-    def turn(step, rows, totals):
-        g_x_nD, g_weights_PnK, *g_experts = totals
-        x_MD, g_MD = rows
-        _, derivative = jax.vjp(step.run, x_MD, step.arrived(weights_PnK), gate_up_eD2F, down_eFD)
-        g_x_MD, g_weights_MK, *g_more = derivative(g_MD)
-        g_experts = [total + g for total, g in zip(g_experts, g_more, strict=True)]
-        return step.add_back(g_x_nD, g_x_MD), step.put_arrived(g_weights_PnK, g_weights_MK), *g_experts
+    def body(chunk: _Chunk, received: tuple[Array, ...], sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        g_x_nD, g_weights_PnK, *g_experts = sums
+        x_MD, g_MD = received
+        _, vjp = jax.vjp(chunk.run_experts, x_MD, chunk.gather_received(weights_PnK), *expert_weights)
+        g_x_MD, g_weights_MK, *g_chunk = vjp(g_MD)
+        g_experts = [total + g for total, g in zip(g_experts, g_chunk, strict=True)]
+        return chunk.combine(g_x_nD, g_x_MD), chunk.scatter_received(g_weights_PnK, g_weights_MK), *g_experts
 
-    # The experts' gradient is as large as the experts: it stays in their type, as the sum over devices that follows.
-    wide, own = (x_nD, weights_PnK), (gate_up_eD2F, down_eFD)
-    zeros = *(jnp.zeros(x.shape, jnp.float32) for x in wide), *map(jnp.zeros_like, own)
-    g_x_nD, g_weights_PnK, *g_experts = _over_chunks(turn, (x_nD, g_nD), zeros, r, s, axis)
-    g_weights_nK = jax.lax.psum_scatter(g_weights_PnK, axis)
-    grads = g_x_nD, g_weights_nK, *g_experts
-    like = x_nD, weights_nK, gate_up_eD2F, down_eFD
-    return *(g.astype(x.dtype) for g, x in zip(grads, like, strict=True)), None
+    # The experts' gradients are as large as the experts, so they stay in the compute dtype, in which they are
+    # reduce-scattered afterwards. The other sums are in float32.
+    zeros = *(jnp.zeros(x.shape, jnp.float32) for x in (x_nD, weights_PnK)), *map(jnp.zeros_like, expert_weights)
+    g_x_nD, g_weights_PnK, *g_experts = _over_chunks(body, (x_nD, g_nD), zeros, routes, plan, axis)
+    grads = g_x_nD, jax.lax.psum_scatter(g_weights_PnK, axis), *g_experts
+    return tuple(g.astype(x.dtype) for g, x in zip(grads, inputs, strict=True)), None
 
 
 _dispatch_compute_combine.defvjp(_forward, _backward)
 
 
 class _Chunk:
-    """One round: `capacity` rows from and to every device, M = P · capacity rows in all."""
+    """One chunk: c = `chunk_capacity` token positions to and from every device, M = P · c positions in all."""
 
-    def __init__(self, number: Int[Array, ""] | int, r: DispatchRoutes, s: DispatchPlan, axis: str):
-        self.r, self.s, self.axis = r, s, axis
-        self.sent_Pc, self.token_Pc = self._part(r.round_Pn, r.token_Pn, number)
-        self.here_Pc, self.from_Pc = self._part(r.from_round_Pn, r.from_Pn, number)
+    def __init__(self, index: Int[Array, ""] | int, routes: DispatchRoutes, plan: DispatchPlan, axis: str):
+        self.routes, self.plan, self.axis = routes, plan, axis
+        self.sent_Pc, self.send_token_Pc = self._select(routes.send_chunk_Pn, routes.send_token_Pn, index)
+        self.received_Pc, self.recv_token_Pc = self._select(routes.recv_chunk_Pn, routes.recv_token_Pn, index)
 
-    def _part(self, round_Pn, token_Pn, number):
-        """The tokens of this round, and which of the `capacity` places have one."""
-        start_P, end_P = ((round_Pn < bound).sum(axis=1, dtype=jnp.int32) for bound in (number, number + 1))
-        place_Pc = start_P[:, None] + jnp.arange(self.s.capacity)
-        clipped_Pc = jnp.minimum(place_Pc, token_Pn.shape[1] - 1)
-        return place_Pc < end_P[:, None], jnp.take_along_axis(token_Pn, clipped_Pc, axis=1)
+    def _select(
+        self, chunk_Pn: Int[Array, "P n"], token_Pn: Int[Array, "P n"], index: Int[Array, ""] | int
+    ) -> tuple[Bool[Array, "P c"], Int[Array, "P c"]]:
+        """Which positions of this chunk are filled, and the token at each."""
+        start_P, end_P = ((chunk_Pn < bound).sum(axis=1, dtype=jnp.int32) for bound in (index, index + 1))
+        position_Pc = start_P[:, None] + jnp.arange(self.plan.chunk_capacity)
+        clipped_Pc = jnp.minimum(position_Pc, token_Pn.shape[1] - 1)
+        return position_Pc < end_P[:, None], jnp.take_along_axis(token_Pn, clipped_Pc, axis=1)
 
-    def send(self, x_nD: Float[Array, "n D"]) -> Float[Array, "M D"]:
-        """Rows of all devices for our experts; zeros where a device has none left."""
-        x_PcD = jnp.where(self.sent_Pc[..., None], x_nD[self.token_Pc], 0)
-        return self._exchange(x_PcD, self.sent_Pc, self.here_Pc).reshape(-1, x_nD.shape[1])
+    def dispatch(self, x_nD: Float[Array, "n D"]) -> Float[Array, "M D"]:
+        """Send tokens to their experts' devices. Returns the received tokens, zeros at unfilled positions."""
+        x_PcD = jnp.where(self.sent_Pc[..., None], x_nD[self.send_token_Pc], 0)
+        return self._all_to_all(x_PcD, self.sent_Pc, self.received_Pc).reshape(-1, x_nD.shape[1])
 
-    def add_back(self, y_nD: Float[Array, "n D"], y_MD: Float[Array, "M D"]) -> Float[Array, "n D"]:
-        """Return what our experts made of the rows, and add what comes back to our tokens."""
-        y_PcD = y_MD.reshape(*self.here_Pc.shape, -1)
-        back_PcD = self._exchange(y_PcD, self.here_Pc, self.sent_Pc)
-        token_Pc = jnp.where(self.sent_Pc, self.token_Pc, len(y_nD))
+    def combine(self, y_nD: Float[Array, "n D"], y_MD: Float[Array, "M D"]) -> Float[Array, "n D"]:
+        """Send the experts' outputs back, and add those of this device's tokens to `y_nD`."""
+        y_PcD = y_MD.reshape(*self.received_Pc.shape, -1)
+        returned_PcD = self._all_to_all(y_PcD, self.received_Pc, self.sent_Pc)
+        token_Pc = jnp.where(self.sent_Pc, self.send_token_Pc, len(y_nD))
 
-        def add(p, y_nD):  # one device's at a time: all of them in float32 would be large
-            return y_nD.at[token_Pc[p]].add(back_PcD[p].astype(y_nD.dtype), mode="drop")
+        def add(p: Array, y_nD: Array) -> Array:  # one device at a time: all outputs in float32 would be large
+            return y_nD.at[token_Pc[p]].add(returned_PcD[p].astype(y_nD.dtype), mode="drop")
 
-        return jax.lax.fori_loop(0, len(back_PcD), add, y_nD)
+        return jax.lax.fori_loop(0, len(returned_PcD), add, y_nD)
 
-    def arrived(self, x_PnK: Array) -> Array:
-        """What is known of the rows that came, out of what is known of every token."""
-        return x_PnK[jnp.arange(self.s.devices)[:, None], self.from_Pc].reshape(-1, x_PnK.shape[2])
+    def gather_received(self, x_PnK: Array) -> Array:
+        """The rows of an array over all devices' tokens that belong to the received tokens, `[M, K]`."""
+        return x_PnK[jnp.arange(self.plan.devices)[:, None], self.recv_token_Pc].reshape(-1, x_PnK.shape[2])
 
-    def put_arrived(self, total_PnK: Array, x_MK: Array) -> Array:
-        """The way back of `arrived`."""
+    def scatter_received(self, total_PnK: Array, x_MK: Array) -> Array:
+        """The transpose of `gather_received`: add to the rows of the received tokens."""
         P, n, K = total_PnK.shape
-        place_Pc = jnp.where(self.here_Pc, self.from_Pc, n)
-        return total_PnK.at[jnp.arange(P)[:, None], place_Pc].add(x_MK.reshape(P, -1, K), mode="drop")
+        token_Pc = jnp.where(self.received_Pc, self.recv_token_Pc, n)
+        return total_PnK.at[jnp.arange(P)[:, None], token_Pc].add(x_MK.reshape(P, -1, K), mode="drop")
 
-    def run(self, x_MD, weights_MK, gate_up_eD2F, down_eFD) -> Float[Array, "M D"]:
-        """Our experts on the rows that came."""
-        experts_MK = jnp.where(self.here_Pc.reshape(-1, 1), self.arrived(self.r.expert_PnK), len(down_eFD))
-        how: Any = {"most": self.s.most, "implementation": self.s.multiply}
-        return experts(x_MD, experts_MK, weights_MK, gate_up_eD2F, down_eFD, **how)
+    def run_experts(self, x_MD: Array, weights_MK: Array, gate_up_eD2F: Array, down_eFD: Array) -> Float[Array, "M D"]:
+        """This device's experts on the received tokens."""
+        local_expert_MK = self.gather_received(self.routes.local_expert_PnK)
+        experts_MK = jnp.where(self.received_Pc.reshape(-1, 1), local_expert_MK, len(down_eFD))
+        return experts(
+            x_MD, experts_MK, weights_MK, gate_up_eD2F, down_eFD,
+            max_pairs=self.plan.max_pairs, implementation=self.plan.grouped_matmul,
+        )  # fmt: skip
 
-    def _exchange(self, x_PcD, sent_Pc: Bool[Array, "P c"], came_Pc: Bool[Array, "P c"]):
-        """The part for each device there, and the part of each device here."""
-        if self.s.exchange == "all_to_all":
+    def _all_to_all(
+        self, x_PcD: Float[Array, "P c D"], sent_Pc: Bool[Array, "P c"], received_Pc: Bool[Array, "P c"]
+    ) -> Float[Array, "P c D"]:
+        """Send `x_PcD[p]` to device p; the result's p-th entry is what device p sent to this one."""
+        if self.plan.dispatch == "all_to_all":
             return jax.lax.all_to_all(x_PcD, self.axis, split_axis=0, concat_axis=0)
         P, c, D = x_PcD.shape
-        me = jax.lax.axis_index(self.axis)
         start_P = jnp.arange(P, dtype=jnp.int32) * c
-        rows = jax.lax.ragged_all_to_all(
+        received_MD = jax.lax.ragged_all_to_all(
             x_PcD.reshape(P * c, D),
             jnp.zeros((P * c, D), x_PcD.dtype),
             input_offsets=start_P,
             send_sizes=sent_Pc.sum(axis=1, dtype=jnp.int32),
-            output_offsets=jnp.full(P, me * c, jnp.int32),
-            recv_sizes=came_Pc.sum(axis=1, dtype=jnp.int32),
+            output_offsets=jnp.full(P, jax.lax.axis_index(self.axis) * c, jnp.int32),
+            recv_sizes=received_Pc.sum(axis=1, dtype=jnp.int32),
             axis_name=self.axis,
         )
-        return rows.reshape(P, c, D)
+        return received_MD.reshape(P, c, D)

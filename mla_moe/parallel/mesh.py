@@ -1,4 +1,4 @@
-"""The device mesh: its axes, how it is built, and the mesh around the present code."""
+"""The device mesh: its axes, how it is built, and the mesh under which the present code is traced."""
 
 import math
 from collections.abc import Sequence
@@ -12,15 +12,16 @@ from mla_moe.config import ConfigError, MeshConfig
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
-# Tokens: sequences over every axis that has its own data, time over `context`.
 BATCH_SPEC = P(("data", "fsdp", "expert"), "context")
+"""Sharding of tokens `[B, T]`: sequences over every axis that has its own data, time over `context`."""
 TOKEN_AXES = ("data", "fsdp", "expert", "context")
-"""The mesh axes over which tokens are split."""
+"""The mesh axes over which tokens are sharded."""
 
 
 def make_mesh(sizes: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-    """A mesh over `devices` (all by default); where they come in slices with a slow network between, slices lie along
-    `data`. Raises `ConfigError` when the sizes do not multiply to the number of devices, or `data` to that of slices.
+    """Build a mesh over `devices` (by default all). Slices, which only a slow network connects, are laid out along
+    `data`. Raises `ConfigError` if the sizes do not multiply to the number of devices, or if the number of slices does
+    not divide `data`.
     """
     devices = jax.devices() if devices is None else devices
     shape = [getattr(sizes, axis) for axis in MESH_AXES]
@@ -30,40 +31,40 @@ def make_mesh(sizes: MeshConfig, devices: Sequence[jax.Device] | None = None) ->
     if math.prod(shape) != len(devices):
         wanted = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, shape, strict=True))
         raise ConfigError("mesh", wanted, f"the sizes must multiply to the number of devices, {len(devices)}")
-    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    axis_types = (AxisType.Auto,) * len(MESH_AXES)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return jax.sharding.Mesh(grid, MESH_AXES, axis_types=kinds)
+        return jax.sharding.Mesh(grid, MESH_AXES, axis_types=axis_types)
     data, *inner = shape
     if data % slices:
-        raise ConfigError("mesh.data", data, f"must be a multiple of the {slices} slices, which lie along it")
-    between = (slices, *(1 for _ in inner))
-    shape = data // slices, *inner
-    grid = mesh_utils.create_hybrid_device_mesh(shape, between, devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(grid, MESH_AXES, axis_types=kinds)
+        raise ConfigError("mesh.data", data, f"must be a multiple of the {slices} slices, which are laid out along it")
+    across_slices = (slices, *(1 for _ in inner))
+    within_slice = data // slices, *inner
+    grid = mesh_utils.create_hybrid_device_mesh(within_slice, across_slices, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(grid, MESH_AXES, axis_types=axis_types)
 
 
-def mesh_axes(part: str | tuple[str, ...] | None) -> tuple[str, ...]:
+def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one entry of a `PartitionSpec`."""
-    return (part,) if isinstance(part, str) else part or ()
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def token_mesh(shape: Sequence[int]) -> jax.sharding.AbstractMesh | None:
-    """The mesh around the present code (`jax.set_mesh`) if tokens `[B, T, …]` of this shape can be split over it.
+    """The current mesh (`jax.set_mesh`) if tokens `[B, T, …]` of this shape can be sharded over it evenly.
 
-    XLA then partitions other tokens on a mesh as it sees fit.
+    None otherwise: then XLA's partitioner chooses the sharding of such tokens.
     """
     mesh = current_mesh()
     if mesh is None:
         return None
-    rows = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
-    return mesh if shape[0] % rows == 0 and shape[1] % mesh.shape[BATCH_SPEC[1]] == 0 else None
+    batch_shards = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
+    return mesh if shape[0] % batch_shards == 0 and shape[1] % mesh.shape[BATCH_SPEC[1]] == 0 else None
 
 
 def current_mesh() -> jax.sharding.AbstractMesh | None:
-    """The mesh around the present code. None for a single device, for a mesh of other axes, and within a `shard_map`,
-    where all is local already."""
+    """The mesh set by `jax.set_mesh`. None for a single device, for a mesh of other axes, and inside a `shard_map`,
+    where every array is a local shard already."""
     mesh = jax.sharding.get_abstract_mesh()
     if not set(MESH_AXES) <= set(mesh.axis_names) or mesh.size == 1:
         return None
@@ -71,19 +72,19 @@ def current_mesh() -> jax.sharding.AbstractMesh | None:
 
 
 def require_auto_axes(x: jax.Array) -> None:
-    """Raise `ConfigError` for an array that a mesh of Explicit axes splits: here XLA says where arrays lie."""
-    split = any(part is not None for part in jax.typeof(x).sharding.spec)
+    """Raise `ConfigError` for an array sharded over mesh axes of type Explicit: this package leaves sharding to XLA."""
+    sharded = any(entry is not None for entry in jax.typeof(x).sharding.spec)
     fix = "its axes must be left to XLA: jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))"
-    if split:
+    if sharded:
         raise ConfigError("mesh", "of AxisType.Explicit", fix)
 
 
 def dividing_axes(
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, rows: int, axes: Sequence[str]
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, size: int, axes: Sequence[str]
 ) -> tuple[str, ...]:
-    """As many of the mesh axes as divide `rows`."""
+    """Those of the mesh axes, taken in order, whose product of sizes divides `size`."""
     chosen: list[str] = []
     for axis in axes:
-        if rows % math.prod(mesh.shape[other] for other in (*chosen, axis)) == 0:
+        if size % math.prod(mesh.shape[other] for other in (*chosen, axis)) == 0:
             chosen.append(axis)
     return tuple(chosen)

@@ -1,8 +1,7 @@
-"""Products of activations with a weight that may lie in parts over a mesh. The mathematics is `einsum`'s.
+"""Einsum with a sharded weight: fully sharded data parallelism (FSDP, ZeRO-3; arXiv 1910.02054).
 
-A weight's parts are gathered where it is used, in the type of computation, and its gradient is scattered to them
-(ZeRO-3, arXiv 1910.02054), one mesh axis after the other: XLA, left to itself, does both over all axes at once, for
-TPU by all-reduces of twice the bytes.
+A weight is all-gathered before use, in the compute dtype, and its gradient is reduce-scattered, over one mesh axis
+after the other. XLA's partitioner alone does both over all axes at once, and on TPU by all-reduces of twice the bytes.
 """
 
 from collections.abc import Callable
@@ -19,22 +18,25 @@ from mla_moe.parallel.mesh import BATCH_SPEC, mesh_axes, token_mesh
 from mla_moe.parallel.sharding import TRAINING_RULES, all_gather_weight, partition_spec
 
 Einsum = Callable[[str, Array, nnx.Param, DTypeLike], Array]
-"""One of the two below."""
+"""`plain_einsum` or `sharded_einsum`."""
 
 
 def plain_einsum(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLike) -> Array:
-    """`einsum(equation, x, weight)` with the weight in `dtype`, wherever it lies."""
+    """`einsum(equation, x, weight)` with the weight cast to `dtype`; XLA's partitioner moves the weight if needed."""
     return jnp.einsum(equation, x, weight[...].astype(dtype))
 
 
 COMPUTE_SHARDED_AXES = ("heads", "hidden", "expert_hidden")
-"""Axes of activations within a layer, which may stay in parts over `tensor`."""
+"""Logical axes of activations within a layer that may stay sharded over `tensor` (tensor parallelism)."""
 
 
 def weight_spec(weight: nnx.Param, mesh: AbstractMesh) -> P:
-    """Where the parts of one layer's weight are when it is used: by `sharding.RULES`, or by those that the model was
-    made with (`nn.skeleton`), but with `tensor` only where it is the first to split an inner axis, so that what is not
-    gathered is a run of that axis. From any other place XLA brings the parts there."""
+    """The sharding that a layer's weight has when its all-gather starts.
+
+    It follows the model's sharding rules (`nn.abstract_model`; by default `TRAINING_RULES`), except that `tensor` is
+    used only where it comes first on an axis of `COMPUTE_SHARDED_AXES`, so that the shard left after the all-gather is
+    contiguous. XLA reshards a weight that is stored in any other way.
+    """
     rules = dict(weight.get_metadata("rules", TRAINING_RULES))
     for axis, rule in rules.items():
         stays = axis in COMPUTE_SHARDED_AXES and (rule or "").startswith("tensor")
@@ -44,21 +46,22 @@ def weight_spec(weight: nnx.Param, mesh: AbstractMesh) -> P:
 
 
 def sharded_einsum(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLike) -> Array:
-    """The same for activations `[B, T, …]` in training, to which the weight travels: all of it but for `tensor`."""
+    """`plain_einsum` of activations `[B, T, …]` in training: the weight is all-gathered over all axes but `tensor`."""
     mesh = token_mesh(x.shape)
     if mesh is None:
         return plain_einsum(equation, x, weight, dtype)
-    place = weight_spec(weight, mesh)
-    inputs, of_y = equation.split("->")
-    of_x, of_weight = inputs.split(",")
-    split = {letter for letter, part in zip(of_weight, place, strict=True) if "tensor" in mesh_axes(part)}
+    spec = weight_spec(weight, mesh)
+    inputs, y_letters = equation.split("->")
+    x_letters, weight_letters = inputs.split(",")
+    sharded = {letter for letter, entry in zip(weight_letters, spec, strict=True) if "tensor" in mesh_axes(entry)}
 
-    def lies(letters: str) -> P:
-        return P(*BATCH_SPEC, *("tensor" if letter in split else None for letter in letters[len(BATCH_SPEC) :]))
+    def activation_spec(letters: str) -> P:
+        return P(*BATCH_SPEC, *("tensor" if letter in sharded else None for letter in letters[len(BATCH_SPEC) :]))
 
-    def local(x, weight):
-        y = jnp.einsum(equation, x, all_gather_weight(weight, place))
-        return y if split <= set(of_y) else jax.lax.psum(y, "tensor")
+    def local(x: Array, weight: Array) -> Array:
+        y = jnp.einsum(equation, x, all_gather_weight(weight, spec))
+        return y if sharded <= set(y_letters) else jax.lax.psum(y, "tensor")
 
-    run = jax.shard_map(local, in_specs=(lies(of_x), place), out_specs=lies(of_y), check_vma=False)
+    in_specs = activation_spec(x_letters), spec
+    run = jax.shard_map(local, in_specs=in_specs, out_specs=activation_spec(y_letters), check_vma=False)
     return run(x, weight[...].astype(dtype))

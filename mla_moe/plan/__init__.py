@@ -1,4 +1,4 @@
-"""Compile a recipe for a named topology without the hardware, and say whether and how it runs there."""
+"""Compile a recipe for a named topology without the hardware: does it fit in HBM, and what step time to expect."""
 
 from mla_moe.plan.plan import Plan, make_plan
 from mla_moe.plan.topology import Topology, open_topology

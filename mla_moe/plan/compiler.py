@@ -1,4 +1,4 @@
-"""Compile a traced program as far as a plan needs: to its final text and the place of every buffer."""
+"""Compile a traced program as far as a plan needs: to its final HLO and XLA's buffer assignment."""
 
 import math
 import re
@@ -21,40 +21,40 @@ _END = "end_of_plan"
 
 
 class CompiledProgram(NamedTuple):
-    """A program whose buffers have their places. Bytes of one device."""
+    """The final HLO of a program, and the bytes on one device that its buffers take."""
 
     text: str
-    arguments: float
-    temporaries: float
-    """With the results that do not take over an argument's memory."""
+    argument_bytes: float
+    temp_bytes: float
+    """Including results, except those that reuse the memory of a donated argument."""
 
 
 def compile_to_buffers(traced: Traced, platform: str) -> CompiledProgram:
-    """Raises `jax.errors.JaxRuntimeError` where the compiler refuses the program."""
-    with without_cache():
+    """Compile up to buffer assignment. Raises `jax.errors.JaxRuntimeError` if the compiler refuses the program."""
+    with without_compilation_cache():
         if platform == "tpu":
-            return _assign_for_tpu(traced)
+            return _compile_for_tpu(traced)
         compiled = traced.lower(lowering_platforms=(platform,)).compile()
-        return CompiledProgram(compiled.as_text() or "", *bytes_needed(compiled))
+        return CompiledProgram(compiled.as_text() or "", *memory_bytes(compiled))
 
 
-def _assign_for_tpu(traced: Traced) -> CompiledProgram:
-    """The TPU compiler writes down what it has assigned, then makes machine code of every fusion, which is nine tenths
-    of its time and changes nothing of that. No option ends it there; a call that no emitter knows does."""
+def _compile_for_tpu(traced: Traced) -> CompiledProgram:
+    """XLA:TPU dumps the buffer assignment, then generates code for every fusion, which takes nine tenths of its time
+    and changes nothing in the plan. No option stops it there; an unknown custom call makes code generation fail."""
     lowered = traced.lower(lowering_platforms=("tpu",))
-    with tempfile.TemporaryDirectory() as folder, unknown_call(lowered.compiler_ir()):
+    with tempfile.TemporaryDirectory() as folder, unknown_custom_call(lowered.compiler_ir()):
         try:
             lowered.compile({"xla_dump_to": folder})
         except jax.errors.JaxRuntimeError as error:
             if _END not in str(error):
                 raise
-        return _read(Path(folder))
+        return _read_dump(Path(folder))
 
 
 @contextmanager
-def unknown_call(module: Any) -> Generator[None]:
-    """Let the smallest result of a module pass through a call that no compiler knows, for a while: JAX gives the same
-    module to whoever lowers the same program again."""
+def unknown_custom_call(module: Any) -> Generator[None]:
+    """Pass the smallest result of a module through an unknown custom call. The change is undone at the end: JAX returns
+    the same module when the same program is lowered again."""
     with module.context, ir.Location.unknown():
         main = next(f for f in module.body.operations if ir.StringAttr(f.attributes["sym_name"]).value == "main")
         end = list(main.regions[0].blocks[0].operations)[-1]
@@ -71,34 +71,35 @@ def unknown_call(module: Any) -> Generator[None]:
             call.operation.erase()
 
 
-def _read(folder: Path) -> CompiledProgram:
-    """What the TPU compiler wrote down. Main memory is that of its assignment, by which it accepts or refuses a
-    program; `memory_analysis` counts some values that share their place as if they did not."""
+def _read_dump(folder: Path) -> CompiledProgram:
+    """Parse XLA:TPU's dump. Its buffer assignment decides whether a program is accepted; `memory_analysis` reports
+    more, because it counts some values that share a buffer separately."""
 
-    def written(what: str) -> str:
-        files = list(folder.glob(f"*.after_optimizations{what}.txt"))
+    def dumped(kind: str) -> str:
+        files = list(folder.glob(f"*.after_optimizations{kind}.txt"))
         if len(files) != 1:
-            said = f"wrote {len(files)} files like {what or 'program'}.txt, not one; take that of requirements.lock"
-            raise ConfigError("libtpu", version("libtpu"), said)
+            fix = f"dumped {len(files)} files *{kind or 'after_optimizations'}.txt, not one; install the version in"
+            raise ConfigError("libtpu", version("libtpu"), f"{fix} requirements.lock")
         return files[0].read_text()
 
-    total = re.search(r"\(color=0\)\nTotal bytes: (\d+)", written("-memory-usage-report"))
+    total = re.search(r"\(color=0\)\nTotal bytes: (\d+)", dumped("-memory-usage-report"))
     assert total is not None
     parameters = re.compile(r"^allocation \d+: size (\d+),.* parameter \d+,", re.MULTILINE)
-    arguments = float(sum(map(int, parameters.findall(written("-buffer-assignment")))))
-    return CompiledProgram(written(""), arguments, float(total.group(1)) - arguments)
+    arguments = float(sum(map(int, parameters.findall(dumped("-buffer-assignment")))))
+    return CompiledProgram(dumped(""), arguments, float(total.group(1)) - arguments)
 
 
-def bytes_needed(compiled: Compiled) -> tuple[float, float]:
-    """Of arguments and of temporaries. Results that do not take over an argument's memory are new memory."""
+def memory_bytes(compiled: Compiled) -> tuple[float, float]:
+    """Bytes of arguments and of temporaries by `memory_analysis`. Results that do not reuse a donated argument's memory
+    count as temporaries."""
     memory: Any = compiled.memory_analysis()
     temp = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return float(memory.argument_size_in_bytes), float(temp)
 
 
 @contextmanager
-def without_cache() -> Generator[None]:
-    """What is compiled for absent devices cannot be read back from JAX's cache."""
+def without_compilation_cache() -> Generator[None]:
+    """Turn JAX's persistent compilation cache off: a program compiled for absent devices cannot be read back."""
     before = jax.config.values["jax_enable_compilation_cache"]
     try:
         jax.config.update("jax_enable_compilation_cache", False)

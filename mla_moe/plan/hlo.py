@@ -1,7 +1,7 @@
-"""Read a compiled program (XLA's text of it): what a device sends, how often, and what it moves through its memory.
+"""Read a compiled program (the text of XLA's HLO): what a device sends, how often, and its memory traffic.
 
 XLA's own `cost_analysis` counts the body of a loop once. Here every computation counts as often as it runs: a loop
-whose condition compares with a constant as often as that says, another as often as the caller expects.
+whose condition compares with a constant by that trip count, any other loop by what the caller expects.
 """
 
 import math
@@ -19,7 +19,7 @@ _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?)\s([a-z][\w\-]*)\(
 _COLLECTIVES = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute",
 )  # fmt: skip
-_FREE = (  # what moves nothing by itself
+_FREE = (  # instructions without memory traffic of their own
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id", "replica-id",
     "while", "conditional", "call", "opt-barrier", "async-update",
 )  # fmt: skip
@@ -30,15 +30,15 @@ _MESH_GROUP = re.compile(
 _BETWEEN_SLICES = re.compile(
     r'_xla_megascale_target="\{([\d,]+)\}x\{(\d+):(\d+)\}",_xla_megascale_transfer_type="(\w+)"'
 )
-"""Slices, and the first and last device of each, of what travels from host to host."""
+"""A transfer between slices over the hosts' network: the slices, and the first and last device of each."""
 _ONE_TO_ONE = {"ONE_TO_ONE": "collective-permute"}
 
 
 @dataclass
-class Instruction:
+class HloInstruction:
     name: str
     type: str
-    op: str
+    opcode: str
     rest: str
     """Operands and attributes."""
 
@@ -54,20 +54,27 @@ class Instruction:
 
     @cached_property
     def scope(self) -> str:
-        """JAX's name of what it came from."""
+        """JAX's name stack of the operation that it was compiled from."""
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found.group(1) if found else ""
 
     def called(self, attribute: str) -> list[str]:
+        """The computations that an attribute names."""
         found = re.search(attribute + r"=\{?((?:%[\w.\-]+(?:, )?)+)", self.rest)
         return re.findall(r"%([\w.\-]+)", found.group(1)) if found else []
 
 
 @dataclass
-class Computation:
+class HloComputation:
     name: str
-    instructions: dict[str, Instruction] = field(default_factory=dict)
-    root: Instruction | None = None
+    instructions: dict[str, HloInstruction] = field(default_factory=dict)
+    root: HloInstruction | None = None
+
+    @property
+    def parameters(self) -> dict[int, str]:
+        """Names of the parameters by their number."""
+        found = (i for i in self.instructions.values() if i.opcode == "parameter")
+        return {int(i.rest.split(")")[0]): i.name for i in found}
 
 
 @dataclass
@@ -76,186 +83,186 @@ class Collective:
 
     kind: str
     group: tuple[int, ...]
-    """The devices, by their number in the mesh, of the first group."""
+    """The first group of devices, by their number in the mesh."""
     size: float
-    """Bytes of the whole array on one device: gathered, before it is scattered, or exchanged."""
-    times: float
+    """Bytes of the full array on one device: after an all-gather, before a reduce-scatter, or exchanged."""
+    runs: float
     scope: str
 
     @property
     def sent(self) -> float:
-        """Bytes that a device sends in one run by the usual algorithms (a ring, or directly)."""
+        """Bytes that a device sends in one run by the usual algorithms (ring, or directly)."""
         n = len(self.group)
-        away = (n - 1) / n if n > 1 else 0.0
-        twice = 2 if self.kind == "all-reduce" else 1
-        return self.size if self.kind == "collective-permute" else self.size * away * twice
+        fraction = (n - 1) / n if n > 1 else 0.0
+        passes = 2 if self.kind == "all-reduce" else 1
+        return self.size if self.kind == "collective-permute" else self.size * fraction * passes
 
 
-Trips = Callable[[str], float]
-"""From the name of a loop without a known end to how often it is expected to run."""
+class HloModule:
+    """Parses the text that `compiled.as_text()` returns.
 
+    `loop_trips` gives the expected trip count of a loop without a known one, from its scope. `active_experts` is the
+    number of matrices that a grouped matmul over experts reads; None stands for all.
+    """
 
-class Program:
-    """`text` is what `compiled.as_text()` gives. `experts` is how many of a grouped product's matrices are read; None
-    stands for all."""
-
-    def __init__(self, text: str, trips: Trips = lambda scope: 1.0, experts: float | None = None):
-        self.computations: dict[str, Computation] = {}
+    def __init__(
+        self, text: str, loop_trips: Callable[[str], float] = lambda scope: 1.0, active_experts: float | None = None
+    ):
+        self.computations: dict[str, HloComputation] = {}
         self.entry = ""
-        self._trips, self._experts = trips, experts
-        self._read(text)
+        self._loop_trips, self._active_experts = loop_trips, active_experts
+        self._parse(text)
 
-    def _read(self, text: str) -> None:
-        now = None
+    def _parse(self, text: str) -> None:
+        current = None
         for line in text.splitlines():
             if line.endswith("{") and (line.startswith("%") or line.startswith("ENTRY")):
                 name = re.match(r"(?:ENTRY )?%?([\w.\-]+)", line)
                 assert name is not None
-                now = Computation(name.group(1))
-                self.computations[now.name] = now
-                self.entry = now.name if line.startswith("ENTRY") else self.entry
-            elif now is not None and (found := _INSTRUCTION.match(line)):
-                instruction = Instruction(*found.groups())
+                current = HloComputation(name.group(1))
+                self.computations[current.name] = current
+                self.entry = current.name if line.startswith("ENTRY") else self.entry
+            elif current is not None and (found := _INSTRUCTION.match(line)):
+                instruction = HloInstruction(*found.groups())
                 for name in instruction.operands if "#" in instruction.rest else ():
-                    _name_element(now, name)
-                now.instructions[instruction.name] = instruction
+                    _add_tuple_element(current, name)
+                current.instructions[instruction.name] = instruction
                 if line.lstrip().startswith("ROOT"):
-                    now.root = instruction
+                    current.root = instruction
 
-    def runs(self) -> Iterator[tuple[Computation, float, bool]]:
-        """Every computation that runs, how often, and whether as the inside of a fusion."""
+    def executions(self) -> Iterator[tuple[HloComputation, float, bool]]:
+        """Every computation that runs, how often, and whether inside a fusion."""
         yield from self._walk(self.entry, 1.0, False)
 
-    def _walk(self, name: str, times: float, fused: bool) -> Iterator[tuple[Computation, float, bool]]:
+    def _walk(self, name: str, runs: float, fused: bool) -> Iterator[tuple[HloComputation, float, bool]]:
         computation = self.computations[name]
-        yield computation, times, fused
+        yield computation, runs, fused
         for instruction in computation.instructions.values():
-            if instruction.op == "while":
+            if instruction.opcode == "while":
                 trips = self.trip_count(computation, instruction)
-                yield from self._walk(instruction.called("body")[0], times * trips, fused)
-            elif instruction.op == "conditional":
+                yield from self._walk(instruction.called("body")[0], runs * trips, fused)
+            elif instruction.opcode == "conditional":
                 branches = instruction.called("branch_computations")
                 branches = branches or instruction.called("true_computation") + instruction.called("false_computation")
                 longest = max(branches, key=lambda branch: len(self.computations[branch].instructions))
-                yield from self._walk(longest, times, fused)
-            elif instruction.op in ("fusion", "call", "async-start"):
-                for called in instruction.called("calls") + instruction.called("to_apply")[: instruction.op == "call"]:
-                    yield from self._walk(called, times, fused or instruction.op == "fusion")
+                yield from self._walk(longest, runs, fused)
+            elif instruction.opcode in ("fusion", "call", "async-start"):
+                to_apply = instruction.called("to_apply")[:1] if instruction.opcode == "call" else []
+                for callee in instruction.called("calls") + to_apply:
+                    yield from self._walk(callee, runs, fused or instruction.opcode == "fusion")
 
-    def trip_count(self, caller: Computation, loop: Instruction) -> float:
+    def trip_count(self, caller: HloComputation, loop: HloInstruction) -> float:
+        """How often a while loop runs."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.rest):
             return float(known.group(1))
         condition = self.computations[loop.called("condition")[0]]
         test = condition.root
-        if test is not None and test.op == "fusion":  # the comparison's operands are the fusion's
-            inner = self.computations[test.called("calls")[0]]
-            limits = [_constant(condition.instructions.get(name)) for name in test.operands]
-            test = inner.root
+        operands = test.operands if test is not None else []
+        limits = [_constant(condition.instructions.get(name)) for name in operands]
+        if test is not None and test.opcode == "fusion":  # the operands of the comparison are those of the fusion
+            test = self.computations[test.called("calls")[0]].root
         else:
-            limits = [_constant(condition.instructions.get(name)) for name in (test.operands if test else [])]
-            limits += [self._carried(caller, loop, condition, name) for name in (test.operands if test else [])][1:]
+            limits += [self._loop_carried(caller, loop, condition, name) for name in operands][1:]
         known_limits = [limit for limit in limits if limit is not None]
-        if test is not None and test.op == "compare" and known_limits and "direction=LT" in test.rest:
+        if test is not None and test.opcode == "compare" and known_limits and "direction=LT" in test.rest:
             return float(max(known_limits))
-        return self._trips(loop.scope)
+        return self._loop_trips(loop.scope)
 
-    def _carried(self, caller: Computation, loop: Instruction, condition: Computation, name: str) -> int | None:
-        """A limit that the loop carries from a constant outside."""
+    def _loop_carried(
+        self, caller: HloComputation, loop: HloInstruction, condition: HloComputation, name: str
+    ) -> int | None:
+        """A limit that the loop carries and that is a constant outside of it."""
         element = condition.instructions.get(name)
-        if element is None or element.op != "get-tuple-element":
+        if element is None or element.opcode != "get-tuple-element":
             return None
         index = re.search(r"index=(\d+)", element.rest)
         start = caller.instructions.get(loop.operands[0])
-        if index is None or start is None or start.op != "tuple":
+        if index is None or start is None or start.opcode != "tuple":
             return None
         return _constant(caller.instructions.get(start.operands[int(index.group(1))]))
 
     def collectives(self) -> list[Collective]:
         found = []
-        for computation, times, fused in self.runs():
-            scatters = fused and any(i.op == "dynamic-slice" for i in computation.instructions.values())
+        for computation, runs, fused in self.executions():
+            scatters = fused and any(i.opcode == "dynamic-slice" for i in computation.instructions.values())
             for instruction in computation.instructions.values():
-                kind, made = instruction.op.removesuffix("-start"), _result(instruction)
+                kind, result = instruction.opcode.removesuffix("-start"), _result_type(instruction)
                 if kind == "recv" and (between := _BETWEEN_SLICES.search(instruction.rest)):
                     slices, first, last, kind = between.groups()
-                    kind, made = _ONE_TO_ONE.get(kind, kind.lower().replace("_", "-")), _parts(made)[0]
+                    kind, result = _ONE_TO_ONE.get(kind, kind.lower().replace("_", "-")), _tuple_types(result)[0]
                     devices = int(last) - int(first) + 1
                     group = tuple(devices * i for i in range(slices.count(",") + 1))
                 elif kind in _COLLECTIVES:
                     group = first_group(instruction.rest)
                 else:
                     continue
-                size = sum(size_of(match) for match in _ARRAY.finditer(made))
+                size = sum(array_bytes(match) for match in _ARRAY.finditer(result))
                 if kind == "reduce-scatter":
                     size *= len(group)
                 if kind == "all-reduce" and scatters:
-                    kind = "reduce-scatter"  # the TPU compiler's form of it
-                found.append(Collective(kind, group, size, times, instruction.scope))
+                    kind = "reduce-scatter"  # XLA:TPU writes it as an all-reduce fused with a dynamic-slice
+                found.append(Collective(kind, group, size, runs, instruction.scope))
         return found
 
     def memory_traffic(self) -> float:
-        """Bytes that pass between a device's memory and its cores: operands and results of every fusion, each once."""
+        """Bytes between a device's HBM and its cores: operands and results of every fusion, each once."""
         total = 0.0
-        for computation, times, fused in self.runs():
+        for computation, runs, fused in self.executions():
             if not fused:
-                total += times * sum(self._traffic(computation, i) for i in computation.instructions.values())
+                total += runs * sum(self._traffic(computation, i) for i in computation.instructions.values())
         return total
 
-    def _taken(self, inner: Computation, name: str) -> float:
-        """Bytes that a fusion, or one inside it, looks at of an operand: where it only cuts, the parts."""
+    def _bytes_read(self, inner: HloComputation, name: str) -> float:
+        """Bytes of a parameter that a fusion reads: only the slices, if it is only sliced (in nested fusions too)."""
         users = [i for i in inner.instructions.values() if name in i.operands]
         total = 0.0
         for user in users:
-            if user.op in ("dynamic-slice", "gather", "slice") and user.operands[0] == name:
+            if user.opcode in ("dynamic-slice", "gather", "slice") and user.operands[0] == name:
                 total += hbm_bytes(user.type)
-            elif user.op == "fusion":
+            elif user.opcode == "fusion":
                 nested = self.computations[user.called("calls")[0]]
-                parameters = {
-                    int(i.rest.split(")")[0]): i.name for i in nested.instructions.values() if i.op == "parameter"
-                }
-                total += self._taken(nested, parameters[user.operands.index(name)])
+                total += self._bytes_read(nested, nested.parameters[user.operands.index(name)])
             else:
                 return math.inf
         return total if users else math.inf
 
-    def _traffic(self, computation: Computation, instruction: Instruction) -> float:
-        if instruction.op in _FREE or instruction.op.endswith("-done"):
+    def _traffic(self, computation: HloComputation, instruction: HloInstruction) -> float:
+        if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
             return 0.0
         inner = self.computations[called[0]] if (called := instruction.called("calls")) else None
-        if inner is not None and instruction.op == "fusion":
-            return self._fused_traffic(computation, instruction, inner)
-        out = hbm_bytes(_result(instruction))
+        if inner is not None and instruction.opcode == "fusion":
+            return self._fusion_traffic(computation, instruction, inner)
+        out = hbm_bytes(_result_type(instruction))
         operands = [computation.instructions.get(name) for name in instruction.operands]
-        sizes = [hbm_bytes(operand.type) * self._share(instruction, operand) for operand in operands if operand]
-        if instruction.op in ("dynamic-slice", "slice", "gather"):
+        sizes = [hbm_bytes(o.type) * self._active_fraction(instruction, o) for o in operands if o]
+        if instruction.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * out
-        if instruction.op == "dynamic-update-slice":
+        if instruction.opcode == "dynamic-update-slice":
             return 2 * sizes[1] if len(sizes) > 1 else 0.0
-        if instruction.op == "copy-start":
-            return sum(sizes) + sum(hbm_bytes(part) for part in _parts(instruction.type)[:1])
+        if instruction.opcode == "copy-start":
+            return sum(sizes) + sum(hbm_bytes(element) for element in _tuple_types(instruction.type)[:1])
         return out + sum(sizes)
 
-    def _share(self, instruction: Instruction, operand: Instruction) -> float:
-        """Of a grouped product's stack of matrices, those that are read."""
+    def _active_fraction(self, instruction: HloInstruction, operand: HloInstruction) -> float:
+        """The fraction of a grouped matmul's stacked matrices that is read."""
         stack = re.match(r"\w+\[(\d+),\d+,\d+\]", operand.type)
-        grouped = instruction.op == "custom-call" and "experts" in instruction.scope
-        return min(self._experts / int(stack.group(1)), 1.0) if self._experts and grouped and stack else 1.0
+        grouped = instruction.opcode == "custom-call" and "experts" in instruction.scope
+        return min(self._active_experts / int(stack.group(1)), 1.0) if self._active_experts and grouped and stack else 1
 
-    def _fused_traffic(self, computation: Computation, fusion: Instruction, inner: Computation) -> float:
-        """Of an operand that is only sliced or looked up, what is taken; of one updated in place, what is written."""
-        parameters = {i.name: int(i.rest.split(")")[0]) for i in inner.instructions.values() if i.op == "parameter"}
+    def _fusion_traffic(self, computation: HloComputation, fusion: HloInstruction, inner: HloComputation) -> float:
+        """Operands and result, but only the slices of an operand that is sliced or updated in place."""
         total = 0.0
-        if any(i.op == "scatter" for i in inner.instructions.values()):  # in place: the rows that it adds to
+        if any(i.opcode == "scatter" for i in inner.instructions.values()):  # in place: the rows that it adds to
             sizes = [hbm_bytes(o.type) for n in fusion.operands if (o := computation.instructions.get(n)) is not None]
             return 3 * (sum(sizes) - max(sizes, default=0.0))
-        in_place = inner.root is not None and inner.root.op in ("dynamic-update-slice", "bitcast", "tuple")
-        updates = [i for i in inner.instructions.values() if i.op == "dynamic-update-slice"] if in_place else []
+        in_place = inner.root is not None and inner.root.opcode in ("dynamic-update-slice", "bitcast", "tuple")
+        updates = [i for i in inner.instructions.values() if i.opcode == "dynamic-update-slice"] if in_place else []
         updated = {_source(inner, update.operands[0]) for update in updates}
-        for name, number in parameters.items():
+        for number, name in inner.parameters.items():
             operand = computation.instructions.get(fusion.operands[number])
             if operand is None or name in updated:
                 continue
-            total += min(self._taken(inner, name), hbm_bytes(operand.type))
+            total += min(self._bytes_read(inner, name), hbm_bytes(operand.type))
         written = sum(
             hbm_bytes(inner.instructions[update.operands[1]].type)
             for update in updates
@@ -264,24 +271,24 @@ class Program:
         return total + (written if updates else hbm_bytes(fusion.type))
 
 
-def _result(instruction: Instruction) -> str:
-    """The type of what it makes. That of a collective that is started names operands, results and more."""
-    kind = instruction.op.removesuffix("-start")
-    started = kind != instruction.op and kind in _COLLECTIVES and kind != "all-reduce"
-    return _parts(instruction.type)[1] if started else instruction.type
+def _result_type(instruction: HloInstruction) -> str:
+    """The type of the result; an asynchronous start's type is a tuple of operands, results and more."""
+    kind = instruction.opcode.removesuffix("-start")
+    started = kind != instruction.opcode and kind in _COLLECTIVES and kind != "all-reduce"
+    return _tuple_types(instruction.type)[1] if started else instruction.type
 
 
-def size_of(array: re.Match[str]) -> float:
+def array_bytes(array: re.Match[str]) -> float:
     return float(math.prod(int(n) for n in array.group(2).split(",") if n) * _BYTES[array.group(1)])
 
 
 def hbm_bytes(type_: str) -> float:
-    """Bytes of the arrays of a type that lie in a device's main memory; S(n) marks another."""
-    return sum(size_of(array) for array in _ARRAY.finditer(type_) if "S(" not in (array.group(3) or ""))
+    """Bytes of the arrays of a type that are in HBM; S(n) in the layout marks another memory space."""
+    return sum(array_bytes(array) for array in _ARRAY.finditer(type_) if "S(" not in (array.group(3) or ""))
 
 
 def first_group(rest: str) -> tuple[int, ...]:
-    """The first group of devices, in whichever of XLA's notations it is written."""
+    """The first group of devices of a collective, in any of XLA's notations."""
     if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
         return int(pairs.group(1)), int(pairs.group(2))
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
@@ -305,39 +312,39 @@ def _iota(sizes: str, order: str | None) -> np.ndarray:
     return (ids.transpose([int(n) for n in order.split(",")]) if order else ids).reshape(-1)
 
 
-def _constant(instruction: Instruction | None) -> int | None:
-    if instruction is None or instruction.op != "constant" or instruction.type[:3] not in ("s32", "u32", "s64"):
+def _constant(instruction: HloInstruction | None) -> int | None:
+    if instruction is None or instruction.opcode != "constant" or instruction.type[:3] not in ("s32", "u32", "s64"):
         return None
     found = re.match(r"(\d+)\)", instruction.rest)
     return int(found.group(1)) if found else None
 
 
-def _source(inner: Computation, name: str) -> str:
-    """Through bitcasts to where an array comes from."""
+def _source(inner: HloComputation, name: str) -> str:
+    """The array that a chain of bitcasts, copies and converts starts from."""
     instruction = inner.instructions.get(name)
-    while instruction is not None and instruction.op in ("bitcast", "copy", "convert") and instruction.operands:
+    while instruction is not None and instruction.opcode in ("bitcast", "copy", "convert") and instruction.operands:
         name = instruction.operands[0]
         instruction = inner.instructions.get(name)
     return name
 
 
-def _name_element(computation: Computation, name: str) -> None:
-    """`%tuple#1`, as newer compilers write an element in place, is an instruction that takes it out here."""
-    whole, _, index = name.rpartition("#")
-    if whole and name not in computation.instructions:
-        _name_element(computation, whole)
-        kind = _parts(computation.instructions[whole].type)[int(index)]
-        rest = f"%{whole}), index={index}"
-        computation.instructions[name] = Instruction(name, kind, "get-tuple-element", rest)
+def _add_tuple_element(computation: HloComputation, name: str) -> None:
+    """Add the get-tuple-element that `%tuple#1` stands for, a tuple's element as newer compilers write it."""
+    source, _, index = name.rpartition("#")
+    if source and name not in computation.instructions:
+        _add_tuple_element(computation, source)
+        kind = _tuple_types(computation.instructions[source].type)[int(index)]
+        rest = f"%{source}), index={index}"
+        computation.instructions[name] = HloInstruction(name, kind, "get-tuple-element", rest)
 
 
-def _parts(type_: str) -> list[str]:
-    """Of a tuple's type."""
-    parts, depth = [""], 0
+def _tuple_types(type_: str) -> list[str]:
+    """The element types of a tuple type."""
+    elements, depth = [""], 0
     for letter in re.sub(r"/\*.*?\*/", "", type_)[1:-1]:
         depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and depth == 0:
-            parts.append("")
+            elements.append("")
         else:
-            parts[-1] += letter
-    return [part.strip() for part in parts]
+            elements[-1] += letter
+    return [element.strip() for element in elements]

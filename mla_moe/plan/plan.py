@@ -1,4 +1,4 @@
-"""Compile a stage of a recipe for a topology, and say what it takes."""
+"""Compile a stage of a recipe for a topology, and report memory, FLOPs, collectives and the estimated step time."""
 
 import dataclasses
 import re
@@ -14,60 +14,59 @@ import jax
 from mla_moe.config import ConfigError, Recipe
 from mla_moe.plan import stages
 from mla_moe.plan.compiler import compile_to_buffers
-from mla_moe.plan.costs import Traffic, traffic
+from mla_moe.plan.costs import CollectiveTraffic, collective_traffic
 from mla_moe.plan.flops import ExpectedRouting, count_flops
-from mla_moe.plan.program import Program
+from mla_moe.plan.hlo import HloModule
+from mla_moe.plan.stages import DecodeOptions
 from mla_moe.plan.topology import Topology
-
-STAGES = {"train": stages.train, "decode": stages.decode, "rl": stages.rl}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a stage takes on one device of a topology, unless it says otherwise. Bytes, FLOPs, seconds."""
+    """What one device of a topology needs for a run of a stage's program. Bytes, FLOPs, seconds."""
 
     stage: str
     topology: str
     devices: int
     mesh: dict[str, int]
     capacity_bytes: float | None
-    """None where it is not known: a CPU's is the machine's."""
+    """HBM that a program may use; None for a CPU."""
     argument_bytes: float
     temp_bytes: float
-    """Beside the arguments, whose memory the results take over. Where the compiler refuses the program: what it
-    would need, if it says so."""
-    held: dict[str, float]
-    """What lives beside the program, by what it is for."""
+    """Besides the arguments, whose memory donated results reuse. If the compiler refuses the program: what it would
+    need, where the compiler reports that."""
+    resident: dict[str, float]
+    """Bytes of other arrays in memory while the program runs, by purpose."""
     sampling_bytes: float
-    """What lives while answers are sampled, without a decode step's temporaries; 0 where the stage samples none."""
+    """Bytes while completions are sampled, without a decode step's temporaries; 0 for a stage without sampling."""
     memory: dict[str, float]
-    """Of what is known without compiling: parameters, optimizer, and of the temporaries gradients, layer inputs."""
+    """Bytes that are known without compiling: of the arguments, and of the temporaries gradients and layer inputs."""
     flops: float
     flops_by_kind: dict[str, float]
     useful_flops_share: float
-    """FLOPs that the mathematics needs, of those that run."""
+    """FLOPs of the model's mathematics as a fraction of those that run."""
     useful_or_recomputed_flops_share: float
-    """Counting what rematerialisation does again on purpose as useful."""
-    collectives: list[Traffic]
+    """The same, with the FLOPs that rematerialisation repeats counted as useful."""
+    collectives: list[CollectiveTraffic]
     memory_traffic_bytes: float
     compute_seconds: float | None
     memory_seconds: float | None
     network_seconds: float | None
     step_seconds: float | None
-    """The longest of the three: what is possible if they overlap. Their sum is what it takes if they never do."""
+    """The longest of the three: the lower bound, if they overlap fully. Without overlap it is their sum."""
     mfu: float | None
-    """Useful FLOPs in that time, of the peak."""
+    """Useful FLOPs of `step_seconds` as a fraction of the peak."""
     tokens: int
-    """Of all devices in one run."""
+    """Tokens of one run, over all devices."""
     compile_seconds: float
     compile_memory_bytes: float
     refusal: str | None = None
-    """The compiler's words, where it does."""
+    """The compiler's error, if it refuses the program for lack of memory."""
 
     @property
     def bytes(self) -> float:
-        """Of a device at the fullest time."""
-        return max(self.argument_bytes + self.temp_bytes + sum(self.held.values()), self.sampling_bytes)
+        """Peak memory of a device."""
+        return max(self.argument_bytes + self.temp_bytes + sum(self.resident.values()), self.sampling_bytes)
 
     @property
     def fits(self) -> bool:
@@ -77,49 +76,49 @@ class Plan:
         return dataclasses.asdict(self) | {"fits": self.fits}
 
 
-def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", **how: Any) -> Plan:
-    """Compile `stage` of a recipe; `how` is what its function in `stages` wants to know beside. Raises `ConfigError`
-    for a mesh that the topology cannot have."""
-    program = STAGES[stage](recipe, topology, **how)
+def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", options: DecodeOptions | None = None) -> Plan:
+    """Compile `stage` (`train`, `rl` or `decode`, with its options) of a recipe. Raises `ConfigError` for a mesh that
+    the topology or the recipe cannot be sharded over."""
+    program = stages.trace(recipe, topology, stage, options)
     flops = count_flops(program.traced.jaxpr, program.mesh.size, program.expected)
     start = time.perf_counter()
-    refusal, text, argument, temp = None, "", 0.0, 0.0
+    refusal, text, argument_bytes, temp_bytes = None, "", 0.0, 0.0
     try:
-        text, argument, temp = compile_to_buffers(program.traced, topology.platform)
+        text, argument_bytes, temp_bytes = compile_to_buffers(program.traced, topology.platform)
     except jax.errors.JaxRuntimeError as error:
-        refusal, argument, temp = _refused(str(error), program.kinds)
+        refusal, argument_bytes, temp_bytes = _parse_refusal(str(error), program.memory, topology)
     seconds = time.perf_counter() - start
     expected = program.expected
-    compiled_program = Program(text, partial(_trips, expected), expected.experts) if text else None
-    runs = traffic(
-        compiled_program.collectives() if compiled_program else (), program.mesh, topology, program.row_share
-    )
-    moved = compiled_program.memory_traffic() if compiled_program else 0.0
-    chip, total = topology.chip, sum(flops.values())
-    times = None if chip is None else (total / chip.flops, moved / chip.hbm_bandwidth, sum(t.seconds for t in runs))
+    hlo = HloModule(text, partial(_loop_trips, expected), expected.active_experts) if text else None
+    traffic = collective_traffic(hlo.collectives() if hlo else (), program.mesh, topology, program.dispatch_fill)
+    memory_traffic = hlo.memory_traffic() if hlo else 0.0
+    device, total = topology.accelerator, sum(flops.values())
+    times = None
+    if device is not None:
+        times = total / device.flops, memory_traffic / device.hbm_bandwidth, sum(t.seconds for t in traffic)
     step = None if times is None or refusal else max(times)
     return Plan(
         stage=stage,
         topology=topology.name,
         devices=program.mesh.size,
         mesh=dict(program.mesh.shape),
-        capacity_bytes=None if chip is None else chip.hbm_bytes,
-        argument_bytes=argument,
-        temp_bytes=temp,
-        held=program.held,
-        sampling_bytes=program.sampling,
-        memory=program.kinds,
+        capacity_bytes=None if device is None else device.hbm_bytes,
+        argument_bytes=argument_bytes,
+        temp_bytes=temp_bytes,
+        resident=program.resident,
+        sampling_bytes=program.sampling_bytes,
+        memory=program.memory,
         flops=total,
         flops_by_kind=flops,
-        useful_flops_share=program.useful / total,
-        useful_or_recomputed_flops_share=(program.useful + program.recomputed) / total,
-        collectives=runs,
-        memory_traffic_bytes=moved,
+        useful_flops_share=program.useful_flops / total,
+        useful_or_recomputed_flops_share=(program.useful_flops + program.recomputed_flops) / total,
+        collectives=traffic,
+        memory_traffic_bytes=memory_traffic,
         compute_seconds=times and times[0],
         memory_seconds=times and times[1],
         network_seconds=times and times[2],
         step_seconds=step,
-        mfu=program.useful / (step * chip.flops) if step and chip else None,
+        mfu=program.useful_flops / (step * device.flops) if step and device else None,
         tokens=program.tokens,
         compile_seconds=seconds,
         compile_memory_bytes=_peak_memory(),
@@ -127,21 +126,23 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", **how: A
     )
 
 
-def _trips(expected: ExpectedRouting, scope: str) -> float:
-    """How often a loop runs whose end the program does not say, by JAX's name of it."""
+def _loop_trips(expected: ExpectedRouting, scope: str) -> float:
+    """Expected trip count of a while loop, from JAX's name of it."""
     if "experts" in scope:
-        return expected.rounds
-    return expected.blocks if "attend" in scope else 1.0
+        return expected.num_chunks
+    return expected.key_blocks if "attend" in scope else 1.0
 
 
-def _refused(error: str, kinds: dict[str, float]) -> tuple[str, float, float]:
-    """The compiler's refusal for want of memory: its words, and the bytes of arguments and temporaries."""
+def _parse_refusal(error: str, memory: dict[str, float], topology: Topology) -> tuple[str, float, float]:
+    """The compiler's out-of-memory error, and the bytes of arguments and temporaries that it reports. Raises
+    `ConfigError` for any other error of the compiler."""
     found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", error)
     if found is None:
-        raise ConfigError("topology", "compiler", textwrap.shorten(error, 400))
+        fix = "change the mesh or the kernels of the recipe"
+        raise ConfigError("topology", topology.name, f"the compiler says: {textwrap.shorten(error, 400)}; {fix}")
     used = float(found.group(1)) * 1024.0 ** (1 + "KMGT".index(found.group(2)))
-    argument = sum(size for kind, size in kinds.items() if kind not in ("gradients", "layer inputs"))
-    return error.splitlines()[0], argument, max(used - argument, 0.0)
+    argument_bytes = sum(size for kind, size in memory.items() if kind not in stages.TEMPORARIES)
+    return error.splitlines()[0], argument_bytes, max(used - argument_bytes, 0.0)
 
 
 def _peak_memory() -> float:

@@ -1,4 +1,4 @@
-"""The programs of a recipe's stages, traced for devices that need not exist."""
+"""The programs of a recipe's stages, traced for devices that need not be attached."""
 
 import math
 from dataclasses import replace
@@ -11,14 +11,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Traced
 
 from mla_moe.config import ModelConfig, Recipe, require
-from mla_moe.inference import model_runner
-from mla_moe.inference.model_runner import empty_slots
+from mla_moe.inference.decode import ProgramOptions
+from mla_moe.inference.input_batch import InputBatch
+from mla_moe.inference.model_runner import decode as decode_program
 from mla_moe.inference.weights import ModelGraph, decode_sharding, inference_layout
 from mla_moe.nn.abstract_model import AbstractModel
-from mla_moe.nn.kernels import resolve_kernels
 from mla_moe.nn.kv_cache import cache_shape, cache_sharding, round_up_capacity
 from mla_moe.nn.model_costs import count_parameters, train_flops_per_token
-from mla_moe.nn.param import Precision
+from mla_moe.nn.param import Precision, resolve_kernels
 from mla_moe.ops import attention, cached_attention
 from mla_moe.ops.experts import block_size
 from mla_moe.parallel.expert_parallel import dispatch_plan, expected_device_fraction
@@ -31,31 +31,49 @@ from mla_moe.rl.objectives import kl_coefficient
 from mla_moe.training.optimizer import make_optimizer
 from mla_moe.training.step import abstract_state, make_train_step
 
+TEMPORARIES = ("gradients", "layer inputs")
+"""Entries of `StageProgram.memory` that are temporaries of the program; the others are arguments."""
+
 
 class StageProgram(NamedTuple):
-    """A program before it is compiled, and what is known of it without."""
+    """A traced program, and what is known of it without compiling. Bytes and FLOPs are those of one device."""
 
     traced: Traced
     mesh: Mesh
-    kinds: dict[str, float]
-    """Bytes of one device that live throughout, by what they are for."""
-    useful: float
-    """FLOPs of one device that the mathematics needs."""
-    recomputed: float
-    """FLOPs of one device that a backward pass does again on purpose."""
+    memory: dict[str, float]
+    """Bytes of large arguments and temporaries, by purpose."""
+    useful_flops: float
+    """FLOPs of the model's mathematics."""
+    recomputed_flops: float
+    """FLOPs that the backward pass repeats by rematerialisation."""
     expected: ExpectedRouting
-    row_share: float
-    """How full the expert exchange's buffers are, if the routing is even."""
+    dispatch_fill: float
+    """The fraction of the token dispatch's buffers that an even routing fills."""
     tokens: int
-    """Read in one run, over all devices."""
-    held: dict[str, float]
-    """Bytes of one device that live beside the program, by what they are for."""
-    sampling: float
-    """Bytes of one device that live while answers are sampled, where the stage does that too."""
+    """Tokens of one run, over all devices."""
+    resident: dict[str, float]
+    """Bytes of other arrays in memory while the program runs, by purpose."""
+    sampling_bytes: float
+    """Bytes while completions are sampled; 0 for a stage without sampling."""
+
+
+class DecodeOptions(NamedTuple):
+    """The decode stage: `batch` sequences with `context` cached tokens each."""
+
+    batch: int = 128
+    context: int = 4096
+    int8_kv_cache: bool = False
+
+
+def trace(recipe: Recipe, topology: Topology, stage: str, options: DecodeOptions | None = None) -> StageProgram:
+    """`stage` is `train`, `rl` or `decode`; only the last has options."""
+    if stage == "decode":
+        return decode(recipe, topology, options or DecodeOptions())
+    return {"train": train, "rl": rl}[stage](recipe, topology)
 
 
 def train(recipe: Recipe, topology: Topology) -> StageProgram:
-    """The step of `training.step`, as `train.py` runs it."""
+    """The training step of `training.step`, as `train.py` runs it."""
     mesh = make_mesh(recipe.mesh, topology.devices)
     check_divisible(recipe, mesh)
     training, cfg = recipe.training, recipe.model
@@ -63,147 +81,148 @@ def train(recipe: Recipe, topology: Topology) -> StageProgram:
     tx = make_optimizer(recipe.optimizer, training.steps, abstract_model)
     state = abstract_state(abstract_model, tx, mesh)
     shape = training.batch_size, training.sequence_length
-    row = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), row)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
+    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), tokens)
     traced = make_train_step(abstract_model, tx, training, mesh).trace(state, batch)
 
-    kinds = {
+    memory = {
         "parameters": bytes_of(state.params) + bytes_of(state.biases),
         "optimizer": bytes_of(state.optimizer),
         "batch": bytes_of(batch),
         "gradients": bytes_of(state.params),
     }
-    return _gradients(traced, recipe, abstract_model, cfg, mesh, shape, training.gradient_accumulation_steps, kinds)
+    accumulation_steps = training.gradient_accumulation_steps
+    return _gradient_program(traced, recipe, abstract_model, cfg, mesh, shape, accumulation_steps, memory)
 
 
 def rl(recipe: Recipe, topology: Topology) -> StageProgram:
-    """Gradients of `rl.micro_batch_size` rows of answers, the largest program of `rl.update`; beside it lie the moments, the
-    reference and the sampler's cache."""
-    require(recipe.rl.steps > 0, "rl.steps", recipe.rl.steps, "the recipe has no reinforcement learning to plan")
+    """The gradient of one microbatch (`rl.micro_batch_size` packed sequences), the largest program of `rl.learner`.
+    The optimizer state, the reference policy and the sampler's KV cache are resident meanwhile."""
+    require(recipe.rl.steps > 0, "rl.steps", recipe.rl.steps, "has no RL stage to plan; set a positive number")
     mesh, cfg, settings = make_mesh(recipe.mesh, topology.devices), recipe.model, recipe.rl
     check_divisible(recipe, mesh)
     abstract_model = make_abstract_model(recipe, mesh)
     tx = make_optimizer(settings.optimizer, settings.steps * settings.minibatches, abstract_model)
     state = abstract_state(abstract_model, tx, mesh)
     shape = settings.micro_batch_size, settings.packed_row_length
-    place = NamedSharding(mesh, BATCH_SPEC)
-    part: Any = dict.fromkeys(
-        ("tokens", "targets", "segment_ids", "positions", "answer_BT"),
-        jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place),
-    )
-    numbers = ["sampler_logprob_BT", "advantage_BT", "weight_BT"]
-    numbers += ["old_logprob_BT"] * (settings.minibatches > 1) + ["reference_logprob_BT"] * (
-        kl_coefficient(settings) > 0
-    )
-    part |= dict.fromkeys(numbers, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place))
+    sharding = NamedSharding(mesh, BATCH_SPEC)
+    integers = "tokens", "targets", "segment_ids", "positions", "completion_BT"
+    floats = ["sampler_logprob_BT", "advantage_BT", "weight_BT"]
+    floats += ["old_logprob_BT"] * (settings.minibatches > 1)
+    floats += ["reference_logprob_BT"] * (kl_coefficient(settings) > 0)
+    microbatch: Any = dict.fromkeys(integers, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding))
+    microbatch |= dict.fromkeys(floats, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding))
     if settings.routing_replay and cfg.num_moe_layers:
-        chosen = *shape, cfg.num_moe_layers, cfg.num_experts_per_tok
-        part["replay"] = jax.ShapeDtypeStruct(chosen, jnp.int16, sharding=place)
+        selected = *shape, cfg.num_moe_layers, cfg.num_experts_per_tok
+        microbatch["replay"] = jax.ShapeDtypeStruct(selected, jnp.int16, sharding=sharding)
     programs = LearnerPrograms(abstract_model, tx, recipe, mesh)
-    total = programs.abstract_total(state, part)
-    traced = programs.add.trace(state.params, state.biases, part, total)
+    sums = programs.abstract_sums(state, microbatch)
+    traced = programs.accumulate.trace(state.params, state.biases, microbatch, sums)
 
     parameters = bytes_of(state.params) + bytes_of(state.biases)
-    kinds = {"parameters": parameters, "batch": bytes_of(part), "sum of gradients": bytes_of(total.gradient)}
-    weights, cache = sampler(
-        recipe, abstract_model, mesh, settings.max_num_seqs, settings.max_prompt_tokens + settings.max_new_tokens
-    )
-    held = {"optimizer": bytes_of(state.optimizer), "sampler's cache": bytes_of(cache)}
+    memory = {
+        "parameters": parameters,
+        "batch": bytes_of(microbatch),
+        "accumulated gradients": bytes_of(sums.gradient),
+        "gradients": bytes_of(state.params),
+    }
+    max_model_len = settings.max_prompt_tokens + settings.max_new_tokens
+    weights, cache = sampler_arrays(recipe, abstract_model, mesh, settings.max_num_seqs, max_model_len)
+    resident = {"optimizer": bytes_of(state.optimizer), "sampler's KV cache": bytes_of(cache)}
     if kl_coefficient(settings):
-        held["reference"] = bytes_of(state.params)
+        resident["reference"] = bytes_of(state.params)
     trained = replace(cfg, num_nextn_predict_layers=0)
-    kinds |= {"gradients": bytes_of(state.params)}
-    stage = _gradients(traced, recipe, abstract_model, trained, mesh, shape, 1, kinds)
-    return stage._replace(held=held, sampling=parameters + sum(held.values()) + bytes_of(weights))
+    program = _gradient_program(traced, recipe, abstract_model, trained, mesh, shape, 1, memory)
+    sampling_bytes = parameters + sum(resident.values()) + bytes_of(weights)
+    return program._replace(resident=resident, sampling_bytes=sampling_bytes)
 
 
-def _gradients(
-    traced: Traced,
-    recipe: Recipe,
-    abstract_model: AbstractModel,
-    cfg: ModelConfig,
-    mesh: Mesh,
-    shape: tuple[int, int],
-    parts: int,
-    kinds: dict[str, float],
-) -> StageProgram:
-    """A program that differentiates `shape` tokens, rows by length, in so many parts; `cfg` is what it runs of the
-    model."""
+def _gradient_program(
+    traced: Traced, recipe: Recipe, abstract_model: AbstractModel, cfg: ModelConfig, mesh: Mesh,
+    shape: tuple[int, int], accumulation_steps: int, memory: dict[str, float],
+) -> StageProgram:  # fmt: skip
+    """A program that computes gradients of a batch `[B, T]`. `cfg` is the part of the model that is differentiated."""
     (_, length), tokens, devices, full = shape, math.prod(shape), mesh.size, recipe.training.remat == "full"
     useful = train_flops_per_token(cfg, length) * tokens / devices
     head = 6 * cfg.vocab_size * cfg.hidden_size * (1 + cfg.num_nextn_predict_layers) * tokens / devices
-    local = tokens // parts // devices
+    local_tokens = tokens // accumulation_steps // devices
     if full:
-        item = jnp.dtype(abstract_model.precision.compute).itemsize
-        kinds = kinds | {"layer inputs": float(cfg.num_hidden_layers * local * cfg.hidden_size * item)}
-    expected, row_share = even_routing(recipe, mesh, local)
-    expected = replace(expected, blocks=length / attention.block_size(length) / 2)  # on and below the diagonal
-    # Attention's derivative makes the scores again, and a rematerialised layer all of its forward pass.
+        itemsize = jnp.dtype(abstract_model.precision.compute).itemsize
+        memory = memory | {"layer inputs": float(cfg.num_hidden_layers * local_tokens * cfg.hidden_size * itemsize)}
+    expected, dispatch_fill = even_routing(recipe, mesh, local_tokens)
+    expected = replace(expected, key_blocks=length / attention.block_size(length) / 2)  # on and below the diagonal
+    # The backward pass computes the attention scores again, and with full rematerialisation each layer's forward pass.
     layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
     width = cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
     recomputed = layers * width * (length + 1) * tokens / devices + ((useful - head) / 3 if full else 0.0)
-    return StageProgram(traced, mesh, kinds, useful, recomputed, expected, row_share, tokens, held={}, sampling=0.0)
+    return StageProgram(
+        traced, mesh, memory, useful, recomputed, expected, dispatch_fill, tokens, resident={}, sampling_bytes=0.0
+    )
 
 
-def decode(recipe: Recipe, topology: Topology, batch: int, context: int, int8_kv_cache: bool = False) -> StageProgram:
-    """One token for each of `batch` sequences of `context` tokens: the engine's loop, of which one turn is counted."""
-    fix = "plan decoding for an accelerator: on a CPU the engine takes the model apart"
-    require(topology.chip is not None, "topology", topology.name, fix)
+def decode(recipe: Recipe, topology: Topology, options: DecodeOptions) -> StageProgram:
+    """The engine's decode loop, of which one step is counted: one token for each sequence."""
+    batch, context, int8_kv_cache = options
+    fix = "decoding is planned for TPU and GPU only; on a CPU the engine runs other code"
+    require(topology.accelerator is not None, "topology", topology.name, fix)
     mesh, cfg = make_mesh(recipe.mesh, topology.devices), recipe.model
-    rows = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
-    require(batch % rows == 0, "batch", batch, f"must be a multiple of {rows}: sequences over data x fsdp x expert")
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
+    require(batch % shards == 0, "batch", batch, f"must be a multiple of {shards}: sequences over data x fsdp x expert")
     abstract_model = make_abstract_model(recipe, mesh)
-    state, cache = sampler(recipe, abstract_model, mesh, batch, context, int8_kv_cache)
-    place = cache_sharding(mesh, batch)
-    whole = NamedSharding(mesh, PartitionSpec())
-    slots = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), empty_slots(batch))
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    state, cache = sampler_arrays(recipe, abstract_model, mesh, batch, context, int8_kv_cache)
+    replicated = NamedSharding(mesh, PartitionSpec())
+    slots = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), InputBatch(batch).decode_state()
+    )
+    steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        structure = ModelGraph(abstract_model.graph)
-        traced = model_runner.decode.trace(
-            structure, state, cache, slots, number, False, record=False, tempered=False, place=place
-        )
+        graph = ModelGraph(abstract_model.graph)
+        program_options = ProgramOptions(cache_sharding=cache_sharding(mesh, batch))
+        traced = decode_program.trace(graph, state, cache, slots, steps, False, program_options)
     weights = count_parameters(cfg).active - cfg.vocab_size * cfg.hidden_size
     width = 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
     useful = batch / mesh.size * (2 * weights + 2 * cfg.num_hidden_layers * cfg.num_attention_heads * width * context)
-    kinds = {"parameters": bytes_of(state), "cache": bytes_of(cache)}
-    # The devices of `expert` have the same tokens; of the experts a few are chosen by none.
-    local, K, e = batch // (mesh.shape["data"] * mesh.shape["fsdp"]), cfg.num_experts_per_tok, experts_of(cfg, mesh)
-    chosen = e * (1 - (1 - K / cfg.n_routed_experts) ** local)
-    multiply = resolve_kernels(recipe.kernels, mesh.devices.flat[0].platform).grouped_matmul
-    block = block_size(local * min(K, e), e, multiply)
-    rows = chosen * block * math.ceil(local * K / cfg.n_routed_experts / block)
-    expected = ExpectedRouting(blocks=cache.shape[2] / cached_attention.BLOCK, rows=rows, experts=chosen)
-    return StageProgram(traced, mesh, kinds, useful, 0.0, expected, 1.0, batch, held={}, sampling=0.0)
+    memory = {"parameters": bytes_of(state), "KV cache": bytes_of(cache)}
+    # The devices along `expert` have the same tokens; a few experts are selected by no token.
+    local_batch, K = batch // (mesh.shape["data"] * mesh.shape["fsdp"]), cfg.num_experts_per_tok
+    e = experts_per_device(cfg, mesh)
+    active = e * (1 - (1 - K / cfg.n_routed_experts) ** local_batch)
+    kernel = resolve_kernels(recipe.kernels, mesh.devices.flat[0].platform).grouped_matmul
+    block = block_size(local_batch * min(K, e), e, kernel)
+    rows = active * block * math.ceil(local_batch * K / cfg.n_routed_experts / block)
+    key_blocks = cache.shape[2] / cached_attention.BLOCK
+    expected = ExpectedRouting(key_blocks=key_blocks, expert_rows=rows, active_experts=active)
+    return StageProgram(traced, mesh, memory, useful, 0.0, expected, 1.0, batch, resident={}, sampling_bytes=0.0)
 
 
-def sampler(
+def sampler_arrays(
     recipe: Recipe, abstract_model: AbstractModel, mesh: Mesh, slots: int, context: int, int8_kv_cache: bool = False
-) -> tuple[nnx.State, Any]:
-    """An engine's weights and cache, without arrays."""
+) -> tuple[nnx.State, jax.ShapeDtypeStruct]:
+    """Shapes and shardings of an engine's weights and KV cache."""
     compute, cfg = jnp.dtype(abstract_model.precision.compute), recipe.model
 
-    def held(v):
+    def abstract(v: nnx.Variable) -> nnx.Variable:
         x = jax.eval_shape(lambda x: inference_layout(v.replace(x), compute, mesh), v.get_value())
         return v.replace(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=decode_sharding(v, mesh)))
 
-    state = nnx.from_flat_state([(tuple(path.split("/")), held(v)) for path, v in abstract_model.variables.items()])
-    dtype, place = jnp.int8 if int8_kv_cache else compute, cache_sharding(mesh, slots)
-    return state, cache_shape(cfg, slots, round_up_capacity(context), dtype, layers=cfg.num_hidden_layers, place=place)
+    state = nnx.from_flat_state([(tuple(path.split("/")), abstract(v)) for path, v in abstract_model.variables.items()])
+    dtype, capacity = jnp.int8 if int8_kv_cache else compute, round_up_capacity(context)
+    sharding = cache_sharding(mesh, slots)
+    return state, cache_shape(cfg, slots, capacity, dtype, layers=cfg.num_hidden_layers, sharding=sharding)
 
 
-def experts_of(cfg: ModelConfig, mesh: Mesh) -> int:
-    """How many a device has."""
+def experts_per_device(cfg: ModelConfig, mesh: Mesh) -> int:
     return cfg.n_routed_experts // mesh.shape["expert"]
 
 
 def make_abstract_model(recipe: Recipe, mesh: Mesh) -> AbstractModel:
+    """The recipe's model with the kernels and dtypes of the mesh's platform."""
     platform = mesh.devices.flat[0].platform
-    chosen = recipe.training.compute_dtype
+    compute_dtype = recipe.training.compute_dtype
     auto = "float32" if platform == "cpu" else "bfloat16"
     return AbstractModel(
         recipe.model,
-        precision=Precision(compute=jnp.dtype(auto if chosen == "auto" else chosen)),
+        precision=Precision(compute=jnp.dtype(auto if compute_dtype == "auto" else compute_dtype)),
         kernels=resolve_kernels(recipe.kernels, platform),
         remat=recipe.training.remat,
         rules=rules_with_overrides(recipe.mesh.rules),
@@ -211,23 +230,24 @@ def make_abstract_model(recipe: Recipe, mesh: Mesh) -> AbstractModel:
 
 
 def even_routing(recipe: Recipe, mesh: Mesh, tokens: int) -> tuple[ExpectedRouting, float]:
-    """What `tokens` of a device give its experts to do, and how full the exchange's buffers get."""
+    """The experts' work for `tokens` tokens per device, and the fraction of the dispatch buffers that is filled."""
     cfg, devices = recipe.model, mesh.shape["expert"]
     kernels = resolve_kernels(recipe.kernels, mesh.devices.flat[0].platform)
-    here = experts_of(cfg, mesh)
-    choices = tokens * cfg.num_experts_per_tok
+    local_experts, pairs = experts_per_device(cfg, mesh), tokens * cfg.num_experts_per_tok
     if devices == 1:
-        block = block_size(choices, here, kernels.grouped_matmul)
-        return ExpectedRouting(rows=choices + here * (block - 1) / 2), 1.0
-    s = dispatch_plan(
-        cfg, tokens, devices, buffer=kernels.capacity_factor, exchange=kernels.dispatch, multiply=kernels.grouped_matmul
-    )
-    rounds, block = s.rounds, block_size(s.most, here, kernels.grouped_matmul)
-    rows = choices / rounds + here * (block - 1) / 2
-    return ExpectedRouting(rounds, rows), tokens * expected_device_fraction(cfg, devices) / (rounds * s.capacity)
+        block = block_size(pairs, local_experts, kernels.grouped_matmul)
+        return ExpectedRouting(expert_rows=pairs + local_experts * (block - 1) / 2), 1.0
+    plan = dispatch_plan(
+        cfg, tokens, devices, capacity_factor=kernels.capacity_factor, dispatch=kernels.dispatch,
+        grouped_matmul=kernels.grouped_matmul,
+    )  # fmt: skip
+    block = block_size(plan.max_pairs, local_experts, kernels.grouped_matmul)
+    rows = pairs / plan.num_chunks + local_experts * (block - 1) / 2
+    fill = tokens * expected_device_fraction(cfg, devices) / (plan.num_chunks * plan.chunk_capacity)
+    return ExpectedRouting(plan.num_chunks, rows), fill
 
 
 def bytes_of(tree: Any) -> float:
-    """Of one device."""
+    """Bytes of a tree of sharded arrays on one device."""
     leaves = jax.tree.leaves(tree)
     return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))

@@ -1,4 +1,4 @@
-"""From `v5p:8x8x8`, `h100:16x8` or `cpu:8` to devices that need not exist, and what they can do."""
+"""Resolve a topology (`v5p:8x8x8`, `h100:16x8`, `cpu:8`) to devices, which need not be attached, and their peaks."""
 
 import importlib.util
 import math
@@ -10,37 +10,37 @@ from typing import NamedTuple
 import jax
 
 from mla_moe.config import ConfigError, require
-from mla_moe.parallel.accelerators import CHIPS, GPUS, TPUS, Chip
+from mla_moe.parallel.accelerators import ACCELERATORS, GPUS, TPUS, Accelerator
 
 CHOICES = "v5e:4x4, v5p:8x8x8, v6e:16x16, v7x:4x4x8, h100:HOSTSxGPUS, h200:HOSTSxGPUS, cpu:DEVICES, for example"
 
 
 class Topology(NamedTuple):
-    """Where a recipe is to run."""
+    """The devices that a recipe is planned for."""
 
     name: str
     platform: str
     """tpu, cuda or cpu."""
     devices: Sequence[jax.Device]
-    chip: Chip | None
-    """None for a CPU, of which nothing is published here."""
+    accelerator: Accelerator | None
+    """Peaks of a device; None for a CPU."""
 
 
 def open_topology(name: str, slices: int = 1) -> Topology:
-    """The devices of `slices` times `name`. Raises `ConfigError` for one that does not exist, or whose compiler is not
-    installed, naming the choices or the command that installs it."""
+    """The devices of `slices` slices of a topology. Raises `ConfigError` if it is unknown (with the choices) or if its
+    compiler is not installed (with the command that installs it)."""
     kind, _, shape = name.partition(":")
     known = kind in TPUS or kind in GPUS or kind == "cpu"
-    require(known, "topology", name, f"write {CHOICES}")
+    require(known, "topology", name, f"unknown kind of device; write {CHOICES}")
     if kind == "cpu":
         return _cpu(name, shape, slices)
     require(re.fullmatch(r"\d+(x\d+)*", shape) is not None, "topology", name, f"give the shape too: {CHOICES}")
-    require(slices >= 1, "slices", slices, "at least 1")
+    require(slices >= 1, "slices", slices, "must be at least 1")
     return _tpu(name, kind, shape, slices) if kind in TPUS else _gpu(name, kind, shape, slices)
 
 
 def quiet_compilers() -> None:
-    """Keep the compilers of absent devices from looking for them; to be called before JAX starts a backend."""
+    """Stop the compilers of absent devices from probing for them. Call it before JAX initialises a backend."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -54,8 +54,8 @@ def quiet_compilers() -> None:
 
 
 def _cpu(name: str, shape: str, slices: int) -> Topology:
-    require(slices == 1, "slices", slices, "a CPU has no slices")
-    require(shape.isdigit() or not shape, "topology", name, "cpu, or cpu:DEVICES")
+    require(slices == 1, "slices", slices, "must be 1: a CPU has no slices")
+    require(shape.isdigit() or not shape, "topology", name, "write cpu or cpu:DEVICES")
     devices = jax.devices("cpu")
     count = int(shape or 1)
     if not 1 <= count <= len(devices):
@@ -66,31 +66,31 @@ def _cpu(name: str, shape: str, slices: int) -> Topology:
 
 def _tpu(name: str, kind: str, shape: str, slices: int) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("topology", name, "TPU programs need the TPU's compiler: pip install 'mla_moe[plan]'")
+        raise ConfigError("topology", name, "needs the TPU compiler: pip install 'mla_moe[plan]'")
     from jax.experimental import topologies
 
-    more = {"num_slices": slices} if slices > 1 else {}
+    options = {"num_slices": slices} if slices > 1 else {}
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{TPUS[kind]}:{shape}", **more)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{TPUS[kind]}:{shape}", **options)
     except jax.errors.JaxRuntimeError as error:
         raise ConfigError("topology", name, f"the TPU compiler says: {_first_line(error)}; write {CHOICES}") from None
-    return Topology(name, "tpu", found.devices, CHIPS[kind])
+    return Topology(name, "tpu", found.devices, ACCELERATORS[kind])
 
 
 def _gpu(name: str, kind: str, shape: str, slices: int) -> Topology:
     if not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
-        raise ConfigError("topology", name, "GPU programs need the CUDA compiler: pip install 'mla_moe[cuda]'")
+        raise ConfigError("topology", name, "needs the CUDA compiler: pip install 'mla_moe[cuda]'")
     from jax.experimental import topologies
 
-    parts = [int(part) for part in shape.split("x")]
-    require(len(parts) == 2, "topology", name, f"HOSTSxGPUS, for example {kind}:16x8")
-    whole = "x".join(map(str, (slices, *parts)))
+    sizes = [int(size) for size in shape.split("x")]
+    require(len(sizes) == 2, "topology", name, f"write HOSTSxGPUS, for example {kind}:16x8")
+    full_shape = "x".join(map(str, (slices, *sizes)))
     try:
-        found = topologies.get_topology_desc("", "cuda", target_config=GPUS[kind], topology=whole)
+        found = topologies.get_topology_desc("", "cuda", target_config=GPUS[kind], topology=full_shape)
     except (jax.errors.JaxRuntimeError, RuntimeError) as error:
         raise ConfigError("topology", name, f"the GPU compiler says: {_first_line(error)}") from None
-    assert len(found.devices) == slices * math.prod(parts)
-    return Topology(name, "cuda", found.devices, CHIPS[kind])
+    assert len(found.devices) == slices * math.prod(sizes)
+    return Topology(name, "cuda", found.devices, ACCELERATORS[kind])
 
 
 def _first_line(error: Exception) -> str:

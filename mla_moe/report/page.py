@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 
 from mla_moe.config import ConfigError
+from mla_moe.config.migrations import migrate_recipe
 from mla_moe.report import headlines, panels, rl
 from mla_moe.report.completions import before_and_after, pre, samples_section, text
 from mla_moe.report.drawing import STYLE
@@ -31,7 +32,7 @@ def write_report(run_dir: Path) -> Path:
         raise ConfigError("run_dir", str(run_dir), "no such directory; give the directory of a run")
     if not (rows := read_rows(run_dir / "metrics.jsonl")):
         raise ConfigError("run_dir", str(run_dir), "has no metrics.jsonl with rows; train at least one step there")
-    recipe, loads = _read_json(run_dir / "recipe.json"), read_rows(run_dir / "expert_load.jsonl")
+    recipe, loads = migrate_recipe(_read_json(run_dir / "recipe.json")), read_rows(run_dir / "expert_load.jsonl")
     samples = read_rows(run_dir / "samples.jsonl")
     names = list(dict.fromkeys(row["stage"] for row in rows))
     stages = [StageRecord(name, recipe, *(_of(name, some) for some in (rows, loads, samples))) for name in names]

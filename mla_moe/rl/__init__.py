@@ -1,1 +1,1 @@
-"""Reinforcement learning from rule rewards: questions, rewards, sampled answers, and what is learned from them."""
+"""Reinforcement learning from rule rewards: tasks, rollouts, rewards, objectives and the learner."""

@@ -1,8 +1,8 @@
-"""A step's answers, several to each question, and what they were worth."""
+"""The groups of a step: several scored completions per prompt, with dynamic sampling for DAPO."""
 
 import collections
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -13,64 +13,71 @@ from mla_moe.rl.rollout import Rollout, ScoredCompletion
 
 @dataclasses.dataclass(frozen=True)
 class GroupBatch:
-    answers: Sequence[Sequence[ScoredCompletion]]
+    completions: Sequence[Sequence[ScoredCompletion]]
+    """One group per prompt."""
     reward_GS: np.ndarray
-    """Float [questions, answers]: the score, less the penalty for length."""
-    next_question: int
-    left_out: int
-    """Groups that were sampled and not used, because their answers were all alike: right, or wrong."""
-    too_long: int
-    """Questions passed over for the length of their prompt."""
+    """Float [groups, completions per group]: score plus overlong penalty."""
+    next_prompt: int
+    """Number of the first training prompt of the next step."""
+    filtered: int
+    """Groups that dynamic sampling dropped because all their completions had the same reward."""
+    prompts_too_long: int
+    """Prompts skipped because of `rl.max_prompt_tokens`."""
 
     @property
     def tokens(self) -> int:
-        return sum(answer.length for group in self.answers for answer in group)
+        return sum(completion.length for group in self.completions for completion in group)
 
     def metrics(self) -> dict[str, float]:
-        """What a row of `metrics.jsonl` says of them. Lengths are in tokens; parts of the reward are unweighted."""
-        answers = [answer for group in self.answers for answer in group]
-        parts = {name: _mean(answer.score.parts[name] for answer in answers) for name in answers[0].score.parts}
-        failed = collections.Counter(failure.kind for answer in answers for failure in answer.score.failures)
+        """Metrics of the step. Lengths are in tokens; the components of the reward are unweighted."""
+        completions = [completion for group in self.completions for completion in group]
+        names = completions[0].score.components
+        components = {name: _mean(completion.score.components[name] for completion in completions) for name in names}
+        failures = collections.Counter(failure.kind for c in completions for failure in c.score.failures)
         return {
             "reward": float(self.reward_GS.mean()),
             "reward_std": float(self.reward_GS.std(axis=1).mean()),
-            "accuracy": parts.pop("accuracy"),
-            "format_rate": parts.pop("format"),
-            **{f"reward/{name}": value for name, value in parts.items()},
-            "response_length": _mean(answer.length for answer in answers),
-            "truncated": _mean(answer.truncated for answer in answers),
-            "filtered_groups": self.left_out,
-            "prompts_too_long": self.too_long,
-            **{f"verifier/{kind}": count for kind, count in failed.items()},
+            "accuracy": components.pop("accuracy"),
+            "format_rate": components.pop("format"),
+            **{f"reward/{name}": value for name, value in components.items()},
+            "response_length": _mean(completion.length for completion in completions),
+            "truncated": _mean(completion.truncated for completion in completions),
+            "filtered_groups": self.filtered,
+            "prompts_too_long": self.prompts_too_long,
+            **{f"verifier/{kind}": count for kind, count in failures.items()},
         }
 
 
 def sample_groups(
-    rollout: Rollout, rl: RLConfig, seed: int, question: int, note: Callable[[str], None] = lambda text: None
+    rollout: Rollout, rl: RLConfig, seed: int, start: int, progress: Callable[[str], None] = lambda text: None
 ) -> GroupBatch:
-    """The answers of a step, from training question number `question` on. DAPO asks on until every group can tell
-    something (arXiv 2503.14476, section 3.2), within `rl.max_resample_rounds` rounds."""
+    """Sample the groups of a step, from training prompt number `start` on.
+
+    DAPO's dynamic sampling (arXiv 2503.14476, section 3.2) filters groups without a difference in reward and samples
+    further prompts instead, in at most `rl.max_resample_rounds` rounds. Then filtered groups fill the batch.
+    """
     kept: list[list[ScoredCompletion]] = []
-    idle: list[list[ScoredCompletion]] = []
-    before = rollout.too_long
+    uniform: list[list[ScoredCompletion]] = []
+    too_long_before = rollout.prompts_too_long
     for _ in range(rl.max_resample_rounds if rl.objective == "dapo" else 1):
-        questions, after = rollout.questions("train", question, rl.prompts_per_step - len(kept))
-        groups = rollout.answers(questions, rl.group_size, seed=seed, first=question * rl.group_size, progress=note)
-        question = after
+        prompts, after = rollout.prompts("train", start, rl.prompts_per_step - len(kept))
+        first = start * rl.group_size
+        groups = rollout.generate(prompts, rl.group_size, seed=seed, first_index=first, progress=progress)
+        start = after
         for group in groups:
-            useful = rl.objective != "dapo" or is_informative([rollout.measure(answer) for answer in group])
-            (kept if useful else idle).append(group)
+            keep = rl.objective != "dapo" or is_informative([rollout.reward.filter_metric(c.score) for c in group])
+            (kept if keep else uniform).append(group)
         if len(kept) == rl.prompts_per_step:
             break
     missing = rl.prompts_per_step - len(kept)
-    chosen = [*kept, *idle[:missing]]
-    reward_GS = np.array([[_reward(answer, rl) for answer in group] for group in chosen])
-    return GroupBatch(chosen, reward_GS, question, len(idle) - missing, rollout.too_long - before)
+    chosen = [*kept, *uniform[:missing]]
+    reward_GS = np.array([[_reward(completion, rl) for completion in group] for group in chosen])
+    return GroupBatch(chosen, reward_GS, start, len(uniform) - missing, rollout.prompts_too_long - too_long_before)
 
 
-def _reward(answer: ScoredCompletion, rl: RLConfig) -> float:
-    return answer.score.total + overlong_penalty(answer.length, rl.max_new_tokens, rl.overlong_buffer)
+def _reward(completion: ScoredCompletion, rl: RLConfig) -> float:
+    return completion.score.total + overlong_penalty(completion.length, rl.max_new_tokens, rl.overlong_buffer)
 
 
-def _mean(values) -> float:
+def _mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))

@@ -1,4 +1,4 @@
-"""From judged answers to new parameters: rows of answers in minibatches, and an update for each."""
+"""Learner: from scored groups to new parameters, with one optimizer update per minibatch."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,64 +12,68 @@ from mla_moe.nn.abstract_model import Arrays
 from mla_moe.rl import objectives
 from mla_moe.rl.group_sampling import GroupBatch
 from mla_moe.rl.learner_programs import LearnerPrograms, Microbatch
-from mla_moe.rl.packing import microbatches, pack_completions
+from mla_moe.rl.packing import PackedSequences, microbatches, pack_completions
 from mla_moe.training.run_context import RunContext
 from mla_moe.training.step import TrainState
 
 
 class LearnerOutput(NamedTuple):
-    """What a step has to say of its updates. Shares are of the answers' tokens."""
+    """Metrics of a step's updates, over completion tokens, and the tokens per expert."""
 
     metrics: dict[str, float]
     load_LE: Int[np.ndarray, "L E"]
 
 
 class Learner:
-    """A minibatch's rows come in parts of `rl.micro_batch_size`, the activations of one of which exist at a time."""
+    """Gradient accumulation over microbatches of `rl.micro_batch_size` packed sequences: the activations of one
+    microbatch exist at a time."""
 
-    def __init__(self, setup: RunContext, tx: optax.GradientTransformation):
-        self.setup, self.tx, self.rl = setup, tx, setup.recipe.rl
-        self.programs = LearnerPrograms(setup.abstract_model, tx, setup.recipe, setup.mesh)
+    def __init__(self, context: RunContext, tx: optax.GradientTransformation):
+        self.context, self.tx, self.rl = context, tx, context.recipe.rl
+        self.programs = LearnerPrograms(context.abstract_model, tx, context.recipe, context.mesh)
 
-    def learn(self, state: TrainState, reference: Arrays, groups: GroupBatch) -> tuple[TrainState, LearnerOutput]:
-        """One update for each minibatch of groups; the state passed in is given up."""
+    def update_policy(
+        self, state: TrainState, reference: Arrays, groups: GroupBatch
+    ) -> tuple[TrainState, LearnerOutput]:
+        """One update per minibatch of groups. `reference`: parameters of the reference policy. Donates the state."""
         count = self.rl.minibatches
         minibatches = [self._minibatch(groups, slice(first, None, count)) for first in range(count)]
-        for part in (part for minibatch in minibatches for part in minibatch):
-            # With one minibatch the present parameters are those that sampled, and the update knows them.
+        for microbatch in (microbatch for minibatch in minibatches for microbatch in minibatch):
+            # With one minibatch the current policy is the old one: its log-probabilities come with the gradient.
             if self.rl.minibatches > 1:
-                part["old_logprob_BT"] = self.programs.logprobs(state.params, state.biases, part)
+                microbatch["old_logprob_BT"] = self.programs.logprobs(state.params, state.biases, microbatch)
             if objectives.kl_coefficient(self.rl):
-                part["reference_logprob_BT"] = self.programs.logprobs(reference, state.biases, part)
-        found = []
+                microbatch["reference_logprob_BT"] = self.programs.logprobs(reference, state.biases, microbatch)
+        updates = []
         for minibatch in minibatches:
-            state, metrics = self.update(state, minibatch)
-            found.append(metrics)
-        return state, step_metrics(jax.device_get(found))
+            state, metrics = self.update_minibatch(state, minibatch)
+            updates.append(metrics)
+        return state, learner_metrics(jax.device_get(updates))
 
-    def update(self, state: TrainState, minibatch: Sequence[Microbatch]) -> tuple[TrainState, dict[str, Any]]:
-        total = self.programs.nothing(state.params, state.biases, minibatch[0])
-        for part in minibatch:
-            total = self.programs.add(state.params, state.biases, part, total)
-        return self.programs.apply(state, total)
+    def update_minibatch(self, state: TrainState, minibatch: Sequence[Microbatch]) -> tuple[TrainState, dict[str, Any]]:
+        """Accumulate the gradients of the microbatches, then apply the optimizer once. Donates the state."""
+        total = self.programs.zeros(state.params, state.biases, minibatch[0])
+        for microbatch in minibatch:
+            total = self.programs.accumulate(state.params, state.biases, microbatch, total)
+        return self.programs.apply_gradients(state, total)
 
-    def rows(self, groups: GroupBatch, which: slice = slice(None)) -> dict[str, np.ndarray]:
-        """The answers of some groups in rows, each token with its advantage and weight."""
-        answers = [answer.sampled for group in groups.answers[which] for answer in group]
-        rows = pack_completions(answers, self.rl.packed_row_length, self.rl.micro_batch_size)
+    def pack(self, groups: GroupBatch, which: slice = slice(None)) -> PackedSequences:
+        """Packed sequences of some groups, with the advantage and the loss weight of each token."""
+        completions = [completion.sampled for group in groups.completions[which] for completion in group]
+        packed = pack_completions(completions, self.rl.packed_row_length, self.rl.micro_batch_size)
         advantage_N = objectives.advantages(groups.reward_GS[which], self.rl.objective).ravel()
-        weight_N = objectives.token_weights(self.rl, np.array([len(answer.tokens) for answer in answers]))
-        rows["advantage_BT"] = objectives.per_token(advantage_N, rows["answer_BT"])
-        rows["weight_BT"] = objectives.per_token(weight_N, rows["answer_BT"])
-        return rows
+        weight_N = objectives.token_weights(self.rl, np.array([len(c.tokens) for c in completions]))
+        packed["advantage_BT"] = objectives.per_token(advantage_N, packed["completion_BT"])
+        packed["weight_BT"] = objectives.per_token(weight_N, packed["completion_BT"])
+        return packed
 
     def _minibatch(self, groups: GroupBatch, which: slice) -> list[Microbatch]:
-        rows = self.rows(groups, which)
-        return [self.setup.put(part, self.rl.micro_batch_size) for part in microbatches(rows, self.rl.micro_batch_size)]
+        size = self.rl.micro_batch_size
+        return [self.context.put(microbatch, size) for microbatch in microbatches(self.pack(groups, which), size)]
 
 
-def step_metrics(updates: Sequence[dict[str, Any]]) -> LearnerOutput:
-    """Of the updates of a step."""
+def learner_metrics(updates: Sequence[dict[str, Any]]) -> LearnerOutput:
+    """From the metrics of each update, as `LearnerPrograms.apply_gradients` returns them, to those of the step."""
     sums = [update["sums"] for update in updates]
     tokens = sum(int(s.tokens) for s in sums)
 
@@ -88,8 +92,8 @@ def step_metrics(updates: Sequence[dict[str, Any]]) -> LearnerOutput:
         "sampler_logprob_diff": per_token("sampler_logprob_diff"),
         "sampler_logprob_diff_max": float(max(s.sampler_logprob_diff_max for s in sums)),
         "tis_weight": per_token("tis_weight"),
-        "tis_clipped": per_token("truncated"),
-        "off_policy_masked": sum(int(s.off_policy) for s in sums),
+        "tis_clipped": per_token("tis_clipped"),
+        "off_policy_masked": sum(int(s.off_policy_masked) for s in sums),
     }
     if load_LE.size:
         metrics["moe/load_max"] = float((load_LE.max(axis=1) / np.maximum(load_LE.mean(axis=1), 1e-9)).max())

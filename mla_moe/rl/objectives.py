@@ -1,13 +1,13 @@
-"""From rewards to a loss: GRPO and its kin, as pure functions on arrays.
+"""RL objectives: GRPO, Dr. GRPO, DAPO and GSPO, from rewards to a loss, as pure functions on arrays.
 
-    grpo      arXiv 2402.03300 (and R1)   ratio by token; mean over an answer's tokens, then over answers
-    dr_grpo   arXiv 2503.20783            advantages are not divided by a deviation, nor sums by a length
-    dapo      arXiv 2503.14476            clips higher above than below; mean over all tokens; no KL
-    gspo      arXiv 2507.18071            one ratio an answer, the geometric mean of its tokens'
+    grpo      arXiv 2402.03300 (and R1)   probability ratio per token; mean over a completion, then over completions
+    dr_grpo   arXiv 2503.20783            advantages not divided by the standard deviation, sums not by the length
+    dapo      arXiv 2503.14476            clip-higher; mean over all tokens; no KL
+    gspo      arXiv 2507.18071            one ratio per completion, the geometric mean over its tokens
 
-A group's rewards become advantages on the host. An update then has a minibatch of answers, packed into rows `[B, T]`,
-and may go through the rows in parts: what a token counts in the loss is settled before, over the whole minibatch
-(`token_weights`), so that the sums of the parts add up to the minibatch's.
+Advantages are computed per group on the host. The loss runs on packed sequences `[B, T]`, in one or more microbatches
+(gradient accumulation): each token's loss weight is computed beforehand over the whole minibatch (`token_weights`), so
+that the sums of the microbatches add up to those of the minibatch.
 """
 
 from collections.abc import Sequence
@@ -21,108 +21,107 @@ from jaxtyping import Array, Float, Int
 from mla_moe.config import RLConfig
 
 EPS = 1e-6
-"""Added to the deviation of a group's rewards."""
+"""Added to the standard deviation of a group's rewards."""
 
-CLIP = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
-"""How far a ratio may go below and above 1, as published."""
+CLIP_RATIO = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
+"""Published clip ratios, low and high."""
 
 
 def advantages(reward_GS: Float[np.ndarray, "G S"], objective: str) -> Float[np.ndarray, "G S"]:
-    """What each answer is worth beside the others to its question: `(r − mean) / (std + 1e-6)`, within the group.
+    """Group-relative advantages: `(r − mean) / (std + 1e-6)` within each group of S completions of one prompt.
 
-    A row holds a whole group. The deviation is the group's own (ddof 0), as the formula has it, so that a group's
-    advantages have variance 1 whatever its size; TRL and verl take ddof 1, which makes them smaller by `√(1 − 1/S)`:
-    3 % with 16 answers, 13 % with 4. `dr_grpo` does not divide. Where all rewards are equal, advantages are 0 exactly.
+    The standard deviation is the population's (ddof 0), as in the paper, so that a group's advantages have variance 1
+    at any size. TRL and verl use ddof 1, which makes advantages smaller by `√(1 − 1/S)`: 3 % with 16 completions, 13 %
+    with 4. `dr_grpo` does not divide. A group with equal rewards has advantages of exactly 0.
     """
     reward_GS = np.asarray(reward_GS, np.float64)
     differ_G1 = np.ptp(reward_GS, axis=1, keepdims=True) > 0
-    above_GS = np.where(differ_G1, reward_GS - reward_GS.mean(axis=1, keepdims=True), 0.0)
-    return above_GS if objective == "dr_grpo" else above_GS / (reward_GS.std(axis=1, keepdims=True) + EPS)
+    centered_GS = np.where(differ_G1, reward_GS - reward_GS.mean(axis=1, keepdims=True), 0.0)
+    return centered_GS if objective == "dr_grpo" else centered_GS / (reward_GS.std(axis=1, keepdims=True) + EPS)
 
 
 def is_informative(rewards: Sequence[float] | np.ndarray) -> bool:
-    """Whether a group's answers differ in what they earned. Others teach nothing: DAPO samples other questions in
-    their place (`Reward.measure`)."""
+    """Whether the rewards of a group differ. If not, all advantages are 0: dynamic sampling (DAPO) filters the group
+    and samples another prompt. The rewards it compares are those of `Reward.filter_metric`."""
     return bool(max(rewards) > min(rewards))
 
 
-def overlong_penalty(length: int, max_new_tokens: int, zone: int) -> float:
-    """Added to the reward of an answer of so many tokens: 0 up to `max_new_tokens − zone`, then down to −1, linearly
-    (DAPO, section 3.4). Without a zone there is none."""
-    return max(min((max_new_tokens - zone - length) / zone, 0.0), -1.0) if zone else 0.0
+def overlong_penalty(length: int, max_new_tokens: int, buffer: int) -> float:
+    """DAPO's soft overlong penalty (section 3.4), added to the reward of a completion of `length` tokens: 0 up to
+    `max_new_tokens − buffer` tokens, then linearly down to −1. With a buffer of 0 there is no penalty."""
+    return max(min((max_new_tokens - buffer - length) / buffer, 0.0), -1.0) if buffer else 0.0
 
 
 def clip_range(rl: RLConfig) -> tuple[float, float]:
-    """How far a ratio may go below and above 1: the recipe's, or else the objective's own."""
-    low, high = CLIP[rl.objective]
+    """Clip ratios low and high: the recipe's, or the objective's published ones."""
+    low, high = CLIP_RATIO[rl.objective]
     return rl.clip_ratio_low or low, rl.clip_ratio_high or high
 
 
 def kl_coefficient(rl: RLConfig) -> float:
-    """Weight of the divergence from the reference: `rl.kl_coef`, but DAPO has none. At 0 no reference is needed."""
+    """Coefficient of the KL term: `rl.kl_coef`, or 0 for DAPO. At 0 no reference policy is kept."""
     return 0.0 if rl.objective == "dapo" else rl.kl_coef
 
 
 def token_weights(rl: RLConfig, length_N: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
-    """What a token of each answer counts in the loss of a minibatch of answers of these lengths.
+    """Weight in the loss of one token of each completion, for a minibatch of N completions of these lengths.
 
-    `grpo` and `gspo`: 1 / (answers · tokens of its answer). `dr_grpo`: 1 / (answers · max_new_tokens), a constant.
-    `dapo`: 1 / tokens of all answers.
+    `grpo` and `gspo`: 1 / (N · length). `dr_grpo`: 1 / (N · max_new_tokens), a constant. `dapo`: 1 / all tokens.
     """
-    answers = len(length_N)
+    N = len(length_N)
     if rl.objective == "dr_grpo":
-        return np.full(answers, 1 / (answers * rl.max_new_tokens))
+        return np.full(N, 1 / (N * rl.max_new_tokens))
     if rl.objective == "dapo":
-        return np.full(answers, 1 / max(length_N.sum(), 1))
-    return 1 / (answers * np.maximum(length_N, 1))
+        return np.full(N, 1 / max(length_N.sum(), 1))
+    return 1 / (N * np.maximum(length_N, 1))
 
 
-def per_token(x_N: Float[np.ndarray, "N"], answer_BT: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T"]:
-    """Each answer's number at each of its tokens, 0 elsewhere."""
-    return np.where(answer_BT >= 0, x_N[answer_BT], 0).astype(np.float32)
+def per_token(x_N: Float[np.ndarray, "N"], completion_BT: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T"]:
+    """The value of each completion at each of its tokens; 0 for prompts and padding."""
+    return np.where(completion_BT >= 0, x_N[completion_BT], 0).astype(np.float32)
 
 
 class TokenInputs(NamedTuple):
-    """What an update holds fixed of a minibatch's tokens, or of a part of its rows. An answer is whole within one."""
+    """Constants of the loss per token of a microbatch of packed sequences. A completion is never split."""
 
-    answer_BT: Int[Array, "B T"]
-    """Which of the minibatch's answers a token belongs to; −1 for prompts and padding."""
+    completion_BT: Int[Array, "B T"]
+    """Index of the completion in the minibatch; −1 for prompts and padding."""
     weight_BT: Float[Array, "B T"]
-    """Its answer's, of `token_weights`."""
+    """From `token_weights`."""
     advantage_BT: Float[Array, "B T"]
-    """Its answer's."""
+    """Of the token's completion."""
     sampler_logprob_BT: Float[Array, "B T"]
-    """Of the model that sampled the answer, as the engine computed it."""
+    """Log-probability under the sampling policy, computed by the engine."""
     old_logprob_BT: Float[Array, "B T"] | None = None
-    """Of the same model, as the trainer computes it. None where that is the present one: one update a rollout."""
+    """The same policy's, recomputed by the trainer. None if it is the current policy: one update per rollout."""
     reference_logprob_BT: Float[Array, "B T"] | None = None
-    """None where `beta` is 0."""
+    """Under the reference policy; None if the KL coefficient is 0."""
 
 
 class ObjectiveSums(NamedTuple):
-    """Of a part of a minibatch; `add` puts parts together, and zeros are an empty part."""
+    """Sums over the tokens of a microbatch, accumulated with `add_sums`. Zeros are the neutral element."""
 
     loss: Float[Array, ""]
-    """The part's share of the loss: of the minibatch's parts, these add up to the loss itself."""
+    """The microbatch's term of the loss: over a minibatch these add up to the loss itself."""
     tokens: Int[Array, ""]
-    """Of answers: what the following sums are divided by for a mean."""
+    """Completion tokens: the denominator of the means logged from the following sums."""
     entropy: Float[Array, ""]
     kl: Float[Array, ""]
-    """Divergence from the reference, by the estimator in the loss; 0 where there is no reference."""
+    """KL from the reference policy (k3 estimator, as in the loss); 0 without a reference."""
     clipped_low: Int[Array, ""]
-    """Tokens that are held back, their ratio being too small already for an answer that is to become less likely."""
+    """Tokens with a ratio below the clip range and a negative advantage: no gradient."""
     clipped_high: Int[Array, ""]
-    """The same for a ratio too large and an answer that is to become likelier."""
+    """Tokens with a ratio above the clip range and a positive advantage: no gradient."""
     sampler_logprob_diff: Float[Array, ""]
-    """|log π_old − log π_sampler|: one model, computed twice."""
+    """Sampler/trainer log-probability difference, `|log π_old − log π_sampler|`: one policy, computed twice."""
     sampler_logprob_diff_max: Float[Array, ""]
-    """The largest of them."""
-    importance: Float[Array, ""]
-    """Weights for that mismatch."""
-    truncated: Int[Array, ""]
-    """Weights cut to `importance_limit`."""
-    off_policy: Int[Array, ""]
-    """Answers left out by `off_policy_limit`."""
+    """The maximum, not the sum."""
+    tis_weight: Float[Array, ""]
+    """Weights of truncated importance sampling (TIS)."""
+    tis_clipped: Int[Array, ""]
+    """Tokens whose weight was truncated at `tis_clip`."""
+    off_policy_masked: Int[Array, ""]
+    """Completions masked by `off_policy_mask_threshold`."""
 
 
 def add_sums(a: ObjectiveSums, b: ObjectiveSums) -> ObjectiveSums:
@@ -131,30 +130,32 @@ def add_sums(a: ObjectiveSums, b: ObjectiveSums) -> ObjectiveSums:
 
 
 def objective_sums(
-    logprob_BT: Float[Array, "B T"], entropy_BT: Float[Array, "B T"], tokens: TokenInputs, rl: RLConfig, answers: int
+    logprob_BT: Float[Array, "B T"], entropy_BT: Float[Array, "B T"], tokens: TokenInputs, rl: RLConfig, N: int
 ) -> ObjectiveSums:
-    """The loss of a part, to be differentiated by `logprob_BT`, the present model's; and what to log of it.
+    """Loss of a microbatch, to be differentiated with respect to `logprob_BT` of the current policy, and its metrics.
+    `N` is the number of completions of the minibatch.
 
-        loss = Σ weight · (−m · w · min(ρ A, clip(ρ, 1 − low, 1 + high) A) + β D)
+        loss = Σ weight · (−m · w · min(ρ A, clip(ρ, 1 − low, 1 + high) A) + β · KL)
 
-    ρ = π / π_old, for `gspo` its geometric mean over the answer. Each token's own log-probability carries its share of
-    that ratio's gradient (section 4.3 there, GSPO-token: the same value and gradient), so that w, too, goes by token.
-    D = π_ref / π − log(π_ref / π) − 1.
-    w = min(π_old / π_sampler, `importance_limit`) corrects for a sampler whose numerics differ from the trainer's.
-    m = 0 leaves out answers with A < 0 that have become unlikely: mean log(π_sampler / π) > `off_policy_limit`
-    (DeepSeek-V3.2, section 3.1, where π_old is the sampler's, so that its numerics count too). They still count in the
-    weights of others.
+    ρ = π / π_old; for `gspo` the geometric mean over the completion, with a gradient through each token's own
+    log-probability (GSPO-token, section 4.3: the same value and gradient), so that w can be applied per token.
+    KL = π_ref / π − log(π_ref / π) − 1, the k3 estimator.
+    w = min(π_old / π_sampler, `tis_clip`), truncated importance sampling (TIS): corrects for the difference between
+    the numerics of sampler and trainer.
+    m = 0 is the off-policy mask (DeepSeek-V3.2, section 3.1) of completions with A < 0 and mean log(π_sampler / π) >
+    `off_policy_mask_threshold`. The sampler's log-probabilities stand for π_old there. Masked completions still count
+    in the weights of the others.
     """
-    real_BT = tokens.answer_BT >= 0
+    real_BT = tokens.completion_BT >= 0
 
-    def log_ratio(over_BT, under_BT):
-        return jnp.where(real_BT, over_BT - under_BT, 0)
+    def log_ratio(numerator_BT: Array, denominator_BT: Array) -> Array:
+        return jnp.where(real_BT, numerator_BT - denominator_BT, 0)
 
-    def total(x_BT):
-        """Over each answer; what is −1 is nobody's, and other parts' answers have no tokens here."""
-        return jax.ops.segment_sum(x_BT.astype(jnp.float32).ravel(), tokens.answer_BT.ravel(), answers)
+    def total(x_BT: Array) -> Array:
+        """Sum per completion [N]; index −1 is dropped, completions of other microbatches get 0."""
+        return jax.ops.segment_sum(x_BT.astype(jnp.float32).ravel(), tokens.completion_BT.ravel(), N)
 
-    def mean(x_BT):
+    def mean(x_BT: Array) -> Array:
         return total(x_BT) / jnp.maximum(total(real_BT), 1)
 
     old_BT = tokens.old_logprob_BT
@@ -163,39 +164,39 @@ def objective_sums(
     log_rho_BT = log_ratio(logprob_BT, old_BT)
     if rl.objective == "gspo":
         fixed_BT = jax.lax.stop_gradient(log_rho_BT)
-        log_rho_BT += mean(fixed_BT)[tokens.answer_BT] - fixed_BT
+        log_rho_BT += mean(fixed_BT)[tokens.completion_BT] - fixed_BT
     rho_BT, A_BT = jnp.exp(log_rho_BT), jnp.where(real_BT, tokens.advantage_BT, 0)
     low, high = clip_range(rl)
-    gain_BT = jnp.minimum(rho_BT * A_BT, jnp.clip(rho_BT, 1 - low, 1 + high) * A_BT)
+    surrogate_BT = jnp.minimum(rho_BT * A_BT, jnp.clip(rho_BT, 1 - low, 1 + high) * A_BT)
 
-    log_mismatch_BT = log_ratio(old_BT, tokens.sampler_logprob_BT)
-    importance_BT, truncated_BT = jnp.ones_like(rho_BT), jnp.zeros_like(real_BT)
+    sampler_diff_BT = log_ratio(old_BT, tokens.sampler_logprob_BT)
+    tis_weight_BT, tis_clipped_BT = jnp.ones_like(rho_BT), jnp.zeros_like(real_BT)
     if rl.tis_clip is not None:
-        importance_BT = jnp.exp(log_mismatch_BT)
-        truncated_BT = real_BT & (importance_BT > rl.tis_clip)
-        importance_BT = jnp.minimum(importance_BT, rl.tis_clip)
+        tis_weight_BT = jnp.exp(sampler_diff_BT)
+        tis_clipped_BT = real_BT & (tis_weight_BT > rl.tis_clip)
+        tis_weight_BT = jnp.minimum(tis_weight_BT, rl.tis_clip)
 
-    left_out_N = jnp.zeros(answers, bool)
+    masked_N = jnp.zeros(N, bool)
     if rl.off_policy_mask_threshold is not None:
         drift_N = mean(jax.lax.stop_gradient(log_ratio(tokens.sampler_logprob_BT, logprob_BT)))
-        left_out_N = (mean(A_BT) < 0) & (drift_N > rl.off_policy_mask_threshold)
-    cost_BT = -jnp.where(left_out_N[tokens.answer_BT], 0, importance_BT * gain_BT)
+        masked_N = (mean(A_BT) < 0) & (drift_N > rl.off_policy_mask_threshold)
+    policy_loss_BT = -jnp.where(masked_N[tokens.completion_BT], 0, tis_weight_BT * surrogate_BT)
 
     kl_BT = jnp.zeros_like(rho_BT)
     if tokens.reference_logprob_BT is not None:
-        log_off_BT = log_ratio(tokens.reference_logprob_BT, logprob_BT)
-        kl_BT = jnp.expm1(log_off_BT) - log_off_BT
+        reference_diff_BT = log_ratio(tokens.reference_logprob_BT, logprob_BT)
+        kl_BT = jnp.expm1(reference_diff_BT) - reference_diff_BT
 
     return ObjectiveSums(
-        loss=jnp.sum(tokens.weight_BT * (cost_BT + kl_coefficient(rl) * kl_BT)),
+        loss=jnp.sum(tokens.weight_BT * (policy_loss_BT + kl_coefficient(rl) * kl_BT)),
         tokens=real_BT.sum(),
         entropy=jnp.sum(entropy_BT, where=real_BT),
         kl=kl_BT.sum(),
         clipped_low=((A_BT < 0) & (rho_BT < 1 - low)).sum(),
         clipped_high=((A_BT > 0) & (rho_BT > 1 + high)).sum(),
-        sampler_logprob_diff=jnp.abs(log_mismatch_BT).sum(),
-        sampler_logprob_diff_max=jnp.abs(log_mismatch_BT).max(),
-        importance=jnp.sum(importance_BT, where=real_BT),
-        truncated=truncated_BT.sum(),
-        off_policy=left_out_N.sum(),
+        sampler_logprob_diff=jnp.abs(sampler_diff_BT).sum(),
+        sampler_logprob_diff_max=jnp.abs(sampler_diff_BT).max(),
+        tis_weight=jnp.sum(tis_weight_BT, where=real_BT),
+        tis_clipped=tis_clipped_BT.sum(),
+        off_policy_masked=masked_N.sum(),
     )

@@ -1,4 +1,4 @@
-"""Rejection sampling: a model answers training questions, and what it got right is learned (DeepSeek-R1, section
+"""Rejection sampling: sample completions of training prompts, and fine-tune on the correct ones (DeepSeek-R1, section
 2.3.3)."""
 
 import dataclasses
@@ -12,151 +12,157 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from mla_moe.checkpoint.pretrained import read_arrays
-from mla_moe.checkpoint.source import open_any_checkpoint
+from mla_moe.checkpoint.reader import load_arrays, open_checkpoint
 from mla_moe.config import Recipe, RejectionConfig, require
 from mla_moe.rl.evaluate import evaluate
 from mla_moe.rl.rewards import Reward
 from mla_moe.rl.rollout import Rollout, ScoredCompletion
-from mla_moe.rl.tasks.task import open_task
-from mla_moe.text.prompts import render_prompt
+from mla_moe.rl.tasks import open_task
 from mla_moe.training.console import Console
-from mla_moe.training.initialization import model_before
+from mla_moe.training.initialization import starting_checkpoint
 from mla_moe.training.metrics import read_rows
-from mla_moe.training.run_context import InterruptedRun, RunContext
-from mla_moe.training.run_directory import PreemptionSignals, add_summary, write_atomically
+from mla_moe.training.preemption import InterruptedRun, PreemptionSignals
+from mla_moe.training.run_context import RunContext
+from mla_moe.training.run_directory import add_summary, write_atomically
 from mla_moe.training.sft import SFTTrainer
 from mla_moe.training.step import TrainState
+from mla_moe.training.trainer import Writer
 
 STAGE = "rejection"
 FILE = "rejection.jsonl"
 PARTIAL_FILE = "rejection.parts.jsonl"
-AT_ONCE = 256
-"""Questions whose answers are in memory at one time."""
+PROMPTS_PER_CHUNK = 256
+"""Prompts whose completions are in memory at one time."""
 
 
 def train_rejection(recipe: Recipe, run_dir: Path, console: Console) -> None:
-    """Sample with the newest model of the run, keep the best answers in `rejection.jsonl`, and fine-tune on them to
-    `recipe.rejection.steps`. The file is written once, whole; with it there, a second start goes on to fine-tuning.
-    Until then every part of the questions leaves its right answers, and a second start goes on behind them.
+    """Sample with the newest model of the run, keep correct completions in `rejection.jsonl`, and fine-tune on them to
+    `recipe.rejection.steps`.
 
-    Raises `ConfigError` where no answer is right, `Interrupted` after a signal, and what fine-tuning raises.
+    The file is written once, when all prompts are sampled; a restart then continues with fine-tuning. Until then each
+    chunk of prompts is saved in `rejection.parts.jsonl`, and a restart resumes after the last one. Raises `ConfigError`
+    if no completion is correct, `InterruptedRun` after a signal, and what `Trainer.train` raises.
     """
-    setup, path = RunContext.of(recipe, run_dir, console), run_dir / FILE
-    start = model_before("sft" if recipe.rejection.start == "base" else STAGE, recipe, run_dir)
+    context, path = RunContext.create(recipe, run_dir, console), run_dir / FILE
+    start = starting_checkpoint("sft" if recipe.rejection.start == "base" else STAGE, recipe, run_dir)
     if not path.exists():
-        pairs = _best(setup, _sample(setup))
+        examples = _select(context, _sample(context))
         if jax.process_index() == 0:
-            write_atomically(path, "".join(map(_line, pairs)))
+            write_atomically(path, "".join(map(_line, examples)))
             (run_dir / PARTIAL_FILE).unlink()
-        multihost_utils.sync_global_devices(FILE)  # the others read it too
-    RejectionTrainer(STAGE, setup, recipe.rejection.steps, (str(path),), start, render_prompt).run()
+        multihost_utils.sync_global_devices(FILE)  # other processes read it too
+    RejectionTrainer(STAGE, context, recipe.rejection.steps, (str(path),), start).train()
 
 
 class RejectionTrainer(SFTTrainer):
-    """Fine-tuning after which the model answers held-out questions, as after reinforcement learning."""
+    """SFT that is evaluated on held-out prompts, as RL is."""
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        recipe = self.setup.recipe
+    def evaluate(self, number: int, state: TrainState, writer: Writer) -> dict[str, float]:
+        context, recipe = self.context, self.context.recipe
         task, rl = open_task(recipe.task), recipe.rl
-        with Reward(recipe.task, task, tell=self.setup.console.say) as reward:
-            rollout = Rollout(rl, recipe.task.template, task, reward, self.setup.language)
-            rollout.load_weights(self.setup.abstract_model.merge(state.params | state.biases))
+        with Reward(recipe.task, task, log=context.console.print) as reward:
+            rollout = Rollout(rl, recipe.task.template, task, reward, context.chat_tokenizer)
+            rollout.load_weights(context.abstract_model.merge(state.params | state.biases))
             scores = evaluate(rollout, rl.eval_split, rl.eval_prompts, rl.eval_samples, recipe.seed + 1).metrics()
-        right, form = scores["eval/accuracy"], scores["eval/format_rate"]
-        self.setup.console.say(f"held-out questions: {right:.1%} right, {form:.1%} in form")
+        accuracy, form = scores["eval/accuracy"], scores["eval/format_rate"]
+        context.console.print(f"held-out prompts: {accuracy:.1%} correct answers, {form:.1%} correct format")
         return scores
 
 
 @dataclasses.dataclass
 class RejectionSamples:
-    """What came of a part of the questions, or of all."""
+    """Completions of a chunk of prompts, or of all."""
 
-    questions: int
-    answers: int
+    prompts: int
+    completions: int
     next: int
-    """The number of the next training question."""
-    right: dict[str, dict[str, int]]
-    """Right answers in form to each question that was asked, and their tokens."""
+    """Number of the next training prompt."""
+    correct: dict[str, dict[str, int]]
+    """For each question its distinct correct completions in the correct format, with their lengths in tokens."""
 
-    def add(self, part: "RejectionSamples") -> None:
-        self.questions += part.questions
-        self.answers += part.answers
-        self.next = part.next
-        for asked, texts in part.right.items():  # which may have been asked before
-            self.right[asked] = self.right.get(asked, {}) | texts
+    def add(self, chunk: "RejectionSamples") -> None:
+        self.prompts += chunk.prompts
+        self.completions += chunk.completions
+        self.next = chunk.next
+        for question, texts in chunk.correct.items():  # an earlier chunk may have the same question
+            self.correct[question] = self.correct.get(question, {}) | texts
 
 
-def _sample(setup: RunContext) -> RejectionSamples:
-    """The answers to all questions, those among them that an earlier start got with the same settings."""
-    recipe, wanted, parts = setup.recipe, setup.recipe.rejection, setup.run_dir / PARTIAL_FILE
+def _sample(context: RunContext) -> RejectionSamples:
+    """Completions of all prompts, including those that an earlier start saved with the same settings."""
+    recipe, rejection, path = context.recipe, context.recipe.rejection, context.run_dir / PARTIAL_FILE
     rl = dataclasses.replace(recipe.rl, routing_replay=False)
-    source = open_any_checkpoint(model_before(STAGE, recipe, setup.run_dir))
-    model = setup.abstract_model.merge(read_arrays(source, setup.abstract_model, setup.mesh))
+    source = open_checkpoint(starting_checkpoint(STAGE, recipe, context.run_dir))
+    model = context.abstract_model.merge(load_arrays(source, context.abstract_model, context.mesh))
     task = open_task(recipe.task)
-    settings = [task.fingerprint, recipe.seed, wanted.samples, *map(dataclasses.asdict, (recipe.task, rl))]
+    settings = [task.fingerprint, recipe.seed, rejection.samples, *map(dataclasses.asdict, (recipe.task, rl))]
     key = zlib.crc32(json.dumps(settings).encode())
-    whole, rows = RejectionSamples(0, 0, 0, {}), [row for row in read_rows(parts) if row["key"] == key]
+    rows = [row for row in read_rows(path) if row["key"] == key]
+    samples = RejectionSamples(0, 0, 0, {})
     for row in rows:
-        whole.add(RejectionSamples(row["questions"], row["answers"], row["next"], row["right"]))
-    multihost_utils.sync_global_devices(PARTIAL_FILE)  # all have read
-    if jax.process_index() == 0:  # what was asked otherwise, and a line that a kill cut short
-        write_atomically(parts, "".join(map(_line, rows)))
+        samples.add(RejectionSamples(**{name: value for name, value in row.items() if name != "key"}))
+    multihost_utils.sync_global_devices(PARTIAL_FILE)  # all processes have read the file
+    if jax.process_index() == 0:  # drop rows with other settings, and a last line that was cut short by a kill
+        write_atomically(path, "".join(map(_line, rows)))
     with (
         PreemptionSignals() as signals,
-        Reward(recipe.task, task, tell=setup.console.say) as reward,
-        setup.console.progress(STAGE, wanted.prompts, whole.questions) as progress,
+        Reward(recipe.task, task, log=context.console.print) as reward,
+        context.console.progress(STAGE, rejection.prompts, samples.prompts) as progress,
     ):
-        rollout = Rollout(rl, recipe.task.template, task, reward, setup.language)
+        rollout = Rollout(rl, recipe.task.template, task, reward, context.chat_tokenizer)
         rollout.load_weights(model)
-        while whole.questions < wanted.prompts:
-            first, count = whole.next * wanted.samples, min(AT_ONCE, wanted.prompts - whole.questions)
-            questions, number = rollout.questions("train", whole.next, count)
-            groups = rollout.answers(questions, wanted.samples, seed=recipe.seed, first=first, progress=progress.note)
-            part = RejectionSamples(len(questions), sum(map(len, groups)), number, {})
-            for answers in groups:
-                best = {answer.text: answer.length for answer in answers if _is_best(answer)}
-                asked = answers[0].question.example.question
-                part.right[asked] = part.right.get(asked, {}) | best
+        while samples.prompts < rejection.prompts:
+            count, first = min(PROMPTS_PER_CHUNK, rejection.prompts - samples.prompts), samples.next * rejection.samples
+            prompts, next_prompt = rollout.prompts("train", samples.next, count)
+            groups = rollout.generate(
+                prompts, rejection.samples, seed=recipe.seed, first_index=first, progress=progress.status
+            )
+            chunk = RejectionSamples(len(prompts), sum(map(len, groups)), next_prompt, {})
+            for group in groups:
+                correct = {completion.text: completion.length for completion in group if _is_correct(completion)}
+                question = group[0].prompt.example.question
+                chunk.correct[question] = chunk.correct.get(question, {}) | correct
             if jax.process_index() == 0:
-                with parts.open("a", encoding="utf-8") as file:
-                    file.write(_line({"key": key} | dataclasses.asdict(part)))
-            whole.add(part)
-            progress.update(whole.questions, {})
-            if signals.stop(whole.questions):
-                what = f"stopped after {whole.questions} of {wanted.prompts} questions by {signals.name}"
-                raise InterruptedRun(f"{what}; answers saved")
-    return whole
+                with path.open("a", encoding="utf-8") as file:
+                    file.write(_line({"key": key} | dataclasses.asdict(chunk)))
+            samples.add(chunk)
+            progress.update(samples.prompts, {})
+            if signals.stop(samples.prompts):
+                done = f"stopped after {samples.prompts} of {rejection.prompts} prompts by {signals.name}"
+                raise InterruptedRun(f"{done}; completions saved")
+    return samples
 
 
-def _best(setup: RunContext, sampled: RejectionSamples) -> list[dict[str, str]]:
-    """The pairs that are worth learning, question by question."""
-    wanted, right = setup.recipe.rejection, sampled.right
-    chosen = {asked: choose(texts, wanted, f"{setup.recipe.seed} {asked}") for asked, texts in right.items()}
-    pairs = [{"question": asked, "completion": text} for asked, texts in chosen.items() for text in texts]
-    fix = f"none of {sampled.answers} answers is right and in form; ask more, or a better model"
-    require(len(pairs) > 0, "rejection.prompts", wanted.prompts, fix)
-    good, solved = sum(map(len, right.values())), sum(map(bool, right.values()))
-    text = f"{len(pairs):,} kept of {good:,} different right ones among {sampled.answers:,}"
-    setup.console.say(f"answers: {text}; {solved:,} of {len(right):,} questions have one")
+def _select(context: RunContext, samples: RejectionSamples) -> list[dict[str, str]]:
+    """SFT examples from the correct completions, question by question."""
+    rejection, correct, seed = context.recipe.rejection, samples.correct, context.recipe.seed
+    chosen = {question: choose(texts, rejection, f"{seed} {question}") for question, texts in correct.items()}
+    examples = [{"question": question, "completion": text} for question, texts in chosen.items() for text in texts]
+    fix = (
+        f"none of {samples.completions} completions is correct and in the correct format; sample more, or train longer"
+    )
+    require(len(examples) > 0, "rejection.prompts", rejection.prompts, fix)
+    distinct, solved = sum(map(len, correct.values())), sum(map(bool, correct.values()))
+    text = f"{len(examples):,} kept of {distinct:,} distinct correct ones among {samples.completions:,}"
+    context.console.print(f"completions: {text}; {solved:,} of {len(correct):,} prompts have one")
     if jax.process_index() == 0:
-        add_summary(setup.run_dir, {"sampled answers": text})
-    return pairs
+        add_summary(context.run_dir, {"sampled completions": text})
+    return examples
 
 
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def _is_best(answer: ScoredCompletion) -> bool:
-    return answer.score.parts["format"] == 1 and answer.score.parts["accuracy"] == 1
+def _is_correct(completion: ScoredCompletion) -> bool:
+    return completion.score.components["format"] == 1 and completion.score.components["accuracy"] == 1
 
 
-def choose(texts: Mapping[str, int], wanted: RejectionConfig, seed: str) -> list[str]:
-    """At most `keep` of different texts, whose tokens are given: the shortest or any, the same for the same seed."""
+def choose(texts: Mapping[str, int], rejection: RejectionConfig, seed: str) -> list[str]:
+    """At most `keep` of distinct texts, given with their lengths in tokens: the shortest, or random ones by `seed`."""
     order = list(texts)
-    if wanted.prefer == "shortest":
+    if rejection.prefer == "shortest":
         order.sort(key=lambda text: texts[text])
     else:
         random.Random(seed).shuffle(order)
-    return order[: wanted.keep]
+    return order[: rejection.keep]

@@ -1,4 +1,4 @@
-"""What a completion is worth: form, right answer, and a function of the user's."""
+"""Rule rewards of a completion: format, accuracy, and an optional reward function of the user."""
 
 import logging
 import re
@@ -12,133 +12,124 @@ from mla_moe.rl.verifiers.worker import Example, VerifierSpec
 
 logger = logging.getLogger(__name__)
 
-_TAG = re.compile(r"(</?(?:think|answer)>)")
 THINK_TAG = "<think>"
-BUILT_IN_PARTS = ("format", "accuracy")
-"""The parts of a score that no function of the user can be called."""
+BUILT_IN_COMPONENTS = ("format", "accuracy")
+"""Components of every score. A user's reward function cannot have these names."""
+_TAG = re.compile(r"(</?(?:think|answer)>)")
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 
 
 def parse_completion(completion: str) -> tuple[bool, str | None]:
-    """Whether the form is right, and the answer.
+    """Whether the format is correct, and the extracted answer.
 
-    The form: `<think>…</think><answer>…</answer>`, in this order, each tag once, something in the answer, and nothing
-    but white space before, between and after. The answer is judged on its own, as R1 does: it is what the last complete
-    pair of answer tags holds, stripped, whatever stands around it; None where there is no pair, or nothing in it.
+    The format is `<think>…</think><answer>…</answer>`: each tag once, in this order, a non-empty answer, and only white
+    space before, between and after. The answer does not depend on the format, as in R1: it is the stripped content of
+    the last complete pair of answer tags, None without such a pair or if it is empty.
     """
     pieces = _TAG.split(completion)  # text, tag, text, …
-    form = pieces[1::2] == ["<think>", "</think>", "<answer>", "</answer>"]
-    form = form and not "".join(pieces[0:9:4]).strip() and pieces[6].strip() != ""
+    has_format = pieces[1::2] == ["<think>", "</think>", "<answer>", "</answer>"]
+    has_format = has_format and not "".join(pieces[0:9:4]).strip() and pieces[6].strip() != ""
     answers = _ANSWER.findall(completion)
-    return form, (answers[-1].strip() or None) if answers else None
+    return has_format, (answers[-1].strip() or None) if answers else None
 
 
 def ends_with_think(prompt: str) -> bool:
-    """Whether a prompt has already put `<think>` into the model's mouth, as DeepSeek-R1's chat template does."""
+    """Whether a prompt is already prefilled with `<think>`, as by DeepSeek-R1's chat template."""
     return prompt.rstrip().endswith(THINK_TAG)
 
 
 class RewardInput(NamedTuple):
-    """A prompt, what the model made of it, and the question behind it."""
+    """Arguments of a reward: the rendered prompt, the completion, and the task's example."""
 
     prompt: str
-    text: str
+    completion: str
     example: Example
 
 
 class Score(NamedTuple):
-    """What a completion is worth."""
+    """Reward of a completion."""
 
     total: float
-    """The parts' sum, each times its weight."""
-    parts: dict[str, float]
-    """Unweighted, by name: `format` and `accuracy`, in 0 … 1, and the user's function under its own name."""
+    """Weighted sum of the components."""
+    components: dict[str, float]
+    """Unweighted, by name: `format` and `accuracy` in [0, 1], and the user's reward function under its own name."""
     failures: tuple[VerifierFailure, ...]
-    """What went wrong in judging it; a part that failed is 0."""
+    """Failed verifier calls; their components are 0."""
 
 
 class Reward:
-    """The reward that a recipe's `task` describes.
+    """The reward that `recipe.task` describes.
 
-    Form, and the answer where the task says that its check cannot hang, are judged in place; everything else in worker
-    processes, which start with the object and end with `close`. The first failure of each kind is told in words. Raises
-    `ConfigError` on `task.reward_function` where the function cannot be imported or called.
+    Format is checked in this process, and so is accuracy if the task's check cannot hang. Everything else runs in
+    worker processes, until `close`. The first failure of each kind is logged. Raises `ConfigError` on
+    `task.reward_function` if the function cannot be imported or has a wrong signature.
     """
 
     def __init__(
-        self,
-        settings: TaskConfig,
-        task: Task,
-        workers: int | None = None,
-        tell: Callable[[str], None] = logger.warning,
+        self, config: TaskConfig, task: Task, workers: int | None = None, log: Callable[[str], None] = logger.warning
     ):
-        self._task, self._tell = task, tell
-        self._told: set[tuple[str, str]] = set()
-        self._weights = {"format": settings.format_weight, "accuracy": settings.accuracy_weight}
-        self._name = None
-        judges: dict[str, VerifierSpec] = {}
+        self._task, self._log = task, log
+        self._logged: set[tuple[str, str]] = set()
+        self._weights = {"format": config.format_weight, "accuracy": config.accuracy_weight}
+        self._function: str | None = None
+        specs: dict[str, VerifierSpec] = {}
         if task.verifier is not None:
-            judges["task.name"] = task.verifier
-        if settings.reward_function is not None:
-            source, _, name = settings.reward_function.rpartition(":")
-            fix = "write module:name or path.py:name"
-            require(bool(source) and name.isidentifier(), "task.reward_function", settings.reward_function, fix)
-            require(
-                name not in self._weights,
-                "task.reward_function",
-                settings.reward_function,
-                f"{name} is taken; rename it",
-            )
-            judges["task.reward_function"] = ("function", settings.reward_function)
-            self._weights[name], self._name = settings.reward_function_weight, name
-        self.names = tuple(self._weights)
-        """The parts of a score."""
-        self._judges = VerifierPool(judges, settings.timeout, workers) if judges else None
+            specs["task.name"] = task.verifier
+        if config.reward_function is not None:
+            source, _, name = config.reward_function.rpartition(":")
+            field, path = "task.reward_function", config.reward_function
+            require(bool(source) and name.isidentifier(), field, path, "write module:name or path.py:name")
+            require(name not in BUILT_IN_COMPONENTS, field, path, f"{name} is taken; rename the function")
+            specs[field] = ("function", path)
+            self._weights[name], self._function = config.reward_function_weight, name
+        self.component_names = tuple(self._weights)
+        self._verifiers = VerifierPool(specs, config.timeout, workers) if specs else None
 
-    def __call__(self, completions: Sequence[RewardInput]) -> list[Score]:
+    def __call__(self, inputs: Sequence[RewardInput]) -> list[Score]:
         """The scores, in order."""
-        parts, calls, owners = [], [], []
-        for number, completion in enumerate(completions):
-            form, answer = parse_completion(THINK_TAG * ends_with_think(completion.prompt) + completion.text)
-            parts.append(dict.fromkeys(self.names, 0.0) | {"format": float(form)})
+        components: list[dict[str, float]] = []
+        calls: list[VerifierCall] = []
+        owners: list[tuple[int, str]] = []  # index of the completion and component, for each call
+        for number, (prompt, completion, example) in enumerate(inputs):
+            has_format, answer = parse_completion(THINK_TAG * ends_with_think(prompt) + completion)
+            components.append(dict.fromkeys(self.component_names, 0.0) | {"format": float(has_format)})
             if answer is not None and self._task.verifier is None:
-                parts[-1]["accuracy"] = self._task.score(completion.example, answer)
+                components[-1]["accuracy"] = self._task.score(example, answer)
             elif answer is not None:
-                calls.append(VerifierCall("task.name", (answer,), completion.example))
+                calls.append(VerifierCall("task.name", (answer,), example))
                 owners.append((number, "accuracy"))
-            if self._name is not None:
-                calls.append(
-                    VerifierCall("task.reward_function", (completion.prompt, completion.text), completion.example)
-                )
-                owners.append((number, self._name))
-        failures: list[list[VerifierFailure]] = [[] for _ in completions]
-        results = self._judges(calls) if self._judges else ()
+            if self._function is not None:
+                calls.append(VerifierCall("task.reward_function", (prompt, completion), example))
+                owners.append((number, self._function))
+        failures: list[list[VerifierFailure]] = [[] for _ in inputs]
+        results = self._verifiers(calls) if self._verifiers else ()
         for (number, name), call, result in zip(owners, calls, results, strict=True):
             if isinstance(result, VerifierFailure):
                 failures[number].append(result)
-                self._tell_once(call.judge, result)
+                self._log_once(call.verifier, result)
             else:
-                parts[number][name] = result
+                components[number][name] = result
         return [
-            Score(sum(self._weights[name] * value for name, value in part.items()), part, tuple(failed))
-            for part, failed in zip(parts, failures, strict=True)
+            Score(sum(self._weights[name] * value for name, value in values.items()), values, tuple(failed))
+            for values, failed in zip(components, failures, strict=True)
         ]
 
-    def measure(self, score: Score) -> float:
-        """What DAPO compares a group's answers by: accuracy (arXiv 2503.14476, section 3.2); or, where that weighs
-        nothing, all that they earned."""
-        return score.parts["accuracy"] if self._weights["accuracy"] else score.total
+    def filter_metric(self, score: Score) -> float:
+        """What dynamic sampling compares within a group: accuracy (arXiv 2503.14476, section 3.2), or the total if
+        accuracy has no weight."""
+        return score.components["accuracy"] if self._weights["accuracy"] else score.total
 
-    def _tell_once(self, judge: str, failure: VerifierFailure) -> None:
-        if (judge, failure.kind) not in self._told:
-            self._told.add((judge, failure.kind))
+    def _log_once(self, verifier: str, failure: VerifierFailure) -> None:
+        if (verifier, failure.kind) not in self._logged:
+            self._logged.add((verifier, failure.kind))
             kind = failure.kind.replace("_", " ")
-            self._tell(f"{judge} {kind}: {failure.text} (a completion counts 0; more of the kind are only counted)")
+            more = "the component is 0; further failures of this kind are only counted"
+            self._log(f"{verifier} {kind}: {failure.message} ({more})")
 
     def close(self) -> None:
         """End the worker processes."""
-        if self._judges:
-            self._judges.close()
+        if self._verifiers:
+            self._verifiers.close()
 
     def __enter__(self) -> "Reward":
         return self

@@ -1,58 +1,56 @@
-"""Asking: questions become prompts, the engine answers them, and rewards judge the answers."""
+"""Rollout: render prompts, sample completions with the inference engine, and score them with the reward."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mla_moe.config import ConfigError, RLConfig
+from mla_moe.config import RLConfig, require
 from mla_moe.data.arithmetic import Split
 from mla_moe.inference.engine import Engine
 from mla_moe.inference.request import Completion, Request
 from mla_moe.nn.transformer import Transformer
-from mla_moe.rl import rewards
 from mla_moe.rl.packing import SampledCompletion
-from mla_moe.rl.rewards import THINK_TAG, Reward, Score, ends_with_think
+from mla_moe.rl.rewards import THINK_TAG, Reward, RewardInput, Score, ends_with_think
 from mla_moe.rl.tasks.task import Task
 from mla_moe.rl.verifiers.worker import Example
 from mla_moe.text.chat_tokenizer import ChatTokenizer
 from mla_moe.text.prompts import render_prompt
 
 MAX_SKIPPED_RATIO = 100
-"""Times as many questions may be passed over for their length as are asked."""
+"""Most prompts that may be skipped because of their length, per prompt requested."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What is asked, and its tokens."""
+    """A rendered prompt and the example it was rendered from."""
 
     example: Example
-    prompt: Sequence[int]
+    token_ids: Sequence[int]
     ends_with_think: bool = False
-    """Whether the prompt ends with `<think>` already."""
+    """Whether the template already prefills `<think>`."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ScoredCompletion:
-    """One answer to a question, and what it was worth."""
+    """A completion of a prompt, and its score."""
 
-    question: Prompt
+    prompt: Prompt
     completion: Completion
     text: str
     score: Score
 
     @property
     def length(self) -> int:
-        """Tokens, with the one that ends it."""
+        """In tokens, including the stop token."""
         return len(self.completion.tokens)
 
     @property
     def truncated(self) -> bool:
-        """Whether it ran out of tokens."""
-        return self.completion.finish == "length"
+        """Whether it was cut off at `max_new_tokens`."""
+        return self.completion.finish_reason == "length"
 
     @property
     def sampled(self) -> SampledCompletion:
@@ -61,99 +59,101 @@ class ScoredCompletion:
 
 
 class Rollout:
-    """A task, the engine that answers it with the trainer's weights, and the reward."""
+    """A task, the engine that samples completions with the trainer's weights, and the reward."""
 
-    def __init__(self, rl: RLConfig, template: str, task: Task, reward: Reward, language: ChatTokenizer):
+    def __init__(self, rl: RLConfig, template: str, task: Task, reward: Reward, tokenizer: ChatTokenizer):
         self._rl, self._template = rl, template
-        self._task, self._reward, self._language = task, reward, language
+        self._task, self.reward, self._tokenizer = task, reward, tokenizer
         self._engine: Engine | None = None
-        self.too_long = 0
-        """Questions passed over, whose prompt was longer than `max_prompt_tokens`."""
+        self.prompts_too_long = 0
+        """Prompts skipped because they were longer than `max_prompt_tokens`."""
 
     def load_weights(self, model: Transformer) -> None:
+        """Give the engine the current policy; the first call creates the engine."""
         if self._engine is None:
-            rl = self._rl
-            capacity = rl.max_prompt_tokens + rl.max_new_tokens
-            how: Any = {"record_experts": rl.routing_replay, "tempered": True}
-            self._engine = Engine(model, slots=rl.max_num_seqs, capacity=capacity, **how)
+            self._engine = Engine(
+                model,
+                max_num_seqs=self._rl.max_num_seqs,
+                max_model_len=self._rl.max_prompt_tokens + self._rl.max_new_tokens,
+                record_experts=self._rl.routing_replay,
+                temperature_scaled_logprobs=True,
+            )
         else:
             self._engine.load_weights(model)
 
     def drop_weights(self) -> None:
-        """Between sampling and the next `load_weights`: an update needs their memory."""
+        """Free the engine's weights until the next `load_weights`: the update needs the memory."""
         assert self._engine is not None
         self._engine.drop_weights()
 
-    def measure(self, answer: ScoredCompletion) -> float:
-        """What DAPO compares a group's answers by."""
-        return self._reward.measure(answer.score)
-
-    def questions(self, split: Split, start: int, count: int) -> tuple[list[Prompt], int]:
-        """The next `count` questions of a split from number `start` on, and the number after the last one. Raises
-        `ConfigError` where the prompts are too long time and again."""
+    def prompts(self, split: Split, start: int, count: int) -> tuple[list[Prompt], int]:
+        """`count` prompts of a split from example number `start` on, and the number after the last one. Prompts longer
+        than `rl.max_prompt_tokens` are skipped and counted. Raises `ConfigError` if most prompts are too long."""
         found: list[Prompt] = []
-        limit = self.too_long + MAX_SKIPPED_RATIO * count
+        limit = self.prompts_too_long + MAX_SKIPPED_RATIO * count
         while len(found) < count:
-            if self.too_long >= limit:
-                raise ConfigError("rl.max_prompt_tokens", self._rl.max_prompt_tokens, "most prompts are longer")
+            fix = "most prompts are longer; increase it"
+            require(self.prompts_too_long < limit, "rl.max_prompt_tokens", self._rl.max_prompt_tokens, fix)
             example = self._task.example(split, start)
-            prompt = render_prompt(self._template, example.question, self._language)
+            token_ids = render_prompt(self._template, example.question, self._tokenizer)
             start += 1
-            if len(prompt) + len(self._opening) <= self._rl.max_prompt_tokens:
-                found.append(Prompt(example, prompt, ends_with_think(self._language.decode(prompt))))
+            if len(token_ids) + len(self._think_ids) <= self._rl.max_prompt_tokens:
+                found.append(Prompt(example, token_ids, ends_with_think(self._tokenizer.decode(token_ids))))
             else:
-                self.too_long += 1
+                self.prompts_too_long += 1
         return found, start
 
-    def answers(
+    def generate(
         self,
-        questions: Sequence[Prompt],
-        each: int = 1,
+        prompts: Sequence[Prompt],
+        num_completions: int = 1,
         *,
         seed: int,
-        first: int = 0,
+        first_index: int = 0,
         temperature: float | None = None,
-        opened: bool = False,
+        prefill_think: bool = False,
         progress: Callable[[str], None] | None = None,
     ) -> list[list[ScoredCompletion]]:
-        """`each` answers to every question. Their randomness comes from the seed and their numbers, `first` and on; a
-        temperature of None is the recipe's. `opened` answers continue `<think>`, which the prompt may end with."""
+        """Sample and score `num_completions` completions of each prompt.
+
+        Random numbers depend on the seed and the index of a sample, counted from `first_index`. `temperature` defaults
+        to the recipe's. With `prefill_think`, `<think>` is added to prompts that do not end with it, and the text of
+        their completions starts with it.
+        """
         engine = self._engine
         assert engine is not None, "load weights first"
-        rl, temperature = self._rl, self._rl.temperature if temperature is None else temperature
-        asked = [question for question in questions for _ in range(each)]
+        temperature = self._rl.temperature if temperature is None else temperature
+        repeated = [prompt for prompt in prompts for _ in range(num_completions)]
+        prefills = [prefill_think and not prompt.ends_with_think for prompt in repeated]
+        max_tokens, stop_ids = self._rl.max_new_tokens, self._tokenizer.stop_ids
         done: list[Completion] = []
-        for number, question in enumerate(asked, first):
-            prompt = [*question.prompt, *self._opening] if opened and not question.ends_with_think else question.prompt
-            stop_ids = self._language.stop_ids
-            request = Request(prompt, rl.max_new_tokens, temperature, seed=seed, number=number, stop_ids=stop_ids)
+        for index, (prompt, prefill) in enumerate(zip(repeated, prefills, strict=True), first_index):
+            token_ids = [*prompt.token_ids, *self._think_ids] if prefill else prompt.token_ids
+            request = Request(token_ids, max_tokens, temperature, seed=seed, sample_index=index, stop_ids=stop_ids)
             done.append(engine.submit(request))
-        while engine.busy:
+        while engine.has_unfinished_requests:
             engine.step()
             if progress is not None:
-                progress(f"{sum(c.finish is not None for c in done)} of {len(done)} answers")
-        texts = [
-            THINK_TAG * (opened and not question.ends_with_think) + self._language.decode(completion.tokens)
-            for question, completion in zip(asked, done, strict=True)
-        ]
-        scores = self._judged(asked, texts)
-        answers = [ScoredCompletion(*parts) for parts in zip(asked, done, texts, scores, strict=True)]
-        return [answers[i : i + each] for i in range(0, len(answers), each)]
+                progress(f"{sum(c.finish_reason is not None for c in done)} of {len(done)} completions")
+        texts = [THINK_TAG * p + self._tokenizer.decode(c.tokens) for p, c in zip(prefills, done, strict=True)]
+        scores = self._score(repeated, texts)
+        scored = [ScoredCompletion(*fields) for fields in zip(repeated, done, texts, scores, strict=True)]
+        return [scored[i : i + num_completions] for i in range(0, len(scored), num_completions)]
 
     @property
-    def _opening(self) -> list[int]:
-        return self._language.encode(THINK_TAG)[1:]  # without bos
+    def _think_ids(self) -> list[int]:
+        return self._tokenizer.encode(THINK_TAG)[1:]  # without bos
 
-    def _judged(self, questions: Sequence[Prompt], texts: Sequence[str]) -> list[Score]:
-        """The first process judges for all: a time limit need not fall alike in two."""
+    def _score(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[Score]:
+        """Process 0 scores and broadcasts: a verifier may reach its timeout in one process and not in another."""
+        names = self.reward.component_names
         if jax.process_index() > 0:
-            width = 1 + len(self._reward.names)
-            table = multihost_utils.broadcast_one_to_all(np.zeros((len(texts), width), np.float32))
-            return [Score(row[0], dict(zip(self._reward.names, row[1:], strict=True)), ()) for row in table.tolist()]
-        prompts = [self._language.decode(question.prompt) for question in questions]
-        asked = zip(prompts, texts, (question.example for question in questions), strict=True)
-        scores = self._reward([rewards.RewardInput(*one) for one in asked])
+            table = multihost_utils.broadcast_one_to_all(np.zeros((len(texts), 1 + len(names)), np.float32))
+            return [Score(row[0], dict(zip(names, row[1:], strict=True)), ()) for row in table.tolist()]
+        rendered = [self._tokenizer.decode(prompt.token_ids) for prompt in prompts]
+        fields = zip(rendered, texts, (prompt.example for prompt in prompts), strict=True)
+        scores = self.reward([RewardInput(*one) for one in fields])
         if jax.process_count() > 1:
-            table = [[score.total, *score.parts.values()] for score in scores]
+            table = [[score.total, *score.components.values()] for score in scores]
             multihost_utils.broadcast_one_to_all(np.array(table, np.float32))
         return scores

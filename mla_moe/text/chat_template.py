@@ -1,57 +1,71 @@
-"""A checkpoint's chat template: conversations to text as transformers renders them, without tools or documents."""
+"""Chat template of a checkpoint: renders conversations as transformers does, without tools or documents."""
 
 import datetime
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jinja2.ext
 import jinja2.nodes
+import jinja2.parser
 import jinja2.sandbox
 
 from mla_moe.config import ConfigError
-from mla_moe.text.chat_tokenizer import Message
+from mla_moe.text.tokenizer import Message
 
 
 def chat_template(source: str, special: Mapping[str, str]) -> Callable[[Sequence[Message]], str]:
-    """Text up to where the assistant speaks. `special` are names and texts of special tokens."""
-    # A template comes with the checkpoint: it may compute text, and nothing else.
+    """A function that renders a conversation with the generation prompt at the end.
+
+    `source` is the Jinja template. `special` maps `bos_token` and the like to their text. The function raises
+    `ConfigError` where the template fails.
+    """
+    # The template comes with the checkpoint and is not trusted: the sandbox lets it compute text and nothing else.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", GenerationTag]
     )
     environment.filters["tojson"] = _to_json
-    functions = {"raise_exception": _refuse, "strftime_now": _strftime_now}
-    template = functools.cache(lambda: environment.from_string(source, functions))  # a wrong one stops only chats
+    functions = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    template = functools.cache(
+        lambda: environment.from_string(source, functions)
+    )  # compiled at first use, so that an invalid template fails chats only
 
     def render(messages: Sequence[Message]) -> str:
         try:
             return template().render(
                 messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
             )
-        except Exception as error:  # a template is a program, and may fail like any
-            raise ConfigError("messages", "", f"the chat template cannot take them: {error}") from None
+        except Exception as error:  # a template is a program and can raise anything
+            raise ConfigError("messages", "", f"the chat template cannot render them: {error}") from None
 
     return render
 
 
 class GenerationTag(jinja2.ext.Extension):
-    """`{% generation %}` marks what to train on; here it is only its content."""
+    """`{% generation %}` marks what to train on; rendering keeps its content only."""
 
-    tags = {"generation"}  # noqa: RUF012, as Jinja has it
+    tags = {"generation"}  # noqa: RUF012, as in Jinja
 
-    def parse(self, parser):
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         return jinja2.nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-    """Jinja's own escapes for HTML."""
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As in transformers: without the escapes for HTML of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
 
 
-def _refuse(message: str):
+def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)

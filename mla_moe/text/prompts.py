@@ -1,4 +1,4 @@
-"""How a question is put to the model."""
+"""Prompt templates: DeepSeek-R1-Zero's, the tokenizer's chat template, or a text of the user."""
 
 from mla_moe.config import ConfigError
 from mla_moe.text.chat_tokenizer import ChatTokenizer
@@ -12,16 +12,17 @@ R1_ZERO_TEMPLATE = (
 """DeepSeek-R1 (arXiv 2501.12948), table 1."""
 
 
-def render_prompt(template: str, question: str, language: ChatTokenizer) -> list[int]:
-    """Token ids that the model continues, bos in front: `r1_zero`, `chat`, which is the tokenizer's own template and
-    has its own special tokens, or a text with `{question}` in it, whose other braces stand for themselves.
+def render_prompt(template: str, question: str, tokenizer: ChatTokenizer) -> list[int]:
+    """The token ids of a prompt, with bos in front.
 
-    Raises `ConfigError` on `task.template` where the tokenizer has no chat template.
+    `template` is `r1_zero`, `chat` (the tokenizer's chat template, which adds its own special tokens), or a text that
+    contains `{question}`; other braces in it are plain text. Raises `ConfigError` on `task.template` for `chat` if the
+    tokenizer has no chat template.
     """
     if template == "chat":
         try:
-            return language.encode_chat([{"role": "user", "content": question}])
+            return tokenizer.encode_chat([{"role": "user", "content": question}])
         except ConfigError as error:
-            raise ConfigError("task.template", template, error.fix) from None
+            raise ConfigError("task.template", template, error.message) from None
     text = R1_ZERO_TEMPLATE if template == "r1_zero" else template
-    return language.encode(text.replace("{question}", question))
+    return tokenizer.encode(text.replace("{question}", question))

@@ -1,4 +1,4 @@
-"""Which tokens begin and end a text: those of bytes, and those of a `tokenizer.json`."""
+"""Special tokens: bos, eos and pad of the byte tokenizer and of a `tokenizer.json`."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,11 @@ import tokenizers
 from mla_moe.config import ConfigError, require
 
 BYTE_SPECIAL_IDS = {"bos_token_id": 256, "eos_token_id": 257}
-"""Where text is bytes, behind which they come."""
+"""Special tokens of the byte tokenizer: the ids after the 256 bytes."""
 
 _FIELD = "data.tokenizer"
 _BOS_NAMES = (
-    "<｜begin▁of▁sentence｜>",  # full-width bars: DeepSeek's own
+    "<｜begin▁of▁sentence｜>",  # full-width bars, as in DeepSeek's tokenizers
     "<|begin▁of▁sentence|>",
     "<|begin_of_text|>",
     "<|startoftext|>",
@@ -35,7 +35,7 @@ _EOS_NAMES = (
 
 
 def open_tokenizer(path: Path) -> tokenizers.Tokenizer:
-    """One that neither cuts nor pads. Raises `ConfigError` for a file that is no `tokenizer.json`."""
+    """Open a `tokenizer.json`, with truncation and padding off. Raises `ConfigError` for any other file."""
     try:
         tokenizer = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises bare `Exception`
@@ -46,32 +46,38 @@ def open_tokenizer(path: Path) -> tokenizers.Tokenizer:
 
 
 def special_ids(tokenizer: tokenizers.Tokenizer, path: Path) -> dict[str, int]:
-    """`bos_token_id` and `eos_token_id` of the tokenizer in the file `path`, and `pad_token_id` if one is named.
+    """`bos_token_id` and `eos_token_id` of the tokenizer in the file `path`, and `pad_token_id` if it has one.
 
-    They are those of a `tokenizer_config.json` beside it, or else the special tokens with a usual name; where only one
-    of bos and eos exists it serves as both, as GPT-2's `<|endoftext|>` does. Raises `ConfigError` where there is none.
+    They come from the `tokenizer_config.json` beside it, else from special tokens with a common name. If only one of
+    bos and eos exists, it serves as both, as GPT-2's `<|endoftext|>` does. Raises `ConfigError` if neither exists.
     """
     names = read_object(path.with_name("tokenizer_config.json"), _FIELD)
     special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.special}
     ids = {}
-    for key, usual in (("bos_token", _BOS_NAMES), ("eos_token", _EOS_NAMES), ("pad_token", ())):
+    for key, common_names in (("bos_token", _BOS_NAMES), ("eos_token", _EOS_NAMES), ("pad_token", ())):
         token = names.get(key)
         token = token.get("content", token) if isinstance(token, dict) else token
-        fix = f"{key} in tokenizer_config.json is no text and no object with content"
+        fix = f"{key} in tokenizer_config.json must be a string or an object with content"
         require(token is None or isinstance(token, str), _FIELD, str(path), fix)
-        found = tokenizer.token_to_id(token) if token else next((special[t] for t in usual if t in special), None)
+        found = (
+            tokenizer.token_to_id(token) if token else next((special[t] for t in common_names if t in special), None)
+        )
         if found is not None:
             ids[f"{key}_id"] = found
-        elif token and usual:
-            raise ConfigError(_FIELD, str(path), f"has no token {token!r}, the {key} of tokenizer_config.json")
-    either = ids.get("bos_token_id", ids.get("eos_token_id"))
-    if either is None:
+        elif token and common_names:
+            raise ConfigError(
+                _FIELD,
+                str(path),
+                f"has no token {token!r}, which tokenizer_config.json names as {key}; correct one of the files",
+            )
+    shared = ids.get("bos_token_id", ids.get("eos_token_id"))
+    if shared is None:
         raise ConfigError(_FIELD, str(path), "has no bos or eos token; name them in a tokenizer_config.json beside it")
-    return {"bos_token_id": either, "eos_token_id": either} | ids
+    return {"bos_token_id": shared, "eos_token_id": shared} | ids
 
 
 def read_object(path: Path, field: str) -> dict[str, Any]:
-    """A JSON object beside a tokenizer, empty without a file. Raises `ConfigError` on `field` for anything else."""
+    """Read a JSON object; empty if there is no file. Raises `ConfigError` on `field` for other contents."""
     if not path.is_file():
         return {}
     try:
@@ -79,5 +85,5 @@ def read_object(path: Path, field: str) -> dict[str, Any]:
     except (ValueError, RecursionError):
         config = None
     if not isinstance(config, dict):
-        raise ConfigError(field, str(path), "is not a JSON object")
+        raise ConfigError(field, str(path), "is not a JSON object; correct or remove the file")
     return config

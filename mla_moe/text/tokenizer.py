@@ -1,11 +1,11 @@
-"""Text to token ids and back: raw bytes, any `tokenizer.json`, or a byte-level BPE trained on the run's own text."""
+"""Tokenizers: raw bytes, any `tokenizer.json`, or a byte-level BPE that is trained on the text of the run."""
 
 import json
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import tokenizers
@@ -16,27 +16,32 @@ from mla_moe.text.special_tokens import BYTE_SPECIAL_IDS, open_tokenizer, specia
 _FIELD = "data.tokenizer"
 _SAMPLE_CHARACTERS = 6_000_000  # enough to rank a few thousand merges; more only takes longer
 
+Message = Mapping[str, Any]
+"""One message of a conversation, `{"role": …, "content": …}`."""
+Decode = Callable[[Iterable[int]], str]
+"""Token ids to text."""
+
 
 class Tokenizer(Protocol):
-    """What the package needs of a tokenizer."""
+    """The interface of every tokenizer in this package."""
 
     name: str
     vocab_size: int
-    """One more than the largest id: the rows that an embedding needs."""
+    """Largest token id plus one: the number of embedding rows that a model needs at least."""
     bos_id: int
     eos_id: int
 
     def encode(self, text: str) -> np.ndarray:
-        """The ids of `text`, int32, with no special token: not even where the text spells one out."""
+        """The token ids of `text`, int32. No special tokens, even where the text contains the characters of one."""
         ...
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; special ids are skipped, broken UTF-8 becomes U+FFFD."""
+        """The text of `ids`. Special tokens are skipped; invalid UTF-8 becomes U+FFFD."""
         ...
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as ids 0 … 255, then bos and eos."""
+    """UTF-8 bytes as token ids 0 … 255, then bos (256) and eos (257)."""
 
     name = "byte"
     vocab_size = 258
@@ -51,7 +56,7 @@ class ByteTokenizer:
 
 
 class HFTokenizer:
-    """A Hugging Face `tokenizer.json`, with the bos and eos that `special_ids` finds."""
+    """A Hugging Face `tokenizer.json`; `special_ids` finds its bos and eos."""
 
     def __init__(self, path: str | Path):
         path = Path(path)
@@ -59,7 +64,7 @@ class HFTokenizer:
         if not path.is_file():
             raise ConfigError(_FIELD, self.name, "no such file; give byte, bpe:SIZE or the path of a tokenizer.json")
         self._tokenizer = open_tokenizer(path)
-        self._tokenizer.encode_special_tokens = True  # a document that spells "</s>" must not end itself
+        self._tokenizer.encode_special_tokens = True  # "</s>" in a document is text, not its end
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         ids = special_ids(self._tokenizer, path)
         self.bos_id, self.eos_id = ids["bos_token_id"], ids["eos_token_id"]
@@ -72,11 +77,12 @@ class HFTokenizer:
 
 
 def train_bpe(documents: Sequence[str], vocab_size: int, path: str | Path) -> None:
-    """Train a byte-level BPE of exactly `vocab_size` tokens on a sample of `documents` and write its `tokenizer.json`,
-    and beside it the `tokenizer_config.json` that transformers wants.
+    """Train a byte-level BPE tokenizer of exactly `vocab_size` tokens on a sample of `documents`.
 
-    The same documents give the same file, byte for byte, and it appears at once or not at all: processes that share
-    a run's directory may all train and write it. Digits stand alone, as in DeepSeek's tokenizers.
+    Writes `tokenizer.json` to `path`, and beside it the `tokenizer_config.json` that transformers needs. The same
+    documents give the same file, byte for byte, and the write is atomic: processes that share a run directory may all
+    train and write it. Each digit is a token of its own, as in DeepSeek's tokenizers. Raises `ConfigError` where the
+    text has too few different tokens.
     """
     path = Path(path)
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -87,7 +93,7 @@ def train_bpe(documents: Sequence[str], vocab_size: int, path: str | Path) -> No
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=["<s>", "</s>"],
-        initial_alphabet=sorted(byte_level.alphabet()),  # all 256 bytes: any text can be encoded
+        initial_alphabet=sorted(byte_level.alphabet()),  # all 256 bytes, so that any text can be encoded
         show_progress=False,
     )
     bpe.train_from_iterator(_sample(documents), trainer)
@@ -98,7 +104,7 @@ def train_bpe(documents: Sequence[str], vocab_size: int, path: str | Path) -> No
 
 
 def _write(path: Path, tokenizer: str, config: str | None) -> None:
-    """`tokenizer.json` last: where it is, the other is too."""
+    """Write both files atomically. `tokenizer.json` is the last: if it exists, the other does too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for target, text in ((path.with_name("tokenizer_config.json"), config), (path, tokenizer)):
         if text is not None:
@@ -108,7 +114,7 @@ def _write(path: Path, tokenizer: str, config: str | None) -> None:
 
 
 def _sample(documents: Sequence[str]) -> Iterator[str]:
-    """Documents in a fixed random order, the last one cut, `_SAMPLE_CHARACTERS` in all."""
+    """Documents in a fixed random order, `_SAMPLE_CHARACTERS` in total; the last one is truncated."""
     left = _SAMPLE_CHARACTERS
     for index in np.random.default_rng(0).permutation(len(documents)).tolist():
         text = documents[index]
@@ -123,9 +129,9 @@ def load_tokenizer(
 ) -> Tokenizer:
     """The tokenizer that `data.tokenizer` names: `byte`, the path of a `tokenizer.json`, or `bpe:SIZE`.
 
-    `bpe:SIZE` is trained on `documents` when the run starts and kept in `run_dir`, from where a resumed run loads it.
-    Where the run goes on from a checkpoint, it is that one's instead, `inherited`: to its model the ids of another
-    mean nothing.
+    `bpe:SIZE` is trained on `documents` when the run starts and saved in `run_dir`, from where a resumed run loads it.
+    A run that is initialized from a checkpoint takes the checkpoint's tokenizer `inherited` instead, because token ids
+    of another tokenizer have other meanings. Raises `ConfigError` where the size differs.
     """
     if spec == "byte":
         return ByteTokenizer()
@@ -136,7 +142,7 @@ def load_tokenizer(
         if inherited is None:
             train_bpe(documents, size, path)
         else:
-            _check_size(HFTokenizer(inherited), size, "ask for as many")
+            _check_size(HFTokenizer(inherited), size, "give data.tokenizer that size")
             config = inherited.with_name("tokenizer_config.json")
             _write(path, inherited.read_text("utf-8"), config.read_text("utf-8") if config.is_file() else None)
     tokenizer = HFTokenizer(path)

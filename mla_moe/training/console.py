@@ -1,7 +1,7 @@
-"""What a person sees of a run: tables, one-off lines, and progress as a bar or, in a log file, as lines."""
+"""Console output of a run: tables, single lines, and progress as a bar or, in a log file, as lines."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Literal, Self
 
@@ -11,40 +11,40 @@ from rich.table import Table
 from rich.text import Text
 
 WIDTH = 80
-"""Columns of the narrowest terminal that shows everything."""
+"""Columns of the narrowest supported terminal."""
 LOG_SECONDS = 10.0
-"""Least time between two lines of progress in a log."""
+"""Minimum time between two lines of progress in a log."""
 
 
 class Console:
-    """Standard output of a run. All processes may hold one and call it; only an enabled one prints."""
+    """Standard output of a run. Every process may use one; only an enabled one prints."""
 
     def __init__(self, enabled: bool):
         self._rich = rich.console.Console(quiet=not enabled, highlight=False)
 
-    def say(self, message: str) -> None:
-        """A line, above the progress bar if there is one; never cut, and brackets are just brackets."""
+    def print(self, message: str) -> None:
+        """Print a line, above the progress bar if there is one. It is not truncated, and brackets are not markup."""
         self._rich.print(message, markup=False, soft_wrap=True)
 
     def startup_table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """What is about to run: names and values under the run's name."""
+        """Print the settings of a stage: names and values under a title."""
         self._rich.print(_two_columns(title, rows, value_justify="left"))
 
     def result_table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """What came out: names, and numbers aligned at the right."""
+        """Print results: names, and values aligned at the right."""
         self._rich.print(_two_columns(title, rows, value_justify="right"))
 
     def progress(self, stage: str, total: int, start: int = 0) -> "Progress":
-        """Progress of a stage of `total` steps, of which `start` were done before. Use as a context manager."""
+        """Progress of a stage of `total` steps, `start` of which are done already. Use it as a context manager."""
         return Progress(self._rich, stage, total, start)
 
 
 class Progress:
-    """A bar on a terminal; elsewhere, and in CI, a line every `LOG_SECONDS` and for the last step."""
+    """A progress bar on a terminal; elsewhere, and in CI, a line every `LOG_SECONDS` and for the last step."""
 
     def __init__(self, console: rich.console.Console, stage: str, total: int, start: int):
         self._console, self._total, self._start = console, total, start
-        self._began = monotonic()
+        self._start_time = monotonic()
         self._first: tuple[int, float] | None = None
         self._last_line = -LOG_SECONDS
         self._bar = None
@@ -68,23 +68,23 @@ class Progress:
             self._bar.stop()
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show that `step` steps are done, the last with these metrics (those of `metrics.jsonl`)."""
+        """Display that `step` steps are done, with the metrics of the last one, as in `metrics.jsonl`."""
         now = monotonic()
         left = self._seconds_left(step, now)
         if self._bar is not None:
-            text = bar_text(step, self._total, metrics, now - self._began, left)
+            text = bar_text(step, self._total, metrics, now - self._start_time, left)
             self._bar.update(self._task, completed=step, description=text)
         elif now - self._last_line >= LOG_SECONDS or step == self._total:
             self._last_line = now
             self._console.print(log_line(step, self._total, metrics, left), markup=False, soft_wrap=True)
 
-    def note(self, text: str) -> None:
-        """Show what is under way within a long step; a log has no room for it."""
+    def status(self, text: str) -> None:
+        """Display progress within a long step, on a bar only."""
         if self._bar is not None:
             self._bar.update(self._task, description=text)
 
     def _seconds_left(self, step: int, now: float) -> float | None:
-        """From the pace since the first update, since the first step also compiles; None until there is a pace."""
+        """Estimated from the steps after the first update, because the first step also compiles; None until then."""
         if self._first is None:
             self._first = step, now
         first_step, first_time = self._first
@@ -93,19 +93,19 @@ class Progress:
 
 def log_line(step: int, total: int, metrics: Mapping[str, float], left: float | None) -> str:
     """`step   120/400  loss 3.214  lr 2.2e-04  12.3k tok/s  load 1.31  left 1:05`, in at most `WIDTH` columns."""
-    parts = [f"step {step:{max(5, len(str(total)))}d}/{total}", *_figures(metrics)]
-    return _fit(parts, [] if left is None else [f"left {duration(left)}"], WIDTH)
+    texts = [f"step {step:{max(5, len(str(total)))}d}/{total}", *_format_metrics(metrics)]
+    return _fit(texts, [] if left is None else [f"left {duration(left)}"], WIDTH)
 
 
 def bar_text(step: int, total: int, metrics: Mapping[str, float], elapsed: float, left: float | None) -> str:
-    """The same beside a bar: shorter by the learning rate, and with the time so far."""
+    """The same for a bar: without the learning rate, and with the elapsed time."""
     shown = {name: value for name, value in metrics.items() if name != "lr"}
     times = [duration(elapsed)] if left is None else [f"{duration(elapsed)}<{duration(left)}"]
-    return _fit([f"{step}/{total}", *_figures(shown)], times, WIDTH - 20)
+    return _fit([f"{step}/{total}", *_format_metrics(shown)], times, WIDTH - 20)
 
 
 def si(number: float) -> str:
-    """Three digits and a decimal prefix: `1.23 M`; below a thousand, the number itself."""
+    """A number with three digits and a decimal prefix: `1.23 M`; without a prefix below a thousand."""
     return _prefixed(number, 1000.0, ("", " k", " M", " G", " T", " P", " E"))
 
 
@@ -124,7 +124,7 @@ def duration(seconds: float) -> str:
     return f"{days}d " * (days > 0) + f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-_FIGURES = (
+_FORMATS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("loss", lambda v: f"loss {v:.3f}"),
     ("reward", lambda v: f"reward {v:.3f}"),
     ("accuracy", lambda v: f"acc {v:.3f}"),
@@ -134,19 +134,19 @@ _FIGURES = (
     ("tokens_per_s", lambda v: f"{si(v).replace(' ', '')} tok/s"),
     ("moe/load_max", lambda v: f"load {v:.2f}"),
 )
-"""Metrics shown while running, in reading order; a loss is only shown where there is something lost."""
+"""Metrics displayed while running, in this order. Skipped updates and dropped tokens appear only if there are any."""
 
 
-def _figures(metrics: Mapping[str, float]) -> list[str]:
-    texts = (show(metrics[name]) for name, show in _FIGURES if name in metrics)
+def _format_metrics(metrics: Mapping[str, float]) -> list[str]:
+    texts = (show(metrics[name]) for name, show in _FORMATS if name in metrics)
     return [text for text in texts if text]
 
 
-def _fit(parts: list[str], ending: list[str], width: int) -> str:
-    """Join with two spaces, leaving out the last parts that would not fit before the ending."""
-    while len(parts) > 1 and len("  ".join(parts + ending)) > width:
-        parts = parts[:-1]
-    return "  ".join(parts + ending)
+def _fit(texts: list[str], ending: list[str], width: int) -> str:
+    """Join with two spaces, without the last texts that do not fit before the ending."""
+    while len(texts) > 1 and len("  ".join(texts + ending)) > width:
+        texts = texts[:-1]
+    return "  ".join(texts + ending)
 
 
 def _prefixed(number: float, base: float, units: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
-"""What a run writes about itself: `metrics.jsonl`, `expert_load.jsonl`, `samples.jsonl` and TensorBoard files.
+"""Metrics of a run: `metrics.jsonl`, `expert_load.jsonl`, `samples.jsonl` and TensorBoard files.
 
-A run that resumes at step N repeats the steps after N, so opening a writer first drops the rows that were written for
-them. Curves of a run that was killed ten times are therefore the curves of one that never was.
+A run that resumes at step N repeats the steps after N. A writer therefore first drops the rows of these steps, so that
+the curves of a run that was killed are those of an uninterrupted run.
 """
 
 import contextlib
@@ -20,19 +20,18 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog  # ty: ignore[missing
 from tensorboardX.record_writer import RecordWriter
 from tensorboardX.summary import scalar
 
-from mla_moe.config import ConfigError
+from mla_moe.config import FORMAT_VERSION, ConfigError
+from mla_moe.config.migrations import migrate_row
 
 logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Writes the rows of one stage of a run. Only one process of a run may open it; every row is on disk at return.
-
-    `resume_step` is the last step whose result was restored, and None when the stage starts from its beginning: then
-    nothing an earlier attempt wrote for this stage is kept.
-    """
+    """Writes the rows of one stage. One process of a run may open it. Each row is flushed before the method returns."""
 
     def __init__(self, run_dir: Path, resume_step: int | None, stage: str):
+        """`resume_step` is the step of the restored checkpoint: rows of the stage after it are dropped. None drops all
+        rows of the stage."""
         self._stage = stage
         last_kept = -1 if resume_step is None else resume_step
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -48,61 +47,68 @@ class MetricsWriter:
         self.close()
 
     def close(self) -> None:
-        with contextlib.ExitStack() as all_of_them:  # even where one finds the disk full
+        with contextlib.ExitStack() as stack:  # closes all files, even if one raises because the disk is full
             for file in (self._metrics, self._load, self._samples, self._tensorboard):
-                all_of_them.callback(file.close)
+                stack.callback(file.close)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """A row of `metrics.jsonl`, in full precision. JSON has no NaN: it becomes null, counted in `non_finite`."""
+        """Append a row to `metrics.jsonl`, in full precision. NaN and infinity, which JSON does not have, become null
+        and are counted in `non_finite`."""
         values = {name: float(value) for name, value in metrics.items()}
         finite = {name: value for name, value in values.items() if math.isfinite(value)}
         if len(finite) < len(values):
             finite["non_finite"] = len(values) - len(finite)
-        self._metrics.append({"step": step, "stage": self._stage, **dict.fromkeys(values), **finite})
+        row = {"format_version": FORMAT_VERSION, "step": step, "stage": self._stage, **dict.fromkeys(values), **finite}
+        self._metrics.append(row)
         for name, value in finite.items():
             self._tensorboard.add_scalar(name, value, step)
 
     def write_load(self, step: int, load: np.ndarray) -> None:
-        """A row of `expert_load.jsonl`: `load[layers, experts]`, in any unit, as multiples of its layer's mean."""
+        """Append a row to `expert_load.jsonl`: `load[layers, experts]`, in any unit, divided by the layer's mean."""
         load = np.asarray(load, np.float64)
         mean = load.mean(axis=1, keepdims=True)
         relative = np.divide(load, mean, out=np.zeros_like(load), where=mean > 0)
         self._load.append({"step": step, "stage": self._stage, "load": relative.round(3).tolist()})
 
     def append_samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Rows of `samples.jsonl`: each with `step`, `prompt`, `completion`, and what else is worth keeping."""
+        """Append rows to `samples.jsonl`, each with `step`, `prompt` and `completion`; more keys are kept."""
         for row in rows:
             self._samples.append({"step": row["step"], "stage": self._stage, **row})
 
 
 class NullWriter:
-    """The writer of processes other than the first."""
+    """The writer of processes other than the first, which writes nothing."""
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
-        return None
+    def __exit__(self, *_: object) -> None:
+        pass
 
-    def write(self, *_):
-        return None
+    def write(self, *_: object) -> None:
+        pass
 
     write_load = append_samples = write
 
 
 def read_rows(path: Path, stage: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file, of one stage or of all, none if there is no file. A last line cut short by a kill
-    is left out."""
-    rows = [row for _, row in _lines(path)] if path.exists() else []
+    """The rows of a JSON-lines file, of one stage or of all; none if there is no file. A truncated last line, which a
+    kill leaves, is dropped. Rows of `metrics.jsonl` of older format versions get the current metric names.
+
+    Raises `ConfigError` for another line that is not JSON, and for a row of a newer format version.
+    """
+    rows = (row for _, row in _lines(path)) if path.exists() else ()
+    if path.name == "metrics.jsonl":
+        rows = (migrate_row(row, path.name) for row in rows)
     return [row for row in rows if stage is None or row["stage"] == stage]
 
 
 def seconds_in_steps(rows: Iterable[Mapping[str, Any]], log_every: int) -> float:
-    """What a stage's steps took, whichever start did them: each row's seconds, times the steps since the row before.
-    Before the first row that is `log_every`, for a run may begin where another stood."""
+    """Duration of a stage's steps, over all restarts: the sum over rows of seconds per step times the steps since the
+    row before. For the first row these are `log_every` steps, since a run may continue the full state of another."""
     timed = [(row["step"], row["step_seconds"]) for row in rows if row.get("step_seconds") is not None]
-    before = [max(timed[0][0] - log_every, 0), *(step for step, _ in timed)] if timed else []
-    return sum((step - last) * seconds for (step, seconds), last in zip(timed, before, strict=False))
+    previous = [max(timed[0][0] - log_every, 0), *(step for step, _ in timed)] if timed else []
+    return sum((step - last) * seconds for (step, seconds), last in zip(timed, previous, strict=False))
 
 
 class _RowFile:
@@ -143,26 +149,25 @@ def _drop_rows(path: Path, stage: str, last_kept: int) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each line of `path` with its value. Only the last line may be broken: a write was interrupted there."""
+    """Each line of `path` with its value. The last line may be truncated, by a kill during a write; it is logged."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 if next(file, None) is not None:
-                    fix = f"is not JSON ({error}); delete that line"
-                    raise ConfigError("run_dir", f"{path}:{number}", fix) from None
-                logger.warning("%s:%d: the last line was cut short by a kill; left out", path, number)
+                    message = f"is not JSON ({error}); delete that line"
+                    raise ConfigError("run_dir", f"{path}:{number}", message) from None
+                logger.warning("%s:%d: the last line is truncated, as by a kill; dropped", path, number)
                 return
             yield line, row
 
 
 class _TensorBoard:
-    """A TensorBoard file that hides what earlier ones hold from `first_step` on.
+    """A TensorBoard file whose session start purges earlier files from `first_step` on.
 
-    TensorBoard does that for a whole directory, hence one a stage. It names a file by the second, which two attempts
-    may share; the number of files before keeps the names apart. Written by this thread: the one that tensorboardX has
-    for it dies on a full disk, and leaves the run waiting for ever.
+    The purge holds for all files of a directory, so each stage has its own. File names have a resolution of a second,
+    so they also get a number. Written without the thread of tensorboardX, which dies on a full disk and blocks the run.
     """
 
     def __init__(self, directory: Path, first_step: int):
@@ -175,12 +180,12 @@ class _TensorBoard:
 
     def add_scalar(self, name: str, value: float, step: int) -> None:
         self._add(step, summary=scalar(name, value))
-        if time.monotonic() - self._flushed > 1:  # which waits for the disk
+        if time.monotonic() - self._flushed > 1:  # a flush waits for the disk
             self._writer.flush()
             self._flushed = time.monotonic()
 
-    def _add(self, step: int, **what: Any) -> None:
-        self._writer.write(Event(step=step, wall_time=time.time(), **what).SerializeToString())
+    def _add(self, step: int, **content: Any) -> None:
+        self._writer.write(Event(step=step, wall_time=time.time(), **content).SerializeToString())
 
     def close(self) -> None:
         self._writer.close()

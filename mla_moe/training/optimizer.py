@@ -1,4 +1,4 @@
-"""AdamW, and Muon for the matrices inside the layers, from Optax, with the parameter groups of the papers."""
+"""Optimizers from Optax: AdamW, or Muon for the matrices in the layers and AdamW for the rest."""
 
 import math
 from collections.abc import Hashable, Mapping
@@ -11,26 +11,28 @@ from flax import nnx
 from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mla_moe.config import OptimizerConfig, ScheduleConfig
-from mla_moe.nn.abstract_model import AbstractModel
+from mla_moe.nn.abstract_model import AbstractModel, Arrays
 from mla_moe.nn.param import BATCH_AXES, Matrix, Scale, logical_axes
 
-# Muon's update is brought to the RMS that AdamW's usually has, so that both take one learning rate and one decay
+# RMS to which Muon's updates are scaled. It is typical of AdamW's, so that both share learning rate and weight decay
 # (Moonlight, arXiv 2502.16982, section 2.2).
 MUON_RMS = 0.2
 
-# Five steps with the coefficients of Keller Jordan's Muon. Given for each step, Optax loops over them; given once, it
-# unrolls, which takes longer to compile and holds more at once.
+# Five Newton-Schulz steps with the coefficients of Keller Jordan's Muon. Optax loops over coefficients that are given
+# per step, and unrolls the loop otherwise, which takes longer to compile and uses more memory.
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 def learning_rate(schedule: ScheduleConfig, steps: int, peak: float | None = None) -> optax.Schedule:
-    """The rate of step 0, 1, …: linear from 0 to the peak, constant, cosine to `final` · peak, constant."""
+    """The learning rate of step 0, 1, …: linear warmup to the peak, constant, cosine decay to `final_lr_fraction` of
+    the peak, constant."""
     peak = peak or schedule.peak_lr
     warmup, decay, tail = (
-        round(share * steps) for share in (schedule.warmup_fraction, schedule.decay_fraction, schedule.tail_fraction)
+        round(fraction * steps)
+        for fraction in (schedule.warmup_fraction, schedule.decay_fraction, schedule.tail_fraction)
     )
     pieces = [
-        optax.linear_schedule(peak / (warmup + 1), peak, warmup),  # the first step already learns
+        optax.linear_schedule(peak / (warmup + 1), peak, warmup),  # not 0 in the first step
         optax.constant_schedule(peak),
         optax.cosine_decay_schedule(peak, max(decay, 1), alpha=schedule.final_lr_fraction),
     ]
@@ -38,7 +40,7 @@ def learning_rate(schedule: ScheduleConfig, steps: int, peak: float | None = Non
 
 
 def make_optimizer(cfg: OptimizerConfig, steps: int, abstract_model: AbstractModel) -> optax.GradientTransformation:
-    """An optimizer of the dictionary of parameters by path."""
+    """An optimizer for parameters in a dictionary by path. Scales of RMSNorm have no weight decay."""
     variables = {path: abstract_model.variables[path] for path in abstract_model.param_paths}
     adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
     rate = optax.scale_by_learning_rate(learning_rate(cfg.schedule, steps))
@@ -54,7 +56,7 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, abstract_model: AbstractMod
             optax.scale_by_learning_rate(learning_rate(cfg.schedule, steps, cfg.muon_peak_lr)),
         )
 
-    def group(variable):
+    def group(variable: nnx.Variable) -> str:
         if isinstance(variable, Scale):
             return "undecayed"
         return "muon" if cfg.name == "muon" and isinstance(variable, Matrix) else "adamw"
@@ -64,36 +66,36 @@ def make_optimizer(cfg: OptimizerConfig, steps: int, abstract_model: AbstractMod
 
 
 def scale_by_layered_muon(momentum: float, variables: Mapping[str, nnx.Variable]) -> optax.GradientTransformation:
-    """Optax's `scale_by_muon` in a loop over the layers of each stack, brought to AdamW's RMS: what it computes on the
-    way is several times as large as the matrices, and exists for one layer at a time.
+    """Optax's `scale_by_muon` in a loop over stacked layers, scaled to `MUON_RMS`. Its temporaries are several times
+    the size of the matrices; the loop allocates them for one layer at a time.
 
     An orthogonal matrix has an RMS of 1 / √max(in, out).
     """
-    whole = scale_by_muon(NEWTON_SCHULZ, beta=momentum)
+    stacked = scale_by_muon(NEWTON_SCHULZ, beta=momentum)
 
-    def update(updates, state, params=None):
+    def update(updates: Arrays, state: Any, params: Arrays | None = None) -> tuple[Arrays, Any]:
         del params
         new, mu = dict(updates), dict(state.mu)
 
-        def layer(axes, gradient_and_moment):
+        def layer(axes: Any, gradient_and_moment: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
             gradient, moment = gradient_and_moment
             muon = scale_by_muon(NEWTON_SCHULZ, beta=momentum, weight_dimension_numbers=axes)
             orthogonal, after = cast(Any, muon.update(gradient, state._replace(mu=moment)))
             widths = (math.prod(gradient.shape[i] for i in side) for side in axes)
             return orthogonal * (MUON_RMS * math.sqrt(max(widths))), after.mu
 
-        for path in (path for path, u in updates.items() if jax.tree.leaves(u)):  # other groups' are masked
+        for path in (path for path, u in updates.items() if jax.tree.leaves(u)):  # updates of other groups are masked
             run = partial(layer, _matrix_axes(variables[path]))
             if "layers" in logical_axes(variables[path]):
                 run = partial(jax.lax.map, run)
             new[path], mu[path] = run((updates[path], state.mu[path]))
         return new, state._replace(count=optax.safe_increment(state.count), mu=mu)
 
-    return optax.GradientTransformation(whole.init, update)
+    return optax.GradientTransformation(stacked.init, cast(Any, update))
 
 
 def _matrix_axes(variable: nnx.Variable) -> MuonDimensionNumbers:
-    """Which axes of one layer's weight are a matrix's input and output. Experts and gate/up index separate matrices."""
+    """Input and output axes of the matrix in one layer's weight. Experts, and gate and up, are separate matrices."""
     axes, contracts = variable.get_metadata("axes"), variable.get_metadata("contracts")
     inputs = tuple(i for i, axis in enumerate(axes) if axis in contracts)
     outputs = tuple(i for i, axis in enumerate(axes) if axis not in contracts and axis not in BATCH_AXES)

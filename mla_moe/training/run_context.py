@@ -1,26 +1,25 @@
-"""What the stages of a run share: its recipe, mesh and tokenizer, the model without its arrays, and how batches are put
-on devices."""
+"""Run context: what all stages of a run share, such as recipe, mesh, tokenizer and the abstract model."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from mla_moe.checkpoint.source import open_any_checkpoint
+from mla_moe.checkpoint.reader import open_checkpoint
 from mla_moe.checkpoint.tokenizer_files import tokenizer_file
 from mla_moe.config import ConfigError, Recipe
 from mla_moe.data import SkipMalformed, open_documents
 from mla_moe.nn.abstract_model import AbstractModel
-from mla_moe.nn.kernels import resolve_kernels
 from mla_moe.nn.model_costs import count_parameters
-from mla_moe.nn.param import Precision
+from mla_moe.nn.param import Precision, resolve_kernels
 from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
 from mla_moe.parallel.sharding import check_divisible, rules_with_overrides
 from mla_moe.text.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
@@ -29,8 +28,13 @@ from mla_moe.training.console import Console, bytes_, si
 from mla_moe.training.step import TrainState
 
 
-class InterruptedRun(Exception):
-    """The run was asked to stop, and its state is saved."""
+def enable_compile_cache() -> None:
+    """Keep compiled programs on disk, so that a restart does not compile again: in `JAX_COMPILATION_CACHE_DIR` if it is
+    set, else in `mla_moe/xla` of the user's cache directory."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "mla_moe" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 @dataclass(frozen=True)
@@ -42,17 +46,17 @@ class RunContext:
     tokenizer: Tokenizer
 
     @classmethod
-    def of(cls, recipe: Recipe, run_dir: Path, console: Console) -> "RunContext":
-        """Raises `ConfigError` for a mesh, a text or a tokenizer that do not go with the recipe's model."""
+    def create(cls, recipe: Recipe, run_dir: Path, console: Console) -> "RunContext":
+        """Raises `ConfigError` for a mesh, a text or a tokenizer that does not fit the recipe's model."""
         mesh = make_mesh(recipe.mesh)
         check_divisible(recipe, mesh)
         spec = recipe.data.tokenizer
         text, inherited = (), None
         if spec.startswith("bpe:") and not (run_dir / "tokenizer.json").exists():
             if recipe.init_from is None:
-                text = open_documents_of(recipe, "train")
+                text = open_split(recipe, "train")
             else:
-                inherited = _inherited(recipe.init_from, spec)
+                inherited = _inherited_tokenizer(recipe.init_from, spec)
         tokenizer = load_tokenizer(spec, run_dir, text, inherited)
         if tokenizer.vocab_size > recipe.model.vocab_size:
             fix = f"the tokenizer {tokenizer.name} has {tokenizer.vocab_size} tokens; give the model as many or more"
@@ -69,22 +73,23 @@ class RunContext:
         return AbstractModel(self.recipe.model, precision=precision, kernels=kernels, remat=training.remat, rules=rules)
 
     @cached_property
-    def language(self) -> ChatTokenizer:
+    def chat_tokenizer(self) -> ChatTokenizer:
         spec = self.recipe.data.tokenizer
-        named = spec != "byte" and not spec.startswith("bpe:")
-        return load_chat_tokenizer(Path(spec).parent if named else self.run_dir, self.tokenizer)
+        is_file = spec != "byte" and not spec.startswith("bpe:")
+        return load_chat_tokenizer(Path(spec).parent if is_file else self.run_dir, self.tokenizer)
 
-    def put(self, batch: Mapping[str, np.ndarray], rows: int, first: int = 0) -> dict[str, jax.Array]:
-        """A global batch of `rows` rows, of which `batch` holds those from `first` on, each on its device."""
-        place = NamedSharding(self.mesh, BATCH_SPEC)
+    def put(self, batch: Mapping[str, np.ndarray], batch_size: int, first: int = 0) -> dict[str, jax.Array]:
+        """A global batch of `batch_size` packed sequences on the mesh, sharded over `BATCH_SPEC`. `batch` has this
+        process's sequences, those from number `first` on."""
+        sharding = NamedSharding(self.mesh, BATCH_SPEC)
 
         def put(values: np.ndarray) -> jax.Array:
-            def part(index: tuple[slice, ...] | None) -> np.ndarray:
+            def shard(index: tuple[slice, ...] | None) -> np.ndarray:
                 assert index is not None
-                start, stop, _ = index[0].indices(rows)
+                start, stop, _ = index[0].indices(batch_size)
                 return values[start - first : stop - first, index[1]]
 
-            return jax.make_array_from_callback((rows, *values.shape[1:]), place, part)
+            return jax.make_array_from_callback((batch_size, *values.shape[1:]), sharding, shard)
 
         return {key: put(values) for key, values in batch.items()}
 
@@ -92,29 +97,32 @@ class RunContext:
         """Rows of the start-up table that every stage has; `state` may be abstract."""
         cfg, device = self.recipe.model, jax.devices()[0]
         count = count_parameters(cfg)
-        module = f", {si(count.mtp)} in the prediction module" if count.mtp else ""
-        parts = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
+        mtp = f", {si(count.mtp)} in the MTP module" if count.mtp else ""
+        shards = (math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(state))
         axes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
         return [
-            ("parameters", f"{si(count.total)}, {si(count.active)} active a token{module}"),
+            ("parameters", f"{si(count.total)}, {si(count.active)} active per token{mtp}"),
             ("experts", f"{cfg.num_experts_per_tok} of {cfg.n_routed_experts} and {cfg.n_shared_experts} shared"),
             ("mesh", " x ".join(f"{a} {n}" for a, n in axes.items()) or f"one device ({device.device_kind})"),
-            ("state a device", f"{bytes_(sum(parts))}: parameters and optimizer"),
+            ("state per device", f"{bytes_(sum(shards))}: parameters and optimizer"),
             ("compute", f"{jnp.dtype(self.abstract_model.precision.compute).name} on {device.platform}"),
             ("tokenizer", f"{self.tokenizer.name}, {self.tokenizer.vocab_size} tokens"),
         ]
 
 
-def _inherited(init_from: str, spec: str) -> Path:
-    file = tokenizer_file(open_any_checkpoint(init_from).directory)
+def _inherited_tokenizer(init_from: str, spec: str) -> Path:
+    file = tokenizer_file(open_checkpoint(init_from).directory)
     if file is None:
-        fix = f"{init_from} brings no tokenizer, and to its model the ids of a new one mean nothing; name its own"
+        fix = f"{init_from} has no tokenizer, and its model does not know the ids of a new one; name the model's own"
         raise ConfigError("data.tokenizer", spec, fix)
     return file
 
 
-def open_documents_of(recipe: Recipe, part: Literal["train", "heldout"]) -> SkipMalformed:
+def open_split(recipe: Recipe, split: Literal["train", "heldout"]) -> SkipMalformed:
     """The documents of `data.train` or `data.heldout`."""
-    settings = recipe.data
-    how: Any = {"text_field": settings.text_field, "malformed": settings.max_malformed_fraction}
-    return open_documents(getattr(settings, part), field=f"data.{part}", **how)
+    return open_documents(
+        getattr(recipe.data, split),
+        field=f"data.{split}",
+        text_field=recipe.data.text_field,
+        max_malformed_fraction=recipe.data.max_malformed_fraction,
+    )

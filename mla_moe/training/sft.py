@@ -1,6 +1,6 @@
-"""Supervised fine-tuning: a model learns what follows given prompts."""
+"""Supervised fine-tuning (SFT): next-token training on the completions of prompts."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -10,88 +10,73 @@ import jax
 from mla_moe.checkpoint.manager import DataPosition
 from mla_moe.config import Recipe
 from mla_moe.data import SFT_FEATURES, Batch, PromptCompletionDataset, PromptCompletionEncoding, sft_batches
-from mla_moe.text.chat_tokenizer import ChatTokenizer
+from mla_moe.text.prompts import render_prompt
 from mla_moe.training.console import Console, duration
-from mla_moe.training.initialization import loaded_state, model_before
+from mla_moe.training.initialization import starting_checkpoint, state_from_checkpoint
+from mla_moe.training.next_token import NextTokenTrainer
 from mla_moe.training.run_context import RunContext
 from mla_moe.training.run_directory import add_summary
 from mla_moe.training.step import TrainState
-from mla_moe.training.step_metrics import StepMetrics
-from mla_moe.training.trainer import Trainer
-
-Prompt = Callable[[str, str, ChatTokenizer], Sequence[int]]
-"""`prompt(template, question, language)`: the tokens that put a question to the model."""
+from mla_moe.training.trainer import StepMetrics, Writer
 
 
-def train_sft(recipe: Recipe, run_dir: Path, console: Console, prompt: Prompt) -> None:
+def train_sft(recipe: Recipe, run_dir: Path, console: Console) -> None:
     """Train on `recipe.sft.data` to `recipe.sft.steps`, from the newest checkpoint if there is one, else from this
-    run's pretraining or from `init_from`.
-
-    Raises `ConfigError` before anything compiles, and `Interrupted` after a signal, when the state is saved.
-    """
-    start = model_before("sft", recipe, run_dir)
-    SFTTrainer("sft", RunContext.of(recipe, run_dir, console), recipe.sft.steps, recipe.sft.data, start, prompt).run()
+    run's pretraining or from `init_from`. Raises as `Trainer.train` does."""
+    start = starting_checkpoint("sft", recipe, run_dir)
+    context = RunContext.create(recipe, run_dir, console)
+    SFTTrainer("sft", context, recipe.sft.steps, recipe.sft.data, start).train()
 
 
-class SFTTrainer(Trainer):
-    """`steps` on the pairs that `patterns` match, beginning with the checkpoint at `start`."""
+class SFTTrainer(NextTokenTrainer):
+    """`steps` on the prompt-completion examples in the files that `patterns` match, from the checkpoint `start`."""
 
-    fields = SFT_FEATURES
+    features = SFT_FEATURES
 
-    def __init__(self, name: str, setup: RunContext, steps: int, patterns: Sequence[str], start: Path, prompt: Prompt):
-        sft = setup.recipe.sft
-        super().__init__(name, setup, sft.training(setup.recipe.training, steps), sft.optimizer)
-        self._patterns, self._start, self._prompt = patterns, start, prompt
+    def __init__(self, name: str, context: RunContext, steps: int, patterns: Sequence[str], start: Path):
+        sft = context.recipe.sft
+        super().__init__(name, context, sft.training(context.recipe.training, steps), sft.optimizer)
+        self._patterns, self._start = patterns, start
 
     @cached_property
-    def _pairs(self) -> PromptCompletionDataset:
-        language, template = self.setup.language, self.setup.recipe.task.template
-        coding = PromptCompletionEncoding(
-            prompt=lambda question: self._prompt(template, question, language),
-            completion=lambda text: language.encode(text)[1:],  # without bos
-            end=language.stop_ids[0],
+    def dataset(self) -> PromptCompletionDataset:
+        tokenizer, template = self.context.chat_tokenizer, self.context.recipe.task.template
+        encoding = PromptCompletionEncoding(
+            prompt=lambda question: render_prompt(template, question, tokenizer),
+            completion=lambda text: tokenizer.encode(text)[1:],  # without bos
+            end=tokenizer.stop_ids[0],
             length=self.training.sequence_length,
         )
-        return PromptCompletionDataset(
-            self._patterns, f"{self.name}.data", coding, self.setup.recipe.sft.max_malformed_fraction
-        )
+        limit = self.context.recipe.sft.max_malformed_fraction
+        return PromptCompletionDataset(self._patterns, f"{self.name}.data", encoding, limit)
 
-    def first_state(self, place: DataPosition) -> TrainState:
-        setup = self.setup
-        setup.console.say(f"started from {self._start}")
-        return loaded_state(self._start, setup.recipe, setup.abstract_model, self.tx, setup.mesh)
+    def initial_state(self, position: DataPosition) -> tuple[TrainState, int | None]:
+        context = self.context
+        context.console.print(f"started from {self._start}")
+        state = state_from_checkpoint(self._start, context.recipe, context.abstract_model, self.tx, context.mesh)
+        return state, None
 
-    def stream(self, *, batch_size: int, shard: int, shards: int) -> grain.DatasetIterator[Batch]:
-        recipe = self.setup.recipe
-        size = {"batch_size": batch_size, "sequence_length": self.training.sequence_length}
-        return sft_batches(recipe.data, self._pairs, **size, seed=recipe.seed, shard=shard, shards=shards)
-
-    @property
-    def fingerprint(self) -> int:
-        return self._pairs.fingerprint
-
-    @property
-    def documents(self) -> int:
-        return len(self._pairs)
+    def open_stream(self, **options: int) -> grain.DatasetIterator[Batch]:
+        return sft_batches(self.context.recipe.data, self.dataset, **options)
 
     def describe(self) -> list[tuple[str, str]]:
-        pairs, training, say = self._pairs, self.training, self.setup.console.say
-        if pairs.malformed:
-            say(f"{len(pairs.malformed)} broken lines are left out, the first at {pairs.malformed[0]}")
-        if pairs.too_long:
-            say(f"{pairs.too_long} pairs are left out: their prompt fills {training.sequence_length} tokens")
-        if pairs.cut:
-            say(f"{pairs.cut} completions are cut at {training.sequence_length} tokens")
-        size = f"{training.batch_size * training.sequence_length:,} in {training.batch_size} rows"
-        return [("pairs", f"{len(pairs):,}"), ("tokens a step", f"{size}, prompts and padding included")]
+        examples, training, log = self.dataset, self.training, self.context.console.print
+        if examples.malformed:
+            log(f"{len(examples.malformed)} malformed lines are skipped, the first at {examples.malformed[0]}")
+        if examples.prompts_too_long:
+            log(f"{examples.prompts_too_long} examples are skipped: prompts fill {training.sequence_length} tokens")
+        if examples.truncated:
+            log(f"{examples.truncated} completions are truncated at {training.sequence_length} tokens")
+        size = f"{training.batch_size * training.sequence_length:,} in {training.batch_size} packed sequences"
+        return [("examples", f"{len(examples):,}"), ("tokens per step", f"{size}, prompts and padding included")]
 
-    def finish(self, state: TrainState, scores: Mapping[str, float], meter: StepMetrics, writer) -> None:
-        """A summary for the report and the terminal."""
+    def finish(self, state: TrainState, scores: Mapping[str, float], metrics: StepMetrics, writer: Writer) -> None:
+        """Write a summary for the report and the console."""
         rows = {
-            f"{self.name} steps": f"{self.training.steps} on {len(self._pairs):,} pairs",
-            f"{self.name} loss": f"{meter.loss:.3f} nats a token of the completions",
+            f"{self.name} steps": f"{self.training.steps} on {len(self.dataset):,} examples",
+            f"{self.name} loss": f"{metrics.loss:.3f} nats per token of the completions",
             f"time in {self.name} steps": duration(self.seconds),
         }
         if jax.process_index() == 0:
-            add_summary(self.setup.run_dir, rows)
-        self.setup.console.result_table("fine-tuned", list(rows.items()))
+            add_summary(self.context.run_dir, rows)
+        self.context.console.result_table("fine-tuned", list(rows.items()))

@@ -1,191 +1,252 @@
-"""The way through a stage that trains on batches: restore or begin, step, measure, save, and stop when asked to."""
+"""The training loop that all stages share: restore or initialize, step, log, evaluate, save, and stop on a signal.
+
+A stage (pretraining, SFT, rejection sampling, RL) is a subclass of `Trainer` that provides batches and a step.
+"""
 
 import abc
 import contextlib
+import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
-import grain
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import NamedSharding
 
 from mla_moe.checkpoint.manager import CheckpointManager, DataPosition, FixedPosition
 from mla_moe.config import OptimizerConfig, TrainingConfig
-from mla_moe.data import Batch, Batches, process_rows, stream_count
-from mla_moe.parallel.mesh import BATCH_SPEC
-from mla_moe.training.console import bytes_
+from mla_moe.training.console import Progress
 from mla_moe.training.loss_monitor import LossMonitor, LossSpikeError, TrainingHaltedError
 from mla_moe.training.metrics import MetricsWriter, NullWriter, read_rows, seconds_in_steps
 from mla_moe.training.optimizer import learning_rate, make_optimizer
-from mla_moe.training.run_context import InterruptedRun, RunContext
-from mla_moe.training.run_directory import PreemptionSignals
-from mla_moe.training.step import TrainState, abstract_state, make_train_step
-from mla_moe.training.step_metrics import StepMetrics
+from mla_moe.training.preemption import InterruptedRun, PreemptionSignals
+from mla_moe.training.run_context import RunContext
+from mla_moe.training.step import TrainState, abstract_state
 
 MAX_REWINDS = 3
-"""Times that a stage goes back to one checkpoint."""
+"""Rewinds to the same checkpoint after loss spikes, before the run halts."""
+
+State = TypeVar("State", bound=NamedTuple)
+BatchT = TypeVar("BatchT")
+Writer = MetricsWriter | NullWriter
+"""`NullWriter` in all processes but the first."""
 
 
-class Trainer(abc.ABC):
-    """What every such stage has. A kind of stage says where it begins, what it reads, how it is measured, and what it
-    leaves behind."""
+class Trainer(abc.ABC, Generic[State, BatchT]):
+    """One stage of a run. `train` is the loop; the other methods are what a stage provides."""
 
-    fields: tuple[str, ...] = ("tokens", "targets", "segment_ids", "positions")
-    """Arrays of a batch."""
+    metrics_one_step_late: ClassVar[bool] = True
+    """Fetch the metrics of a step after the next step is dispatched, so that the device does not wait for the host."""
+    evaluates_first: ClassVar[bool] = False
+    """Also evaluate before the first step, as step 0."""
 
-    def __init__(self, name: str, setup: RunContext, training: TrainingConfig, optimizer: OptimizerConfig):
-        """`name` is that of its rows and checkpoints. `training` and `optimizer` are the numbers it trains with."""
-        self.name, self.setup, self.training, self._optimizer = name, setup, training, optimizer
+    updates_per_step: int = 1
+    """Optimizer updates per step."""
 
-    @abc.abstractmethod
-    def first_state(self, place: DataPosition) -> TrainState:
-        """Where there is no checkpoint yet. May move the data to their place."""
-
-    @abc.abstractmethod
-    def stream(self, *, batch_size: int, shard: int, shards: int) -> grain.DatasetIterator[Batch]:
-        """One of `shards` streams of the batches, `batch_size` rows each."""
-
-    @property
-    @abc.abstractmethod
-    def fingerprint(self) -> int:
-        """Tells the files that are read from others."""
+    def __init__(self, name: str, context: RunContext, training: TrainingConfig, optimizer: OptimizerConfig):
+        """`name` is the stage's name in metrics and checkpoints. `training` gives steps, logging and evaluation."""
+        self.name, self.context, self.training, self._optimizer = name, context, training, optimizer
 
     @property
     @abc.abstractmethod
-    def documents(self) -> int:
-        """How many documents, or pairs, there are."""
+    def abstract_state(self) -> State:
+        """Shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
+
+    @abc.abstractmethod
+    def initial_state(self, position: DataPosition) -> tuple[State, int | None]:
+        """The state if the stage has no checkpoint, and its step if it resumes that of another run, whose `position`
+        in the data is then restored too."""
+
+    @property
+    @abc.abstractmethod
+    def position(self) -> DataPosition:
+        """The position in the data, which checkpoints store. The first access opens the data."""
+
+    @abc.abstractmethod
+    def next_batch(self, state: State, status: Callable[[str], None]) -> BatchT:
+        """The batch of the next step. `status` displays progress within a long step."""
+
+    @abc.abstractmethod
+    def step(self, number: int, state: State, batch: BatchT) -> tuple[State, dict[str, Any]]:
+        """Step `number`, counted from 1. Donates the state. The metrics include `load_LE`, tokens per expert, which is
+        empty for a dense model."""
+
+    @abc.abstractmethod
+    def row(
+        self, number: int, values: dict[str, Any], load_LE: np.ndarray, batch: BatchT, seconds: float
+    ) -> dict[str, float]:
+        """A row of `metrics.jsonl` from the metrics of a step, fetched to the host, and the step's duration."""
+
+    @abc.abstractmethod
+    def batch_arrays(self, batch: BatchT) -> Mapping[str, np.ndarray]:
+        """The arrays to save of a batch whose update was not finite."""
 
     @abc.abstractmethod
     def describe(self) -> list[tuple[str, str]]:
-        """The start-up table's own rows. What is missing is missed here, before anything compiles."""
+        """The stage's rows of the start-up table. Raises `ConfigError` for missing data, before anything compiles."""
 
     @abc.abstractmethod
-    def finish(self, state: TrainState, scores: Mapping[str, float], meter: StepMetrics, writer) -> None:
-        """What is left at the end, given the last evaluation's scores."""
+    def finish(self, state: State, scores: Mapping[str, float], metrics: "StepMetrics", writer: Writer) -> None:
+        """Write the results, given the scores of the last evaluation."""
 
-    def evaluate(self, state: TrainState) -> dict[str, float]:
-        """Rows of `metrics.jsonl`, at the end and every `eval_every` steps."""
+    def evaluate(self, number: int, state: State, writer: Writer) -> dict[str, float]:
+        """Scores after step `number`, for a row of `metrics.jsonl`: every `eval_every` steps and at the end."""
         return {}
 
-    @property
-    def seconds(self) -> float:
-        """What the steps took, of earlier starts too."""
-        rows = read_rows(self.setup.run_dir / "metrics.jsonl", self.name)
-        return seconds_in_steps(rows, self.training.log_every)
+    def prepare(self) -> None:
+        """Compile the step. Called once, after the state is restored."""
+
+    def close(self) -> None:
+        """Close the data."""
 
     @cached_property
     def tx(self) -> optax.GradientTransformation:
-        return make_optimizer(self._optimizer, self.training.steps, self.setup.abstract_model)
+        updates = self.training.steps * self.updates_per_step
+        return make_optimizer(self._optimizer, updates, self.context.abstract_model)
 
     @cached_property
-    def abstract_state(self) -> TrainState:
-        return abstract_state(self.setup.abstract_model, self.tx, self.setup.mesh)
+    def abstract_train_state(self) -> TrainState:
+        return abstract_state(self.context.abstract_model, self.tx, self.context.mesh)
 
-    def run(self) -> None:
+    def learning_rate(self, number: int) -> float:
+        """The learning rate of the last update of a step."""
+        schedule = learning_rate(self._optimizer.schedule, self.training.steps * self.updates_per_step)
+        return float(np.asarray(schedule(number * self.updates_per_step - 1)))
+
+    @property
+    def expert_load_every(self) -> int:
+        """Steps between rows of `expert_load.jsonl`: a heat map of at most 400 rows for the whole run."""
+        return max(1, self.training.steps // 200)
+
+    @property
+    def seconds(self) -> float:
+        """Duration of all steps of the stage, those before a restart included."""
+        rows = read_rows(self.context.run_dir / "metrics.jsonl", self.name)
+        return seconds_in_steps(rows, self.training.log_every)
+
+    def train(self) -> None:
         """Train to the last step, from the newest checkpoint if there is one.
 
-        Raises `ConfigError` before anything compiles, `Interrupted` after a signal, when the state is saved, and
-        `Halted` when there is nothing to learn that way.
+        After a loss spike it rewinds to the newest checkpoint and skips the batches since. Raises `ConfigError` before
+        anything compiles, `InterruptedRun` after a signal, when the state is saved, `TrainingHaltedError` for repeated
+        non-finite updates or loss spikes, and `CheckpointSaveError`.
         """
-        setup, say = self.setup, self.setup.console.say
-        with CheckpointManager(setup.run_dir, self.name, setup.recipe.checkpoint) as checkpoints:
-            start = checkpoints.latest
-            if start == self.training.steps:
-                say(f"{self.name}: all {start} steps are done already")
+        context, log = self.context, self.context.console.print
+        with CheckpointManager(context.run_dir, self.name, context.recipe.checkpoint) as checkpoints:
+            if checkpoints.latest == self.training.steps:
+                log(f"{self.name}: all {self.training.steps} steps are done already")
                 return
-            with contextlib.closing(self._open_batches()) as batches:
+            position = self.position
+            with contextlib.closing(self):
                 rows = self.describe()
-                setup.console.startup_table(
-                    f"{setup.recipe.run_dir}: {self.name}", [*setup.describe(self.abstract_state), *rows]
-                )
-                state, start = self._begin(checkpoints, batches)
-                batches.prepare()  # while the step compiles
-                rewound, returns = 0, Counter()
+                title = f"{context.recipe.run_dir}: {self.name}"
+                context.console.startup_table(title, [*context.describe(self.abstract_train_state), *rows])
+                state, start = self._restore(checkpoints, position)
+                self.prepare()
+                rewound, rewinds = 0, Counter()
                 while True:
                     try:
-                        return self._train(state, batches, checkpoints, start, rewound)
+                        return self._train(state, checkpoints, start, rewound)
                     except LossSpikeError as spike:
-                        say(f"{spike}: back to the newest checkpoint, leaving out the batches since")
-                        state, start = self._begin(checkpoints, FixedPosition())
+                        log(f"{spike}: rewinding to the newest checkpoint and skipping the batches since")
+                        state, start = self._restore(checkpoints, FixedPosition())
                         rewound = spike.step - (start or 0)
-                        returns[start] += 1
-                        if returns[start] > MAX_REWINDS:
-                            raise TrainingHaltedError(
-                                f"{spike}, again after {MAX_REWINDS} returns to step {start or 0}"
-                            ) from None
+                        rewinds[start] += 1
+                        if rewinds[start] > MAX_REWINDS:
+                            message = f"{spike}, again after {MAX_REWINDS} rewinds to step {start or 0}"
+                            raise TrainingHaltedError(message) from None
 
-    def _begin(self, checkpoints: CheckpointManager, place: DataPosition) -> tuple[TrainState, int | None]:
-        """The state of the newest checkpoint, and its step; or that of a start."""
+    def _restore(self, checkpoints: CheckpointManager, position: DataPosition) -> tuple[State, int | None]:
+        """The state of the newest checkpoint, or the initial state, and its step; None at the start of a stage."""
         if checkpoints.latest is None:
-            state = self.first_state(place)
-            return state, int(state.step) or None
-        state = checkpoints.restore(self.abstract_state, place, self.setup.console.say)
-        self.setup.console.say(f"resumed from the checkpoint of step {checkpoints.latest}")
+            return self.initial_state(position)
+        state = checkpoints.restore(self.abstract_state, position, self.context.console.print)
+        self.context.console.print(f"resumed from the checkpoint of step {checkpoints.latest}")
         return state, checkpoints.latest
 
-    def _open_batches(self) -> Batches:
-        """Of which this process reads the rows that its devices hold."""
-        rows, length = self.training.batch_size, self.training.sequence_length
-        streams = stream_count(self.setup.recipe.data.streams, rows, self.documents)
-        place = NamedSharding(self.setup.mesh, BATCH_SPEC).addressable_devices_indices_map((rows, length))
-
-        def stream(number: int) -> grain.DatasetIterator[Batch]:
-            return self.stream(batch_size=rows // streams, shard=number, shards=streams)
-
-        return Batches(stream, process_rows(place.values(), rows), rows, streams, self.fingerprint)
-
-    def _train(
-        self, state: TrainState, batches: Batches, checkpoints: CheckpointManager, start: int | None, rewound: int
-    ) -> None:
-        """Step to the end. Figures of a step are fetched after the next one is under way, so the device never waits."""
-        setup, training = self.setup, self.training
+    def _train(self, state: State, checkpoints: CheckpointManager, start: int | None, rewound: int) -> None:
+        """The steps after `start`."""
+        context, training = self.context, self.training
         first, last = start or 0, training.steps
-        step = self._step
-        rate = learning_rate(self._optimizer.schedule, last)
         with (
             PreemptionSignals() as signals,
-            MetricsWriter(setup.run_dir, start, self.name) if jax.process_index() == 0 else NullWriter() as writer,
-            setup.console.progress(self.name, last, first) as progress,
+            MetricsWriter(context.run_dir, start, self.name) if jax.process_index() == 0 else NullWriter() as writer,
+            context.console.progress(self.name, last, first) as progress,
         ):
             if rewound:
                 writer.write(first + 1, {"rewound": rewound})
-            guard = LossMonitor(training, setup.run_dir, self.name, start)
-            meter = StepMetrics(setup.recipe.model, training, rate, writer, progress, guard)
+            if start is None and self.evaluates_first:
+                writer.write(0, self.evaluate(0, state, writer))
+            monitor = LossMonitor(training, context.run_dir, self.name, start)
+            metrics = StepMetrics(self, writer, progress, monitor)
             for number in range(first + 1, last + 1):
-                batch = next(batches)
-                state, metrics = step(state, setup.put(batch, training.batch_size, batches.rows.start))
-                meter.record(number, metrics, batch)
+                batch = self.next_batch(state, progress.status)
+                state, values = self.step(number, state, batch)
+                metrics.record(number, values, batch)
+                if not self.metrics_one_step_late:
+                    metrics.flush()
                 is_last = number == last
                 if is_last or (training.eval_every and number % training.eval_every == 0):
-                    meter.flush()
-                    scores = self.evaluate(state)
+                    metrics.flush()
+                    scores = self.evaluate(number, state, writer)
                     if scores:
                         writer.write(number, scores)
-                    meter.restart()
+                    metrics.restart_clock()
                 if is_last:
-                    self.finish(state, scores, meter, writer)
-                if is_last or number % setup.recipe.checkpoint.every == 0 or signals.stop(number):
-                    meter.flush()
-                    checkpoints.save(number, state, batches, setup.abstract_model)
-                    meter.restart()
+                    self.finish(state, scores, metrics, writer)
+                if is_last or number % context.recipe.checkpoint.every == 0 or signals.stop(number):
+                    metrics.flush()
+                    checkpoints.save(number, state, self.position, context.abstract_model)
+                    metrics.restart_clock()
                 if signals.stop(number):
                     raise InterruptedRun(f"stopped at step {number} by {signals.name}; state saved")
 
-    @cached_property
-    def _step(self):
-        shape = self.training.batch_size, self.training.sequence_length
-        place = NamedSharding(self.setup.mesh, BATCH_SPEC)
-        batch = dict.fromkeys(self.fields, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place))
-        began = time.monotonic()
-        step = make_train_step(self.setup.abstract_model, self.tx, self.training, self.setup.mesh).lower(
-            self.abstract_state, batch
-        )
-        step = step.compile()
-        memory = step.memory_analysis()
-        temporaries = f", {bytes_(memory.temp_size_in_bytes)} of temporaries a device" if memory else ""
-        self.setup.console.say(f"compiled in {time.monotonic() - began:.1f} s{temporaries}")
-        return step
+
+class StepMetrics:
+    """Logs each step's metrics, one step late: `record` logs the step before, `flush` the newest."""
+
+    def __init__(self, trainer: "Trainer[Any, Any]", writer: Writer, progress: Progress, monitor: LossMonitor):
+        self._trainer, self._writer, self._progress, self._monitor = trainer, writer, progress, monitor
+        self._pending: tuple[int, dict[str, Any], Any] | None = None
+        self._max_load_ratios: list[float] = []
+        self.loss = math.nan
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Start to time the next step now, after an evaluation or a save."""
+        self._since = time.monotonic()
+
+    def record(self, number: int, metrics: dict[str, Any], batch: Any) -> None:
+        self.flush()
+        self._pending = number, metrics, batch
+
+    def flush(self) -> None:
+        """Fetch the pending metrics, which waits for their step, and log them. Raises as `LossMonitor.check` does."""
+        if self._pending is None:
+            return
+        number, metrics, batch = self._pending
+        self._pending = None
+        trainer, training = self._trainer, self._trainer.training
+        values = jax.device_get(metrics)
+        now = time.monotonic()
+        seconds, self._since = now - self._since, now
+        load_LE = values.pop("load_LE")
+        row = trainer.row(number, values, load_LE, batch, seconds)
+        self.loss = row["loss"]
+        if "moe/load_max" in row:
+            self._max_load_ratios.append(row["moe/load_max"])
+        if number % training.log_every == 0 or number == training.steps:
+            self._writer.write(number, row)
+        if load_LE.size and number % trainer.expert_load_every == 0:
+            self._writer.write_load(number, load_LE)
+        self._progress.update(number, row)
+        self._monitor.check(number, row, lambda: trainer.batch_arrays(batch))
+
+    @property
+    def max_load_ratio_last_tenth(self) -> float:
+        """Mean max load ratio over the last tenth of the steps."""
+        tail = self._max_load_ratios[-max(self._trainer.training.steps // 10, 1) :]
+        return float(np.mean(tail)) if tail else math.nan

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mla_moe import ConfigError
 from mla_moe.config import TaskConfig
 from mla_moe.data import PromptCompletionDataset, PromptCompletionEncoding, open_documents
-from mla_moe.rl.tasks.task import open_task
+from mla_moe.rl.tasks import open_task
 
 from .json_values import VALUES
 
@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 def opened(path, malformed):
-    return open_documents([str(path)], field="data.train", text_field="text", malformed=malformed)
+    return open_documents([str(path)], field="data.train", text_field="text", max_malformed_fraction=malformed)
 
 
 @given(FILES, st.sampled_from(["jsonl", "txt"]))

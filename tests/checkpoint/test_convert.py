@@ -1,3 +1,5 @@
+"""Conversion between Hugging Face directories: dtypes, FP8 blocks, copied files, errors."""
+
 import dataclasses
 import json
 import shutil
@@ -12,7 +14,7 @@ from safetensors.numpy import save_file
 
 from mla_moe import ConfigError, ModelConfig, Transformer
 from mla_moe.checkpoint.convert import convert
-from mla_moe.checkpoint.fp8 import E4M3, QUANTIZATION_CONFIG, is_quantised
+from mla_moe.checkpoint.fp8 import E4M3, QUANTIZATION_CONFIG, is_quantized
 from mla_moe.checkpoint.hf_mapping import tensor_mappings
 from mla_moe.checkpoint.pretrained import load_pretrained, save_pretrained
 from mla_moe.checkpoint.safetensors_reader import SafetensorsReader
@@ -30,23 +32,29 @@ def tensors(directory):
 
 @pytest.fixture(scope="module")
 def wide(cfg):
-    """Matrices of several blocks, the last ones partial."""
+    """A model whose matrices have several FP8 blocks, the last ones partial."""
     wide = dataclasses.replace(cfg, hidden_size=160, kv_lora_rank=130, intermediate_size=200)
     return Transformer(wide, rngs=nnx.Rngs(0))
 
 
+@pytest.fixture(scope="module")
+def saved_fp8(wide, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "fp8"
+    save_pretrained(wide, path, jnp.bfloat16, fp8=True, max_shard_bytes=100_000)
+    return path
+
+
 @pytest.fixture
-def blocks(wide, tmp_path):
-    """A checkpoint in FP8 blocks, in several files."""
-    save_pretrained(wide, tmp_path / "fp8", jnp.bfloat16, fp8=True, max_shard_bytes=100_000)
-    return tmp_path / "fp8"
+def fp8_directory(saved_fp8, tmp_path):
+    """A checkpoint with FP8 blocks, in several files."""
+    return shutil.copytree(saved_fp8, tmp_path / "fp8")
 
 
-def test_without_a_wish_nothing_changes(tmp_path):
+def test_by_default_nothing_changes(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(GOLDEN / "v3", source)
-    carried = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenization_x.py", "LICENSE")
-    for name in carried:
+    copied_names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenization_x.py", "LICENSE")
+    for name in copied_names:
         (source / name).write_text("raise SystemExit")
     (source / "optimizer.bin").write_text("not part of a model")
     convert(source, tmp_path / "out", max_shard_bytes=20_000)
@@ -55,10 +63,10 @@ def test_without_a_wish_nothing_changes(tmp_path):
         (source / "config.json").read_text()
     )
     copied = {p.name for p in (tmp_path / "out").iterdir() if ".safetensors" not in p.name}
-    assert copied == {"config.json", *carried}
+    assert copied == {"config.json", *copied_names}
 
 
-def test_another_type_but_for_the_biases(tmp_path):
+def test_dtype_is_changed_and_restored(tmp_path):
     convert(GOLDEN / "k2", tmp_path / "out", dtype=jnp.float32)
     before, after = SafetensorsReader(GOLDEN / "k2"), SafetensorsReader(tmp_path / "out")
     for name in before.stored:
@@ -69,149 +77,155 @@ def test_another_type_but_for_the_biases(tmp_path):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["torch_dtype"] == "bfloat16"
 
 
-def test_blocks_are_what_released_checkpoints_have_in_blocks(blocks, wide):
-    reader = SafetensorsReader(blocks)
+def test_the_tensors_that_released_checkpoints_quantize_are_quantized(fp8_directory, wide):
+    reader = SafetensorsReader(fp8_directory)
     assert {name for name in reader.stored if reader[name].dtype == E4M3} == {
-        piece.name for piece in tensor_mappings(AbstractModel(wide.cfg)) if is_quantised(piece.name)
+        mapping.name for mapping in tensor_mappings(AbstractModel(wide.cfg)) if is_quantized(mapping.name)
     }
     assert reader["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"].shape == (2, 2)
-    config = json.loads((blocks / "config.json").read_text())
+    config = json.loads((fp8_directory / "config.json").read_text())
     assert config["quantization_config"]["weight_block_size"] == [128, 128]
     assert ModelConfig.from_hf(config) == wide.cfg
 
 
-def test_blocks_are_close_and_do_not_need_another_reader(blocks, wide):
-    again = model_arrays(load_pretrained(blocks))
+def test_fp8_weights_load_directly_and_are_close_to_the_original(fp8_directory, wide):
+    again = model_arrays(load_pretrained(fp8_directory))
     for path, x in model_arrays(wide).items():
         assert again[path].dtype == (jnp.float32 if "router" in path else jnp.bfloat16)
         error = np.abs(np.asarray(again[path], np.float32) - np.asarray(x, np.float32))
         assert (error <= np.abs(x) / 14 + np.abs(x).max() / 1e5).all(), path
 
 
-def test_undone_blocks_are_what_is_loaded_from_them(blocks, tmp_path):
-    convert(blocks, tmp_path / "out")
+def test_dequantized_weights_equal_the_weights_loaded_from_fp8(fp8_directory, tmp_path):
+    convert(fp8_directory, tmp_path / "out")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert {str(t[0]) for t in tensors(tmp_path / "out").values()} == {"bfloat16", "float32"}
-    a, b = (model_arrays(load_pretrained(d)) for d in (blocks, tmp_path / "out"))
+    a, b = (model_arrays(load_pretrained(d)) for d in (fp8_directory, tmp_path / "out"))
     for path, x in a.items():
         np.testing.assert_array_equal(x, b[path], err_msg=path)
 
 
-def test_blocks_made_by_conversion_are_those_made_by_saving(blocks, wide, tmp_path, monkeypatch):
-    """And they do not depend on how many rows are read at a time."""
+def test_convert_and_save_pretrained_quantize_to_the_same_bytes(fp8_directory, wide, tmp_path, monkeypatch):
+    """The result does not depend on the number of rows read at a time."""
     save_pretrained(wide, tmp_path / "plain", max_shard_bytes=300_000)
-    monkeypatch.setattr("mla_moe.checkpoint.hf_weights.PART_BYTES", 1)
+    monkeypatch.setattr("mla_moe.checkpoint.hf_mapping.READ_BYTES", 1)
     convert(tmp_path / "plain", tmp_path / "out", dtype=jnp.bfloat16, fp8=True)
-    assert tensors(tmp_path / "out") == tensors(blocks)
+    assert tensors(tmp_path / "out") == tensors(fp8_directory)
 
 
-def test_blocks_are_kept_as_they_are(blocks, tmp_path):
-    convert(blocks, tmp_path / "out", fp8=True)
-    assert tensors(tmp_path / "out") == tensors(blocks)
+def test_fp8_blocks_are_kept_unchanged(fp8_directory, tmp_path):
+    convert(fp8_directory, tmp_path / "out", fp8=True)
+    assert tensors(tmp_path / "out") == tensors(fp8_directory)
 
 
-def test_new_blocks_among_old_ones_are_described_anew(blocks, tmp_path):
-    """Or transformers would take their numbers for weights, where the old description leaves a module out."""
-    config = json.loads((blocks / "config.json").read_text())
-    theirs = config["quantization_config"] | {"modules_to_not_convert": ["model.layers.0.self_attn"]}
-    (blocks / "config.json").write_text(json.dumps(config | {"quantization_config": theirs}))
-    convert(blocks, tmp_path / "kept", fp8=True)
-    change(blocks, SCALE, lambda given: {n: x for n, x in given.items() if n != SCALE})
-    change(blocks, WEIGHT, lambda given: given | {WEIGHT: given[WEIGHT].astype(np.float32)})
-    convert(blocks, tmp_path / "anew", fp8=True)
-    found = [json.loads((tmp_path / d / "config.json").read_text())["quantization_config"] for d in ("kept", "anew")]
-    assert found == [theirs, dict(QUANTIZATION_CONFIG)]
-    assert SafetensorsReader(tmp_path / "anew")[WEIGHT].dtype == E4M3
+def test_quantization_config_is_rewritten_if_tensors_are_newly_quantized(fp8_directory, tmp_path):
+    """Where the old one excludes a module, transformers would load its FP8 values without their scales."""
+    config = json.loads((fp8_directory / "config.json").read_text())
+    given_config = config["quantization_config"] | {"modules_to_not_convert": ["model.layers.0.self_attn"]}
+    (fp8_directory / "config.json").write_text(json.dumps(config | {"quantization_config": given_config}))
+    convert(fp8_directory, tmp_path / "kept", fp8=True)
+    change(fp8_directory, SCALE, lambda given: {n: x for n, x in given.items() if n != SCALE})
+    change(fp8_directory, WEIGHT, lambda given: given | {WEIGHT: given[WEIGHT].astype(np.float32)})
+    convert(fp8_directory, tmp_path / "rewritten", fp8=True)
+    found = [
+        json.loads((tmp_path / d / "config.json").read_text())["quantization_config"] for d in ("kept", "rewritten")
+    ]
+    assert found == [given_config, dict(QUANTIZATION_CONFIG)]
+    assert SafetensorsReader(tmp_path / "rewritten")[WEIGHT].dtype == E4M3
 
 
-def test_scales_that_are_powers_of_two(blocks, tmp_path):
-    """V3.1's: stored as float32, or in eight bits of exponent."""
+def test_scales_may_be_powers_of_two(fp8_directory, tmp_path):
+    """As in V3.1: stored as float32, or as float8_e8m0fnu."""
     model = {}
-    for kind in (np.float32, ml_dtypes.float8_e8m0fnu):
-        out = tmp_path / np.dtype(kind).name
-        shutil.copytree(blocks, out)
+    for scale_dtype in (np.float32, ml_dtypes.float8_e8m0fnu):
+        out = tmp_path / np.dtype(scale_dtype).name
+        shutil.copytree(fp8_directory, out)
         for file in out.glob("*.safetensors"):
-            given = {name: np.array(SafetensorsReader(out)[name]) for name in load_names(file)}
-            power = {n: np.exp2(np.ceil(np.log2(x))).astype(kind) for n, x in given.items() if n.endswith("_scale_inv")}
+            given = {name: np.array(SafetensorsReader(out)[name]) for name in tensor_names(file)}
+            power = {
+                n: np.exp2(np.ceil(np.log2(x))).astype(scale_dtype)
+                for n, x in given.items()
+                if n.endswith("_scale_inv")
+            }
             write(file, given | power)
-        model[kind] = model_arrays(load_pretrained(out))
+        model[scale_dtype] = model_arrays(load_pretrained(out))
     a, b = model.values()
     for path, x in a.items():
         np.testing.assert_array_equal(x, b[path], err_msg=path)
 
 
-def load_names(file):
+def tensor_names(file):
     raw = file.read_bytes()
     return [n for n in json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]) if n != "__metadata__"]
 
 
 def write(file, given):
-    from mla_moe.checkpoint.safetensors_writer import TensorEntry, _write
+    from mla_moe.checkpoint.safetensors_writer import TensorEntry, _write_file
 
-    _write(file, [TensorEntry(n, x.dtype, x.shape, lambda x=x: [x]) for n, x in given.items()], lambda _: None)
+    _write_file(file, [TensorEntry(n, x.dtype, x.shape, lambda x=x: [x]) for n, x in given.items()], lambda _: None)
 
 
-def holding(directory, name):
-    return next(file for file in directory.glob("*.safetensors") if name in load_names(file))
+def file_of(directory, name):
+    return next(file for file in directory.glob("*.safetensors") if name in tensor_names(file))
 
 
 def change(directory, name, edit):
-    file = holding(directory, name)
-    given = {n: np.array(SafetensorsReader(directory)[n]) for n in load_names(file)}
+    file = file_of(directory, name)
+    given = {n: np.array(SafetensorsReader(directory)[n]) for n in tensor_names(file)}
     write(file, edit(given))
 
 
-def test_a_scale_in_another_file_than_its_weight(blocks):
-    before = model_arrays(load_pretrained(blocks))
-    scale = np.array(SafetensorsReader(blocks)[SCALE])
-    change(blocks, SCALE, lambda given: {n: x for n, x in given.items() if n != SCALE})
-    save_file({SCALE: scale}, blocks / "scales.safetensors")
-    index = json.loads((blocks / "model.safetensors.index.json").read_text())
+def test_a_scale_may_be_in_another_file_than_its_weight(fp8_directory):
+    before = model_arrays(load_pretrained(fp8_directory))
+    scale = np.array(SafetensorsReader(fp8_directory)[SCALE])
+    change(fp8_directory, SCALE, lambda given: {n: x for n, x in given.items() if n != SCALE})
+    save_file({SCALE: scale}, fp8_directory / "scales.safetensors")
+    index = json.loads((fp8_directory / "model.safetensors.index.json").read_text())
     index["weight_map"][SCALE] = "scales.safetensors"
-    (blocks / "model.safetensors.index.json").write_text(json.dumps(index))
-    after = model_arrays(load_pretrained(blocks))
+    (fp8_directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    after = model_arrays(load_pretrained(fp8_directory))
     assert (before["dense_layers/attention/o"] == after["dense_layers/attention/o"]).all()
 
 
-SPOILT = {
+DAMAGED = {
     "missing": (lambda g: {n: x for n, x in g.items() if n != SCALE}, f"{SCALE} is missing"),
     "another shape": (lambda g: g | {SCALE: g[SCALE][:, :0]}, r"has shape \[2, 0\], not \[2, 1\]"),
-    "another type": (lambda g: g | {SCALE: g[SCALE].astype(np.int32)}, "has type int32, not float32"),
+    "another dtype": (lambda g: g | {SCALE: g[SCALE].astype(np.int32)}, "has type int32, not float32"),
     "not finite": (lambda g: g | {SCALE: g[SCALE] * np.nan}, "is not finite"),
-    "of no block": (lambda g: g | {WEIGHT: g[WEIGHT].astype(np.float32)}, f"{SCALE} is unknown"),
+    "without FP8 weight": (lambda g: g | {WEIGHT: g[WEIGHT].astype(np.float32)}, f"{SCALE} is unknown"),
 }
 
 
 @pytest.mark.parametrize("action", [load_pretrained, lambda path: convert(path, path.parent / "out")])
-@pytest.mark.parametrize(("edit", "message"), SPOILT.values(), ids=SPOILT)
-def test_a_spoilt_scale_is_an_error(blocks, action, edit, message):
-    change(blocks, SCALE, edit)
+@pytest.mark.parametrize(("edit", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_scale_is_an_error(fp8_directory, action, edit, message):
+    change(fp8_directory, SCALE, edit)
     with pytest.raises(ConfigError, match=message):
-        action(blocks)
-    assert [p.name for p in blocks.parent.iterdir()] == ["fp8"]
+        action(fp8_directory)
+    assert [p.name for p in fp8_directory.parent.iterdir()] == ["fp8"]
 
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])
-def test_a_link_out_of_the_directory_is_not_copied(tmp_path, to, monkeypatch):
-    """Nor is anything written before it is found."""
+def test_a_link_to_a_file_outside_the_directory_is_an_error(tmp_path, to, monkeypatch):
+    """It is raised before anything is written."""
     shutil.copytree(GOLDEN / "v3", tmp_path / "source")
     (tmp_path / "secret").write_text("password")
     (tmp_path / "source" / "tokenizer.json").symlink_to(tmp_path / "secret")
-    monkeypatch.setattr("mla_moe.checkpoint.orbax_arrays.OrbaxWriter.write", None)
+    monkeypatch.setattr("mla_moe.checkpoint.orbax_layout.OrbaxWriter.write", None)
     with pytest.raises(ConfigError, match="out of the directory"):
         convert(tmp_path / "source", tmp_path / "out", to=to)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("to", ["hf", "orbax"])
-def test_a_link_to_nowhere_is_in_the_way(tmp_path, to):
+def test_a_dangling_link_at_the_destination_is_an_error(tmp_path, to):
     (tmp_path / "out").symlink_to(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="exists already"):
         convert(GOLDEN / "v3", tmp_path / "out", to=to)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "int8", "float8_e4m3fn", np.float64])
-def test_only_types_of_weights_can_be_asked_for(tmp_path, dtype):
+def test_only_floating_point_dtypes_of_weights_are_accepted(tmp_path, dtype):
     source = GOLDEN / "v3"
     actions = (
         lambda: load_pretrained(source, dtype),

@@ -1,4 +1,4 @@
-"""What transformers 5.23.0 computes of the same files (`tests/golden/make.py`), and what we do."""
+"""Logits, experts and gradients equal those of transformers 5.23.0 on the same files (`tests/golden/make.py`)."""
 
 from pathlib import Path
 
@@ -11,36 +11,33 @@ from flax import nnx
 from mla_moe.checkpoint.hf_mapping import tensor_mappings
 from mla_moe.checkpoint.pretrained import load_pretrained
 from mla_moe.nn.abstract_model import AbstractModel, model_arrays
-from mla_moe.nn.transformer import SequenceInfo
-from mla_moe.training.loss import loss_sums
+from mla_moe.nn.block import SequenceInfo
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = ["v2_greedy", "v2_group_limited", "v3", "k2", "moonlight"]
-
-
 KINDS = ["plain", "long", "padded", "packed"]
 
 
 @pytest.fixture(scope="module", params=CASES)
 def case(request):
-    """What is expected, and what we compute, of all kinds of batches in one: shorter rows end in padding."""
+    """Expected arrays, and ours of all kinds of batches as one batch, with shorter sequences padded."""
     directory = GOLDEN / request.param
     expected = np.load(directory / "expected.npz")
     model = load_pretrained(directory, dtype=jnp.float32)
     length = max(expected[f"{kind}/tokens"].shape[1] for kind in KINDS)
 
-    def rows(name):
+    def padded(name):
         arrays = [expected[f"{kind}/{name}"] for kind in KINDS]
         return np.concatenate([np.pad(x, ((0, 0), (0, length - x.shape[1]))) for x in arrays])
 
-    logits, chosen = map(np.asarray, logits_and_choices(model, *map(rows, ("tokens", "segments", "positions"))))
-    return expected, logits, chosen
+    logits, experts = logits_and_experts(model, *map(padded, ("tokens", "segments", "positions")))
+    return expected, np.asarray(logits), np.asarray(experts)
 
 
 @jax.jit
-def logits_and_choices(model, tokens, segments, positions):
-    """The model's logits, and the sorted choices of its expert layers, layer by layer."""
-    x, chosen = model.embedding(tokens), []
+def logits_and_experts(model, tokens, segments, positions):
+    """The model's logits, and the sorted experts of each token in each MoE layer."""
+    x, selected = model.embedding(tokens), []
     for layers in [getattr(model, name) for name in ("dense_layers", "moe_layers")]:
         graph, state = nnx.split(layers)
         for i in range(jax.tree.leaves(state)[0].shape[0]):
@@ -48,29 +45,29 @@ def logits_and_choices(model, tokens, segments, positions):
             if block.experts:
                 h = x + block.attention(block.attention_norm(x), segment_ids=segments, positions=positions)
                 experts = block.moe.router(block.mlp_norm(h).reshape(-1, h.shape[-1])).experts_NK
-                chosen.append(jnp.sort(experts, axis=-1).reshape(*tokens.shape, -1))
+                selected.append(jnp.sort(experts, axis=-1).reshape(*tokens.shape, -1))
             x, _ = block(x, SequenceInfo(segments, positions))
-    return model(tokens, segments, positions), jnp.stack(chosen)
+    return model(tokens, segments, positions), jnp.stack(selected)
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_and_choices_are_those_of_transformers(case, kind):
-    expected, logits, chosen = case
+def test_logits_and_experts_equal_transformers(case, kind):
+    expected, logits, experts = case
     start = sum(len(expected[f"{k}/tokens"]) for k in KINDS[: KINDS.index(kind)])
     B, T = expected[f"{kind}/tokens"].shape
-    real = expected[f"{kind}/segments"] != 0
-    ours = logits[start : start + B, :T], chosen[:, start : start + B, :T]
-    np.testing.assert_allclose(ours[0][real], expected[f"{kind}/logits"][real], atol=2e-5, rtol=0)
-    np.testing.assert_array_equal(ours[1][:, real], expected[f"{kind}/experts"][:, real])
+    not_padding = expected[f"{kind}/segments"] != 0
+    logits, experts = logits[start : start + B, :T], experts[:, start : start + B, :T]
+    np.testing.assert_allclose(logits[not_padding], expected[f"{kind}/logits"][not_padding], atol=2e-5, rtol=0)
+    np.testing.assert_array_equal(experts[:, not_padding], expected[f"{kind}/experts"][:, not_padding])
 
 
-def test_the_prediction_module_too():
+def test_mtp_logits_equal_transformers():
     model, expected = load_pretrained(GOLDEN / "v3", dtype=jnp.float32), np.load(GOLDEN / "v3" / "expected.npz")
 
     @jax.jit
     def both(model, tokens):
-        """Without segments and positions, as a caller may: one document, no padding."""
+        """Without segments and positions: one document, no padding."""
         h, _ = model.hidden(tokens)
         h2, _ = model.mtp_hidden(h[:, :-1], tokens[:, 1:])
         return model.logits(h), model.logits(h2)
@@ -80,9 +77,9 @@ def test_the_prediction_module_too():
     np.testing.assert_allclose(mtp_logits, expected["plain/mtp_logits"], atol=2e-5, rtol=0)
 
 
-def test_gradients_are_those_of_pytorch():
+def test_gradients_equal_pytorch():
     model, expected = load_pretrained(GOLDEN / "v3", dtype=jnp.float32), np.load(GOLDEN / "v3" / "expected.npz")
-    wanted = dict(np.load(GOLDEN / "v3" / "gradients.npz"))
+    expected_grads = dict(np.load(GOLDEN / "v3" / "gradients.npz"))
     tokens = jnp.asarray(expected["plain/tokens"])
     B, T = tokens.shape
     batch = {
@@ -94,16 +91,18 @@ def test_gradients_are_those_of_pytorch():
     abstract_model = AbstractModel(model.cfg)
 
     def loss(arrays):
-        s = loss_sums(abstract_model.merge(arrays), batch, chunk=5, mtp=True)
+        s = abstract_model.merge(arrays).loss_sums(batch, chunk=5, mtp=True)
         return s.nats / (B * (T - 1)) + 0.3 * s.mtp_nats / (B * (T - 2))
 
     value, grads = jax.jit(jax.value_and_grad(loss))(model_arrays(model))
-    assert float(value) == pytest.approx(float(wanted.pop("loss")), rel=1e-6)
+    assert float(value) == pytest.approx(float(expected_grads.pop("loss")), rel=1e-6)
     compared = set()
     for piece in tensor_mappings(abstract_model):
-        if piece.name in wanted:
+        if piece.name in expected_grads:
             compared.add(piece.name)
-            got = piece.to_hf_tensor(np.asarray(grads[piece.path][piece.index]))
-            scale = np.abs(wanted[piece.name]).max()
-            np.testing.assert_allclose(got, wanted[piece.name], atol=1e-4 * scale, rtol=1e-3, err_msg=piece.name)
-    assert compared == set(wanted)
+            grad = piece.to_hf_tensor(np.asarray(grads[piece.path][piece.index]))
+            scale = np.abs(expected_grads[piece.name]).max()
+            np.testing.assert_allclose(
+                grad, expected_grads[piece.name], atol=1e-4 * scale, rtol=1e-3, err_msg=piece.name
+            )
+    assert compared == set(expected_grads)

@@ -1,3 +1,5 @@
+"""`load_pretrained` and `save_pretrained`: round trips, dtypes, sharding, and invalid files."""
+
 import contextlib
 import json
 import shutil
@@ -13,10 +15,11 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from mla_moe import ConfigError, ModelConfig, Transformer
+from mla_moe.checkpoint.files import CheckpointError
+from mla_moe.checkpoint.hf_checkpoint import HFTensors
 from mla_moe.checkpoint.hf_mapping import tensor_mappings
-from mla_moe.checkpoint.hf_weights import HFWeights
 from mla_moe.checkpoint.pretrained import load_pretrained, save_pretrained
-from mla_moe.checkpoint.safetensors_reader import CheckpointError, SafetensorsReader
+from mla_moe.checkpoint.safetensors_reader import SafetensorsReader
 from mla_moe.config import MeshConfig
 from mla_moe.nn.abstract_model import AbstractModel, model_arrays
 from mla_moe.parallel.mesh import make_mesh
@@ -36,8 +39,8 @@ def tensors(directory):
 def test_load_then_save_is_lossless(case, max_shard_bytes, tmp_path):
     save_pretrained(load_pretrained(GOLDEN / case), tmp_path / "out", max_shard_bytes=max_shard_bytes)
     assert tensors(tmp_path / "out") == tensors(GOLDEN / case)
-    theirs, ours = (json.loads((d / "config.json").read_text()) for d in (GOLDEN / case, tmp_path / "out"))
-    assert ModelConfig.from_hf(ours) == ModelConfig.from_hf(theirs)
+    before, after = (json.loads((d / "config.json").read_text()) for d in (GOLDEN / case, tmp_path / "out"))
+    assert ModelConfig.from_hf(after) == ModelConfig.from_hf(before)
     assert (tmp_path / "out" / "model.safetensors.index.json").exists() == (max_shard_bytes == 20_000)
 
 
@@ -51,27 +54,27 @@ def test_save_then_load_is_lossless(cfg, v2_cfg, tmp_path):
             np.testing.assert_array_equal(x, again[path], err_msg=path)
 
 
-def test_every_array_is_covered_once(cfg):
+def test_each_element_is_mapped_once(cfg):
     abstract_model = AbstractModel(cfg)
     count = {path: np.zeros(v.get_value().shape, int) for path, v in abstract_model.variables.items()}
-    names = [piece.name for piece in tensor_mappings(abstract_model)]
-    for piece in tensor_mappings(abstract_model):
-        count[piece.path][piece.index] += 1
+    names = [mapping.name for mapping in tensor_mappings(abstract_model)]
+    for mapping in tensor_mappings(abstract_model):
+        count[mapping.path][mapping.index] += 1
     assert len(names) == len(set(names))
     for path, c in count.items():
         assert (c == (2 if path in ("embed", "head") else 1)).all(), path
 
 
-def test_each_device_gets_its_own_part():
+def test_each_device_gets_its_shard():
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4))
-    whole, parts = (model_arrays(load_pretrained(GOLDEN / "v3", mesh=m)) for m in (None, mesh))
-    gate_up = parts["moe_layers/moe/gate_up"]
+    full, sharded = (model_arrays(load_pretrained(GOLDEN / "v3", mesh=m)) for m in (None, mesh))
+    gate_up = sharded["moe_layers/moe/gate_up"]
     assert gate_up.sharding.shard_shape(gate_up.shape) == (2, 2, 12, 2, 10)
-    for path, x in whole.items():
-        np.testing.assert_array_equal(x, parts[path], err_msg=path)
+    for path, x in full.items():
+        np.testing.assert_array_equal(x, sharded[path], err_msg=path)
 
 
-def test_types_are_kept_or_chosen():
+def test_dtypes_are_kept_or_set():
     kept = model_arrays(load_pretrained(GOLDEN / "k2"))
     wide = model_arrays(load_pretrained(GOLDEN / "k2", dtype=jnp.float32))
     assert kept["embed"].dtype == jnp.bfloat16
@@ -79,8 +82,8 @@ def test_types_are_kept_or_chosen():
     assert {p for p, x in kept.items() if x.dtype == jnp.float32} == {p for p in kept if "router" in p}
 
 
-def test_every_array_keeps_the_type_of_its_file(broken):
-    """Norms wider than matrices, and a router's bias narrower than released, return as they came."""
+def test_each_tensor_is_saved_in_the_dtype_of_its_file(broken):
+    """Also float32 norms beside bfloat16 matrices, and a bfloat16 router bias."""
     reader = SafetensorsReader(broken)
     given = {name: np.array(reader[name]) for name in reader.stored}
     for name, x in given.items():
@@ -96,7 +99,7 @@ def test_every_array_keeps_the_type_of_its_file(broken):
     assert tensors(broken.parent / "out") == tensors(broken)
 
 
-def test_experts_of_two_types_are_held_by_a_third(broken):
+def test_experts_of_two_dtypes_are_promoted_to_a_common_one(broken):
     reader, names = SafetensorsReader(broken), [f"model.layers.1.mlp.experts.{e}.down_proj.weight" for e in range(2)]
     given = {name: np.array(reader[name]) for name in reader.stored}
     given[names[0]] = given[names[0]].astype(np.float16)
@@ -107,7 +110,7 @@ def test_experts_of_two_types_are_held_by_a_third(broken):
         np.testing.assert_array_equal(down[0, e], given[name].astype(np.float32).T)
 
 
-def test_a_prediction_module_may_have_its_own_embedding_and_head(broken):
+def test_an_mtp_module_may_have_its_own_embedding_and_head(broken):
     reader, name = SafetensorsReader(broken), "model.layers.3.embed_tokens.weight"
     given = {name: np.array(reader[name]) for name in reader.stored}
     given[name] = given[name][::-1]
@@ -115,17 +118,17 @@ def test_a_prediction_module_may_have_its_own_embedding_and_head(broken):
     model = load_pretrained(broken)
     assert not model.cfg.mtp_shares_embedding
     h, tokens = jnp.ones((1, 4, model.cfg.hidden_size), jnp.bfloat16), jnp.arange(4)[None]
-    ours, shared = model.mtp_hidden(h, tokens)[0], load_pretrained(GOLDEN / "v3").mtp_hidden(h, tokens)[0]
+    own, shared = model.mtp_hidden(h, tokens)[0], load_pretrained(GOLDEN / "v3").mtp_hidden(h, tokens)[0]
     last = model.cfg.vocab_size - 1
     np.testing.assert_array_equal(model.mtp_hidden(h, last - tokens)[0], shared)
-    assert not np.array_equal(ours, shared)
+    assert not np.array_equal(own, shared)
     assert set(model_arrays(model)) >= {"mtp/embed", "mtp/head"}
     save_pretrained(model, broken.parent / "out")
     assert tensors(broken.parent / "out") == tensors(broken)
 
 
-def test_rotary_frequencies_in_the_files_are_passed_over(broken):
-    """Moonlight's and Kimi's files carry them, of a length that does not even fit."""
+def test_rotary_frequencies_in_the_files_are_ignored(broken):
+    """As in Moonlight's and Kimi's files, here even of a wrong length."""
     reader = SafetensorsReader(broken)
     given = {name: np.array(reader[name]) for name in reader.stored}
     given["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(7, np.float32)
@@ -133,46 +136,46 @@ def test_rotary_frequencies_in_the_files_are_passed_over(broken):
     assert load_pretrained(broken).cfg == load_pretrained(GOLDEN / "v3").cfg
 
 
-def test_a_device_reads_no_more_than_its_part(monkeypatch):
-    read, count = HFWeights.read, []
+def test_each_device_reads_only_its_shard(monkeypatch):
+    read, count = HFTensors.read, []
 
     def counting(*args):
         count.append(read(*args).size)
         return read(*args)
 
-    monkeypatch.setattr(HFWeights, "read", counting)
+    monkeypatch.setattr(HFTensors, "read", counting)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, expert=2))
-    whole = model_arrays(load_pretrained(GOLDEN / "v3"))
+    full = model_arrays(load_pretrained(GOLDEN / "v3"))
     everything = sum(count)
-    assert everything == sum(x.size for x in whole.values())
+    assert everything == sum(x.size for x in full.values())
     count.clear()
-    parts = model_arrays(load_pretrained(GOLDEN / "v3", mesh=mesh))
-    indices = [x.sharding.devices_indices_map(x.shape).values() for x in parts.values()]
+    sharded = model_arrays(load_pretrained(GOLDEN / "v3", mesh=mesh))
+    indices = [x.sharding.devices_indices_map(x.shape).values() for x in sharded.values()]
     distinct = [len(set(map(str, index))) for index in indices]
-    shard = [np.prod(x.sharding.shard_shape(x.shape)) for x in parts.values()]
+    shard = [np.prod(x.sharding.shard_shape(x.shape)) for x in sharded.values()]
     assert sum(count) <= sum(8 * s for s in shard)
     assert sum(d * s for d, s in zip(distinct, shard, strict=True)) == everything
-    for path, x in whole.items():
-        np.testing.assert_array_equal(x, parts[path], err_msg=path)
+    for path, x in full.items():
+        np.testing.assert_array_equal(x, sharded[path], err_msg=path)
 
 
-def test_a_model_on_a_mesh_is_saved_whole(tmp_path):
+def test_a_sharded_model_is_saved_completely(tmp_path):
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2, expert=2))
     save_pretrained(load_pretrained(GOLDEN / "v3", mesh=mesh), tmp_path / "out")
     assert tensors(tmp_path / "out") == tensors(GOLDEN / "v3")
 
 
-def test_a_prediction_module_that_is_only_named_is_left_out_aloud(broken, caplog):
-    """transformers saves V3 without the module, and keeps its number in config.json."""
+def test_an_mtp_module_without_tensors_is_dropped_with_a_warning(broken, caplog):
+    """transformers saves V3 without the MTP module, and keeps its number in config.json."""
     header, data = header_of(broken / "model.safetensors")
     rewrite(broken / "model.safetensors", {k: v for k, v in header.items() if "layers.3." not in k}, data)
     assert load_pretrained(broken).cfg.num_nextn_predict_layers == 0
-    assert "no prediction module" in caplog.text
+    assert "no MTP module" in caplog.text
 
 
 @pytest.fixture
 def broken(tmp_path):
-    """A copy of a checkpoint to be spoilt."""
+    """A copy of a checkpoint, to be changed by a test."""
     shutil.copytree(GOLDEN / "v3", tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -188,13 +191,13 @@ def rewrite(path, header, data):
     path.write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
-def spoil_header(change):
-    def spoil(directory):
+def damage_header(change):
+    def damage(directory):
         header, data = header_of(directory / "model.safetensors")
         data = change(header, data) or data
         rewrite(directory / "model.safetensors", header, data)
 
-    return spoil
+    return damage
 
 
 def configure(directory, **fields):
@@ -203,23 +206,23 @@ def configure(directory, **fields):
 
 
 def index_to(name):
-    def spoil(directory):
+    def damage(directory):
         (directory / "model.safetensors").rename(directory / "model-1.safetensors")
         (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
 
-    return spoil
+    return damage
 
 
-def index_of_another_kind(directory):
+def index_that_is_a_list(directory):
     index_to("")(directory)
     (directory / "model.safetensors.index.json").write_text("[]")
 
 
 def update(name, **fields):
-    return spoil_header(lambda header, _: header[name].update(fields))
+    return damage_header(lambda header, _: header[name].update(fields))
 
 
-def cut_short(directory):
+def truncate(directory):
     path = directory / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-9])
 
@@ -235,57 +238,57 @@ def remove(name):
 NORM = "model.norm.weight"
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 NOTHING = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-SPOILT = {
-    "a tensor too few": (spoil_header(lambda h, _: h.pop(NORM) and None), "model.norm.weight is missing"),
-    "a tensor too many": (spoil_header(lambda h, _: h.update(evil=NOTHING)), "evil is unknown"),
+DAMAGED = {
+    "missing tensor": (damage_header(lambda h, _: h.pop(NORM) and None), "model.norm.weight is missing"),
+    "unknown tensor": (damage_header(lambda h, _: h.update(evil=NOTHING)), "evil is unknown"),
     "another shape": (update(NORM, shape=[12, 2]), r"has shape \[12, 2\], not \[24\]"),
-    "shape and bytes disagree": (update(NORM, shape=[23]), "bytes, which is not bfloat16"),
-    "offsets behind the end": (update(NORM, data_offsets=[10**9, 10**9 + 48]), "cut short"),
+    "shape and size disagree": (update(NORM, shape=[23]), "bytes, which is not bfloat16"),
+    "offsets beyond the end": (update(NORM, data_offsets=[10**9, 10**9 + 48]), "truncated"),
     "offsets backwards": (update(NORM, data_offsets=[48, 0]), "data_offsets"),
     "negative shape": (update(NORM, shape=[-24]), "needs a dtype, a shape"),
-    "unknown type": (update(NORM, dtype="Q4"), "has type 'Q4'"),
-    "a type that is no name": (update(NORM, dtype=["F32"]), "has type \\['F32'\\]"),
-    "whole numbers": (update(BIAS, dtype="I32"), "has type int32, not float32, float16, bfloat16"),
-    "a header too deep": (overwrite((10**6).to_bytes(8, "little") + b"[" * 10**6), "not JSON"),
-    "other quantisation": (
+    "unknown dtype": (update(NORM, dtype="Q4"), "has type 'Q4'"),
+    "dtype is not a string": (update(NORM, dtype=["F32"]), "has type \\['F32'\\]"),
+    "integers": (update(BIAS, dtype="I32"), "has type int32, not float32, float16, bfloat16"),
+    "nested too deeply": (overwrite((10**6).to_bytes(8, "little") + b"[" * 10**6), "not JSON"),
+    "other quantization": (
         lambda d: configure(d, quantization_config={"quant_method": "compressed-tensors"}),
         "only 'fp8' is read",
     ),
     "overlap": (update(NORM, data_offsets=[0, 48]), "overlaps"),
-    "truncated": (cut_short, "cut short"),
-    "empty": (overwrite(b""), "cut short"),
+    "truncated": (truncate, "truncated"),
+    "empty": (overwrite(b""), "truncated"),
     "huge header": (overwrite(b"\xff" * 7 + b"\x7f" + b"{}"), "longer than the file"),
-    "no JSON": (overwrite((4).to_bytes(8, "little") + b"nope"), "not JSON"),
-    "index leads out": (index_to("../model.safetensors"), "in the directory itself"),
-    "index leads to a root": (index_to("/etc/passwd"), "in the directory itself"),
-    "index names nothing": (index_to("other.safetensors"), "is missing"),
-    "index of another kind": (index_of_another_kind, "JSON object"),
+    "not JSON": (overwrite((4).to_bytes(8, "little") + b"nope"), "not JSON"),
+    "index names a file outside": (index_to("../model.safetensors"), "in the directory itself"),
+    "index names an absolute path": (index_to("/etc/passwd"), "in the directory itself"),
+    "index names a missing file": (index_to("other.safetensors"), "is missing"),
+    "index is not an object": (index_that_is_a_list, "JSON object"),
     "no files": (remove("model.safetensors"), "holds no .safetensors file"),
     "no config": (remove("config.json"), "no such file"),
 }
 
 
-@pytest.mark.parametrize(("spoil", "message"), SPOILT.values(), ids=SPOILT)
-def test_spoilt_checkpoints_are_refused(broken, spoil, message):
-    spoil(broken)
+@pytest.mark.parametrize(("damage", "message"), DAMAGED.values(), ids=DAMAGED)
+def test_damaged_checkpoints_are_rejected(broken, damage, message):
+    damage(broken)
     with pytest.raises(ConfigError, match=message):
         load_pretrained(broken)
 
 
-def test_files_on_another_disk_may_be_linked(broken, tmp_path):
+def test_files_may_be_links(broken, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     for path in broken.iterdir():
         (tmp_path / "elsewhere" / path.name).symlink_to(path)
     assert load_pretrained(tmp_path / "elsewhere").cfg == load_pretrained(broken).cfg
-    save_pretrained(load_pretrained(broken), tmp_path / "cut", max_shard_bytes=20_000)
-    for shard in list((tmp_path / "cut").glob("*.safetensors")):
+    save_pretrained(load_pretrained(broken), tmp_path / "shards", max_shard_bytes=20_000)
+    for shard in list((tmp_path / "shards").glob("*.safetensors")):
         shard.rename(tmp_path / shard.name)
         shard.symlink_to(tmp_path / shard.name)
-    assert tensors(tmp_path / "cut") == tensors(broken)
+    assert tensors(tmp_path / "shards") == tensors(broken)
 
 
-def test_one_file_goes_before_what_else_lies_there(broken, tmp_path):
-    """An index and shards of an earlier save, an adapter, the same weights under their makers' name."""
+def test_model_safetensors_has_priority_over_other_files(broken, tmp_path):
+    """Over an index and shards of an earlier save, an adapter, and `consolidated.safetensors`."""
     model = load_pretrained(GOLDEN / "v3", dtype=jnp.float32)
     save_pretrained(model, tmp_path / "old", max_shard_bytes=20_000)
     for path in (tmp_path / "old").iterdir():
@@ -298,8 +301,8 @@ def test_one_file_goes_before_what_else_lies_there(broken, tmp_path):
 
 
 @given(st.data())
-def test_any_header_is_read_or_refused(tmp_path_factory, data):
-    """Random bytes, and a good file with some bytes changed, never end in anything but an error that says so."""
+def test_any_header_is_read_or_rejected(tmp_path_factory, data):
+    """Random bytes, and a valid file with some bytes changed, raise nothing but `CheckpointError`."""
     directory = tmp_path_factory.getbasetemp() / "fuzz"
     directory.mkdir(exist_ok=True)
     good = (GOLDEN / "v2_greedy" / "model.safetensors").read_bytes()
@@ -316,13 +319,13 @@ def test_any_header_is_read_or_refused(tmp_path_factory, data):
             assert reader[name].shape == stored.shape
 
 
-def test_nothing_half_written_is_left(tmp_path, cfg, monkeypatch):
+def test_a_failed_save_leaves_no_files(tmp_path, cfg, monkeypatch):
     model = Transformer(cfg, rngs=nnx.Rngs(0))
 
     def full(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("mla_moe.checkpoint.safetensors_writer.os.fsync", full)
+    monkeypatch.setattr("mla_moe.checkpoint.files.os.fsync", full)
     with pytest.raises(OSError, match="no space"):
         save_pretrained(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -332,7 +335,7 @@ def test_nothing_half_written_is_left(tmp_path, cfg, monkeypatch):
         save_pretrained(model, tmp_path / "out")
 
 
-def test_code_in_a_checkpoint_is_not_run(broken):
+def test_code_in_a_checkpoint_is_not_executed(broken):
     config = json.loads((broken / "config.json").read_text())
     config["auto_map"] = {"AutoModelForCausalLM": "evil.Model"}
     (broken / "config.json").write_text(json.dumps(config))

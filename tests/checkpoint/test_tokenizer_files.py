@@ -1,4 +1,4 @@
-"""What goes with the weights: a run's own tokenizer under the name that others know, and its ids."""
+"""Files beside the weights: a run's tokenizer, copied as `tokenizer.json`, and its special token ids."""
 
 import dataclasses
 import json
@@ -15,8 +15,8 @@ from mla_moe.text.tokenizer import train_bpe
 
 
 @pytest.fixture(scope="module")
-def plain(cfg, tmp_path_factory):
-    path = tmp_path_factory.mktemp("plain") / "hf"
+def hf_directory(cfg, tmp_path_factory):
+    path = tmp_path_factory.mktemp("checkpoint") / "hf"
     small = dataclasses.replace(cfg, vocab_size=300, num_nextn_predict_layers=0)
     save_pretrained(Transformer(small, rngs=nnx.Rngs(0)), path)
     return path
@@ -24,7 +24,7 @@ def plain(cfg, tmp_path_factory):
 
 @pytest.fixture
 def toks(tmp_path):
-    """Two tokenizers, of which no tokenizer_config.json speaks."""
+    """Two tokenizers without a tokenizer_config.json."""
     path = tmp_path / "toks"
     train_bpe(["hello there, how are you? " * 4 + "ein paar Wörter, 日本語"], 280, path / "my-bpe.json")
     (path / "tokenizer_config.json").unlink()
@@ -33,16 +33,16 @@ def toks(tmp_path):
 
 
 @pytest.fixture
-def run(plain, tmp_path):
-    """A run of bytes; its metrics and its recipe are no part of a model."""
-    convert(plain, tmp_path / "run" / "checkpoints" / "pretrain" / "1", to="orbax")
+def run(hf_directory, tmp_path):
+    """A run with byte tokens. Its summary and recipe are not copied with a model."""
+    convert(hf_directory, tmp_path / "run" / "checkpoints" / "pretrain" / "1", to="orbax")
     (tmp_path / "run" / "checkpoints" / "pretrain" / "1" / "config.json").unlink()
     (tmp_path / "run" / "summary.json").write_text("{}")
-    speaks(tmp_path / "run", "byte")
+    set_tokenizer(tmp_path / "run", "byte")
     return tmp_path / "run"
 
 
-def speaks(run, tokenizer):
+def set_tokenizer(run, tokenizer):
     (run / "recipe.json").write_text(json.dumps({"data": {"tokenizer": str(tokenizer)}}))
 
 
@@ -52,9 +52,9 @@ def save_like(run, out):
 
 @pytest.mark.parametrize("name", ["my-bpe.json", "tokenizer-280.json"])
 @pytest.mark.parametrize("export", [convert, save_like])
-def test_the_recipes_own_file_is_carried_as_tokenizer_json(run, toks, tmp_path, export, name):
+def test_the_tokenizer_of_the_recipe_is_copied_as_tokenizer_json(run, toks, tmp_path, export, name):
     (toks / "my-bpe.json").rename(toks / name)
-    speaks(run, toks / name)
+    set_tokenizer(run, toks / name)
     export(run, tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", "tokenizer.json"}
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (toks / name).read_bytes()
@@ -63,7 +63,7 @@ def test_the_recipes_own_file_is_carried_as_tokenizer_json(run, toks, tmp_path, 
 
 
 @pytest.mark.parametrize("export", [convert, save_like])
-def test_bytes_have_their_ids_and_no_file(run, tmp_path, export):
+def test_byte_tokens_have_ids_and_no_tokenizer_file(run, tmp_path, export):
     (run / "tokenizer.json").write_text("{}")
     export(run, tmp_path / "out")
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
@@ -72,19 +72,19 @@ def test_bytes_have_their_ids_and_no_file(run, tmp_path, export):
 
 
 @pytest.mark.parametrize("name", ["tiktoken.model", "tokenizer.model", "vocab.json", "tokenizer_config.json"])
-def test_a_tokenizer_of_another_kind_is_not_replaced_by_bytes(plain, tmp_path, capsys, name):
-    convert(plain, tmp_path / "hf")
+def test_an_unsupported_tokenizer_is_an_error_and_not_replaced_by_bytes(hf_directory, tmp_path, capsys, name):
+    convert(hf_directory, tmp_path / "hf")
     assert tokenizer_file(tmp_path / "hf") is None
     (tmp_path / "hf" / name).write_text("{}")
     assert main(["generate", str(tmp_path / "hf"), "--prompt", "hello"]) == 2
     assert "only tokenizer.json is read; write one with AutoTokenizer" in capsys.readouterr().err
 
 
-def test_what_cannot_be_followed_says_so(plain, tmp_path):
-    model = load_pretrained(plain)
+def test_missing_directories_and_checkpoints_are_errors(hf_directory, tmp_path):
+    model = load_pretrained(hf_directory)
     with pytest.raises(ConfigError, match="no such directory"):
         save_pretrained(model, tmp_path / "out", like=tmp_path / "nowhere")
-    speaks(tmp_path, "byte")
+    set_tokenizer(tmp_path, "byte")
     for action in (load_pretrained, lambda path: save_pretrained(model, tmp_path / "out", like=path)):
         with pytest.raises(ConfigError, match="is a run without a checkpoint yet"):
             action(tmp_path)

@@ -1,4 +1,4 @@
-"""`mla-moe` as it is typed."""
+"""The commands of `mla-moe`, called with arguments as on the command line."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from mla_moe.config import Recipe, RLConfig, TaskConfig
 from mla_moe.rl.evaluate import evaluate
 from mla_moe.rl.rewards import Reward
 from mla_moe.rl.rollout import Rollout
-from mla_moe.rl.tasks.task import open_task
+from mla_moe.rl.tasks import open_task
 from mla_moe.text.chat_tokenizer import load_chat_tokenizer
 from mla_moe.text.tokenizer import ByteTokenizer
 
@@ -54,7 +54,7 @@ def test_inspect_prints_the_published_table(preset, capsys):
         assert value in out
 
 
-def test_inspect_opens_checkpoints_and_their_config(capsys, tmp_path):
+def test_inspect_reads_a_checkpoint_and_its_config_file(capsys, tmp_path):
     outs = []
     for path in (GOLDEN / "v3", GOLDEN / "v3" / "config.json"):
         assert main(["inspect", str(path)]) == 0
@@ -62,7 +62,7 @@ def test_inspect_opens_checkpoints_and_their_config(capsys, tmp_path):
     assert outs[0].split() == outs[1].split()
 
 
-def test_convert_there_and_back(capsys, tmp_path):
+def test_convert_round_trip(capsys, tmp_path):
     assert main(["convert", str(GOLDEN / "v3"), str(tmp_path / "orbax"), "--to", "orbax"]) == 0
     assert main(["convert", str(tmp_path / "orbax"), str(tmp_path / "hf")]) == 0
     before, after = SafetensorsReader(GOLDEN / "v3"), SafetensorsReader(tmp_path / "hf")
@@ -86,71 +86,71 @@ def test_errors_are_one_line(capsys, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def unlearned(cfg, tmp_path_factory):
-    """A model that has learned nothing, whose text is bytes."""
-    path = tmp_path_factory.mktemp("unlearned") / "model"
+def untrained(cfg, tmp_path_factory):
+    """A randomly initialised model without a tokenizer."""
+    path = tmp_path_factory.mktemp("untrained") / "model"
     small = dataclasses.replace(cfg, vocab_size=258, num_nextn_predict_layers=0)
     mla_moe.save_pretrained(mla_moe.Transformer(small, rngs=nnx.Rngs(0)), path)
     return path
 
 
-ASKED = ("--split", "validation", "--prompts", "6", "--samples", "2", "--seed", "3", "--slots", "8")
+LIMITS = ("--split", "validation", "--prompts", "6", "--samples", "2", "--seed", "3", "--max-num-seqs", "8")
 
 
-def test_eval_says_what_evaluate_finds(unlearned, capsys):
+def test_eval_prints_the_metrics_of_evaluate(untrained, capsys):
     settings = TaskConfig(template="{question}=", options=("least=2", "most=2"))
     task = open_task(settings)
     rl = RLConfig(max_prompt_tokens=16, max_new_tokens=8, max_num_seqs=8, routing_replay=False)
     with Reward(settings, task) as reward:
-        rollout = Rollout(rl, settings.template, task, reward, load_chat_tokenizer(unlearned, ByteTokenizer()))
-        rollout.load_weights(mla_moe.load_pretrained(unlearned))
+        rollout = Rollout(rl, settings.template, task, reward, load_chat_tokenizer(untrained, ByteTokenizer()))
+        rollout.load_weights(mla_moe.load_pretrained(untrained))
         expected = evaluate(rollout, "validation", 6, 2, 3).metrics()
 
-    how = ("--options", "least=2", "most=2", "--template", "{question}=")
-    limits = ("--max-prompt-tokens", "16", "--max-new-tokens", "8")
-    assert main(["eval", str(unlearned), "--task", "arithmetic", *how, *limits, *ASKED, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    asked = {"task": "arithmetic", "options": ["least=2", "most=2"], "split": "validation", "prompts": 6}
-    assert found == asked | expected | {"prompts_too_long": 0}
+    flags = ("--options", "least=2", "most=2", "--template", "{question}=")
+    flags += ("--max-prompt-tokens", "16", "--max-new-tokens", "8")
+    assert main(["eval", str(untrained), "--task", "arithmetic", *flags, *LIMITS, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    settings = {"task": "arithmetic", "options": ["least=2", "most=2"], "split": "validation", "prompts": 6}
+    assert printed == settings | expected | {"prompts_too_long": 0}
     assert {"eval/accuracy", "eval/pass@2", "eval/majority@2", "eval/response_length"} < expected.keys()
 
 
-def test_eval_asks_a_run_what_it_was_taught(unlearned, tmp_path, capsys):
-    """Its task, template and limits; but its reward function is not imported."""
+def test_eval_takes_task_template_and_limits_from_the_run(untrained, tmp_path, capsys):
+    """But not the reward function, which would be imported."""
     step = tmp_path / "checkpoints" / "rl" / "1"
     step.parent.mkdir(parents=True)
-    convert(unlearned, step, to="orbax")
+    convert(untrained, step, to="orbax")
     task = TaskConfig(template="{question}?", options=("least=1", "most=1"), reward_function="no.such.module:reward")
     recipe = Recipe(run_dir="", task=task, rl=RLConfig(max_prompt_tokens=12, max_new_tokens=6))
     (tmp_path / "recipe.json").write_text(recipe.to_json())
-    assert main(["eval", str(tmp_path), *ASKED]) == 0
+    assert main(["eval", str(tmp_path), *LIMITS]) == 0
     out = capsys.readouterr().out
     assert [line.split()[:2] for line in out.splitlines()] == [
-        ["held-out", "questions"],
+        ["held-out", "prompts"],
         ["task", "arithmetic"],
-        ["validation", "questions"],
-        ["right", "answers"],
-        ["opened", "with"],
-        ["right", "form"],
-        ["tokens", "of"],
-        ["sampled:", "right"],
-        ["right", "form"],
-        ["tokens", "of"],
-        ["a", "right"],
-        ["right", "majority"],
+        ["validation", "prompts"],
+        ["correct", "(greedy)"],
+        ["prefilled", "with"],
+        ["correct", "format"],
+        ["tokens", "per"],
+        ["correct", "(sampled,"],
+        ["correct", "format"],
+        ["tokens", "per"],
+        ["correct", "in"],
+        ["correct", "majority"],
     ]
 
 
-def test_eval_counts_questions_that_are_too_long(unlearned, capsys):
+def test_eval_counts_prompts_that_are_too_long(untrained, capsys):
     limits = ("--max-prompt-tokens", "13", "--max-new-tokens", "4")
-    questions = ("--task", "arithmetic", "--template", "{question}")
-    assert main(["eval", str(unlearned), *questions, *limits, *ASKED, "--samples", "0"]) == 0
+    task = ("--task", "arithmetic", "--template", "{question}")
+    assert main(["eval", str(untrained), *task, *limits, *LIMITS, "--samples", "0"]) == 0
     out = capsys.readouterr().out
     assert "prompts too long" in out
     assert "sampled" not in out
 
 
-def test_eval_refuses_in_one_line(unlearned, capsys):
+def test_invalid_eval_flags_are_one_line(untrained, capsys):
     for arguments, field in (
         (["--prompts", "2"], "task"),
         (["--task", "arithmetik"], "task.name"),
@@ -158,7 +158,20 @@ def test_eval_refuses_in_one_line(unlearned, capsys):
         (["--task", "arithmetic", "--prompts", "0"], "prompts"),
         (["--task", "arithmetic", "--temperature", "0"], "rl.temperature"),
     ):
-        assert main(["eval", str(unlearned), *arguments]) == 2
+        assert main(["eval", str(untrained), *arguments]) == 2
         error = capsys.readouterr().err
         assert error.startswith(f"error: {field} = ")
         assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "old", "new"),
+    [
+        (["eval", "runs/x", "--slots", "8"], "--slots", "--max-num-seqs"),
+        (["serve", "runs/x", "--capacity=4096"], "--capacity", "--max-model-len"),
+        (["generate", "runs/x", "--prompt", "a", "--int8_cache"], "--int8-cache", "--int8-kv-cache"),
+    ],
+)
+def test_a_renamed_flag_is_one_line_with_the_new_name(arguments, old, new, capsys):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == f"{old}: renamed; use {new}\n"

@@ -42,7 +42,7 @@ def test_cache_bytes_of_the_presets():
 
 def test_flops_grow_with_length_only_by_attention():
     cfg = preset("deepseek-v3")
-    per_key = 3 * 2 * 128 * (128 + 64 + 128) / 2 * (61 + 1)  # the prediction module attends too
+    per_key = 3 * 2 * 128 * (128 + 64 + 128) / 2 * (61 + 1)  # the MTP module has attention too
     assert train_flops_per_token(cfg, 8192) - train_flops_per_token(cfg, 4096) == pytest.approx(4096 * per_key)
 
 
@@ -77,7 +77,7 @@ def test_rope_parameters_of_newer_files_are_read():
         ({"topk_method": "group_limited"}, "topk_method"),
     ],
 )
-def test_impossible_models_name_the_field(cfg, change, field):
+def test_invalid_models_name_the_field(cfg, change, field):
     with pytest.raises(ConfigError) as error:
         dataclasses.replace(cfg, **change)
     assert error.value.field == field
@@ -111,23 +111,23 @@ YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096
         ),
     ],
 )
-def test_foreign_config_json_is_refused(change, field):
+def test_config_json_of_another_architecture_is_an_error(change, field):
     with pytest.raises(ConfigError) as error:
         ModelConfig.from_hf(preset("deepseek-v3").to_hf() | change)
     assert error.value.field == field
 
 
-def test_what_released_files_say_or_leave_out_is_read():
-    """Kimi's own type; what transformers writes where nothing is changed; a greedy V2 file without groups."""
+def test_variants_in_released_files_are_read():
+    """Kimi's model type; the values that transformers writes for an unchanged setting; greedy V2 without groups."""
     v3 = preset("deepseek-v3").to_hf()
-    usual = {"truncate": True, "attention_factor": None, "partial_rotary_factor": 1.0}
-    v3["rope_scaling"] |= usual
+    unchanged = {"truncate": True, "attention_factor": None, "partial_rotary_factor": 1.0}
+    v3["rope_scaling"] |= unchanged
     assert ModelConfig.from_hf(v3 | {"model_type": "kimi_k2"}) == preset("deepseek-v3")
     v2 = {k: v for k, v in preset("deepseek-v2-lite").to_hf().items() if k not in ("n_group", "topk_group")}
     assert ModelConfig.from_hf(v2) == preset("deepseek-v2-lite")
 
 
-def test_no_shared_expert_may_be_null():
+def test_null_shared_experts_are_zero():
     assert ModelConfig.from_hf(preset("deepseek-v3").to_hf() | {"n_shared_experts": None}).n_shared_experts == 0
 
 

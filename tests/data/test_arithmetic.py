@@ -3,7 +3,7 @@ import collections
 import pytest
 
 from mla_moe.data import arithmetic, open_documents
-from mla_moe.data.arithmetic import QUESTION, WRITERS, Documents, answer, problem, split_of, steps
+from mla_moe.data.arithmetic import QUESTION, STYLES, Documents, answer, problem, split_of, steps
 
 HEAD, _, TAIL = QUESTION.partition("{question}")
 
@@ -48,12 +48,12 @@ def text_of(index):
 
 
 def test_writers_are_as_common_as_they_should_be():
-    assert sum(WRITERS.values()) == 100
+    assert sum(STYLES.values()) == 100
     answers = [text_of(i).partition(TAIL)[2] for i in range(4000)]
     terse = sum(a.startswith("It is ") and "<" not in a for a in answers) / len(answers)
-    assert terse == pytest.approx(WRITERS[arithmetic.terse] / 100, abs=0.03)
+    assert terse == pytest.approx(STYLES[arithmetic.terse] / 100, abs=0.03)
     formed = sum(a.startswith("<think>") and a.endswith("</answer>") and a.count("<") == 4 for a in answers)
-    tagged = WRITERS[arithmetic.hasty] + WRITERS[arithmetic.thorough] + WRITERS[arithmetic.slip]
+    tagged = STYLES[arithmetic.shortcut] + STYLES[arithmetic.thorough] + STYLES[arithmetic.slip]
     assert formed / len(answers) == pytest.approx(tagged / 100, abs=0.04)
 
 

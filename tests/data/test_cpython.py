@@ -44,7 +44,7 @@ def test_the_reference_is_read_without_running_it(tmp_path):
 
 def test_excerpts_of_longer_documents_are_dropped():
     long, other = "\n".join("abcdef"), "\n".join("uvwxa")
-    assert cpython._without_repeats({"excerpt": "a\nb\nc", "long": long, "other": other}) == {
+    assert cpython._deduplicate({"excerpt": "a\nb\nc", "long": long, "other": other}) == {
         "long": long,
         "other": other,
     }

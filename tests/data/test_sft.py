@@ -32,7 +32,7 @@ def test_a_pair_is_its_tokens_and_what_of_them_is_learned(tmp_path):
         "loss_mask": [0, 0, 1, 1, 1],
     }
     assert bytes(pairs[1]["targets"][pairs[1]["loss_mask"] == 1][:-1].tolist()).decode() == "é"
-    assert (pairs.cut, pairs.too_long, pairs.malformed) == (0, 0, [])
+    assert (pairs.truncated, pairs.prompts_too_long, pairs.malformed) == (0, 0, [])
 
 
 @pytest.mark.parametrize(("length", "cut", "too_long"), [(5, 0, 0), (4, 1, 0), (3, 1, 0), (2, 0, 1)])
@@ -40,7 +40,7 @@ def test_what_does_not_fit_is_cut_or_left_out(tmp_path, length, cut, too_long):
     pairs = PromptCompletionDataset(
         write(tmp_path / "p.jsonl", ("ab", "cd"), ("", "x")), "sft.data", coding(length), 0.0
     )
-    assert (pairs.cut, pairs.too_long, len(pairs)) == (cut, too_long, 2 - too_long)
+    assert (pairs.truncated, pairs.prompts_too_long, len(pairs)) == (cut, too_long, 2 - too_long)
     assert all(len(pair["tokens"]) <= length and pair["loss_mask"].any() for pair in pairs)
 
 
@@ -59,7 +59,7 @@ def test_broken_lines_are_named(tmp_path, line):
     pairs = PromptCompletionDataset([str(tmp_path / "p.jsonl")], "sft.data", coding(8), 0.5)
     assert len(pairs) == 1
     assert pairs.malformed[0].startswith(f"{tmp_path}/p.jsonl, line 3: ")
-    with pytest.raises(ConfigError, match=r"1 of 2 lines are broken, the first at .*line 3"):
+    with pytest.raises(ConfigError, match=r"1 of 2 lines are malformed, the first at .*line 3"):
         PromptCompletionDataset([str(tmp_path / "p.jsonl")], "sft.data", coding(8), 0.4)
 
 

@@ -117,7 +117,7 @@ def test_only_empty_documents_are_refused(tmp_path, documents):
     for pattern in write_all(tmp_path, documents):
         error = refused(pattern)
         assert error.field == "data.train"
-        assert "empty" in error.fix or "matches no file" in error.fix
+        assert "empty" in error.message or "matches no file" in error.message
 
 
 def test_a_byte_order_mark_is_no_text(tmp_path):
@@ -127,7 +127,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path):
 
 def test_what_must_be_unpacked_or_named_file_by_file(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"x")
-    with pytest.raises(ConfigError, match=r"a\.jsonl\.gz': is compressed; unpack it first"):
+    with pytest.raises(ConfigError, match=r"a\.jsonl\.gz': is compressed; decompress it first"):
         opened(tmp_path / "a.jsonl.gz")
     with pytest.raises(ConfigError, match=r"is a directory; write .*/\*\*/\*"):
         opened(tmp_path)
@@ -137,7 +137,7 @@ def test_other_encodings_are_refused(tmp_path):
     (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
     error = refused(tmp_path / "latin.txt")
     assert error.value == str(tmp_path / "latin.txt")
-    assert "not UTF-8" in error.fix
+    assert "not UTF-8" in error.message
 
 
 @pytest.mark.parametrize(
@@ -155,15 +155,15 @@ def test_a_broken_line_is_named_by_file_and_number(tmp_path, line, complaint):
     path.write_text('{"text": "fine"}\n\n' + line + "\n")
     error = refused(path)
     assert error.value == f"{path}, line 3"
-    assert complaint in error.fix
+    assert complaint in error.message
 
 
 def test_a_missing_or_numeric_column_is_refused(tmp_path):
     path = write_parquet(tmp_path / "a.parquet", ["x"])
     error = refused(path, text_field="body")
     assert error.field == "data.text_field"
-    assert "id, text" in error.fix
-    assert "int64" in refused(path, text_field="id").fix
+    assert "id, text" in error.message
+    assert "int64" in refused(path, text_field="id").message
 
 
 def test_a_null_row_is_named(tmp_path):
@@ -182,4 +182,4 @@ def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, suffix):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "a.parquet", ["x"])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    assert "pip install 'mla_moe[parquet]'" in refused(path).fix
+    assert "pip install 'mla_moe[parquet]'" in refused(path).message

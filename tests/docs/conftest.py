@@ -1,4 +1,4 @@
-"""A folder in which the documented commands find what they name, all of it tiny."""
+"""A directory with the files that documented commands name, all of them tiny."""
 
 import dataclasses
 import json
@@ -22,18 +22,23 @@ QUESTIONS = [{"question": f"What is {i} + {i + 1}?", "answer": 2 * i + 1} for i 
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
-    """What a page fences in, each with the word behind its fence."""
+    """The fenced code blocks of a page, each with its language."""
     return re.findall(r"^```(.*)\n((?:.*\n)*?)```$", page.read_text("utf-8"), re.MULTILINE)
 
 
 def small(recipe: Recipe) -> Recipe:
-    """The same recipe with another model and few steps of few tokens, on the devices at hand."""
+    """The same recipe with a tiny model and few steps of few tokens, on the present devices."""
     change = dataclasses.replace
     rl = recipe.rl
-    asks = min(4 * rl.max_prompt_tokens, 448)
-    lengths = {"max_prompt_tokens": asks, "max_new_tokens": 8, "packed_length": 0, "overlong_buffer": 0}
-    sizes = {"prompts": 2, "group_size": 4, "minibatches": 1, "rounds": 1, "rows": 8, "slots": 8}
-    asked = {"eval_prompts": 2, "eval_samples": 0, "eval_every": 0}
+    lengths = {
+        "max_prompt_tokens": min(4 * rl.max_prompt_tokens, 448),
+        "max_new_tokens": 8,
+        "packed_length": 0,
+        "overlong_buffer": 0,
+    }
+    sizes = {"prompts_per_step": 2, "group_size": 4, "minibatches": 1, "max_resample_rounds": 1}
+    batch = {"micro_batch_size": 8, "max_num_seqs": 8}
+    evaluation = {"eval_prompts": 2, "eval_samples": 0, "eval_every": 0}
     builtin = {"cpython:train": "books/**/*.txt", "cpython:heldout": "books/**/*.txt"}
     tokenizer = recipe.data.tokenizer
     return change(
@@ -52,7 +57,7 @@ def small(recipe: Recipe) -> Recipe:
             remat="none", eval_every=0,
         ),
         sft=change(recipe.sft, steps=2 * min(recipe.sft.steps, 1), batch_size=8, sequence_length=64, gradient_accumulation_steps=1),
-        rl=change(rl, steps=min(rl.steps, 1), **lengths, **sizes, **asked),
+        rl=change(rl, steps=min(rl.steps, 1), **lengths, **sizes, **batch, **evaluation),
         rejection=change(recipe.rejection, steps=min(recipe.rejection.steps, 1), prompts=2, samples=2),
         sample=change(recipe.sample, prompts=()),
     )  # fmt: skip
@@ -96,7 +101,7 @@ def _lines(path: Path, values: list[dict]) -> None:
 
 
 def _checkpoint(path: Path) -> None:
-    """A Hugging Face directory with a chat template, whose model has learned nothing."""
+    """Write a Hugging Face directory with a chat template and an untrained model."""
     mla_moe.save_pretrained(mla_moe.Transformer(model(), rngs=nnx.Rngs(0)), path)
     train_bpe([TEXT], VOCABULARY, path / "tokenizer.json")
     names = json.loads((path / "tokenizer_config.json").read_text())

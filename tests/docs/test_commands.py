@@ -1,9 +1,8 @@
-"""Every command of the README and the docs runs, made small. What needs a cluster, or a compiler that takes minutes, is
-read as far as it can be: recipe, flags, names. A command that nothing here knows fails."""
+"""Every command of the README and the docs runs, with tiny models. Of commands that need a cluster, or minutes of
+compilation, only recipe, flags and names are checked. An unknown command fails the test."""
 
 import dataclasses
 import http.client
-import importlib.util
 import json
 import runpy
 import shlex
@@ -18,23 +17,24 @@ import pytest
 import tyro
 
 from mla_moe import cli
+from mla_moe.cli import train as train_command
 from mla_moe.config import load_recipe, with_overrides
 from mla_moe.inference import openai_server
-from mla_moe.parallel.accelerators import CHIPS
+from mla_moe.parallel.accelerators import GPUS, TPUS
 from mla_moe.training.console import Console
 from tests.docs.conftest import PAGES, ROOT, blocks, small
 
 LIBRARIES = {"reasoning_gym:": "reasoning_gym", "chain_sum": "reasoning_gym", "questions.jsonl": "math_verify"}
-"""What a command names, and the package of the extra `rl` that it then needs."""
+"""Part of a command -> the package of the extra `rl` that it needs."""
 
 
 def needs(words):
-    """Packages of the extra `rl` that a command takes."""
+    """Packages of the extra `rl` that a command needs."""
     return {package for word in words for part, package in LIBRARIES.items() if part in word}
 
 
 def commands():
-    """Each once, in order, by the place where it is first written."""
+    """All different commands, in order; the test id is the page with its first occurrence."""
     found = {}
     for page in PAGES:
         for language, text in blocks(page):
@@ -47,7 +47,7 @@ def commands():
 
 
 def split(line):
-    """The commands that `&&` joins in a line."""
+    """The commands of a line, separated by `&&`."""
     lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;")
     lexer.whitespace_split = True
     command = []
@@ -56,7 +56,7 @@ def split(line):
             yield command
             command = []
         else:
-            assert word not in ("&", "|", ";", "||"), f"not known here: {line}"
+            assert word not in ("&", "|", ";", "||"), f"unsupported in a documented command: {line}"
             command.append(word)
     if command:
         yield command
@@ -64,7 +64,7 @@ def split(line):
 
 @pytest.fixture(scope="module")
 def running():
-    """The port where `serve` listens, once it does, and how to stop it."""
+    """Port of each server that `serve` started -> the function that stops it."""
     ports = {}
     yield ports
     for stop in ports.values():
@@ -85,12 +85,16 @@ def test_command(words, world, running, monkeypatch):
         script(rest, monkeypatch)
     elif program == "curl":
         curl(rest, running)
+    elif words == ("python3", "-m", "pip", "wheel", "--no-deps", "-w", "dist", "."):
+        assert project()["name"] == "mla_moe"  # building needs the network
+    elif words == (".venv/bin/python", "-m", "mkdocs", "build"):
+        assert (ROOT / "mkdocs.yml").is_file()  # tests/docs/test_pages.py builds the site
     elif program == "python3" and rest[:2] == ["-m", "pip"]:
         constraints, what = rest[rest.index("-c") + 1], rest[rest.index("-e") + 1]
         assert (ROOT / constraints).is_file()
         assert extras(what) <= set(project()["optional-dependencies"])
     elif words in ((".ci/run",), ("python3", "-m", "venv", "--without-pip", ".venv")):
-        pass  # this is how CI comes here
+        pass  # CI has run these before this test
     elif program == ".venv/bin/python" and rest[:2] == ["-m", "pytest"]:
         assert all((ROOT / word).exists() for word in rest if word.startswith("tests/"))
     elif program in ("gcloud", "srun"):
@@ -98,33 +102,32 @@ def test_command(words, world, running, monkeypatch):
         *_, last = split(inner)
         read_train(last[last.index("train.py") + 1 :], monkeypatch)
     else:
-        pytest.fail(f"nothing runs or reads this: {shlex.join(words)}")
+        pytest.fail(f"unknown command: {shlex.join(words)}")
 
 
-def train(arguments, monkeypatch):
-    """A run of each kind, small; of all others what comes before anything compiles."""
+def train(arguments, monkeypatch, main=train_command.main):
+    """Runs the recipes of `FULL_RUNS`; the others up to the first compilation."""
     if any(word.startswith("--distributed.") for word in arguments):
         read_train(arguments, monkeypatch)
         return
-    module = train_module()
-    run, devices = module.run, jax.devices()[:1]
+    run, devices = train_command.run, jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda *_: devices)  # a laptop's
-    monkeypatch.setattr(module, "run", lambda settings: run(small(settings)))
-    monkeypatch.setattr("mla_moe.training.compile_cache.enable_compile_cache", lambda: None)  # the tests have their own
+    monkeypatch.setattr(train_command, "run", lambda settings: run(small(settings)))
+    monkeypatch.setattr("mla_moe.training.run_context.enable_compile_cache", lambda: None)  # the tests have their own
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    if tuple(arguments) in WHOLE:
-        assert module.main() == 0
+    if tuple(arguments) in FULL_RUNS:
+        assert main() == 0
     else:
         monkeypatch.setattr(Console, "startup_table", stop)
         with pytest.raises(Started):
-            module.main()
+            main()
 
 
-WHOLE = (("configs/quickstart.py",), ("tune.py",), ("mine.py",))
+FULL_RUNS = (("configs/quickstart.py",), ("tune.py",), ("mine.py",))
 
 
 class Started(Exception):
-    """A run has read all that it is told, and would compile now."""
+    """The run has read its configuration and data, and would compile next."""
 
 
 def stop(*_):
@@ -132,36 +135,31 @@ def stop(*_):
 
 
 def read_train(arguments, monkeypatch):
-    """All that happens before a run starts."""
-    module = train_module()
+    """Parse the recipe and the flags without starting the run."""
     monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
-    monkeypatch.setattr(module, "run", lambda settings: 0)
+    monkeypatch.setattr(train_command, "run", lambda settings: 0)
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    assert module.main() == 0
-
-
-def train_module():
-    spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    assert train_command.main() == 0
 
 
 def mla_moe(arguments, running, monkeypatch):
+    if arguments[0] == "train":
+        train(arguments[1:], monkeypatch, lambda: cli.main(arguments))
+        return
     command, flags = tyro.cli(cli.Command, prog="mla-moe", args=arguments, return_unknown_args=True)
     assert isinstance(command, cli.Plan) or not flags
     if isinstance(command, cli.Plan):
         with_overrides(load_recipe(command.recipe), flags, "mla-moe plan")
-        assert command.topology.partition(":")[0] in {*CHIPS, "cpu"}
+        assert command.topology.partition(":")[0] in {*TPUS, *GPUS, "cpu"}
         return
     if isinstance(command, cli.Serve):
         monkeypatch.setattr(openai_server, "serve", lambda app, host, port: listen(app, running))
-        command = dataclasses.replace(command, capacity=128)
-    asked = {"prompts": 2, "samples": 1, "max_prompt_tokens": 448, "max_new_tokens": 4, "slots": 8}
-    few = {cli.Generate: {"max_new_tokens": 4}, cli.Eval: asked}
-    command = dataclasses.replace(command, **few.get(type(command), {}))
+        command = dataclasses.replace(command, max_model_len=128)
+    evaluation = {"prompts": 2, "samples": 1, "max_prompt_tokens": 448, "max_new_tokens": 4, "max_num_seqs": 8}
+    small_sizes = {cli.Generate: {"max_new_tokens": 4}, cli.Eval: evaluation}
+    command = dataclasses.replace(command, **small_sizes.get(type(command), {}))
     if isinstance(command, cli.Convert) and command.dst.exists():
-        shutil.rmtree(command.dst)  # another page has made it
+        shutil.rmtree(command.dst)  # a command of another page has written it
     command.run()
 
 
@@ -184,12 +182,12 @@ def curl(arguments, running):
     url, options = arguments[0], dict(zip(arguments[1::2], arguments[2::2], strict=True))
     assert options.keys() <= {"-H", "-d"}
     host, _, path = url.partition("/")
-    assert host == "localhost:8000", "the port that `serve` has by default"
+    assert host == "localhost:8000", "the default port of `serve`"
     connection = http.client.HTTPConnection("127.0.0.1", next(reversed(running)), timeout=120)
     connection.request("POST", f"/{path}", options["-d"], dict([options["-H"].split(": ")]))
-    answer = connection.getresponse()
-    assert answer.status == 200
-    assert json.loads(answer.read())["choices"]
+    response = connection.getresponse()
+    assert response.status == 200
+    assert json.loads(response.read())["choices"]
     connection.close()
 
 
@@ -203,5 +201,5 @@ def project():
 
 
 def extras(requirement):
-    """`.[serve,rl]` → serve, rl."""
+    """`.[serve,rl]` -> serve, rl."""
     return set(requirement.partition("[")[2].rstrip("]").split(",")) - {""}

@@ -1,27 +1,29 @@
-"""The README and the docs: their Python runs, their links lead somewhere, their pictures are those of the code."""
+"""The README and the docs: their Python code runs, their links resolve, their pictures match the code."""
 
 import os
 import re
 import runpy
+import subprocess
+import sys
 
 import pytest
 
 from tests.docs.conftest import PAGES, ROOT, blocks
-from tests.test_house import FLOORS
+from tests.test_layers import LAYERS
 
 PYTHON = [page for page in PAGES if any(language == "python" for language, _ in blocks(page))]
 
 
 @pytest.mark.smoke
-def test_the_readmes_modules_work_alone():
+def test_modules_in_the_readme_work_alone():
     names = {}
     exec(next(text for language, text in blocks(PAGES[0]) if language == "python"), names)
     assert names["rows"].shape == names["y"].shape == names["gradient"].shape
 
 
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
-def test_python_runs(page, world, monkeypatch):
-    """The blocks of a page, one after the other."""
+def test_python_code_runs(page, world, monkeypatch):
+    """All blocks of a page, in order, in one namespace."""
     monkeypatch.chdir(world)
     names = {}
     for language, text in blocks(page):
@@ -29,18 +31,18 @@ def test_python_runs(page, world, monkeypatch):
             exec(text, names)
 
 
-def test_blocks_are_commands_python_or_text():
+def test_code_blocks_are_commands_python_or_text():
     assert {language for page in PAGES for language, _ in blocks(page)} == {"", "python", "text"}
 
 
-def test_the_first_two_commands_are_single_lines():
+def test_first_two_commands_of_the_readme_are_single_lines():
     (_, first), (_, second) = blocks(PAGES[0])[:2]
     assert first.count("\n") == second.count("\n") == 1
     assert first.endswith("train.py configs/quickstart.py\n")
     assert second.endswith("-m pytest\n")
 
 
-def test_links_lead_somewhere():
+def test_links_resolve():
     broken = []
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
@@ -49,7 +51,7 @@ def test_links_lead_somewhere():
     assert not broken
 
 
-def test_every_page_and_example_can_be_found():
+def test_every_page_and_example_is_linked():
     pages = {page: page.read_text("utf-8") for page in PAGES}
     index = pages[ROOT / "docs" / "README.md"]
     for page in (ROOT / "docs").rglob("*.md"):
@@ -58,28 +60,31 @@ def test_every_page_and_example_can_be_found():
         assert any(f"examples/{example.name}" in text for text in pages.values())
 
 
-def test_the_site_is_whole(tmp_path):
-    """Every link of every rendered page; those that leave it lead into the repository, beside which it lies."""
+@pytest.mark.slow
+def test_site_builds_and_its_links_resolve(tmp_path):
+    """MkDocs with the API reference; `--strict` makes each warning an error."""
     site = tmp_path / "site"
-    runpy.run_path(str(ROOT / "docs" / "render.py"))["main"](site)
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(ROOT / "mkdocs.yml"), "-d", str(site)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
     assert (site / "index.html").is_file()
+    assert (site / "api" / "nn.html").is_file()
     broken = []
     for page in site.rglob("*.html"):
-        for link in re.findall(r'(?:href|src)="([^"#]+)', page.read_text("utf-8")):
-            inside = os.path.normpath(page.parent / link)
-            outside = os.path.normpath(ROOT / "docs" / page.parent.relative_to(site) / link)
-            if "://" not in link and not os.path.exists(inside) and not os.path.exists(outside):
+        for link in re.findall(r'(?:href|src)="([^"#?]+)', page.read_text("utf-8")):
+            target = site / link[1:] if link.startswith("/") else page.parent / link
+            if not re.match(r"[a-z]+:", link) and not os.path.exists(os.path.normpath(target)):
                 broken.append(f"{page.relative_to(site)}: {link}")
     assert not broken
 
 
-def test_pictures_are_what_the_code_draws():
+def test_pictures_match_the_code():
     for name, draw in runpy.run_path(str(ROOT / "docs" / "pictures" / "draw.py"))["PICTURES"].items():
         drawn = (ROOT / "docs" / "pictures" / f"{name}.svg").read_text("utf-8")
         assert drawn == draw(), "python docs/pictures/draw.py"
 
 
-def test_the_house_is_drawn_as_it_is():
-    drawing = next(text for language, text in blocks(ROOT / "CONTRIBUTING.md") if language == "text")
-    drawn = [tuple(re.split(r"  +", line)[0].split()) for line in drawing.splitlines()]
-    assert drawn[::-1] == FLOORS
+def test_diagram_of_packages_matches_the_layers():
+    diagram = next(text for language, text in blocks(ROOT / "CONTRIBUTING.md") if language == "text")
+    layers = [tuple(re.split(r"  +", line)[0].split()) for line in diagram.splitlines()]
+    assert layers[::-1] == LAYERS

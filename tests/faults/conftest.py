@@ -19,7 +19,7 @@ from mla_moe.parallel.mesh import make_mesh
 
 @pytest.fixture(scope="session")
 def recipe(cfg, tmp_path_factory):
-    """A run of two seconds, on made-up words."""
+    """A run of two seconds on random words."""
     folder, random = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
     for i in range(16):
         words = random.choice(["ab", "cde", "fgh", "ij"], random.integers(20, 100))
@@ -38,5 +38,5 @@ def recipe(cfg, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _one_device(monkeypatch):
-    """Which is quicker than eight on one core."""
+    """Faster than eight virtual devices on one core."""
     monkeypatch.setattr("mla_moe.training.run_context.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))

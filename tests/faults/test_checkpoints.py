@@ -1,4 +1,4 @@
-"""Checkpoints that are cut short or changed: known when they are read, and the one before is taken, aloud."""
+"""Truncated and corrupted checkpoints are detected, quarantined, and the previous one is restored."""
 
 import dataclasses
 import json
@@ -27,8 +27,8 @@ from mla_moe.training.step import abstract_state, init_state
 KEEP = CheckpointConfig(every=1, max_to_keep=4)
 
 
-class Place:
-    """A place in the data that is a number."""
+class Position:
+    """A data position that is a number."""
 
     def __init__(self, number=0):
         self.number = number
@@ -42,35 +42,35 @@ class Place:
 
 @pytest.fixture(scope="module")
 def saved(recipe, tmp_path_factory):
-    """A run with two checkpoints, their states, and how to restore."""
+    """A run with two checkpoints, their states, and the abstract state to restore into."""
     abstract_model, mesh = AbstractModel(recipe.model), make_mesh(MeshConfig(), jax.devices()[:1])
     tx = make_optimizer(recipe.optimizer, 10, abstract_model)
     run_dir, states = tmp_path_factory.mktemp("run"), {}
     with CheckpointManager(run_dir, "pretrain", KEEP) as checkpoints:
         for step in (1, 2):
             state = init_state(abstract_model, tx, step, mesh)
-            checkpoints.save(step, state, Place(step), abstract_model)
+            checkpoints.save(step, state, Position(step), abstract_model)
             states[step] = jax.tree.map(np.asarray, state)
     (run_dir / "recipe.json").write_text(recipe.to_json())
     return run_dir, states, abstract_state(abstract_model, tx, mesh)
 
 
-def restored(run_dir, abstract):
-    """State, place, and what was said."""
-    place, said = Place(), []
+def restore(run_dir, abstract):
+    """Restore: the state, the data position, and the logged lines."""
+    position, logged = Position(), []
     with CheckpointManager(run_dir, "pretrain", KEEP) as checkpoints:
-        state = checkpoints.restore(abstract, place, said.append)
-        assert checkpoints.latest == place.number
-    return state, place.number, said
+        state = checkpoints.restore(abstract, position, logged.append)
+        assert checkpoints.latest == position.number
+    return state, position.number, logged
 
 
-def flip(path, draw):
+def flip_bit(path, draw):
     raw = bytearray(path.read_bytes())
     raw[draw.randrange(len(raw))] ^= 1 << draw.randrange(8)
     path.write_bytes(raw)
 
 
-def cut(path, draw):
+def truncate(path, draw):
     path.write_bytes(path.read_bytes()[: draw.randrange(path.stat().st_size)])
 
 
@@ -79,38 +79,38 @@ def remove(path, draw):
 
 
 def files(step):
-    """Of a checkpoint, the largest first: arrays, then what describes them."""
+    """The files of a checkpoint, the largest first: arrays, then metadata."""
     return sorted((p for p in step.rglob("*") if p.is_file() and p.stat().st_size), key=lambda p: -p.stat().st_size)
 
 
 NEEDED = {"data/stream_0.json", "digests/metadata", "state/manifest.ocdbt"}
 
 
-@pytest.mark.parametrize("spoil", [flip, cut, pytest.param(remove, marks=pytest.mark.thorough)])
-def test_a_damaged_file_is_noticed_or_makes_no_difference(saved, tmp_path, spoil, thorough):
+@pytest.mark.parametrize("damage", [flip_bit, truncate, pytest.param(remove, marks=pytest.mark.thorough)])
+def test_a_damaged_file_is_detected_or_makes_no_difference(saved, tmp_path, damage, thorough):
     run_dir, states, abstract = saved
-    draw, noticed = random.Random(0), set()
+    draw, detected = random.Random(0), set()
     wanted = [p.relative_to(run_dir) for p in files(run_dir / "checkpoints" / "pretrain" / "2")]
     needed = [p for p in wanted if "/".join(p.parts[3:]) in NEEDED]
     for file in wanted * 20 if thorough else [*wanted[:2], *needed]:
         copy = tmp_path / "copy"
         shutil.copytree(run_dir, copy)
-        spoil(copy / file, draw)
-        state, step, said = restored(copy, abstract)
-        for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(states[step]), strict=True):
-            np.testing.assert_array_equal(ours, theirs, err_msg=str(file))
+        damage(copy / file, draw)
+        state, step, logged = restore(copy, abstract)
+        for found, expected in zip(jax.tree.leaves(state), jax.tree.leaves(states[step]), strict=True):
+            np.testing.assert_array_equal(found, expected, err_msg=str(file))
         if step == 1:
-            noticed.add(file)
-            assert len(said) == 1
-            assert "pretrain/2': is damaged" in said[0]
+            detected.add(file)
+            assert len(logged) == 1
+            assert "pretrain/2': is damaged" in logged[0]
             assert (copy / "checkpoints" / "pretrain" / "2.damaged").is_dir()
         shutil.rmtree(copy)
-    assert noticed >= set(needed)
-    assert len(noticed) > len(needed)  # arrays too
+    assert detected >= set(needed)
+    assert len(detected) > len(needed)  # arrays too
 
 
-def test_a_run_goes_on_from_the_one_before(recipe, tmp_path, capsys):
-    """With the same curve, the place in the data included."""
+def test_a_run_resumes_from_the_previous_checkpoint(recipe, tmp_path, capsys):
+    """With the same losses, from the same position in the data."""
 
     def start():
         settings = dataclasses.replace(recipe, run_dir=str(tmp_path))
@@ -119,19 +119,19 @@ def test_a_run_goes_on_from_the_one_before(recipe, tmp_path, capsys):
 
     before, folder = start(), tmp_path / "checkpoints" / "pretrain"
     shutil.rmtree(folder / "8")
-    cut(folder / "6" / "digests" / "metadata", random.Random(0))
+    truncate(folder / "6" / "digests" / "metadata", random.Random(0))
     assert start() == before
     assert "resumed from the checkpoint of step 4" in capsys.readouterr().out
     assert {path.name for path in folder.iterdir()} >= {"6.damaged", "6", "8"}
 
 
-def test_with_none_left_nothing_is_touched(saved, tmp_path):
+def test_if_all_are_damaged_none_is_renamed(saved, tmp_path):
     run_dir, _, abstract = saved
     shutil.copytree(run_dir, tmp_path / "copy")
     for step in (1, 2):
         (tmp_path / "copy" / "checkpoints" / "pretrain" / str(step) / "data" / "stream_0.json").write_text("7\n0")
-    with pytest.raises(ConfigError, match="no checkpoint in it is whole"):
-        restored(tmp_path / "copy", abstract)
+    with pytest.raises(ConfigError, match="all its checkpoints are damaged"):
+        restore(tmp_path / "copy", abstract)
     assert {p.name for p in (tmp_path / "copy" / "checkpoints" / "pretrain").iterdir()} == {"1", "2"}
 
 
@@ -140,7 +140,7 @@ def largest(step):
 
 
 @pytest.mark.parametrize("file", [largest, lambda step: step / "model" / "metadata"], ids=["arrays", "model"])
-def test_whoever_else_reads_it_is_told(saved, tmp_path, file):
+def test_load_pretrained_detects_damage(saved, tmp_path, file):
     run_dir, _, _ = saved
     shutil.copytree(run_dir, tmp_path / "copy")
     step = tmp_path / "copy" / "checkpoints" / "pretrain" / "2"
@@ -155,15 +155,15 @@ def test_whoever_else_reads_it_is_told(saved, tmp_path, file):
 
 READERS = {
     "loaded": load_pretrained,
-    "in another type": lambda step: load_pretrained(step, jnp.bfloat16),
+    "in another dtype": lambda step: load_pretrained(step, jnp.bfloat16),
     "on a mesh": lambda step: load_pretrained(step, jnp.bfloat16, make_mesh(MeshConfig(data=2, fsdp=2, expert=2))),
     "converted": lambda step: convert(step, step.with_name("out")),
-    "in this layout": lambda step: convert(step, step.with_name("out"), to="orbax", dtype=jnp.bfloat16),
+    "converted to orbax": lambda step: convert(step, step.with_name("out"), to="orbax", dtype=jnp.bfloat16),
 }
 
 
 @pytest.mark.parametrize("read", READERS.values(), ids=READERS)
-def test_every_reader_compares_every_array(saved, tmp_path, read):
+def test_each_reader_verifies_each_array(saved, tmp_path, read):
     run_dir, _, _ = saved
     step = tmp_path / "copy" / "checkpoints" / "pretrain" / "2"
     shutil.copytree(run_dir, tmp_path / "copy")
@@ -174,12 +174,12 @@ def test_every_reader_compares_every_array(saved, tmp_path, read):
     for path in ("params.embed", "params.moe_layers/moe/gate_up", "biases.moe_layers/moe/router/bias"):
         changed = good["arrays"] | {path: good["arrays"][path] ^ 1}
         file.write_text(json.dumps(good | {"arrays": changed}))
-        with pytest.raises(ConfigError, match=f"is damaged: {path.partition('.')[2]} is not as it was written"):
+        with pytest.raises(ConfigError, match=f"is damaged: {path.partition('.')[2]} does not match its checksum"):
             read(step)
     assert {path.name for path in step.parent.iterdir()} == {"1", "2"}
 
 
-def test_a_checkpoint_half_removed_by_a_kill_is_passed_over(saved, tmp_path):
+def test_a_checkpoint_whose_removal_was_interrupted_is_ignored(saved, tmp_path):
     run_dir, states, _ = saved
     shutil.copytree(run_dir, tmp_path / "copy")
     newest = tmp_path / "copy" / "checkpoints" / "pretrain" / "2"

@@ -1,4 +1,4 @@
-"""A disk without room: the run ends and says so, what was saved stays, and the same command goes on."""
+"""A full disk: the run halts with an error, saved checkpoints stay, and the same command resumes."""
 
 import contextlib
 import dataclasses
@@ -8,9 +8,9 @@ import resource
 
 import pytest
 
+from mla_moe.checkpoint.files import CheckpointSaveError
 from mla_moe.checkpoint.manager import StreamsHandler
 from mla_moe.training.console import Console
-from mla_moe.training.loss_monitor import TrainingHaltedError
 from mla_moe.training.metrics import MetricsWriter, read_rows
 from mla_moe.training.pretrain import pretrain
 from mla_moe.training.run_directory import open_run_directory
@@ -23,7 +23,7 @@ def start(recipe, run_dir):
 
 @contextlib.contextmanager
 def no_file_beyond(size):
-    """As good as full: the system refuses to let a file grow."""
+    """Like a full disk: the system limits the size of files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -32,8 +32,8 @@ def no_file_beyond(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # Orbax's threads, which end so
-def test_a_checkpoint_that_finds_no_room(recipe, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # in Orbax's threads
+def test_checkpoint_on_a_full_disk(recipe, tmp_path, monkeypatch):
     save = StreamsHandler.save
 
     def save_on_a_full_disk(self, directory, args):
@@ -43,9 +43,7 @@ def test_a_checkpoint_that_finds_no_room(recipe, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(StreamsHandler, "save", save_on_a_full_disk)
-        with pytest.raises(
-            TrainingHaltedError, match=r"could not be saved \(.*No space left.*the same command goes on"
-        ):
+        with pytest.raises(CheckpointSaveError, match=r"could not be saved \(.*No space left.*same command resumes"):
             start(recipe, tmp_path)
     assert [p.name for p in (tmp_path / "checkpoints" / "pretrain").iterdir() if p.name.isdigit()] == ["2"]
     start(recipe, tmp_path)
@@ -53,15 +51,15 @@ def test_a_checkpoint_that_finds_no_room(recipe, tmp_path, monkeypatch):
 
 
 def write(run_dir, count, size):
-    """Rows, until one finds no room."""
+    """Write rows until one exceeds the limit."""
     with no_file_beyond(size), MetricsWriter(run_dir, None, "sft") as rows:
         for step in range(count):
             rows.write(step, {"loss": 1.0, "lr": 0.5})
 
 
 @pytest.mark.parametrize(("count", "size"), [(100, 2_000), (20, 1_300)], ids=["rows", "events"])
-def test_rows_that_find_no_room(tmp_path, count, size):
-    """The writer fails at once, where a thread of its own would let the run wait for ever; whole rows stay."""
+def test_metrics_on_a_full_disk(tmp_path, count, size):
+    """The writer fails at once (a writer thread would make the run wait forever); complete rows stay."""
     with pytest.raises(OSError, match="File too large"):
         write(tmp_path, count, size)
     kept = [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")]

@@ -1,4 +1,4 @@
-"""Kill −9, for real: the script that `benchmarks/README.md` has 50 kills of."""
+"""Kill −9 of a real run, with the script of `benchmarks/README.md`."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 
 @pytest.mark.thorough
-def test_a_run_that_is_killed_becomes_what_it_would_have_been(pytestconfig):
+def test_killed_run_ends_with_the_same_results(pytestconfig):
     script = pytestconfig.rootpath / "benchmarks" / "kills.py"
     done = subprocess.run(
         [sys.executable, str(script), "--kills", "12"],

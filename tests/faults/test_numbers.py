@@ -1,4 +1,4 @@
-"""Figures that are not finite, and losses that leap."""
+"""Non-finite updates and loss spikes."""
 
 import dataclasses
 import os
@@ -13,10 +13,10 @@ from mla_moe.training import loss_monitor
 from mla_moe.training.console import Console
 from mla_moe.training.loss_monitor import LossMonitor, LossSpikeError, TrainingHaltedError
 from mla_moe.training.metrics import read_rows
+from mla_moe.training.preemption import InterruptedRun
 from mla_moe.training.pretrain import pretrain
-from mla_moe.training.run_context import InterruptedRun
 from mla_moe.training.run_directory import open_run_directory
-from mla_moe.training.step_metrics import StepMetrics
+from mla_moe.training.trainer import StepMetrics
 
 
 def start(recipe, run_dir, **changes):
@@ -28,7 +28,7 @@ def losses(run_dir):
     return {row["step"]: row["loss"] for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row}
 
 
-def test_a_run_that_blows_up_ends_and_leaves_the_batch(recipe, tmp_path):
+def test_non_finite_updates_halt_the_run_and_save_the_batch(recipe, tmp_path):
     training = dataclasses.replace(recipe.training, max_skipped_steps=3)
     optimizer = OptimizerConfig("adamw", ScheduleConfig(peak_lr=1e38, warmup_fraction=0.0))
     with pytest.raises(
@@ -41,19 +41,19 @@ def test_a_run_that_blows_up_ends_and_leaves_the_batch(recipe, tmp_path):
         assert set(batch) == {"tokens", "targets", "segment_ids", "positions"}
 
 
-def test_only_skipped_updates_in_a_row_count(tmp_path):
-    watch = LossMonitor(TrainingConfig(max_skipped_steps=2), tmp_path, "rl", None)
+def test_only_consecutive_skipped_updates_count(tmp_path):
+    monitor = LossMonitor(TrainingConfig(max_skipped_steps=2), tmp_path, "rl", None)
     for step, skipped in enumerate([1, 0, 1, 0]):
-        watch.see(step, {"skipped": skipped, "loss": 1.0}, dict)
+        monitor.check(step, {"skipped": skipped, "loss": 1.0}, dict)
     with pytest.raises(TrainingHaltedError):
-        watch.see(4, {"skipped": 2, "loss": 1.0}, dict)
+        monitor.check(4, {"skipped": 2, "loss": 1.0}, dict)
 
 
 @pytest.fixture
-def spoilt(monkeypatch):
-    """Batches of unheard-of bytes in place of those with these numbers."""
+def corrupted(monkeypatch):
+    """Replaces the targets of the batches with these numbers by a byte that the data do not have."""
 
-    def spoil(numbers):
+    def corrupt(numbers):
         taken, take = [], Batches.__next__
 
         def take_next(self):
@@ -67,39 +67,39 @@ def spoilt(monkeypatch):
         return taken
 
     monkeypatch.setattr(loss_monitor, "WINDOW", 3)
-    return spoil
+    return corrupt
 
 
-def test_a_leap_of_the_loss_is_taken_back(recipe, tmp_path, spoilt, capsys):
-    taken = spoilt({7})
+def test_loss_spike_rewinds_to_the_newest_checkpoint(recipe, tmp_path, corrupted, capsys):
+    taken = corrupted({7})
     start(recipe, tmp_path, training=dataclasses.replace(recipe.training, loss_spike_threshold=1.0))
-    assert "back to the newest checkpoint" in capsys.readouterr().out
+    assert "rewinding to the newest checkpoint" in capsys.readouterr().out
     assert list(losses(tmp_path)) == list(range(1, 9))
     assert losses(tmp_path)[7] < losses(tmp_path)[6] + 1
     assert [row for row in read_rows(tmp_path / "metrics.jsonl") if "rewound" in row] == [
         {"step": 7, "stage": "pretrain", "rewound": 1}
     ]
-    assert len(taken) == 10  # batches 7 and 8, which was under way, are not read again
+    assert len(taken) == 10  # batches 7 and 8 (dispatched before the loss of 7 was known) are not read again
 
 
 @pytest.mark.thorough
-def test_losses_that_leap_again_and_again_end_the_run(recipe, tmp_path, spoilt):
-    spoilt(range(7, 99))
-    with pytest.raises(TrainingHaltedError, match="again after 3 returns to step 6"):
+def test_repeated_loss_spikes_halt_the_run(recipe, tmp_path, corrupted):
+    corrupted(range(7, 99))
+    with pytest.raises(TrainingHaltedError, match="again after 3 rewinds to step 6"):
         start(recipe, tmp_path, training=dataclasses.replace(recipe.training, loss_spike_threshold=1.0))
 
 
-def test_a_leap_is_seen_after_a_restart_as_without(tmp_path, monkeypatch):
+def test_loss_spike_is_detected_after_a_restart_too(tmp_path, monkeypatch):
     monkeypatch.setattr(loss_monitor, "WINDOW", 3)
     rows = [f'{{"step": {i}, "stage": "sft", "loss": {i}.0, "skipped": 0}}\n' for i in range(1, 6)]
     (tmp_path / "metrics.jsonl").write_text("".join(rows))
-    watch = LossMonitor(TrainingConfig(loss_spike_threshold=2.0), tmp_path, "sft", 4)  # the mean of 2, 3 and 4
-    watch.see(5, {"skipped": 0, "loss": 5.0}, dict)
-    with pytest.raises(LossSpikeError, match=r"leapt to 6.001 in step 6, from a mean of 4.000"):
-        watch.see(6, {"skipped": 0, "loss": 6.001}, dict)
+    monitor = LossMonitor(TrainingConfig(loss_spike_threshold=2.0), tmp_path, "sft", 4)  # the mean of 2, 3 and 4
+    monitor.check(5, {"skipped": 0, "loss": 5.0}, dict)
+    with pytest.raises(LossSpikeError, match=r"loss spike in step 6: 6.001, from a mean of 4.000"):
+        monitor.check(6, {"skipped": 0, "loss": 6.001}, dict)
 
 
-def test_a_signal_in_the_last_step_is_heard(recipe, tmp_path, monkeypatch):
+def test_signal_in_the_last_step_interrupts(recipe, tmp_path, monkeypatch):
     record = StepMetrics.record
 
     def then_stop(self, number, metrics, batch):

@@ -1,5 +1,3 @@
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,23 +6,22 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mla_moe.config import MeshConfig
+from mla_moe.nn.loss import token_logprobs
 from mla_moe.ops.token_logprobs import reference
 from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
-from mla_moe.training.loss import token_logprobs
 
 
 @pytest.mark.parametrize("vocab", [20, 19], ids=["divides", "does not divide"])
 @pytest.mark.parametrize(
     "sizes", [MeshConfig(data=1, fsdp=2, tensor=4), MeshConfig(data=2, tensor=2, context=2)], ids=str
 )
-def test_log_probabilities_and_gradients_over_a_mesh_are_those_of_one_device(sizes, vocab):
+def test_token_logprobs_and_gradients_on_a_mesh_equal_one_device(sizes, vocab):
     keys = jax.random.split(jax.random.key(0), 4)
     h, head = jax.random.normal(keys[0], (4, 10, 6)), jax.random.normal(keys[1], (6, vocab))
     targets, weights = jax.random.randint(keys[2], (4, 10), 0, vocab), jax.random.normal(keys[3], (4, 10))
 
-    def ours(h, head):
-        model = SimpleNamespace(head=head, precision=SimpleNamespace(compute=jnp.float32))
-        return token_logprobs(model, h, targets, chunk=3, temperature=0.9)
+    def sharded(h, head):
+        return token_logprobs(h, head, targets, chunk=3, temperature=0.9)
 
     def gradients(f, *args):
         def loss(h, head):
@@ -35,9 +32,9 @@ def test_log_probabilities_and_gradients_over_a_mesh_are_those_of_one_device(siz
 
     mesh = make_mesh(sizes)
     with jax.set_mesh(mesh):
-        h_there = jax.device_put(h, NamedSharding(mesh, BATCH_SPEC))
-        head_there = jax.device_put(head, NamedSharding(mesh, P("fsdp", None)))
-        got = gradients(ours, h_there, head_there)
-    wanted = gradients(lambda h, head: reference(h, head, targets, 0.9), h, head)
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
+        sharded_h = jax.device_put(h, NamedSharding(mesh, BATCH_SPEC))
+        sharded_head = jax.device_put(head, NamedSharding(mesh, P("fsdp", None)))
+        found = gradients(sharded, sharded_h, sharded_head)
+    expected = gradients(lambda h, head: reference(h, head, targets, 0.9), h, head)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Routing replay: tokens go to the experts that they are told, with weights of their own."""
+"""Routing replay: the experts of each token are given, and their weights come from the router."""
 
 import dataclasses
 
@@ -22,30 +22,30 @@ def layer(request, cfg, v2_cfg):
     return cfg, moe, x_BTD
 
 
-def chosen(moe, x_BTD):
+def selected(moe, x_BTD):
     return moe.router(x_BTD.reshape(-1, x_BTD.shape[-1])).experts_NK.reshape(*x_BTD.shape[:2], -1)
 
 
-def test_the_routers_own_choice_changes_nothing(layer):
+def test_replay_of_the_routers_choice_changes_nothing(layer):
     _, moe, x_BTD = layer
     free, stats = moe.with_stats(x_BTD)
-    own = chosen(moe, x_BTD)
+    own = selected(moe, x_BTD)
     for replay in (own, own.at[:, ::2].set(-1), jnp.full_like(own, -1)):
-        told, told_stats = moe.with_stats(x_BTD, replay_BTK=replay)
-        np.testing.assert_array_equal(told, free)
-        np.testing.assert_array_equal(told_stats.load_E, stats.load_E)
+        replayed, replayed_stats = moe.with_stats(x_BTD, replay_BTK=replay)
+        np.testing.assert_array_equal(replayed, free)
+        np.testing.assert_array_equal(replayed_stats.load_E, stats.load_E)
 
 
-def told(cfg, shape):
-    """Distinct experts for every token, which its router would seldom choose."""
+def random_experts(cfg, shape):
+    """Random distinct experts for every token: rarely the router's choice."""
     draw = np.random.default_rng(0)
-    all_of_them = np.stack([draw.permutation(cfg.n_routed_experts) for _ in range(int(np.prod(shape)))])
-    return jnp.asarray(all_of_them[:, : cfg.num_experts_per_tok].reshape(*shape, -1), jnp.int32)
+    permutations = np.stack([draw.permutation(cfg.n_routed_experts) for _ in range(int(np.prod(shape)))])
+    return jnp.asarray(permutations[:, : cfg.num_experts_per_tok].reshape(*shape, -1), jnp.int32)
 
 
-def test_weights_are_those_of_the_told_experts(layer):
+def test_weights_are_the_scores_of_the_replayed_experts(layer):
     cfg, moe, x_BTD = layer
-    replay = told(cfg, x_BTD.shape[:2])
+    replay = random_experts(cfg, x_BTD.shape[:2])
     y_BTD, stats = moe.with_stats(x_BTD, replay_BTK=replay)
     np.testing.assert_array_equal(stats.load_E, np.bincount(replay.ravel(), minlength=cfg.n_routed_experts))
 
@@ -61,25 +61,25 @@ def test_weights_are_those_of_the_told_experts(layer):
     np.testing.assert_allclose(y_BTD, expected, atol=1e-5)
 
 
-def test_the_gate_learns_at_the_told_experts(layer):
+def test_the_router_gets_gradients_through_replayed_experts(layer):
     cfg, moe, x_BTD = layer
-    replay = told(cfg, x_BTD.shape[:2])
+    replay = random_experts(cfg, x_BTD.shape[:2])
     graph, state = nnx.split(moe)
     grads = jax.grad(lambda s: (nnx.merge(graph, s).with_stats(x_BTD, replay_BTK=replay)[0] ** 2).sum())(state)
     assert float(jnp.abs(grads["router"]["weight"].get_value()).max()) > 1e-4
 
 
 @pytest.mark.parametrize("sizes", [MeshConfig(fsdp=2, expert=4), MeshConfig(data=2, tensor=2, context=2)])
-def test_a_mesh_follows_as_one_device_does(cfg, sizes):
+def test_replay_on_a_mesh_equals_one_device(cfg, sizes):
     cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
     model = Transformer(cfg, rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(2), (8, 6), 0, cfg.vocab_size)
-    replay = told(cfg, (8, 6, cfg.num_moe_layers)).at[:, 0].set(-1)
+    replay = random_experts(cfg, (8, 6, cfg.num_moe_layers)).at[:, 0].set(-1)
     run = jax.jit(lambda model, tokens, replay: model.hidden(tokens, replay=replay)[0])
     expected = run(model, tokens, replay)
     assert float(jnp.abs(expected - run(model, tokens, jnp.full_like(replay, -1))).max()) > 1e-3
     mesh = make_mesh(sizes)
-    place = NamedSharding(mesh, BATCH_SPEC)
+    sharding = NamedSharding(mesh, BATCH_SPEC)
     with jax.set_mesh(mesh):
-        found = run(model, jax.device_put(tokens, place), jax.device_put(replay, place))
+        found = run(model, jax.device_put(tokens, sharding), jax.device_put(replay, sharding))
     np.testing.assert_allclose(found, expected, atol=1e-5)

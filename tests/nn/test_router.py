@@ -8,40 +8,40 @@ import pytest
 from mla_moe.nn.router import sigmoid_gate, softmax_gate
 
 
-def v3_by_hand(cfg, logits, bias):
-    """Equations 12-16 of DeepSeek-V3, a token at a time, in plain Python."""
+def python_gate(cfg, logits, bias):
+    """Equations 12-16 of DeepSeek-V3 in Python, token by token."""
     E, G = cfg.n_routed_experts, cfg.n_group
-    rows = []
+    tokens = []
     for logit in np.asarray(logits, np.float64):
         s = 1 / (1 + np.exp(-logit))
-        choice = s + bias
+        selection = s + bias
         groups = np.split(np.arange(E), G)
-        best = sorted(groups, key=lambda g: -np.sort(choice[g])[-2:].sum())[: cfg.topk_group]
-        allowed = sorted(np.concatenate(best), key=lambda e: -choice[e])
-        chosen = allowed[: cfg.num_experts_per_tok]
-        weight = s[chosen] / s[chosen].sum() if cfg.norm_topk_prob else s[chosen]
-        rows.append(dict(zip(chosen, weight * cfg.routed_scaling_factor, strict=True)))
-    return rows
+        best = sorted(groups, key=lambda g: -np.sort(selection[g])[-2:].sum())[: cfg.topk_group]
+        allowed = sorted(np.concatenate(best), key=lambda e: -selection[e])
+        selected = allowed[: cfg.num_experts_per_tok]
+        weight = s[selected] / s[selected].sum() if cfg.norm_topk_prob else s[selected]
+        tokens.append(dict(zip(selected, weight * cfg.routed_scaling_factor, strict=True)))
+    return tokens
 
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("bias_mean", [-3.0, 0.0, 3.0])
-@pytest.mark.parametrize("normalise", [True, False])
-def test_sigmoid_gate_also_with_negative_biases(cfg, bias_mean, normalise):
-    cfg = dataclasses.replace(cfg, norm_topk_prob=normalise)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_sigmoid_gate_also_with_negative_router_biases(cfg, bias_mean, normalize):
+    cfg = dataclasses.replace(cfg, norm_topk_prob=normalize)
     logits = 2 * jax.random.normal(jax.random.key(0), (50, cfg.n_routed_experts))
     bias = bias_mean + 0.5 * jax.random.normal(jax.random.key(1), (cfg.n_routed_experts,))
     routing = sigmoid_gate(cfg, logits, bias)
-    for wanted, experts, weights in zip(
-        v3_by_hand(cfg, logits, np.asarray(bias)), routing.experts_NK, routing.weights_NK, strict=True
+    for expected, experts, weights in zip(
+        python_gate(cfg, logits, np.asarray(bias)), routing.experts_NK, routing.weights_NK, strict=True
     ):
-        got = dict(zip(experts.tolist(), weights.tolist(), strict=True))
-        assert set(got) == set(wanted)
-        for expert, weight in wanted.items():
-            assert got[expert] == pytest.approx(weight, rel=1e-5)
+        found = dict(zip(experts.tolist(), weights.tolist(), strict=True))
+        assert set(found) == set(expected)
+        for expert, weight in expected.items():
+            assert found[expert] == pytest.approx(weight, rel=1e-5)
 
 
-def test_a_bias_selects_but_never_weighs(cfg):
+def test_the_router_bias_affects_the_selection_only(cfg):
     cfg = dataclasses.replace(cfg, n_group=1, topk_group=1, norm_topk_prob=False, routed_scaling_factor=1.0)
     logits = jnp.zeros((1, 8))
     routing = sigmoid_gate(cfg, logits, jnp.zeros(8).at[5].set(9.0))
@@ -50,7 +50,7 @@ def test_a_bias_selects_but_never_weighs(cfg):
 
 
 @pytest.mark.parametrize("method", ["greedy", "group_limited_greedy"])
-def test_softmax_gate(v2_cfg, method):
+def test_softmax_gate_greedy_and_group_limited(v2_cfg, method):
     cfg = dataclasses.replace(v2_cfg, topk_method=method, routed_scaling_factor=16.0)
     logits = jax.random.normal(jax.random.key(0), (40, 8))
     routing = softmax_gate(cfg, logits)
@@ -58,12 +58,12 @@ def test_softmax_gate(v2_cfg, method):
         p = np.exp(logit) / np.exp(logit).sum()
         groups = np.argsort(-p.reshape(4, 2).max(axis=1))[:2] if method != "greedy" else range(4)
         allowed = [e for e in range(8) if e // 2 in groups]
-        wanted = sorted(allowed, key=lambda e: -p[e])[:2]
-        assert set(experts.tolist()) == set(wanted)
+        expected = sorted(allowed, key=lambda e: -p[e])[:2]
+        assert set(experts.tolist()) == set(expected)
         np.testing.assert_allclose(weights, 16 * p[np.asarray(experts)], rtol=1e-5)
 
 
-def test_the_bias_gets_no_gradient(cfg):
+def test_the_router_bias_has_no_gradient(cfg):
     logits = jax.random.normal(jax.random.key(0), (5, 8))
     grads = jax.grad(lambda x, b: sigmoid_gate(cfg, x, b).weights_NK[:, 0].sum(), argnums=(0, 1))(logits, jnp.zeros(8))
     assert jnp.abs(grads[0]).max() > 0

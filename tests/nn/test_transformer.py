@@ -21,14 +21,14 @@ def model(cfg):
 
 
 @pytest.mark.smoke
-def test_logits(model, v2_cfg):
+def test_logits_are_float32(model, v2_cfg):
     for m in (model, Transformer(v2_cfg, rngs=nnx.Rngs(0))):
         logits = run(m, TOKENS)
         assert logits.shape == (2, 20, 64)
         assert logits.dtype == jnp.float32
 
 
-def test_the_scan_is_the_layers_one_by_one(model):
+def test_the_scan_equals_the_layers_one_by_one(model):
     @jax.jit
     def one_by_one(model):
         x = model.embedding(TOKENS)
@@ -44,7 +44,7 @@ def test_the_scan_is_the_layers_one_by_one(model):
     np.testing.assert_allclose(run(model, TOKENS), one_by_one(model), rtol=1e-4, atol=1e-5)
 
 
-def test_a_pack_is_its_documents(model):
+def test_a_packed_sequence_equals_its_documents_alone(model):
     lengths = [7, 1, 12]
     segments = jnp.repeat(jnp.arange(1, 4), jnp.array(lengths))[None]
     positions = jnp.concatenate([jnp.arange(n) for n in lengths])[None]
@@ -64,7 +64,7 @@ def test_left_padding_changes_nothing(model):
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
-def test_recomputation_does_not_change_gradients(cfg, model, remat):
+def test_remat_does_not_change_gradients(cfg, model, remat):
     other = Transformer(cfg, rngs=nnx.Rngs(0), remat=remat)
 
     def gradients(m):
@@ -77,30 +77,30 @@ def test_recomputation_does_not_change_gradients(cfg, model, remat):
 
 def test_mtp_predicts_from_the_hidden_state_and_the_next_token(model):
     h, _ = jax.jit(lambda m, t: m.hidden(t))(model, TOKENS)
-    following = jnp.roll(TOKENS, -1, axis=1)
+    next_tokens = jnp.roll(TOKENS, -1, axis=1)
     predict = jax.jit(lambda m, h, t: m.mtp_hidden(h, t))
-    y, stats = predict(model, h, following)
+    y, stats = predict(model, h, next_tokens)
     assert y.shape == h.shape
     assert int(stats.load_E.sum()) == 2 * 20 * 2
-    changed, _ = predict(model, h, following.at[0, 10].add(1))
+    changed, _ = predict(model, h, next_tokens.at[0, 10].add(1))
     assert (changed[0, :10] == y[0, :10]).all()
     assert jnp.abs(changed[0, 10] - y[0, 10]).max() > 1e-4
 
 
-def test_bfloat16_compute_keeps_float32_where_it_matters(cfg):
+def test_bfloat16_precision_keeps_the_router_in_float32(cfg):
     m = Transformer(cfg, rngs=nnx.Rngs(0), precision=Precision(param=jnp.bfloat16, compute=jnp.bfloat16))
     arrays = model_arrays(m)
     assert {path for path, x in arrays.items() if x.dtype == jnp.float32} == {
         path for path in arrays if "router" in path
     }
     exact = Transformer(cfg, rngs=nnx.Rngs(0))
-    rough, fine = run(m, TOKENS), run(exact, TOKENS)
-    assert rough.dtype == jnp.float32
-    assert jnp.abs(rough - fine).mean() < 0.05 * jnp.abs(fine).mean()
+    logits, expected = run(m, TOKENS), run(exact, TOKENS)
+    assert logits.dtype == jnp.float32
+    assert jnp.abs(logits - expected).mean() < 0.05 * jnp.abs(expected).mean()
 
 
-def test_sixty_layers_compile_like_three(cfg):
-    def size_of_program(layers):
+def test_the_program_of_sixty_layers_is_as_small_as_of_three(cfg):
+    def program_size(layers):
         abstract_model = AbstractModel(dataclasses.replace(cfg, num_hidden_layers=layers))
         arrays = {
             p: jax.ShapeDtypeStruct(v.get_value().shape, v.get_value().dtype)
@@ -108,16 +108,16 @@ def test_sixty_layers_compile_like_three(cfg):
         }
         return len(jax.jit(lambda a: abstract_model.merge(a)(TOKENS)).lower(arrays).as_text())
 
-    assert size_of_program(60) < 1.01 * size_of_program(3)
+    assert program_size(60) < 1.01 * program_size(3)
 
 
-def test_skeleton_holds_no_arrays_and_merges_back(cfg, model):
+def test_abstract_model_has_no_arrays_and_merges_back(cfg, model):
     abstract_model = AbstractModel(cfg)
     assert all(isinstance(v.get_value(), jax.ShapeDtypeStruct) for v in abstract_model.variables.values())
     np.testing.assert_array_equal(run(abstract_model.merge(model_arrays(model)), TOKENS), run(model, TOKENS))
 
 
-def test_fresh_parameters_are_the_same_on_every_mesh(cfg):
+def test_initial_parameters_are_the_same_on_every_mesh(cfg):
     abstract_model = AbstractModel(cfg)
     one = abstract_model.init(3, make_mesh(MeshConfig(), jax.devices()[:1]))
     many = abstract_model.init(3, make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2)))
@@ -129,7 +129,7 @@ def test_fresh_parameters_are_the_same_on_every_mesh(cfg):
     assert jnp.abs(other["embed"] - one["embed"]).max() > 0.01
 
 
-def test_fresh_parameters_have_the_configured_spread(cfg):
+def test_initial_parameters_have_the_configured_standard_deviation(cfg):
     arrays = AbstractModel(cfg).init(0, make_mesh(MeshConfig(), jax.devices()[:1]))
     gate_up = arrays["moe_layers/moe/gate_up"]
     assert gate_up.std() == pytest.approx(cfg.initializer_range, rel=0.05)
@@ -140,11 +140,11 @@ def test_fresh_parameters_have_the_configured_spread(cfg):
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
-def test_nothing_in_nothing_out(model, cfg, shape):
+def test_empty_input_gives_empty_logits(model, cfg, shape):
     assert model(jnp.zeros(shape, jnp.int32)).shape == (*shape, cfg.vocab_size)
 
 
-def test_a_mesh_of_explicit_axes_is_named_where_it_splits_the_batch(model):
+def test_explicit_mesh_axes_that_shard_the_batch_are_an_error(model):
     with jax.set_mesh(jax.make_mesh((8,), ("data",))):
         tokens = jax.device_put(jnp.zeros((8, 4), jnp.int32), jax.P("data"))
         x = jax.device_put(jnp.zeros((8, 4, 32)), jax.P("data"))

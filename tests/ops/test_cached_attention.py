@@ -34,7 +34,7 @@ def run(arrays, positions, slots, form):
 @pytest.mark.parametrize("form", ["expanded", "absorbed"])
 @pytest.mark.parametrize("slots", [None, (2, 0)])
 def test_forms_equal_the_reference(arrays, form, slots):
-    """At the first place, across blocks, and at the last one."""
+    """At the first position, across blocks, and at the last position."""
     start = jnp.array([0, 7, 15, 21] if slots is None else [21, 3])
     positions = start[:, None] + jnp.arange(3)
     slots = None if slots is None else jnp.array(slots)
@@ -42,7 +42,7 @@ def test_forms_equal_the_reference(arrays, form, slots):
     np.testing.assert_allclose(run(arrays, positions, slots, form), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_entries_behind_the_query_do_not_matter(arrays):
+def test_later_cache_entries_are_masked(arrays):
     cache, kv_b, q = arrays
     positions = jnp.array([[5], [9], [0], [14]])
     y = run(arrays, positions, None, "absorbed")
@@ -50,17 +50,17 @@ def test_entries_behind_the_query_do_not_matter(arrays):
     np.testing.assert_array_equal(y, run((jnp.where(beyond, 1e3, cache), kv_b, q), positions, None, "absorbed"))
 
 
-def test_idle_slots_cost_no_blocks_and_give_numbers(arrays):
+def test_padding_positions_read_no_blocks_and_give_finite_values(arrays):
     cache, kv_b, q = arrays
     positions = jnp.array([[3], [1 << 30], [1 << 30], [7]])
-    poisoned = cache.at[:, :, 8:].set(jnp.nan)  # a block that only idle slots would reach
+    poisoned = cache.at[:, :, 8:].set(jnp.nan)  # a block that only padding positions would read
     assert jnp.isfinite(run((poisoned, kv_b, q), positions, None, "absorbed")).all()
 
 
 @pytest.mark.parametrize("slots", [None, (2, 0, 1, 3)])
-def test_64_bit_numbers_change_nothing(arrays, slots):
+def test_jax_enable_x64_changes_nothing(arrays, slots):
     positions = jnp.arange(4, dtype=jnp.int32)[:, None]
     wanted = run(arrays, positions, None if slots is None else jnp.array(slots), "absorbed")
-    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # places in a loop are of 64 bits
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):  # loop indices are int64
         got = run(arrays, positions, None if slots is None else jnp.array(slots), "absorbed")
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5)

@@ -14,18 +14,18 @@ def test_equals_reference_in_value_and_gradients(chunk):
     targets = jax.random.randint(jax.random.key(2), (B, T), 0, V)
     weights = jax.random.uniform(jax.random.key(3), (B, T)) * (jnp.arange(T) > 2).astype(jnp.float32)
 
-    def ours(h, head):
+    def chunked(h, head):
         return 3.0 * cross_entropy(h, head, targets, weights, chunk=chunk)
 
-    def theirs(h, head):
+    def full(h, head):
         return 3.0 * reference(h, head, targets, weights)
 
-    got, wanted = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(h, head) for f in (ours, theirs))
+    got, wanted = (jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(h, head) for f in (chunked, full))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-def test_all_logits_never_exist():
+def test_full_logits_are_never_materialised():
     B, T, D, V = 1, 2048, 8, 512
     shapes = [
         jax.ShapeDtypeStruct(s, t) for s, t in (((B, T, D), jnp.float32), ((D, V), jnp.float32), ((B, T), jnp.int32))
@@ -39,7 +39,7 @@ def test_all_logits_never_exist():
     assert temporaries(2048) >= B * T * V * 4
 
 
-def test_a_token_without_weight_gets_no_gradient():
+def test_a_token_with_weight_zero_has_no_gradient():
     h, head = jnp.ones((1, 4, 3)), jnp.eye(3, 5)
     weights = jnp.array([[1.0, 0.0, 1.0, 0.0]])
     g = jax.grad(lambda h: cross_entropy(h, head, jnp.zeros((1, 4), jnp.int32), weights, chunk=2))(h)

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from mla_moe.ops.experts import block_size, experts
-from mla_moe.ops.grouped_matmul import default_implementation, grouped_matmul
+from mla_moe.ops.grouped_matmul import default_grouped_matmul_kernel, grouped_matmul
 from mla_moe.ops.permutation import permutation, permute, unpermute, weights_by_row
 
 CASES = {
     "even": [3, 3, 3, 3],
     "one expert has half, some have none": [0, 9, 0, 9],
-    "all on one": [0, 0, 18, 0],
+    "all on one expert": [0, 0, 18, 0],
     "odd": [1, 7, 2, 5],
 }
 
@@ -35,22 +35,25 @@ def test_equals_reference_in_values_and_gradients(sizes, block, implementation):
         y = grouped_matmul(x, w, group_sizes, block=block, implementation=implementation)
         return (jnp.sin(y) * inside).sum(), y * inside
 
-    got, wanted = (jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(x, w, i) for i in (implementation, "reference"))
+    got, wanted = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True), static_argnums=2)(x, w, i)
+        for i in (implementation, "reference")
+    )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blocks", "chunks", "ragged"])
-def test_groups_in_the_midst_of_a_stack(implementation):
+def test_group_offset_selects_matrices_of_a_stack(implementation):
     x, w, group_sizes, inside = rows([1, 7, 0, 5], 4)
     stack = jnp.concatenate([w + 1, w, w - 1])
-    how = {"block": 4, "implementation": implementation}
-    got, wanted = grouped_matmul(x, stack, group_sizes, jnp.int32(4), **how), grouped_matmul(x, w, group_sizes, **how)
+    got = grouped_matmul(x, stack, group_sizes, jnp.int32(4), block=4, implementation=implementation)
+    wanted = grouped_matmul(x, w, group_sizes, block=4, implementation=implementation)
     np.testing.assert_allclose(got * inside, wanted * inside, rtol=1e-6)
 
 
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
-def test_the_tpu_kernel_interpreted_equals_reference(sizes):
+def test_the_interpreted_tpu_kernel_equals_reference(sizes):
     from jax.experimental.pallas import tpu as pltpu
 
     x, w, group_sizes, inside = rows(sizes, 4, D=128, F=128)
@@ -64,24 +67,24 @@ def test_the_tpu_kernel_interpreted_equals_reference(sizes):
         got = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(x, w, "megablox")
     wanted = jax.value_and_grad(f, argnums=(0, 1), has_aux=True)(x, w, "reference")
     ((loss, y), (gx, gw)), ((loss_, y_), (gx_, gw_)) = got, wanted
-    gx = jnp.where(inside > 0, gx, 0)  # rows behind the last group hold anything
+    gx = jnp.where(inside > 0, gx, 0)  # rows behind the last group are arbitrary
     for a, b in zip((loss, y, gx, gw), (loss_, y_, gx_, gw_), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_each_row_meets_its_own_expert():
+def test_each_row_is_multiplied_by_its_expert():
     x, w, group_sizes, _ = rows([2, 0, 3], 1)
     y = grouped_matmul(x, w, group_sizes, block=1, implementation="blocks")
     for r, e in enumerate([0, 0, 2, 2, 2]):
         np.testing.assert_allclose(y[r], x[r] @ w[e], rtol=1e-5)
 
 
-def test_the_path_follows_the_platform():
-    assert [default_implementation(p) for p in ("tpu", "gpu", "cpu")] == ["megablox", "blocks", "chunks"]
+def test_the_default_kernel_depends_on_the_platform():
+    assert [default_grouped_matmul_kernel(p) for p in ("tpu", "gpu", "cpu")] == ["megablox", "blocks", "chunks"]
 
 
-def test_blocks_do_only_the_chosen_work():
-    """Doubling the experts at the same rows adds at most their padding, where the dense path would double."""
+def test_blocks_do_no_masked_work():
+    """Twice the experts with the same rows cost at most the padding more; `reference` would cost twice as much."""
 
     def flops(E):
         x, w = jnp.zeros((1024, 64)), jnp.zeros((E, 64, 64))
@@ -92,10 +95,10 @@ def test_blocks_do_only_the_chosen_work():
     assert flops(8) < 1.2 * 2 * 1024 * 64 * 64
 
 
-@pytest.mark.parametrize(("block", "few"), [(1, 0), (4, 100), (16, 0)])
+@pytest.mark.parametrize(("block", "max_pairs"), [(1, 0), (4, 100), (16, 0)])
 @pytest.mark.parametrize("experts", ["random", "skewed", "one"])
-def test_dispatch_and_combine_are_a_weighted_sum_over_choices(block, few, experts, monkeypatch):
-    monkeypatch.setattr("mla_moe.ops.permutation.FEW", few)
+def test_permute_and_unpermute_give_a_weighted_sum_over_experts(block, max_pairs, experts, monkeypatch):
+    monkeypatch.setattr("mla_moe.ops.permutation.MAX_PAIRS_AT_ONCE", max_pairs)
     N, K, E, D = 13, 2, 5, 4
     ids = {
         "random": jax.vmap(lambda k: jax.random.permutation(k, E)[:K])(jax.random.split(jax.random.key(0), N)),
@@ -114,13 +117,21 @@ def test_dispatch_and_combine_are_a_weighted_sum_over_choices(block, few, expert
     def slow(x, weight, w):
         return jnp.einsum("NK,ND,NKDF->NF", weight, jnp.tanh(x), w[ids])
 
-    np.testing.assert_allclose(fast(x, weight, w), slow(x, weight, w), rtol=1e-5, atol=1e-5)
-    grads = (jax.grad(lambda *a, f=f: jnp.sin(f(*a)).sum(), argnums=(0, 1, 2))(x, weight, w) for f in (fast, slow))
-    for got, wanted in zip(*grads, strict=True):
+    def run(f):
+        def loss(*args):
+            y = f(*args)
+            return jnp.sin(y).sum(), y
+
+        (_, y), grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(x, weight, w)
+        return y, grads
+
+    (y, grads), (wanted_y, wanted_grads) = run(fast), run(slow)
+    np.testing.assert_allclose(y, wanted_y, rtol=1e-5, atol=1e-5)
+    for got, wanted in zip(grads, wanted_grads, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_no_row_is_lost_and_groups_begin_at_blocks():
+def test_permutation_is_dropless_and_groups_start_at_blocks():
     ids = jnp.array([[0, 3], [3, 2], [3, 0], [2, 3]])
     p = permutation(ids, 4, 4)
     assert sorted(p.row_NK.ravel().tolist()) == sorted(set(p.row_NK.ravel().tolist()))
@@ -131,7 +142,7 @@ def test_no_row_is_lost_and_groups_begin_at_blocks():
     assert (p.token_R[p.row_NK] == jnp.arange(4)[:, None]).all()
 
 
-def test_of_each_row_the_derivative_keeps_the_first_product_alone():
+def test_the_derivative_saves_only_the_first_product_of_each_row():
     N, K, E, D, F = 24, 2, 4, 6, 5
     ids = jnp.stack([jnp.arange(N) % E, (jnp.arange(N) + 1) % E], axis=1)
     x, weight = jnp.ones((N, D)), jnp.ones((N, K))

@@ -9,8 +9,8 @@ C, R = 6, 3
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_values_come_back_to_within_half_a_step(dtype):
-    """Of the latent and of the key, each by its own largest value, whatever the other's."""
+def test_quantization_error_is_at_most_half_a_scale(dtype):
+    """Latent and key each have a scale of their own, from their largest value."""
     entries = jax.random.normal(jax.random.key(0), (4, 5, C + R), dtype) * jnp.array([1e-3] * C + [50.0] * R, dtype)
     packed = jax.jit(lambda x: quantize(x, C))(entries)
     assert packed.shape == (4, 5, C + R + SCALE_BYTES)
@@ -23,6 +23,6 @@ def test_values_come_back_to_within_half_a_step(dtype):
         np.testing.assert_allclose(np.abs(back[part]).max(axis=-1), np.abs(exact).max(axis=-1), rtol=1e-6)
 
 
-def test_zeros_stay_zeros():
+def test_zeros_are_exact():
     np.testing.assert_array_equal(dequantize(quantize(jnp.zeros((2, C + R)), C), C, jnp.float32), 0)
     np.testing.assert_array_equal(dequantize(jnp.zeros((2, C + R + SCALE_BYTES), jnp.int8), C, jnp.float32), 0)

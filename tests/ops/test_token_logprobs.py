@@ -17,14 +17,14 @@ def case(B, T, D, V):
 def test_equals_reference_in_value_and_gradients(chunk, temperature):
     h, head, targets, weights = case(2, 13, 6, 17)
 
-    def over(f, **settings):
+    def run(f, **settings):
         def loss(h, head):
             logprob, entropy = f(h, head, targets, temperature=temperature, **settings)
             return jnp.sum(weights * logprob) + 5.0 * entropy.sum(), (logprob, entropy)
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))(h, head)
 
-    got, wanted = over(token_logprobs, chunk=chunk), over(reference)
+    got, wanted = run(token_logprobs, chunk=chunk), run(reference)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
@@ -46,7 +46,7 @@ def test_bfloat16_activations_give_float32_log_probabilities():
     assert [g.dtype for g in pullback((logprob, entropy))] == [jnp.bfloat16, jnp.bfloat16]
 
 
-def test_all_logits_never_exist():
+def test_full_logits_are_never_materialised():
     B, T, D, V = 1, 2048, 8, 512
     shapes = [
         jax.ShapeDtypeStruct(s, t) for s, t in (((B, T, D), jnp.float32), ((D, V), jnp.float32), ((B, T), jnp.int32))

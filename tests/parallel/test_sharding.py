@@ -1,16 +1,18 @@
+"""Building a mesh, and the sharding rules over it."""
+
 import dataclasses
 
 import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mla_moe import ConfigError
+from mla_moe import ConfigError, ModelConfig
 from mla_moe.config import MeshConfig, Recipe, TrainingConfig
 from mla_moe.parallel.mesh import make_mesh
 from mla_moe.parallel.sharding import check_divisible, partition_spec, rules_with_overrides
 
 
-def test_the_rest_of_the_devices_goes_to_minus_one():
+def test_minus_one_takes_the_remaining_devices() -> None:
     assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
     assert make_mesh(MeshConfig(fsdp=2, expert=2)).shape["data"] == 2
     assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
@@ -19,12 +21,12 @@ def test_the_rest_of_the_devices_goes_to_minus_one():
 @pytest.mark.parametrize(
     "sizes", [MeshConfig(fsdp=3), MeshConfig(data=4), MeshConfig(data=16), MeshConfig(data=1, tensor=-1, expert=5)]
 )
-def test_an_impossible_mesh_says_how_many_devices_there_are(sizes):
+def test_a_mesh_of_another_size_is_an_error_with_the_number_of_devices(sizes: MeshConfig) -> None:
     with pytest.raises(ConfigError, match="8"):
         make_mesh(sizes)
 
 
-def test_an_axis_is_split_once_and_only_where_it_divides():
+def test_a_mesh_axis_is_used_once_and_only_where_it_divides() -> None:
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
     assert partition_spec(("experts", "embed", "gate_up", "expert_hidden"), (4, 6, 2, 8), mesh) == P(
         "expert", "fsdp", None, "tensor"
@@ -47,7 +49,9 @@ def test_an_axis_is_split_once_and_only_where_it_divides():
         (MeshConfig(expert=8), TrainingConfig(), "model.n_routed_experts"),
     ],
 )
-def test_what_the_mesh_cannot_split_is_named(cfg, mesh, training, field):
+def test_a_size_that_the_mesh_does_not_divide_is_an_error(
+    cfg: ModelConfig, mesh: MeshConfig, training: TrainingConfig, field: str
+) -> None:
     model = dataclasses.replace(cfg, max_position_embeddings=4096)
     if field == "model.n_routed_experts":
         model = dataclasses.replace(model, n_routed_experts=12)
@@ -57,9 +61,10 @@ def test_what_the_mesh_cannot_split_is_named(cfg, mesh, training, field):
 
 
 @pytest.mark.parametrize(
-    ("change", "fix"), [("embed", "axis=mesh_axis"), ("width=fsdp", "axes are embed"), ("embed=rows", "mesh axes are"),
-                        ("experts=data", "experts lie over expert")],
+    ("override", "fix"),
+    [("embed", "axis=mesh_axis"), ("width=fsdp", "axes are embed"), ("embed=rows", "mesh axes are"),
+     ("experts=data", "experts are always sharded over expert")],
 )  # fmt: skip
-def test_a_rule_that_cannot_be(change, fix):
+def test_an_invalid_rule_is_an_error(override: str, fix: str) -> None:
     with pytest.raises(ConfigError, match=fix):
-        rules_with_overrides([change])
+        rules_with_overrides([override])

@@ -1,4 +1,6 @@
-"""What is read from compiled programs whose loops and collectives are known."""
+"""Collectives and memory traffic of compiled programs in which they are known."""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -6,57 +8,57 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mla_moe.plan.costs import mesh_axes
-from mla_moe.plan.program import Program, first_group
+from mla_moe.plan.costs import group_axes
+from mla_moe.plan.hlo import HloModule, first_group
 
 
 @pytest.fixture(scope="module")
-def mesh():
+def mesh() -> Mesh:
     return jax.make_mesh((2, 4), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
-def text_of(f, mesh: Mesh, *specs):
+def hlo_text(f: Callable[[jax.Array], jax.Array], mesh: Mesh, *specs: P) -> str:
     x = [jax.ShapeDtypeStruct((8, 16), jnp.float32, sharding=NamedSharding(mesh, spec)) for spec in specs]
     return jax.jit(f).lower(*x).compile().as_text()
 
 
-def test_a_collective_in_a_loop_counts_as_often_as_it_runs(mesh):
-    def local(x):
-        def body(x, _):
+def test_a_collective_in_a_loop_counts_as_often_as_it_runs(mesh: Mesh) -> None:
+    def local(x: jax.Array) -> jax.Array:
+        def body(x: jax.Array, _: None) -> tuple[jax.Array, None]:
             return x + jax.lax.psum(x, "b"), None
 
         return jax.lax.scan(body, x, None, length=7)[0]
 
-    program = Program(
-        text_of(jax.shard_map(local, mesh=mesh, in_specs=P("a", "b"), out_specs=P("a", "b")), mesh, P("a", "b"))
+    program = HloModule(
+        hlo_text(jax.shard_map(local, mesh=mesh, in_specs=P("a", "b"), out_specs=P("a", "b")), mesh, P("a", "b"))
     )
     (found,) = program.collectives()
-    assert (found.kind, found.times, found.size) == ("all-reduce", 7, 4 * 4 * 4)
-    assert mesh_axes(found.group, mesh) == "b"
+    assert (found.kind, found.runs, found.size) == ("all-reduce", 7, 4 * 4 * 4)
+    assert group_axes(found.group, mesh) == "b"
     assert found.sent == 2 * 3 / 4 * found.size
 
 
-def test_a_loop_without_a_known_end_takes_what_is_expected(mesh):
-    def local(x):
+def test_a_loop_without_a_known_trip_count_takes_the_expected_one(mesh: Mesh) -> None:
+    def local(x: jax.Array) -> jax.Array:
         return jax.lax.while_loop(
             lambda x: jax.lax.psum(x.sum(), ("a", "b")) < 100, lambda x: jax.lax.pmax(x, "a") + 1, x
         )
 
     f = jax.shard_map(local, mesh=mesh, in_specs=P("a", "b"), out_specs=P("a", "b"), check_vma=False)
-    program = Program(text_of(f, mesh, P("a", "b")), lambda scope: 3.0)
-    (inside,) = [c for c in program.collectives() if mesh_axes(c.group, mesh) == "a"]
-    assert inside.times == 3
+    program = HloModule(hlo_text(f, mesh, P("a", "b")), lambda scope: 3.0)
+    (inside,) = [c for c in program.collectives() if group_axes(c.group, mesh) == "a"]
+    assert inside.runs == 3
 
 
-def test_gathered_and_scattered_bytes(mesh):
-    def local(x):
-        whole = jax.lax.all_gather(x, "b", axis=1, tiled=True)
-        return jax.lax.psum_scatter(whole * whole, "b", scatter_dimension=1, tiled=True)
+def test_bytes_of_all_gather_and_reduce_scatter(mesh: Mesh) -> None:
+    def local(x: jax.Array) -> jax.Array:
+        full = jax.lax.all_gather(x, "b", axis=1, tiled=True)
+        return jax.lax.psum_scatter(full * full, "b", scatter_dimension=1, tiled=True)
 
     f = jax.shard_map(local, mesh=mesh, in_specs=P("a", "b"), out_specs=P("a", "b"), check_vma=False)
-    sent = {c.kind: c.sent for c in Program(text_of(f, mesh, P("a", "b"))).collectives()}
-    whole = 4 * 16 * 4
-    assert sent == {"all-gather": 3 / 4 * whole, "reduce-scatter": 3 / 4 * whole}
+    sent = {c.kind: c.sent for c in HloModule(hlo_text(f, mesh, P("a", "b"))).collectives()}
+    full = 4 * 16 * 4
+    assert sent == {"all-gather": 3 / 4 * full, "reduce-scatter": 3 / 4 * full}
 
 
 @pytest.mark.parametrize(
@@ -70,22 +72,22 @@ def test_gathered_and_scattered_bytes(mesh):
         ("source_target_pairs={{0,4},{4,0}}", (0, 4)),
     ],
 )
-def test_groups_in_every_notation(text, group):
+def test_device_groups_in_every_notation(text: str, group: tuple[int, ...]) -> None:
     assert first_group(text) == group
 
 
-CUT_INSIDE = """
-%cut (a: f32[64,8], i: s32[]) -> f32[2,8] {
+NESTED_SLICE = """
+%sliced (a: f32[64,8], i: s32[]) -> f32[2,8] {
   %a = f32[64,8] parameter(0)
   %i = s32[] parameter(1)
   %zero = s32[] constant(0)
-  ROOT %part = f32[2,8] dynamic-slice(%a, %i, %zero), dynamic_slice_sizes={2,8}
+  ROOT %slice = f32[2,8] dynamic-slice(%a, %i, %zero), dynamic_slice_sizes={2,8}
 }
 
 %outer (b: f32[64,8], j: s32[]) -> f32[2,8] {
   %b = f32[64,8] parameter(0)
   %j = s32[] parameter(1)
-  %taken = f32[2,8] fusion(%b, %j), kind=kLoop, calls=%cut
+  %taken = f32[2,8] fusion(%b, %j), kind=kLoop, calls=%sliced
   ROOT %negated = f32[2,8] negate(%taken)
 }
 
@@ -97,8 +99,8 @@ ENTRY %main (c: f32[64,8], k: s32[]) -> f32[2,8] {
 """
 
 
-def test_of_what_a_fusion_within_cuts_the_part_is_moved():
-    assert Program(CUT_INSIDE).memory_traffic() == 2 * (2 * 8 * 4) + 4
+def test_a_slice_in_a_nested_fusion_reads_only_the_slice() -> None:
+    assert HloModule(NESTED_SLICE).memory_traffic() == 2 * (2 * 8 * 4) + 4
 
 
 GROUPED = """
@@ -110,19 +112,19 @@ ENTRY %main (x: bf16[32,8], w: bf16[12,8,16]) -> bf16[32,16] {
 """
 
 
-def test_of_a_stack_of_experts_those_that_are_chosen_are_moved():
+def test_a_grouped_matmul_reads_only_the_active_experts() -> None:
     rows = 2 * 32 * (8 + 16)
-    assert Program(GROUPED).memory_traffic() == rows + 2 * 12 * 8 * 16
-    assert Program(GROUPED, experts=3).memory_traffic() == rows + 2 * 3 * 8 * 16
+    assert HloModule(GROUPED).memory_traffic() == rows + 2 * 12 * 8 * 16
+    assert HloModule(GROUPED, active_experts=3).memory_traffic() == rows + 2 * 3 * 8 * 16
 
 
-def test_memory_traffic_is_operands_and_results():
+def test_memory_traffic_is_operands_and_results() -> None:
     text = jax.jit(lambda x: jnp.tanh(x) + 1).lower(jax.ShapeDtypeStruct((1024, 8), jnp.float32)).compile().as_text()
-    assert Program(text).memory_traffic() == 2 * 1024 * 8 * 4
+    assert HloModule(text).memory_traffic() == 2 * 1024 * 8 * 4
 
 
-def test_an_element_written_in_place():
-    """As the TPU compiler of jax 0.12 writes them down."""
+def test_tuple_elements_as_operands() -> None:
+    """In the notation of the TPU compiler of jax 0.12."""
     arrays = "(f32[4]{0}, (s32[]{:T(128)}, /*index=2*/bf16[8,2]{1,0:T(8,128)(2,1)S(1)}), bf16[16]{0})"
     lines = (
         "ENTRY %main (p: f32[4]) -> bf16[16] {",
@@ -131,13 +133,13 @@ def test_an_element_written_in_place():
         "  ROOT %far = bf16[16]{0} copy(%p#2), metadata={}",
         "}",
     )
-    program = Program("\n".join(lines))
+    program = HloModule("\n".join(lines))
     assert program.computations["main"].instructions["p#1#1"].type == "bf16[8,2]{1,0:T(8,128)(2,1)S(1)}"
-    assert program.memory_traffic() == 2 * 16 + 2 * 2 * 16  # the first is read from another memory
+    assert program.memory_traffic() == 2 * 16 + 2 * 2 * 16  # the first is read from another memory space
 
 
-def test_collectives_that_are_started():
-    """As the GPU compiler writes them: what goes in, and what comes out; several at once; and their own body."""
+def test_asynchronous_collectives() -> None:
+    """As the GPU compiler writes them: operands and results in one type, several arrays, and a called computation."""
     lines = (
         "%scattered (p: f32[64]) -> f32[16] {",
         "  %p = f32[64]{0} parameter(0)",
@@ -153,6 +155,6 @@ def test_collectives_that_are_started():
         "  ROOT %done = f32[16]{0} reduce-scatter-done(%s)",
         "}",
     )
-    sizes = {c.kind: c.size for c in Program("\n".join(lines)).collectives()}
+    sizes = {c.kind: c.size for c in HloModule("\n".join(lines)).collectives()}
     assert sizes == {"reduce-scatter": 64 * 4, "all-gather": 32 * 2 + 256 * 4, "all-reduce": 64 * 4 + 8 * 2}
-    assert len(Program("\n".join(lines)).collectives()) == 3
+    assert len(HloModule("\n".join(lines)).collectives()) == 3

@@ -1,19 +1,31 @@
-"""What a plan says of memory without compiling, against what is known by hand."""
+"""Figures that need no compiler: peaks of devices, and the bytes of a KV cache."""
+
+from types import SimpleNamespace
+from typing import Any
 
 from mla_moe import preset
 from mla_moe.config import MeshConfig, Recipe
-from mla_moe.parallel.accelerators import CHIPS
+from mla_moe.parallel.accelerators import ACCELERATORS, peak_flops
 from mla_moe.plan import stages
+from mla_moe.plan.stages import DecodeOptions
 from mla_moe.plan.topology import open_topology
 
 
-def test_a_cache_holds_a_latent_and_a_key_of_every_token_and_layer():
-    topology = open_topology("cpu:8")._replace(chip=CHIPS["v5p"])
+def test_training_and_plan_read_one_table_of_peaks() -> None:
+    """A TPU7x chip of 2,307 TFLOP/s is two JAX devices."""
+    kinds = [kind for accelerator in ACCELERATORS.values() for kind in accelerator.device_kinds]
+    assert len(kinds) == len(set(kinds)) == 8
+    device: Any = SimpleNamespace(platform="tpu", device_kind="TPU7x")
+    assert peak_flops(device) == ACCELERATORS["v7x"].flops == 2307e12 / 2
+
+
+def test_a_kv_cache_has_a_latent_and_a_key_per_token_and_layer() -> None:
+    topology = open_topology("cpu:8")._replace(accelerator=ACCELERATORS["v5p"])
     model = preset("tiny")
     recipe = Recipe(run_dir="x", model=model, mesh=MeshConfig(data=1, fsdp=2, expert=4))
     layers, latent, rotated = 3, 32, 16
     assert (model.num_hidden_layers, model.kv_lora_rank, model.qk_rope_head_dim) == (layers, latent, rotated)
-    program = stages.decode(recipe, topology, batch=16, context=512)
-    assert program.kinds["cache"] == layers * (16 // 8) * 512 * (latent + rotated) * 4
-    program = stages.decode(recipe, topology, batch=16, context=512, int8_kv_cache=True)
-    assert program.kinds["cache"] == layers * (16 // 8) * 512 * (latent + rotated + 8)
+    program = stages.decode(recipe, topology, DecodeOptions(16, 512))
+    assert program.memory["KV cache"] == layers * (16 // 8) * 512 * (latent + rotated) * 4
+    program = stages.decode(recipe, topology, DecodeOptions(16, 512, int8_kv_cache=True))
+    assert program.memory["KV cache"] == layers * (16 // 8) * 512 * (latent + rotated + 8)

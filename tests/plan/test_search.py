@@ -1,25 +1,26 @@
-"""Variants of a recipe: which are tried, in what order they come, and that none is planned twice."""
+"""Variants of a recipe: which are planned, their ranking, and the cache of plans."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
 from mla_moe import ConfigError
-from mla_moe.config import load_recipe
+from mla_moe.config import Recipe, load_recipe
 from mla_moe.plan.plan import Plan
-from mla_moe.plan.search import describe, search, variants
-from mla_moe.plan.topology import open_topology
+from mla_moe.plan.search import flags_of, search, variants
+from mla_moe.plan.topology import Topology, open_topology
 
 FIELDS = {field.name: None for field in dataclasses.fields(Plan)}
-FIELDS |= {"collectives": [], "held": {}, "sampling_bytes": 0.0}
+FIELDS |= {"collectives": [], "resident": {}, "sampling_bytes": 0.0}
 
 
 @pytest.fixture
-def planned(monkeypatch, tmp_path):
-    """A compiler to which a mesh of many experts is fast, and `remat = dots` too large; with the variants it saw."""
-    seen = []
+def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Recipe]:
+    """The variants that are planned. Plans are fake: more expert parallelism is faster, `remat = dots` does not fit."""
+    seen: list[Recipe] = []
 
-    def make_plan(variant, topology, stage):
+    def make_plan(variant: Recipe, topology: Topology, stage: str, options: None) -> Plan:
         seen.append(variant)
         expert, dots = variant.mesh.expert, variant.training.remat == "dots"
         if expert == 2:
@@ -32,18 +33,16 @@ def planned(monkeypatch, tmp_path):
     return seen
 
 
-def test_what_is_tried():
+def test_variants() -> None:
     tried = list(variants(load_recipe("configs/quickstart.py"), 8))
     assert {v.mesh.expert * v.mesh.fsdp for v in tried} == {8}
     assert {v.mesh.expert for v in tried} == {1, 2, 4, 8}
     assert {v.training.remat for v in tried} == {"full", "dots"}
-    assert {v.training.gradient_accumulation_steps for v in tried} == {
-        1,
-        2,
-    }  # of 16 sequences 2 or 1 a device at a time
+    # A batch of 16 sequences in microbatches of 2 or 1 per device.
+    assert {v.training.gradient_accumulation_steps for v in tried} == {1, 2}
 
 
-def test_what_fits_comes_first_by_time_and_the_rest_by_need(planned):
+def test_plans_that_fit_are_ranked_by_time_and_others_by_memory(planned: list[Recipe]) -> None:
     lines = []
     quickstart, topology = load_recipe("configs/quickstart.py"), open_topology("cpu:8")
     ranked = search(quickstart, topology, lines.append)
@@ -53,11 +52,11 @@ def test_what_fits_comes_first_by_time_and_the_rest_by_need(planned):
     assert "--mesh.fsdp 4 --mesh.expert 2" in lines[4]
     assert "not two" in lines[4]
     assert (
-        describe(ranked[0][0])
+        flags_of(ranked[0][0])
         == "--mesh.fsdp 1 --mesh.expert 8 --training.remat full --training.gradient_accumulation_steps 2"
     )
 
     count = len(planned)
     again = search(quickstart, topology, lines.append)
     assert again == ranked
-    assert len(planned) == count + 4, "only those that failed are tried again"
+    assert len(planned) == count + 4, "only those that raised an error are planned again"

@@ -89,11 +89,11 @@ def test_every_section_is_there(full):
         "Learning rate",
         "Tokens per second",
         "Gradient norm",
-        "Busiest expert, relative to the mean",
+        "Max load ratio (max / mean tokens per expert)",
         "Expert load",
         "Layer 1",
         "Layer 2",
-        "Prediction module",
+        "MTP module",
     ]
     assert "<th>Parameters &lt;all&gt;</th><td>1.2 M &amp; more</td>" in full
     assert "The last 32 of 40." in full
@@ -109,7 +109,7 @@ def test_headlines(full):
         "Tokens per second": ("1.02 k", "median"),
         "Tokens": ("16.0 k", "in 40 steps"),
         "Wall time": ("2:00", "in training steps"),
-        "Busiest expert": ("1.50&times;", "the mean load, over the last tenth"),
+        "Max load ratio": ("1.50&times;", "most loaded expert over the mean, in the last tenth"),
         "Skipped steps": ("1", "updates not applied"),
         "Not finite": ("1", "metrics that were NaN or infinite"),
     }

@@ -12,15 +12,15 @@ STEPS, QUESTIONS = 12, 20
 ATTACK = '<img src=x onerror="x"></pre><b>$x$'
 PANELS = [
     "Reward",
-    "Right answers and right form",
-    "Answer length in tokens",
-    "Longer questions, longer answers?",
-    "Right answers, held-out and sampled",
-    "Divergence from the reference",
+    "Accuracy and format rate",
+    "Completion length in tokens",
+    "Completion length by prompt length",
+    "Accuracy, held-out and sampled",
+    "KL from the reference policy",
     "Entropy",
-    "Share of tokens clipped",
-    "Sampler against trainer, log-probabilities",
-    "Seconds a step (the first, which compiles: 50)",
+    "Fraction of tokens clipped",
+    "Difference of log-probabilities, sampler and trainer",
+    "Seconds per step (the first, with compilation: 50)",
     "Expert load, before and after",
     "Step 1",
     "Step 12",
@@ -104,9 +104,9 @@ def test_every_panel_is_there(page):
     assert captions(page) == PANELS
     for label in (
         f"reward/_{ATTACK}".replace("<", "&lt;").replace(">", "&gt;"),
-        "right, opened with &lt;think&gt;",
+        "accuracy, prefilled with &lt;think&gt;",
         "held-out, sampled",
-        "after, opened",
+        "after, prefilled",
         "pass@1",
         "pass@4",
         "majority@4",
@@ -119,29 +119,29 @@ def test_every_panel_is_there(page):
 
 def test_headlines_say_before_and_after_and_what_went_wrong(page):
     assert headlines(page) == {
-        "Right answers": ("25.0 &rarr; 75.0%", "held-out, greedy"),
-        "Right, opened": ("25.0 &rarr; 75.0%", "with &lt;think&gt;; held-out, greedy"),
-        "Right form": ("25.0 &rarr; 75.0%", "held-out, greedy"),
-        "Answer length": ("10 &rarr; 25", "tokens, sampled, 2.50&times; as long"),
-        "Judges that hung": ("3", "beyond their time; answers counted 0"),
-        "Cut off": ("8.33%", "of the answers, by the limit of tokens"),
+        "Accuracy": ("25.0 &rarr; 75.0%", "held-out, greedy"),
+        "Accuracy, prefilled": ("25.0 &rarr; 75.0%", "with &lt;think&gt;; held-out, greedy"),
+        "Format rate": ("25.0 &rarr; 75.0%", "held-out, greedy"),
+        "Completion length": ("10 &rarr; 25", "tokens, sampled, 2.50&times; as long"),
+        "Verifier timed out": ("3", "completions with reward 0"),
+        "Truncated": ("8.33%", "of the completions, at max_new_tokens"),
         "Wall time": ("2:29", "in training steps"),
     }
 
 
 def test_the_same_questions_side_by_side(page):
     """The first evaluated step against the last; what was answered in between is left out."""
-    assert "Of 20 questions 2 were answered right before and 19 after: 18 became right, 1 became wrong." in page
+    assert "Of 20 prompts, 2 were answered correctly before and 19 after: 18 became correct, 1 became incorrect." in page
     assert "The first 16:" in page
     assert "<th>Before, step 0</th><th>After, step 12</th>" in page
-    table = page[page.index('<table class="answers">') :]
+    table = page[page.index('<table class="completions">') :]
     rows = re.findall(r"<tr><td>(.*?)</tr>", table[: table.index("</table>")], re.S)
     assert len(rows) == 16
     marks = [re.findall(r'<b class="(\w+)">&#\d+; (\w+)</b> <small>(.*?)</small>', row) for row in rows]
-    no = ", not in the form"
-    assert marks[0] == [("right", "right", "10 tokens"), ("wrong", "wrong", f"10 tokens{no}")]
-    assert marks[1] == [("right", "right", "10 tokens"), ("right", "right", "15 tokens")]
-    assert marks[2] == [("wrong", "wrong", f"10 tokens{no}"), ("right", "right", "20 tokens")]
+    no = ", wrong format"
+    assert marks[0] == [("correct", "correct", "10 tokens"), ("incorrect", "incorrect", f"10 tokens{no}")]
+    assert marks[1] == [("correct", "correct", "10 tokens"), ("correct", "correct", "15 tokens")]
+    assert marks[2] == [("incorrect", "incorrect", f"10 tokens{no}"), ("correct", "correct", "20 tokens")]
     whole = re.findall(r"&lt;/pre&gt;&lt;b&gt;\$x\$ ?(.*?)</pre>", rows[1])
     assert whole == ["01+1", "", "0", "12"], "question, right answer, before, after"
 
@@ -157,7 +157,7 @@ def test_what_a_stage_does_not_have_is_left_out(tmp_path):
         writer.write(1, {"reward": 1.0, "kl": 0.0, "sampler_logprob_diff": 0.0, "step_seconds": 3.0})
         writer.append_samples([answer(0, 1, "greedy", True, 5)])
     page = write_report(tmp_path).read_text()
-    assert captions(page) == ["Reward", "Sampler against trainer, log-probabilities"]
+    assert captions(page) == ["Reward", "Difference of log-probabilities, sampler and trainer"]
     assert list(headlines(page)) == ["Wall time"]
     assert "<table" not in page
 
@@ -168,5 +168,5 @@ def test_many_lengths_of_questions_are_put_into_groups(tmp_path):
         for step in (0, 1):
             writer.append_samples(answer(step, 0, "greedy", True, n) | {"prompt": "x" * n} for n in range(1, 101))
     page = write_report(tmp_path).read_text()
-    assert "Longer questions, longer answers?" in captions(page)
+    assert "Completion length by prompt length" in captions(page)
     assert page.count("<use") < 60, "a mark for each group, not for each question"

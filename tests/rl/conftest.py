@@ -1,7 +1,9 @@
 import dataclasses
 
 import pytest
+from flax import nnx
 
+import mla_moe
 from mla_moe.config import (
     CheckpointConfig,
     DataConfig,
@@ -17,7 +19,7 @@ from mla_moe.config import (
 
 @pytest.fixture(scope="session")
 def recipe(cfg):
-    """A stage so small that it takes seconds, from a model that has learned nothing."""
+    """An RL stage that takes seconds, from an untrained model."""
     return Recipe(
         run_dir="",
         model=dataclasses.replace(cfg, vocab_size=258, num_nextn_predict_layers=0),
@@ -46,3 +48,11 @@ def recipe(cfg):
         ),
         checkpoint=CheckpointConfig(every=2),
     )
+
+
+@pytest.fixture(scope="session")
+def base(recipe, tmp_path_factory):
+    """A checkpoint of an untrained model."""
+    path = tmp_path_factory.mktemp("base") / "model"
+    mla_moe.save_pretrained(mla_moe.Transformer(recipe.model, rngs=nnx.Rngs(0)), path)
+    return str(path)

@@ -1,4 +1,4 @@
-"""What answers come to: shares of greedy ones, and of several samples to a question."""
+"""Metrics of an evaluation: greedy completions, and pass@k and majority@k of sampled ones."""
 
 import pytest
 
@@ -6,29 +6,29 @@ from mla_moe.data.arithmetic import problem
 from mla_moe.inference.request import Completion, Request
 from mla_moe.rl.evaluate import Evaluation
 from mla_moe.rl.rewards import Score
-from mla_moe.rl.verifiers.pool import VerifierFailure
 from mla_moe.rl.rollout import Prompt, ScoredCompletion
-from mla_moe.rl.tasks.task import Example
+from mla_moe.rl.verifiers.pool import VerifierFailure
+from mla_moe.rl.verifiers.worker import Example
 
 
-def answers(given, right="7", failures=()):
-    """To one question; None is an answer of the wrong form."""
+def completions(answers, correct="7", failures=()):
+    """Of one prompt; None is a completion in the wrong format."""
     question, _ = problem("test", 0)
-    asked = Prompt(Example(question, right, {}), [1, 2])
+    prompt = Prompt(Example(question, correct, {}), [1, 2])
 
-    def one(text):
-        score = Score(0.0, {"accuracy": float(text == right), "format": float(text is not None)}, failures)
-        written = "It is 7." if text is None else f"<think>1</think><answer>{text}</answer>"
-        return ScoredCompletion(
-            asked, Completion(Request([1, 2], 9), [3] * len(written), [0.0] * len(written)), written, score
-        )
+    def scored(answer):
+        score = Score(0.0, {"accuracy": float(answer == correct), "format": float(answer is not None)}, failures)
+        text = "It is 7." if answer is None else f"<think>1</think><answer>{answer}</answer>"
+        tokens, logprobs = [3] * len(text), [0.0] * len(text)
+        return ScoredCompletion(prompt, Completion(Request([1, 2], 9), tokens, logprobs), text, score)
 
-    return [one(text) for text in given]
+    return [scored(answer) for answer in answers]
 
 
-def test_shares_of_several_samples():
-    sampled = [answers(given) for given in (["1", "7", "7"], ["7", "1", "1"], [None, None, "7"], [None, None, None])]
-    found = Evaluation(answers(["7", "1"]), answers(["7", None]), sampled).metrics()
+def test_metrics_of_greedy_and_sampled_completions():
+    groups = (["1", "7", "7"], ["7", "1", "1"], [None, None, "7"], [None, None, None])
+    sampled = [completions(group) for group in groups]
+    found = Evaluation(completions(["7", "1"]), completions(["7", None]), sampled).metrics()
     assert found["eval/accuracy"] == found["eval/forced_accuracy"] == 0.5
     assert found["eval/format_rate"] == 1
     assert found["eval/pass@1"] == pytest.approx(4 / 12)
@@ -39,12 +39,15 @@ def test_shares_of_several_samples():
     assert not any(name.startswith("eval/verifier/") for name in found)
 
 
-def test_of_answers_as_common_the_first_counts_and_failures_are_counted():
-    late = (VerifierFailure("hung", "it took too long"),)
-    found = Evaluation(answers("7"), answers("7"), [answers(["7", "1"], failures=late), answers(["1", "7"])]).metrics()
+def test_majority_takes_the_first_in_a_tie_and_verifier_failures_are_counted():
+    sampled = [
+        completions(["7", "1"], failures=(VerifierFailure("hung", "it took too long"),)),
+        completions(["1", "7"]),
+    ]
+    found = Evaluation(completions("7"), completions("7"), sampled).metrics()
     assert found["eval/majority@2"] == 0.5
     assert found["eval/verifier/hung"] == 2
 
 
-def test_without_samples_there_is_nothing_to_say_of_them():
-    assert not any("@" in name for name in Evaluation(answers("7"), answers("1"), []).metrics())
+def test_no_pass_at_k_without_sampled_completions():
+    assert not any("@" in name for name in Evaluation(completions("7"), completions("1"), []).metrics())

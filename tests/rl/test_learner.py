@@ -1,23 +1,20 @@
 import numpy as np
 
-from mla_moe.rl.learner import step_metrics
+from mla_moe.rl.learner import learner_metrics
 from mla_moe.rl.objectives import ObjectiveSums
 
 
-def update(tokens, load, **numbers):
-    sums = {name: np.float32(numbers.get(name, 0)) for name in ObjectiveSums._fields} | {"tokens": np.int32(tokens)}
-    other = {"grad_norm": np.float32(numbers["loss"] + 1), "skipped": numbers["loss"] > 3, "dropped": np.int32(2)}
+def update(tokens, load, **values):
+    sums = {name: np.float32(values.get(name, 0)) for name in ObjectiveSums._fields} | {"tokens": np.int32(tokens)}
+    other = {"grad_norm": np.float32(values["loss"] + 1), "skipped": values["loss"] > 3, "dropped": np.int32(2)}
     return {"sums": ObjectiveSums(**sums), "load_LE": np.array(load, np.int32)} | other
 
 
-def test_a_step_is_told_by_its_updates():
-    first = update(
-        10, [[4, 0], [1, 3]], loss=1, kl=5, sampler_logprob_diff_max=0.5, clipped_low=1, truncated=2, off_policy=3
-    )
-    second = update(
-        30, [[0, 4], [1, 3]], loss=4, kl=7, sampler_logprob_diff_max=0.25, clipped_high=4, importance=20, off_policy=1
-    )
-    metrics, load_LE = step_metrics([first, second])
+def test_metrics_of_a_step_combine_its_updates():
+    first = {"kl": 5, "sampler_logprob_diff_max": 0.5, "clipped_low": 1, "tis_clipped": 2, "off_policy_masked": 3}
+    second = {"kl": 7, "sampler_logprob_diff_max": 0.25, "clipped_high": 4, "tis_weight": 20, "off_policy_masked": 1}
+    updates = [update(10, [[4, 0], [1, 3]], loss=1, **first), update(30, [[0, 4], [1, 3]], loss=4, **second)]
+    metrics, load_LE = learner_metrics(updates)
     np.testing.assert_array_equal(load_LE, [[4, 4], [2, 6]])
     assert metrics == {
         "loss": 2.5,
@@ -37,9 +34,9 @@ def test_a_step_is_told_by_its_updates():
     }
 
 
-def test_a_step_without_tokens_or_experts_has_no_share_of_them():
-    none = update(0, np.zeros((0, 0)), loss=0)
-    metrics, load_LE = step_metrics([none, none])
+def test_metrics_without_tokens_or_experts():
+    empty = update(0, np.zeros((0, 0)), loss=0)
+    metrics, load_LE = learner_metrics([empty, empty])
     assert metrics["kl"] == metrics["clip_ratio/low"] == 0
     assert load_LE.size == 0
     assert "moe/load_max" not in metrics

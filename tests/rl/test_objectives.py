@@ -1,4 +1,4 @@
-"""Against PyTorch's autograd (golden/make_rl.py) and against a transcription of SPEC's formulas, loop by loop."""
+"""RL objectives against PyTorch's autograd (golden/make_rl.py) and against the papers' formulas in plain loops."""
 
 import dataclasses
 from pathlib import Path
@@ -34,8 +34,9 @@ NAMES = ("logprob", "old", "sampler", "reference")
 
 def settings(objective, case):
     rl = RLConfig(objective=objective, kl_coef=float(GOLDEN["beta"]), max_new_tokens=int(GOLDEN["max_new_tokens"]))
-    limits = {name: float(GOLDEN[name]) for name in ("off_policy_mask_threshold", "tis_clip")}
-    return dataclasses.replace(rl, **(limits if case == "corrected" else dict.fromkeys(limits)))
+    limits = {"off_policy_mask_threshold": "off_policy_limit", "tis_clip": "importance_limit"}  # names in the file
+    limits = {field: float(GOLDEN[name]) if case == "corrected" else None for field, name in limits.items()}
+    return dataclasses.replace(rl, **limits)
 
 
 def inputs(objective):
@@ -43,41 +44,41 @@ def inputs(objective):
 
 
 def packing(order, B=4, T=64):
-    """Rows and times of the tokens, answer by answer, when answers are packed in this order, each after a prompt."""
-    places, row, time = {}, 0, 0
-    for n, answer in enumerate(order):
-        prompt = n % 3 + 1
-        if time + prompt + LENGTHS[answer] > T:
+    """Indices [B, T] of the tokens, by completion, if completions are packed in this order, each after a prompt."""
+    indices, row, time = {}, 0, 0
+    for n, completion in enumerate(order):
+        prompt, length = n % 3 + 1, LENGTHS[completion]
+        if time + prompt + length > T:
             row, time = row + 1, 0
         assert row < B
-        places[answer] = [(row, time + prompt + t) for t in range(LENGTHS[answer])]
-        time += prompt + LENGTHS[answer]
-    rows, times = np.array([place for answer in range(N) for place in places[answer]]).T
+        indices[completion] = [(row, time + prompt + t) for t in range(length)]
+        time += prompt + length
+    rows, times = np.array([index for completion in range(N) for index in indices[completion]]).T
     return (rows, times), (B, T)
 
 
 PACKED = packing(range(N))
 
 
-def packed(values, A, rl, where=PACKED):
-    """Rows of tokens; what stands beside answers must not matter, so it is not even a number."""
-    place, shape = where
+def packed(values, A, rl, layout=PACKED):
+    """Packed sequences; prompts and padding are NaN, as they must not matter."""
+    index, shape = layout
 
-    def rows(flat, fill):
+    def pack(flat, fill):
         out = np.full(shape, fill, np.asarray(fill).dtype)
-        out[place] = flat
+        out[index] = flat
         return jnp.asarray(out)
 
-    answer_BT = rows(np.repeat(np.arange(N), LENGTHS), np.int32(-1))
-    weight_BT = jnp.asarray(per_token(token_weights(rl, np.array(LENGTHS)), np.asarray(answer_BT)))
-    advantage_BT = rows(np.repeat(A, LENGTHS), np.float32(np.nan))
-    logprob, old, sampler, reference = (rows(values[name], np.float32(np.nan)) for name in NAMES)
-    return logprob, TokenInputs(answer_BT, weight_BT, advantage_BT, sampler, old, reference)
+    completion_BT = pack(np.repeat(np.arange(N), LENGTHS), np.int32(-1))
+    weight_BT = jnp.asarray(per_token(token_weights(rl, np.array(LENGTHS)), np.asarray(completion_BT)))
+    advantage_BT = pack(np.repeat(A, LENGTHS), np.float32(np.nan))
+    logprob, old, sampler, reference = (pack(values[name], np.float32(np.nan)) for name in NAMES)
+    return logprob, TokenInputs(completion_BT, weight_BT, advantage_BT, sampler, old, reference)
 
 
 def loss_and_gradient(logprob, tokens, rl):
     def loss(logprob):
-        s = objective_sums(logprob, jnp.where(tokens.answer_BT < 0, jnp.nan, 2.0), tokens, rl, N)
+        s = objective_sums(logprob, jnp.where(tokens.completion_BT < 0, jnp.nan, 2.0), tokens, rl, N)
         return s.loss, s
 
     (_, s), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(logprob)
@@ -85,7 +86,7 @@ def loss_and_gradient(logprob, tokens, rl):
 
 
 def transcription(theta, values, A, rl):
-    """−J by SPEC's formulas, in float64; GSPO's ratio is the answer's, as in its paper's equation 7."""
+    """−J by the papers' formulas, in float64; GSPO's ratio is per completion, as in its equation 7."""
     low, high = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}[rl.objective]
     total, start = 0.0, 0
     for i, length in enumerate(LENGTHS):
@@ -93,29 +94,29 @@ def transcription(theta, values, A, rl):
         old, sampler, reference = (values[name].astype(np.float64) for name in NAMES[1:])
         s_i = np.exp(sum(theta[t] - old[t] for t in span) / length)
         drift = sum(sampler[t] - theta[t] for t in span) / length
-        left_out = rl.off_policy_mask_threshold is not None and A[i] < 0 and drift > rl.off_policy_mask_threshold
-        answer = 0.0
+        masked = rl.off_policy_mask_threshold is not None and A[i] < 0 and drift > rl.off_policy_mask_threshold
+        objective = 0.0
         for t in span:
             ratio = s_i if rl.objective == "gspo" else np.exp(theta[t] - old[t])
-            gain = min(ratio * A[i], min(max(ratio, 1 - low), 1 + high) * A[i])
+            surrogate = min(ratio * A[i], min(max(ratio, 1 - low), 1 + high) * A[i])
             if rl.tis_clip is not None:
-                gain *= min(np.exp(old[t] - sampler[t]), rl.tis_clip)
+                surrogate *= min(np.exp(old[t] - sampler[t]), rl.tis_clip)
             r = np.exp(reference[t] - theta[t])
-            divergence = 0.0 if rl.objective == "dapo" else rl.kl_coef * (r - np.log(r) - 1)
-            answer += (0.0 if left_out else gain) - divergence
+            kl = 0.0 if rl.objective == "dapo" else rl.kl_coef * (r - np.log(r) - 1)
+            objective += (0.0 if masked else surrogate) - kl
         if rl.objective == "dr_grpo":
-            total += answer / rl.max_new_tokens / N
+            total += objective / rl.max_new_tokens / N
         elif rl.objective == "dapo":
-            total += answer / sum(LENGTHS)
+            total += objective / sum(LENGTHS)
         else:
-            total += answer / length / N
+            total += objective / length / N
         start += length
     return -total
 
 
 @pytest.mark.parametrize("case", ["plain", "corrected"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_loss_and_gradient_are_pytorchs(objective, case):
+def test_loss_and_gradient_match_pytorch(objective, case):
     rl = settings(objective, case)
     values, _ = inputs(objective)
     A = advantages(GOLDEN["reward_GS"], objective).ravel()
@@ -130,9 +131,9 @@ def test_loss_and_gradient_are_pytorchs(objective, case):
 
 @pytest.mark.parametrize("case", ["plain", "corrected"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_loss_and_gradient_are_the_formulas(objective, case):
+def test_loss_and_gradient_match_the_formulas(objective, case):
     rl = settings(objective, case)
-    if objective == "gspo":  # weights by token have a meaning for GSPO-token alone, not for the answer's ratio
+    if objective == "gspo":  # TIS per token is defined for GSPO-token only, not for a ratio per completion
         rl = dataclasses.replace(rl, tis_clip=None)
     values, A = inputs(objective)
     s, gradient = loss_and_gradient(*packed(values, A, rl), rl)
@@ -147,7 +148,7 @@ def test_loss_and_gradient_are_the_formulas(objective, case):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_what_is_logged_is_counted_right(objective):
+def test_logged_metrics(objective):
     rl = settings(objective, "corrected")
     values, A = inputs(objective)
     s, _ = loss_and_gradient(*packed(values, A, rl), rl)
@@ -168,35 +169,35 @@ def test_what_is_logged_is_counted_right(objective):
         clipped_high=sum((r > 1 + high).sum() for r, a in zip(ratios, A, strict=True) if a > 0),
         sampler_logprob_diff=np.abs(sampler_logprob_diff).sum(),
         sampler_logprob_diff_max=np.abs(sampler_logprob_diff).max(),
-        importance=np.minimum(weights, rl.tis_clip).sum(),
-        truncated=(weights > rl.tis_clip).sum(),
-        off_policy=sum(
+        tis_weight=np.minimum(weights, rl.tis_clip).sum(),
+        tis_clipped=(weights > rl.tis_clip).sum(),
+        off_policy_masked=sum(
             a < 0 and (p - q).mean() > rl.off_policy_mask_threshold for p, q, a in zip(sampler, theta, A, strict=True)
         ),
     )
     for name, got, value in zip(ObjectiveSums._fields, s, wanted, strict=True):
         np.testing.assert_allclose(got, value, rtol=1e-5, err_msg=name)
-    assert min(s.clipped_low, s.clipped_high, s.truncated, s.off_policy) > 0
+    assert min(s.clipped_low, s.clipped_high, s.tis_clipped, s.off_policy_masked) > 0
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_parts_add_up_to_the_minibatch(objective):
+def test_microbatches_add_up_to_the_minibatch(objective):
     rl = settings(objective, "corrected")
     logprob, tokens = packed(*inputs(objective), rl)
-    whole, whole_gradient = loss_and_gradient(logprob, tokens, rl)
-    total, gradients = jax.tree.map(jnp.zeros_like, whole), []
+    full, full_gradient = loss_and_gradient(logprob, tokens, rl)
+    total, gradients = jax.tree.map(jnp.zeros_like, full), []
     for row in range(len(logprob)):
-        part = jax.tree.map(lambda x, row=row: x[row : row + 1], tokens)
-        s, gradient = loss_and_gradient(logprob[row : row + 1], part, rl)
+        microbatch = jax.tree.map(lambda x, row=row: x[row : row + 1], tokens)
+        s, gradient = loss_and_gradient(logprob[row : row + 1], microbatch, rl)
         total = add_sums(total, s)
         gradients.append(gradient)
-    for name, got, wanted in zip(ObjectiveSums._fields, total, whole, strict=True):
+    for name, got, wanted in zip(ObjectiveSums._fields, total, full, strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6, err_msg=name)
-    np.testing.assert_allclose(jnp.concatenate(gradients), whole_gradient, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(jnp.concatenate(gradients), full_gradient, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_it_does_not_matter_how_answers_are_packed(objective):
+def test_loss_does_not_depend_on_the_packing(objective):
     rl = settings(objective, "corrected")
     values, A = inputs(objective)
     other = packing(np.random.default_rng(1).permutation(N), B=5, T=70)
@@ -207,8 +208,8 @@ def test_it_does_not_matter_how_answers_are_packed(objective):
 
 
 @pytest.mark.parametrize("objective", ["dapo", "gspo"])
-def test_over_a_mesh_it_is_the_same(objective):
-    """Rows over devices, and an answer's tokens too."""
+def test_loss_is_the_same_on_a_mesh(objective):
+    """With packed sequences and their tokens sharded over devices."""
     rl = settings(objective, "corrected")
     logprob, tokens = packed(*inputs(objective), rl)
     wanted, wanted_gradient = loss_and_gradient(logprob, tokens, rl)
@@ -220,29 +221,31 @@ def test_over_a_mesh_it_is_the_same(objective):
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_without_advantage_there_is_no_policy_gradient(objective):
-    rl = dataclasses.replace(settings(objective, "corrected"), kl=0.0)
+def test_zero_advantage_has_no_policy_gradient(objective):
+    rl = dataclasses.replace(settings(objective, "corrected"), kl_coef=0.0)
     s, gradient = loss_and_gradient(*packed(inputs(objective)[0], np.zeros(N), rl), rl)
     assert s.loss == 0
     assert (gradient == 0).all()
-    assert s.clipped_low == s.clipped_high == s.off_policy == 0
+    assert s.clipped_low == s.clipped_high == s.off_policy_masked == 0
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_on_policy_the_gradient_is_the_advantage(objective):
+def test_gradient_on_policy_is_the_advantage(objective):
     rl = settings(objective, "corrected")
     values, A = inputs(objective)
     logprob, tokens = packed(dict.fromkeys(NAMES, values["logprob"]), A, rl)
     s, gradient = loss_and_gradient(logprob, tokens, rl)
-    wanted = jnp.where(tokens.answer_BT < 0, 0, -tokens.weight_BT * tokens.advantage_BT)
+    wanted = jnp.where(tokens.completion_BT < 0, 0, -tokens.weight_BT * tokens.advantage_BT)
     np.testing.assert_allclose(s.loss, wanted.sum(), atol=1e-6)
     np.testing.assert_allclose(gradient, wanted, rtol=1e-6)
-    assert s.importance == s.tokens
-    assert s.sampler_logprob_diff == s.kl == s.clipped_low == s.clipped_high == s.truncated == s.off_policy == 0
+    assert s.tis_weight == s.tokens
+    assert (
+        s.sampler_logprob_diff == s.kl == s.clipped_low == s.clipped_high == s.tis_clipped == s.off_policy_masked == 0
+    )
 
 
-def test_no_reference_is_no_divergence():
-    rl = dataclasses.replace(settings("grpo", "plain"), kl=0.0)
+def test_no_kl_without_a_reference_policy():
+    rl = dataclasses.replace(settings("grpo", "plain"), kl_coef=0.0)
     logprob, tokens = packed(*inputs("grpo"), rl)
     s, gradient = loss_and_gradient(logprob, tokens._replace(reference_logprob_BT=None), rl)
     wanted, wanted_gradient = loss_and_gradient(logprob, tokens, rl)
@@ -250,7 +253,7 @@ def test_no_reference_is_no_divergence():
     np.testing.assert_array_equal(gradient, wanted_gradient)
 
 
-def test_before_the_first_update_the_present_model_is_the_old_one():
+def test_without_old_logprobs_the_current_policy_is_the_old_one():
     rl = settings("gspo", "corrected")
     values, A = inputs("gspo")
     logprob, tokens = packed(values | {"old": values["logprob"]}, A, rl)
@@ -260,22 +263,18 @@ def test_before_the_first_update_the_present_model_is_the_old_one():
     np.testing.assert_allclose(gradient, wanted_gradient, rtol=1e-6)
 
 
-def test_weights_count_answers_or_tokens_or_nothing():
+def test_token_weights_by_objective():
     lengths = np.array([3, 1, 1])
-    wanted = {
-        "grpo": [1 / 9, 1 / 3, 1 / 3],
-        "dr_grpo": [1 / 30] * 3,
-        "dapo": [1 / 5] * 3,
-        "gspo": [1 / 9, 1 / 3, 1 / 3],
-    }
+    per_completion = [1 / 9, 1 / 3, 1 / 3]
+    wanted = {"grpo": per_completion, "dr_grpo": [1 / 30] * 3, "dapo": [1 / 5] * 3, "gspo": per_completion}
     for objective in OBJECTIVES:
         weights = token_weights(RLConfig(objective=objective, max_new_tokens=10), lengths)
         np.testing.assert_allclose(weights, wanted[objective])
-    rows = per_token(weights, np.array([[-1, 0, 0, 0, -1, 2], [1, -1, -1, -1, -1, -1]]))
-    np.testing.assert_allclose(rows, [[0, 1 / 9, 1 / 9, 1 / 9, 0, 1 / 3], [1 / 3, 0, 0, 0, 0, 0]], rtol=1e-6)
+    weight_BT = per_token(weights, np.array([[-1, 0, 0, 0, -1, 2], [1, -1, -1, -1, -1, -1]]))
+    np.testing.assert_allclose(weight_BT, [[0, 1 / 9, 1 / 9, 1 / 9, 0, 1 / 3], [1 / 3, 0, 0, 0, 0, 0]], rtol=1e-6)
 
 
-def test_advantages_stay_within_their_group():
+def test_advantages_are_group_relative():
     rewards = np.array([[0.0, 1.0, 1.0, 2.0], [0.1, 0.1, 0.1, 0.1], [5.0, 5.0, 5.0, 9.0]])
     for objective in OBJECTIVES:
         got = advantages(rewards, objective)
@@ -288,24 +287,20 @@ def test_advantages_stay_within_their_group():
     assert not is_informative([1.0, 1.0])
 
 
-def test_equal_rewards_whose_mean_rounds_have_no_advantage():
+def test_equal_rewards_have_zero_advantage_despite_rounding():
     rewards = np.full((1, 3), 0.1)
     assert (rewards - rewards.mean() != 0).any()
     assert (advantages(rewards, "grpo") == 0).all()
 
 
-def test_overlong_answers_pay_by_the_token():
+def test_overlong_penalty_is_linear():
     lengths = [0, 80, 81, 90, 99, 100, 130]
     assert [overlong_penalty(n, 100, 20) for n in lengths] == [0, 0, -0.05, -0.5, -0.95, -1, -1]
     assert overlong_penalty(100, 100, 0) == 0
 
 
-def test_settings_by_objective():
-    assert [clip_range(RLConfig(objective=o)) for o in OBJECTIVES] == [
-        (0.2, 0.2),
-        (0.2, 0.2),
-        (0.2, 0.28),
-        (3e-4, 4e-4),
-    ]
+def test_clip_range_and_kl_coefficient_by_objective():
+    published = [(0.2, 0.2), (0.2, 0.2), (0.2, 0.28), (3e-4, 4e-4)]
+    assert [clip_range(RLConfig(objective=o)) for o in OBJECTIVES] == published
     assert clip_range(RLConfig(objective="gspo", clip_ratio_high=0.1)) == (3e-4, 0.1)
     assert [kl_coefficient(RLConfig(objective=o, kl_coef=0.5)) for o in OBJECTIVES] == [0.5, 0.5, 0.0, 0.5]

@@ -14,7 +14,7 @@ import mla_moe
 from mla_moe import ConfigError
 from mla_moe.config import TaskConfig
 from mla_moe.rl.rewards import Reward, RewardInput, parse_completion
-from mla_moe.rl.tasks.task import open_task
+from mla_moe.rl.tasks import open_task
 from mla_moe.rl.verifiers.pool import VerifierFailure
 
 TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -22,7 +22,7 @@ PIECES = st.lists(st.sampled_from([*TAGS, " ", "\n", "5", "x<", ">"]), max_size=
 
 
 @pytest.mark.parametrize(
-    ("completion", "form", "answer"),
+    ("completion", "has_format", "answer"),
     [
         ("<think>1+1=2</think><answer>2</answer>", True, "2"),
         (" \n<think>\n1\n</think>\n <answer> 2\n</answer>\n", True, "2"),
@@ -44,46 +44,46 @@ PIECES = st.lists(st.sampled_from([*TAGS, " ", "\n", "5", "x<", ">"]), max_size=
         ("", False, None),
     ],
 )
-def test_form_and_answer(completion, form, answer):
-    assert parse_completion(completion) == (form, answer)
+def test_format_and_answer(completion, has_format, answer):
+    assert parse_completion(completion) == (has_format, answer)
 
 
 @hypothesis.given(PIECES)
-def test_the_form_is_as_strict_as_its_words(completion):
-    """Each tag once, in order, white space around: said another way."""
-    places = [completion.find(tag) for tag in TAGS]
-    strict = all(completion.count(tag) == 1 for tag in TAGS) and places == sorted(places)
+def test_format_matches_its_definition(completion):
+    """Each tag once, in order, only white space outside: implemented differently."""
+    starts = [completion.find(tag) for tag in TAGS]
+    strict = all(completion.count(tag) == 1 for tag in TAGS) and starts == sorted(starts)
     if strict:
-        outside = completion[: places[0]], completion[places[1] + 8 : places[2]], completion[places[3] + 9 :]
+        outside = completion[: starts[0]], completion[starts[1] + 8 : starts[2]], completion[starts[3] + 9 :]
         strict = not any(text.strip() for text in outside)
-    form, answer = parse_completion(completion)
-    assert form == (strict and answer is not None)
+    has_format, answer = parse_completion(completion)
+    assert has_format == (strict and answer is not None)
 
 
 @hypothesis.given(st.text(), st.text(), st.sampled_from(["", " ", "\n\n"]))
-def test_any_thought_and_answer_can_be_given(thought, answer, space):
+def test_any_reasoning_and_answer_can_be_parsed(thought, answer, space):
     hypothesis.assume(not any(tag in text for tag in TAGS for text in (thought, answer)))
     found = parse_completion(f"{space}<think>{thought}</think>{space}<answer>{answer}</answer>{space}")
     assert found == (answer.strip() != "", answer.strip() or None)
 
 
 @hypothesis.given(PIECES)
-def test_an_answer_is_stripped_and_not_empty(completion):
+def test_answer_is_stripped_and_not_empty(completion):
     _, answer = parse_completion(completion)
     assert answer is None or (answer and answer == answer.strip() and f"{answer}" in completion)
 
 
-def test_a_long_completion_takes_no_time():
+def test_long_completions_are_parsed_fast():
     start = time.monotonic()
     for text in ("<answer>" * 20_000, "<answer> " + " a" * 50_000 + "</answer> x", "<think>" + " " * 100_000 + "x"):
         parse_completion(text)
     assert time.monotonic() - start < 2
 
 
-JUDGES = """
+VERIFIERS = """
 import os, subprocess, sys, time
 
-def worth(prompt, completion, example):
+def measure(prompt, completion, example):
     assert "jax" not in sys.modules
     print("not part of the output")
     word = completion.rpartition(" ")[2]
@@ -126,9 +126,9 @@ number = 3
 
 
 @pytest.fixture(scope="module")
-def judges(tmp_path_factory):
-    path = tmp_path_factory.mktemp("judges") / "judges.py"
-    path.write_text(JUDGES)
+def verifiers(tmp_path_factory):
+    path = tmp_path_factory.mktemp("verifiers") / "verifiers.py"
+    path.write_text(VERIFIERS)
     return path
 
 
@@ -136,136 +136,136 @@ def settings(function=None, **fields):
     return TaskConfig(reward_function=function, **fields)
 
 
-def reward(settings, workers=2):
-    return Reward(settings, open_task(settings), workers)
+def make_reward(config, workers=2):
+    return Reward(config, open_task(config), workers)
 
 
-def completions(words, question="1+1", answer="2", prompt="?"):
+def reward_inputs(words, question="1+1", answer="2", prompt="?"):
     example = open_task(TaskConfig()).example("train", 0)._replace(question=question, answer=answer)
     example = example._replace(record={"extra": 0.5})
     return [RewardInput(prompt, f"<think>…</think><answer>{word}</answer> {word}", example) for word in words]
 
 
-def test_built_in_checks_start_no_process(monkeypatch):
+def test_built_in_components_start_no_process(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", None)
-    task = settings(format=0.5, accuracy=2.0)
+    task = settings(format_weight=0.5, accuracy_weight=2.0)
     example = open_task(task).example("test", 0)
     texts = ["<think>…</think><answer>{}</answer>", "<answer>{}</answer>", "<think>…</think><answer>{}1</answer>", "{}"]
-    with reward(task) as judge:
-        scores = judge([RewardInput("?", text.replace("{}", example.answer), example) for text in texts])
-    assert judge.names == ("format", "accuracy")
+    with make_reward(task) as reward:
+        scores = reward([RewardInput("?", text.replace("{}", example.answer), example) for text in texts])
+    assert reward.component_names == ("format", "accuracy")
     assert [score.total for score in scores] == [2.5, 2.0, 0.5, 0.0]
-    assert [score.parts for score in scores[:2]] == [{"format": 1, "accuracy": 1}, {"format": 0, "accuracy": 1}]
+    assert [score.components for score in scores[:2]] == [{"format": 1, "accuracy": 1}, {"format": 0, "accuracy": 1}]
     assert not any(score.failures for score in scores)
 
 
-def test_a_function_of_the_user_is_one_more_part(judges, capfd):
-    """It sees prompt, completion and example; values stay in order over the workers."""
-    with reward(settings(f"{judges}:worth", reward_function_weight=0.1)) as judge:
-        assert judge.names == ("format", "accuracy", "worth")
-        scores = judge(completions(range(30)))
-        assert [score.parts["worth"] for score in scores] == [1 + 3 + 0.5 + i for i in range(30)]
-        assert scores[2].parts["accuracy"] == 1
+def test_reward_function_is_a_further_component(verifiers, capfd):
+    """It is called with prompt, completion and example; values stay in order with several workers."""
+    with make_reward(settings(f"{verifiers}:measure", reward_function_weight=0.1)) as reward:
+        assert reward.component_names == ("format", "accuracy", "measure")
+        scores = reward(reward_inputs(range(30)))
+        assert [score.components["measure"] for score in scores] == [1 + 3 + 0.5 + i for i in range(30)]
+        assert scores[2].components["accuracy"] == 1
         assert scores[2].total == pytest.approx(1 + 0.1 * 6.5)
-        assert judge([]) == []
+        assert reward([]) == []
     assert "not part" not in capfd.readouterr().out
 
 
-def test_failures_are_contained_and_named(judges):
+def test_failures_cost_one_call_and_have_a_kind(verifiers):
     words = ["hang", "raise", "spin", "fine", "exit", "nan", "inf", "die", "text", "none", "killed", "fine"]
     kinds = ["hung", "raised", "hung", None, "raised", *["not_finite"] * 2, "died", *["not_finite"] * 2, "died", None]
     start = time.monotonic()
-    with reward(settings(f"{judges}:fails", timeout=0.5), workers=3) as judge:
-        scores = judge(completions(words))
+    with make_reward(settings(f"{verifiers}:fails", timeout=0.5), workers=3) as reward:
+        scores = reward(reward_inputs(words))
         assert time.monotonic() - start < 20
         assert [[failure.kind for failure in score.failures] for score in scores] == [
             [kind] if kind else [] for kind in kinds
         ]
-        assert [score.parts["fails"] for score in scores] == [float(kind is None) for kind in kinds]
+        assert [score.components["fails"] for score in scores] == [float(kind is None) for kind in kinds]
         assert all(math.isfinite(score.total) for score in scores)
         assert scores[1].failures == (VerifierFailure("raised", "KeyError: 'no such thing'"),)
-        assert "exit code 7" in scores[7].failures[0].text
-        assert "0.5 s" in scores[0].failures[0].text
-        assert [score.parts["fails"] for score in judge(completions(["fine"] * 6))] == [1.0] * 6
+        assert "exit code 7" in scores[7].failures[0].message
+        assert "0.5 s" in scores[0].failures[0].message
+        assert [score.components["fails"] for score in reward(reward_inputs(["fine"] * 6))] == [1.0] * 6
 
 
-def test_many_are_judged_at_a_time(judges):
-    with reward(settings(f"{judges}:sleeps"), workers=4) as judge:
-        judge(completions(["warm"] * 4))
+def test_calls_run_in_parallel(verifiers):
+    with make_reward(settings(f"{verifiers}:sleeps"), workers=4) as reward:
+        reward(reward_inputs(["warm"] * 4))
         start = time.monotonic()
-        judge(completions(["x"] * 8))
+        reward(reward_inputs(["x"] * 8))
         assert time.monotonic() - start < 8 * 0.4 - 0.5
 
 
-def test_a_function_that_vanishes_does_not_end_the_run(tmp_path):
+def test_deleted_reward_function_does_not_end_the_run(tmp_path):
     path = tmp_path / "passing.py"
     path.write_text("import os\ndef die(prompt, completion, example): os._exit(1)\n")
-    with reward(settings(f"{path}:die"), workers=2) as judge:
+    with make_reward(settings(f"{path}:die"), workers=2) as reward:
         path.unlink()
-        scores = judge(completions("abcdef"))
+        scores = reward(reward_inputs("abcdef"))
     assert [score.failures[0].kind for score in scores] == ["died"] * 6
-    assert "no worker could start: " in scores[-1].failures[0].text
+    assert "no worker could start: " in scores[-1].failures[0].message
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ("{judges}", "write module:name or path.py:name"),
-        ("{judges}:none", "AttributeError.*none"),
-        ("{judges}:number", "number is not callable"),
-        ("{judges}:batched", "too many positional arguments"),
-        ("{judges}:later", "later is a coroutine"),
-        ("{judges}:not a name", "write module:name"),
-        ("{judges}:format", "format is taken"),
-        ("/nowhere/judges.py:worth", "FileNotFoundError"),
-        ("nowhere.at.all:worth", "No module named 'nowhere'"),
-        ("{broken}:worth", "ZeroDivisionError"),
-        ("{dying}:worth", "died, exit code 4"),
+        ("{verifiers}", "write module:name or path.py:name"),
+        ("{verifiers}:none", "AttributeError.*none"),
+        ("{verifiers}:number", "number is not callable"),
+        ("{verifiers}:batched", "too many positional arguments"),
+        ("{verifiers}:later", "later is a coroutine"),
+        ("{verifiers}:not a name", "write module:name"),
+        ("{verifiers}:format", "format is taken"),
+        ("/nowhere/verifiers.py:measure", "FileNotFoundError"),
+        ("nowhere.at.all:measure", "No module named 'nowhere'"),
+        ("{broken}:measure", "ZeroDivisionError"),
+        ("{dying}:measure", "died, exit code 4"),
     ],
 )
-def test_a_function_that_cannot_be_had_is_an_error_before_the_start(judges, tmp_path, function, message):
+def test_invalid_reward_function_is_an_error_at_the_start(verifiers, tmp_path, function, message):
     broken, dying = tmp_path / "broken.py", tmp_path / "dying.py"
     broken.write_text("1 / 0")
     dying.write_text("import os; os._exit(4)")
-    function = function.format(judges=judges, broken=broken, dying=dying)
+    function = function.format(verifiers=verifiers, broken=broken, dying=dying)
     with pytest.raises(ConfigError, match=rf"(?s)^task.reward_function = .*{message}"):
-        reward(settings(function))
+        make_reward(settings(function))
 
 
-def test_a_module_is_imported_as_the_run_would(judges, monkeypatch):
-    monkeypatch.syspath_prepend(str(judges.parent))
-    with reward(settings("judges:worth"), workers=1) as judge:
-        assert judge(completions([1]))[0].parts["worth"] == 5.5
+def test_reward_function_from_a_module(verifiers, monkeypatch):
+    monkeypatch.syspath_prepend(str(verifiers.parent))
+    with make_reward(settings("verifiers:measure"), workers=1) as reward:
+        assert reward(reward_inputs([1]))[0].components["measure"] == 5.5
 
 
 @pytest.mark.parametrize("name", ["reasoning_gym:chain_sum", "file"])
-def test_verifiers_of_libraries_work_in_their_processes(name, tmp_path):
+def test_library_verifiers_run_in_worker_processes(name, tmp_path):
     pytest.importorskip("math_verify" if name == "file" else "reasoning_gym", reason="pip install 'mla_moe[rl]'")
     path = tmp_path / "halves.jsonl"
     path.write_text("".join(f'{{"question": "{i}?", "answer": "1/2"}}\n' for i in range(9)))
     task = settings(name=str(path) if name == "file" else name)
-    opened = open_task(task)
-    example = opened.example("train", 0)
-    right = "0.5" if name == "file" else example.answer
-    texts = [f"<think>…</think><answer>{answer}</answer>" for answer in (right, f"1{right}")]
-    with Reward(task, opened, workers=1) as judge:
-        scores = judge([RewardInput("?", text, example) for text in texts])
-    assert [score.parts["accuracy"] == 1 for score in scores] == [True, False]
+    opened_task = open_task(task)
+    example = opened_task.example("train", 0)
+    correct = "0.5" if name == "file" else example.answer
+    texts = [f"<think>…</think><answer>{answer}</answer>" for answer in (correct, f"1{correct}")]
+    with Reward(task, opened_task, workers=1) as reward:
+        scores = reward([RewardInput("?", text, example) for text in texts])
+    assert [score.components["accuracy"] == 1 for score in scores] == [True, False]
     assert not any(score.failures for score in scores)
 
 
 PARENT = """
 import os, signal, sys
-from mla_moe import recipe
-from mla_moe.rl.rewards import Completion, Reward
+from mla_moe.config import TaskConfig
+from mla_moe.rl.rewards import Reward, RewardInput
 from mla_moe.rl.tasks import open_task
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background has it ignored
-task = recipe.Task(function=sys.argv[1], timeout=float(sys.argv[3]))
-opened = open_task(task)
-judge = Reward(task, opened, workers=2)
-print(*(worker._process.pid for worker in judge._judges._workers), flush=True)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes of a shell ignore it
+config = TaskConfig(reward_function=sys.argv[1], timeout=float(sys.argv[3]))
+task = open_task(config)
+reward = Reward(config, task, workers=2)
+print(*(worker._process.pid for worker in reward._verifiers._workers), flush=True)
 if sys.argv[2] in ("spin", "interrupt"):
-    judge([Completion("?", "so spin", opened.example("train", 0))])
+    reward([RewardInput("?", "so spin", task.example("train", 0))])
 if sys.argv[2] == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -273,12 +273,12 @@ if sys.argv[2] == "kill":
 
 def alive(pid):
     try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # empty: ended, and not yet waited for
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # empty: a zombie
     except OSError:
         return False
 
 
-def gone(pids, seconds):
+def all_end(pids, seconds):
     end = time.monotonic() + seconds
     while any(map(alive, pids)) and time.monotonic() < end:
         time.sleep(0.05)
@@ -287,9 +287,9 @@ def gone(pids, seconds):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.parametrize(("end", "timeout"), [("kill", 60), ("interrupt", 60), ("spin", 1.5)])
-def test_no_process_is_left_behind(judges, end, timeout):
-    """When the parent is killed, and when it is interrupted or killed while a judge hangs."""
-    command = [sys.executable, "-c", PARENT, f"{judges}:fails", end, str(timeout)]
+def test_workers_end_with_the_parent(verifiers, end, timeout):
+    """If it is killed, and if it is interrupted or killed while a verifier hangs."""
+    command = [sys.executable, "-c", PARENT, f"{verifiers}:fails", end, str(timeout)]
     environment = os.environ | {"PYTHONPATH": str(Path(mla_moe.__file__).parents[1])}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     with subprocess.Popen(command, text=True, env=environment, **pipes) as parent:
@@ -300,31 +300,33 @@ def test_no_process_is_left_behind(judges, end, timeout):
             assert all(map(alive, pids))
             parent.send_signal(signal.SIGKILL if end == "spin" else signal.SIGINT)
         parent.wait(20)
-    assert gone(pids, 5)
+    assert all_end(pids, 5)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
-def test_what_a_hanging_judge_has_started_ends_with_it(judges, tmp_path):
-    """In a session of its own too, as tools that run code begin it."""
-    with reward(settings(f"{judges}:leaves", timeout=3.0), workers=1) as judge:
-        (score,) = judge(completions([tmp_path / "pid"]))
+def test_child_processes_of_a_hanging_verifier_end_with_it(verifiers, tmp_path):
+    """Also in a process session of their own, which tools that run code use."""
+    with make_reward(settings(f"{verifiers}:leaves", timeout=3.0), workers=1) as reward:
+        (score,) = reward(reward_inputs([tmp_path / "pid"]))
     assert score.failures[0].kind == "hung"
-    assert gone([int((tmp_path / "pid").read_text())], 5)
+    assert all_end([int((tmp_path / "pid").read_text())], 5)
 
 
-def test_a_prompt_may_have_opened_the_thought():
-    """As DeepSeek-R1's chat template does."""
+def test_format_of_a_prompt_prefilled_with_think():
+    """As by DeepSeek-R1's chat template."""
     task = settings()
     example = open_task(task).example("test", 0)
     text = f"…</think><answer>{example.answer}</answer>"
-    with reward(task) as judge:
-        opened, not_opened = judge([RewardInput(prompt, text, example) for prompt in ("Q: <think>\n", "Q:")])
-    assert opened.parts == {"format": 1, "accuracy": 1}
-    assert not_opened.parts == {"format": 0, "accuracy": 1}
+    with make_reward(task) as reward:
+        prefilled, plain = reward([RewardInput(prompt, text, example) for prompt in ("Q: <think>\n", "Q:")])
+    assert prefilled.components == {"format": 1, "accuracy": 1}
+    assert plain.components == {"format": 0, "accuracy": 1}
 
 
-@pytest.mark.parametrize(("accuracy", "measure"), [(1.0, 0.0), (0.0, 5.5)])
-def test_dapo_compares_what_was_right_or_else_all_that_was_earned(judges, accuracy, measure):
-    with reward(settings(f"{judges}:worth", format=0.0, accuracy=accuracy), workers=1) as judge:
-        (score,) = judge(completions([1]))
-        assert judge.measure(score) == measure
+@pytest.mark.parametrize(("accuracy", "metric"), [(1.0, 0.0), (0.0, 5.5)])
+def test_filter_metric_is_accuracy_or_the_total_without_its_weight(verifiers, accuracy, metric):
+    with make_reward(
+        settings(f"{verifiers}:measure", format_weight=0.0, accuracy_weight=accuracy), workers=1
+    ) as reward:
+        (score,) = reward(reward_inputs([1]))
+        assert reward.filter_metric(score) == metric

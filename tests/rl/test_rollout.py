@@ -1,4 +1,4 @@
-"""What the engine is asked, and what becomes of what it answers: with an engine that runs no model."""
+"""Requests to the engine, and scores of its completions, with a fake engine that runs no model."""
 
 import pytest
 from flax import nnx
@@ -6,35 +6,35 @@ from flax import nnx
 from mla_moe import ConfigError, Transformer
 from mla_moe.config import RLConfig, TaskConfig
 from mla_moe.inference.request import Completion
-from mla_moe.rl import rewards
+from mla_moe.rl.rewards import Reward
 from mla_moe.rl.rollout import MAX_SKIPPED_RATIO, Rollout
-from mla_moe.rl.tasks.task import open_task
+from mla_moe.rl.tasks import open_task
 from mla_moe.text.chat_tokenizer import load_chat_tokenizer
 from mla_moe.text.tokenizer import ByteTokenizer
 
 SETTINGS = TaskConfig(template="{question}=", options=("least=1", "most=2"))
-ANSWER = "1</think><answer>2</answer>"
+COMPLETION = "1</think><answer>2</answer>"
 
 
 class Engine:
-    """Answers all alike, one request a step."""
+    """Returns the same completion for all requests, one per step."""
 
     def __init__(self, model, **_):
-        self.asked, self.waiting = [], []
+        self.requests, self.waiting = [], []
 
     def submit(self, request):
-        self.asked.append(request)
+        self.requests.append(request)
         self.waiting.append(Completion(request))
         return self.waiting[-1]
 
     @property
-    def busy(self):
+    def has_unfinished_requests(self):
         return bool(self.waiting)
 
     def step(self):
         done = self.waiting.pop()
-        done.take(list(ANSWER.encode()), [0.0] * len(ANSWER))
-        done.finish = done.finish or "stop"
+        done.append_tokens(list(COMPLETION.encode()), [0.0] * len(COMPLETION))
+        done.finish_reason = done.finish_reason or "stop"
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def make(cfg, monkeypatch, tmp_path):
     def make(**settings):
         task = open_task(SETTINGS)
         rl = RLConfig(max_new_tokens=40, temperature=0.7, **settings)
-        reward = rewards.Reward(SETTINGS, task)
+        reward = Reward(SETTINGS, task)
         rollout = Rollout(rl, SETTINGS.template, task, reward, load_chat_tokenizer(tmp_path, ByteTokenizer()))
         rollout.load_weights(Transformer(cfg, rngs=nnx.Rngs(0)))
         return rollout
@@ -56,69 +56,67 @@ def text_of(tokens):
     return ByteTokenizer().decode(tokens)
 
 
-@pytest.mark.parametrize("opened", [False, True])
-def test_what_is_asked_and_judged(make, opened):
+@pytest.mark.parametrize("prefill", [False, True])
+def test_requests_and_scores(make, prefill):
     rollout = make()
-    questions, number = rollout.questions("train", 5, 3)
+    prompts, number = rollout.prompts("train", 5, 3)
     assert number == 8
-    said = []
-    answers = rollout.answers(questions, 2, seed=9, first=4, opened=opened, progress=said.append)
-    assert [[answer.question for answer in group] for group in answers] == [[q, q] for q in questions]
-    asked = rollout._engine.asked
-    opening = "<think>" if opened else ""
-    assert [text_of(request.prompt) for request in asked] == [
-        f"{q.example.question}={opening}" for q in questions for _ in range(2)
-    ]
-    assert all(request.prompt.count(256) == 1 for request in asked), "bos, once"
-    assert [(r.number, r.seed, r.temperature) for r in asked] == [(4 + i, 9, 0.7) for i in range(6)]
-    for group in answers:
-        for answer in group:
-            assert answer.text == opening + ANSWER
-            assert answer.length == len(ANSWER)
-            assert not answer.truncated
-            assert answer.score.parts["format"] == float(opened)
-            assert answer.score.parts["accuracy"] == float(opened and answer.question.example.answer == "2")
-    assert said[-1] == "6 of 6 answers"
-    assert len(said) == 6
+    reports = []
+    groups = rollout.generate(prompts, 2, seed=9, first_index=4, prefill_think=prefill, progress=reports.append)
+    assert [[completion.prompt for completion in group] for group in groups] == [[p, p] for p in prompts]
+    requests = rollout._engine.requests
+    think = "<think>" if prefill else ""
+    texts = [f"{p.example.question}={think}" for p in prompts for _ in range(2)]
+    assert [text_of(request.prompt) for request in requests] == texts
+    assert all(request.prompt.count(256) == 1 for request in requests), "one bos"
+    assert [(r.sample_index, r.seed, r.temperature) for r in requests] == [(4 + i, 9, 0.7) for i in range(6)]
+    for completion in (completion for group in groups for completion in group):
+        assert completion.text == think + COMPLETION
+        assert completion.length == len(COMPLETION)
+        assert not completion.truncated
+        assert completion.score.components["format"] == float(prefill)
+        assert completion.score.components["accuracy"] == float(prefill and completion.prompt.example.answer == "2")
+    assert reports[-1] == "6 of 6 completions"
+    assert len(reports) == 6
 
 
-def test_a_prompt_that_opens_the_thought_is_not_opened_again(make):
+def test_prompt_that_ends_with_think_is_not_prefilled_again(make):
     rollout = make()
     rollout._template = "{question}=<think>\n"
-    questions, _ = rollout.questions("train", 0, 1)
-    ((answer,),) = rollout.answers(questions, seed=0, opened=True)
-    assert text_of(rollout._engine.asked[0].prompt).count("<think>") == 1
-    assert answer.text == ANSWER
-    assert answer.score.parts["format"] == 1
+    prompts, _ = rollout.prompts("train", 0, 1)
+    ((completion,),) = rollout.generate(prompts, seed=0, prefill_think=True)
+    assert text_of(rollout._engine.requests[0].prompt).count("<think>") == 1
+    assert completion.text == COMPLETION
+    assert completion.score.components["format"] == 1
 
 
-def test_a_temperature_may_be_asked_for_and_nothing_is_opened_unasked(make):
+def test_temperature_can_be_overridden_and_the_default_is_no_prefill(make):
     rollout = make()
-    rollout.answers(rollout.questions("train", 0, 1)[0], seed=0, temperature=0.0)
-    assert rollout._engine.asked[0].temperature == 0
-    assert text_of(rollout._engine.asked[0].prompt).endswith("=")
+    rollout.generate(rollout.prompts("train", 0, 1)[0], seed=0, temperature=0.0)
+    assert rollout._engine.requests[0].temperature == 0
+    assert text_of(rollout._engine.requests[0].prompt).endswith("=")
 
 
-def test_long_questions_are_passed_over_and_counted(make):
+def test_long_prompts_are_skipped_and_counted(make):
     """With bos, the equals sign and `<think>` there is room for three characters: one operation, not two."""
     rollout = make(max_prompt_tokens=12)
-    questions, number = rollout.questions("train", 0, 10)
-    assert {len(question.example.question) for question in questions} == {3}
-    assert rollout.too_long == number - 10 > 0
-    again, end = rollout.questions("train", number, 10)
-    assert len(again) == 10
-    assert rollout.too_long == end - 20
+    prompts, number = rollout.prompts("train", 0, 10)
+    assert {len(prompt.example.question) for prompt in prompts} == {3}
+    assert rollout.prompts_too_long == number - 10 > 0
+    prompts, end = rollout.prompts("train", number, 10)
+    assert len(prompts) == 10
+    assert rollout.prompts_too_long == end - 20
 
 
-def test_there_is_an_end_to_passing_over(make, monkeypatch):
+def test_too_many_long_prompts_are_an_error(make, monkeypatch):
     rollout = make(max_prompt_tokens=11)
     numbers, example = [], rollout._task.example
 
-    def note(split, number):
+    def record(split, number):
         numbers.append(number)
         return example(split, number)
 
-    monkeypatch.setattr(rollout._task, "example", note)
+    monkeypatch.setattr(rollout._task, "example", record)
     with pytest.raises(ConfigError, match=r"rl.max_prompt_tokens = 11: most prompts are longer"):
-        rollout.questions("train", 0, 2)
+        rollout.prompts("train", 0, 2)
     assert numbers == list(range(2 * MAX_SKIPPED_RATIO))

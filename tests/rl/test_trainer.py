@@ -6,7 +6,6 @@ import signal
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 import mla_moe
 from mla_moe import ConfigError
@@ -17,13 +16,13 @@ from mla_moe.training.console import Console
 from mla_moe.training.loss_monitor import TrainingHaltedError
 from mla_moe.training.metrics import read_rows
 from mla_moe.training.optimizer import learning_rate
-from mla_moe.training.run_context import InterruptedRun
-from mla_moe.training.run_directory import PreemptionSignals, open_run_directory
+from mla_moe.training.preemption import InterruptedRun, PreemptionSignals
+from mla_moe.training.run_directory import open_run_directory
 
 TIMES = ("tokens_per_s", "sample_seconds", "step_seconds")
 REWARD = '''
 def short(prompt, completion, example):
-    """More for fewer letters; a model that has learned nothing has something to learn."""
+    """Higher for fewer letters: an untrained model can improve."""
     assert prompt.endswith("=") and example.question in prompt
     return -len(completion) / 8
 
@@ -31,13 +30,6 @@ def short(prompt, completion, example):
 def fails(prompt, completion, example):
     raise ValueError("no")
 '''
-
-
-@pytest.fixture(scope="module")
-def base(recipe, tmp_path_factory):
-    path = tmp_path_factory.mktemp("base") / "model"
-    mla_moe.save_pretrained(mla_moe.Transformer(recipe.model, rngs=nnx.Rngs(0)), path)
-    return str(path)
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +42,19 @@ def rewards(tmp_path_factory):
 @pytest.fixture
 def start(recipe, base, rewards):
     def start(run_dir, task=None, **rl):
-        task = {"function": f"{rewards}:short", "format": 0.0, "accuracy": 0.0} if task is None else task
-        whole = dataclasses.replace(
+        task = (
+            {"reward_function": f"{rewards}:short", "format_weight": 0.0, "accuracy_weight": 0.0}
+            if task is None
+            else task
+        )
+        settings = dataclasses.replace(
             recipe,
             run_dir=str(run_dir),
             init_from=base,
             task=dataclasses.replace(recipe.task, **task),
             rl=dataclasses.replace(recipe.rl, **rl),
         )
-        train_rl(whole, open_run_directory(whole), Console(enabled=True))
+        train_rl(settings, open_run_directory(settings), Console(enabled=True))
         return rows(run_dir)
 
     return start
@@ -70,21 +66,21 @@ def rows(run_dir):
 
 
 @pytest.fixture(scope="module")
-def whole(recipe, base, rewards, tmp_path_factory):
-    """A stage from its first step to its last, over eight devices."""
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+def finished_run(recipe, base, rewards, tmp_path_factory):
+    """The directory of an uninterrupted run on eight devices."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
     task = dataclasses.replace(recipe.task, reward_function=f"{rewards}:short", format_weight=0.0, accuracy_weight=0.0)
     settings = dataclasses.replace(recipe, run_dir=str(run_dir), init_from=base, task=task)
     train_rl(settings, open_run_directory(settings), Console(enabled=True))
     return run_dir
 
 
-def test_a_stage_leaves_what_it_promises(whole, recipe):
-    found = read_rows(whole / "metrics.jsonl")
+def test_run_writes_its_documented_files(finished_run, recipe):
+    found = read_rows(finished_run / "metrics.jsonl")
     steps = [row for row in found if "reward" in row]
     assert [row["step"] for row in steps] == [1, 2, 3]
-    promised = {"reward", "accuracy", "format_rate", "reward/short", "response_length", "kl", "entropy", "loss", "lr"}
-    promised |= {
+    documented = {"reward", "accuracy", "format_rate", "reward/short", "response_length", "kl", "entropy", "loss", "lr"}
+    documented |= {
         "clip_ratio/low",
         "clip_ratio/high",
         "sampler_logprob_diff",
@@ -93,36 +89,40 @@ def test_a_stage_leaves_what_it_promises(whole, recipe):
         "moe/dropped",
         *TIMES,
     }
-    assert all(promised <= set(row) for row in steps)
+    assert all(documented <= set(row) for row in steps)
     assert {row["stage"] for row in found} == {"rl"}
     evals = [row for row in found if "eval/accuracy" in row]
     assert [row["step"] for row in evals] == [0, 2, 3]
-    promised = {"accuracy", "forced_accuracy", "format_rate", "response_length", "pass@1", "pass@2", "majority@2"}
-    assert all({f"eval/{name}" for name in promised} <= set(row) for row in evals)
-    assert len(read_rows(whole / "expert_load.jsonl")) == 3
-    samples = read_rows(whole / "samples.jsonl")
+    documented = {"accuracy", "forced_accuracy", "format_rate", "response_length", "pass@1", "pass@2", "majority@2"}
+    assert all({f"eval/{name}" for name in documented} <= set(row) for row in evals)
+    assert len(read_rows(finished_run / "expert_load.jsonl")) == 3
+    samples = read_rows(finished_run / "samples.jsonl")
     assert len(samples) == 3 * 2 * recipe.rl.eval_prompts
     assert {sample["kind"] for sample in samples} == {"greedy", "forced"}
     assert all(sample["completion"].startswith("<think>") == (sample["kind"] == "forced") for sample in samples)
-    assert sorted(path.name for path in (whole / "checkpoints" / "rl").iterdir()) == ["2", "3"]
-    summary = json.loads((whole / "summary.json").read_text())
+    assert sorted(path.name for path in (finished_run / "checkpoints" / "rl").iterdir()) == ["2", "3"]
+    summary = json.loads((finished_run / "summary.json").read_text())
     first, last = (f"{row['eval/response_length']:.1f}" for row in (evals[0], evals[-1]))
-    assert summary["tokens of a sampled answer"] == f"{first} -> {last}"
+    assert summary["tokens of a sampled completion"] == f"{first} -> {last}"
     rate = learning_rate(recipe.rl.optimizer.schedule, 6)
     assert [row["lr"] for row in steps] == pytest.approx([float(rate(update)) for update in (1, 3, 5)])
-    # Sampler and trainer compute the same, with the same experts.
+    # Sampler and trainer compute the same log-probabilities, with the same experts.
     assert all(row["sampler_logprob_diff_max"] < 1e-4 for row in steps)
     assert all(row["kl"] > 1e-5 for row in steps)
     assert steps[0]["reward"] == pytest.approx(steps[0]["reward/short"])
 
 
-def test_rewards_rise(whole, start, tmp_path):
-    found = [row["reward"] for row in start(tmp_path, steps=10, prompts=8, kl=0.0, eval_samples=0) if "reward" in row]
+def test_reward_increases(finished_run, start, tmp_path):
+    found = [
+        row["reward"]
+        for row in start(tmp_path, steps=10, prompts_per_step=8, kl_coef=0.0, eval_samples=0)
+        if "reward" in row
+    ]
     assert np.mean(found[-2:]) > found[0] + 0.1
 
 
 @pytest.mark.thorough
-def test_a_stage_that_blows_up_ends_and_leaves_the_answers(recipe, base, tmp_path):
+def test_non_finite_updates_halt_the_run_and_save_the_batch(recipe, base, tmp_path):
     rl = dataclasses.replace(
         recipe.rl, eval_samples=0, optimizer=OptimizerConfig("adamw", ScheduleConfig(peak_lr=1e38, warmup_fraction=0.0))
     )
@@ -137,50 +137,48 @@ def test_a_stage_that_blows_up_ends_and_leaves_the_answers(recipe, base, tmp_pat
         train_rl(settings, open_run_directory(settings), Console(enabled=True))
     (file,) = tmp_path.glob("skipped_rl_*.npz")
     with np.load(file) as rows:
-        assert {"tokens", "advantage_BT", "answer_BT"} <= set(rows)
+        assert {"tokens", "advantage_BT", "completion_BT"} <= set(rows)
 
 
-def test_what_was_learned_is_what_is_loaded(whole):
-    model = mla_moe.load_pretrained(whole)
-    path, _ = "checkpoints/rl/3", None
-    again = mla_moe.load_pretrained(whole / path)
+def test_newest_checkpoint_is_loaded(finished_run):
+    model = mla_moe.load_pretrained(finished_run)
+    again = mla_moe.load_pretrained(finished_run / "checkpoints/rl/3")
     np.testing.assert_array_equal(model.head[...], again.head[...])
 
 
-def test_stopped_and_run_again_is_never_stopped(whole, start, tmp_path, monkeypatch):
-    evaluate, learn = RLTrainer._evaluate, RLTrainer.model
+def test_interrupted_run_resumes_with_the_same_rows(finished_run, start, tmp_path, monkeypatch):
+    model = RLTrainer.model
 
     def stop(self, state):
-        if int(state.step) == 2:  # two updates: before the second step
+        if int(state.step) == 2:  # updates; this is before the second step
             os.kill(os.getpid(), signal.SIGTERM)
-        return learn(self, state)
+        return model(self, state)
 
     with monkeypatch.context() as patch:
         patch.setattr(RLTrainer, "model", stop)
         with pytest.raises(InterruptedRun, match="stopped at step 2"):
             start(tmp_path)
-    assert RLTrainer._evaluate is evaluate
-    assert start(tmp_path) == rows(whole)
-    assert read_rows(tmp_path / "samples.jsonl") == read_rows(whole / "samples.jsonl")
+    assert start(tmp_path) == rows(finished_run)
+    assert read_rows(tmp_path / "samples.jsonl") == read_rows(finished_run / "samples.jsonl")
     before = (tmp_path / "metrics.jsonl").read_bytes()
     start(tmp_path)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_one_device_and_eight_learn_the_same(whole, start, tmp_path, monkeypatch):
+def test_one_device_and_eight_have_the_same_metrics(finished_run, start, tmp_path, monkeypatch):
     monkeypatch.setattr("mla_moe.training.run_context.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
-    for one, eight in zip(start(tmp_path), rows(whole), strict=True):
+    for one, eight in zip(start(tmp_path), rows(finished_run), strict=True):
         assert one.keys() == eight.keys()
         for name in ("reward", "response_length", "loss", "grad_norm", "kl", "entropy", "eval/accuracy"):
             if name in one:
                 assert one[name] == pytest.approx(eight[name], rel=1e-3, abs=1e-5), (one["step"], name)
 
 
-# Their mathematics is in test_objective.py; dapo is the one that samples anew.
+# test_objectives.py tests their formulas; only dapo samples again (dynamic sampling).
 @pytest.mark.parametrize("name", ["dapo", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("dr_grpo", "gspo"))])
 def test_other_objectives_run(start, rewards, tmp_path, name):
-    task = {"function": f"{rewards}:short", "format": 0.0, "accuracy": float(name == "dapo")}
-    how = {
+    task = {"reward_function": f"{rewards}:short", "format_weight": 0.0, "accuracy_weight": float(name == "dapo")}
+    rl = {
         "steps": 1,
         "objective": name,
         "minibatches": 1,
@@ -188,17 +186,17 @@ def test_other_objectives_run(start, rewards, tmp_path, name):
         "overlong_buffer": 4,
         "routing_replay": False,
     }
-    found = start(tmp_path, task, **how)
+    found = start(tmp_path, task, **rl)
     step = next(row for row in found if "reward" in row)
     assert np.isfinite(step["loss"])
-    assert step["reward"] <= step["reward/short"], "the penalty for length is in the reward"
-    assert step["kl"] == pytest.approx(0, abs=1e-6), "before the first update model and reference are one"
+    assert step["reward"] <= step["reward/short"], "the reward includes the overlong penalty"
+    assert step["kl"] == pytest.approx(0, abs=1e-6), "before the first update the policy is the reference policy"
     if name == "dapo":
-        assert step["filtered_groups"] == 7 * 4, "no answer is ever right: eight rounds, of which one is taken"
+        assert step["filtered_groups"] == 7 * 4, "no completion is correct: one of eight rounds is kept"
 
 
-def test_failures_of_a_reward_are_counted_and_told_once(start, rewards, tmp_path, capsys):
-    found = start(tmp_path, task={"function": f"{rewards}:fails"}, steps=1, eval_samples=0)
+def test_errors_of_a_reward_function_are_counted_and_printed_once(start, rewards, tmp_path, capsys):
+    found = start(tmp_path, task={"reward_function": f"{rewards}:fails"}, steps=1, eval_samples=0)
     step = next(row for row in found if "reward" in row)
     assert step["verifier/raised"] == 16
     assert step["reward/fails"] == 0
@@ -207,25 +205,25 @@ def test_failures_of_a_reward_are_counted_and_told_once(start, rewards, tmp_path
     assert all({"format", "accuracy", "reward/fails"} <= row.keys() for row in samples)
 
 
-def test_a_stage_goes_on_with_its_own_questions_alone(start, tmp_path, monkeypatch):
+def test_resume_with_other_prompts_is_an_error(start, tmp_path, monkeypatch):
     pytest.importorskip("math_verify", reason="pip install 'mla_moe[rl]'")
     questions = tmp_path / "questions.jsonl"
 
-    def ask(count):
+    def train_on(count):
         lines = (json.dumps({"question": f"{i}+{i}", "answer": 2 * i}) for i in range(count))
         questions.write_text("\n".join(lines))
         return start(tmp_path / "run", {"name": str(questions), "options": ()}, eval_prompts=2, eval_samples=0)
 
     monkeypatch.setattr(PreemptionSignals, "stop", lambda self, step: step == 1)
     with pytest.raises(InterruptedRun):
-        ask(60)
+        train_on(60)
     monkeypatch.undo()
-    with pytest.raises(ConfigError, match="other questions than the run began with"):
-        ask(61)
-    assert ask(60)[-1]["step"] == 3
+    with pytest.raises(ConfigError, match="has other prompts than at the start of the run"):
+        train_on(61)
+    assert train_on(60)[-1]["step"] == 3
 
 
-def test_stopped_at_its_last_step_a_stage_is_whole(start, tmp_path, monkeypatch):
+def test_run_interrupted_at_its_last_step_is_complete(start, tmp_path, monkeypatch):
     monkeypatch.setattr(PreemptionSignals, "stop", lambda self, step: step == 1)
     with pytest.raises(InterruptedRun):
         start(tmp_path, steps=1, minibatches=1, eval_samples=0)
@@ -235,14 +233,14 @@ def test_stopped_at_its_last_step_a_stage_is_whole(start, tmp_path, monkeypatch)
 @pytest.mark.parametrize(
     ("rl", "task", "field"),
     [
-        ({}, {"function": "nowhere:reward"}, "task.reward_function"),
+        ({}, {"reward_function": "nowhere:reward"}, "task.reward_function"),
         ({}, {"name": "reasoning_gim:x"}, "task.name"),
         ({"max_prompt_tokens": 2}, {}, "rl.max_prompt_tokens"),
         ({"eval_prompts": 10**5}, {"options": ("least=1", "most=1")}, "task.name"),
-        ({"rows": 12}, {}, "rl.micro_batch_size"),
+        ({"micro_batch_size": 12}, {}, "rl.micro_batch_size"),
     ],
 )
-def test_what_cannot_run_is_said_before_compiling(start, tmp_path, capsys, rl, task, field):
+def test_invalid_recipe_is_an_error_before_compiling(start, tmp_path, capsys, rl, task, field):
     with pytest.raises(ConfigError) as error:
         start(tmp_path, task=task, **rl)
     assert error.value.field == field
@@ -259,18 +257,18 @@ def test_what_cannot_run_is_said_before_compiling(start, tmp_path, capsys, rl, t
         ({"temperature": 0.0}, "rl.temperature"),
     ],
 )
-def test_settings_that_make_no_sense(changes, field):
+def test_invalid_values_name_their_field(changes, field):
     with pytest.raises(ConfigError) as error:
         RLConfig(**changes)
     assert error.value.field == field
 
 
-def test_a_template_has_a_place_for_the_question():
+def test_template_without_question_is_an_error():
     with pytest.raises(ConfigError, match=r"task\.template"):
         TaskConfig(template="Question: ")
 
 
-def test_a_model_comes_from_somewhere(recipe, tmp_path):
+def test_run_without_a_starting_checkpoint_is_an_error(recipe, tmp_path):
     settings = dataclasses.replace(recipe, run_dir=str(tmp_path), mesh=MeshConfig())
     with pytest.raises(ConfigError, match="init_from"):
         train_rl(settings, open_run_directory(settings), Console(enabled=False))

@@ -34,7 +34,7 @@ def checkpoint(tmp_path_factory, cfg):
     return path
 
 
-def test_text_comes_as_soon_as_it_is_sure():
+def test_text_is_emitted_once_it_is_final():
     """A character of three bytes, and a stop string that nearly came before."""
     text = "日 abc abd!".encode()
     stream = IncrementalDetokenizer(lambda ids: bytes(ids).decode(errors="replace"), stop=("abd",))
@@ -50,7 +50,7 @@ def test_text_comes_as_soon_as_it_is_sure():
     assert stream.text == "so ab"
 
 
-def test_a_conversation_goes_through_the_template(checkpoint):
+def test_conversations_are_rendered_by_the_template(checkpoint):
     pytest.importorskip("jinja2")
     tokenizer = HFTokenizer(checkpoint / "tokenizer.json")
     language = load_chat_tokenizer(checkpoint, tokenizer)
@@ -64,7 +64,7 @@ def test_a_conversation_goes_through_the_template(checkpoint):
         language.encode_chat([{"role": "tool", "content": "x"}])
 
 
-def test_conversations_are_whole_whatever_the_tokenizers_file_cuts(checkpoint, tmp_path):
+def test_conversations_ignore_truncation_and_padding_of_the_file(checkpoint, tmp_path):
     """And of several templates the default one is taken."""
     pytest.importorskip("jinja2")
     messages = [{"role": "user", "content": "hello " * 9}]
@@ -80,7 +80,7 @@ def test_conversations_are_whole_whatever_the_tokenizers_file_cuts(checkpoint, t
     assert language.encode_chat(messages) == wanted
 
 
-def test_directories_without_a_template_say_so(checkpoint, tmp_path):
+def test_a_directory_without_a_template_is_an_error(checkpoint, tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     language = load_chat_tokenizer(tmp_path, HFTokenizer(checkpoint / "tokenizer.json"))
     assert language.stop_ids == (3, 4)
@@ -88,7 +88,7 @@ def test_directories_without_a_template_say_so(checkpoint, tmp_path):
         language.encode_chat([{"role": "user", "content": "hello"}])
 
 
-def test_command_prints_an_answer(checkpoint, capsys):
+def test_generate_prints_a_completion(checkpoint, capsys):
     command = ["generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "8"]
     assert main(command) == 0
     out, err = capsys.readouterr()
@@ -97,14 +97,14 @@ def test_command_prints_an_answer(checkpoint, capsys):
     assert main([*command, "--speculative"]) == 0
     again, err = capsys.readouterr()
     assert again == out
-    assert "guesses right" in err
+    assert "draft tokens accepted" in err
     assert main([*command, "--temperature", "-1"]) == 2
     assert "temperature" in capsys.readouterr().err
     assert main([*command, "--max-new-tokens", "200"]) == 2
     assert "max_new_tokens = 200" in capsys.readouterr().err
 
 
-def test_command_ends_quietly_when_nobody_listens(checkpoint, monkeypatch, capsys):
+def test_generate_ends_quietly_on_a_closed_pipe(checkpoint, monkeypatch, capsys):
     def interrupted(_):
         raise KeyboardInterrupt
 
@@ -119,22 +119,22 @@ def test_command_ends_quietly_when_nobody_listens(checkpoint, monkeypatch, capsy
     assert capsys.readouterr().err == ""
 
 
-def test_serving_takes_the_models_positions(checkpoint, monkeypatch, capsys):
+def test_serve_defaults_to_max_position_embeddings(checkpoint, monkeypatch, capsys):
     server = pytest.importorskip("mla_moe.inference.openai_server")
     seen = []
-    monkeypatch.setattr(server, "application", lambda engine, *_, **__: seen.append(engine.capacity))
+    monkeypatch.setattr(server, "application", lambda engine, *_, **__: seen.append(engine.max_model_len))
     monkeypatch.setattr(server, "serve", lambda *_: None)
     assert main(["serve", str(checkpoint)]) == 0
     assert seen == [128]
-    assert main(["serve", str(checkpoint), "--capacity", "129"]) == 2
+    assert main(["serve", str(checkpoint), "--max-model-len", "129"]) == 2
     assert main(["serve", str(checkpoint), "--port", "99999"]) == 2
     err = capsys.readouterr().err
-    assert "capacity = 129" in err
+    assert "max_model_len = 129" in err
     assert "port = 99999" in err
 
 
 @pytest.mark.parametrize("named_by", ["training", "path", "nothing"])
-def test_a_run_speaks_its_own_tokenizer(checkpoint, tmp_path, capsys, named_by):
+def test_generate_uses_the_tokenizer_of_the_run(checkpoint, tmp_path, capsys, named_by):
     """The run, its stage and its step, whether the tokenizer was trained with it or lies elsewhere."""
     step = tmp_path / "checkpoints" / "pretrain" / "4"
     step.parent.mkdir(parents=True)

@@ -49,24 +49,24 @@ def test_bpe_round_trips_any_text(bpe, text):
     assert bpe.decode([bpe.bos_id, *ids, bpe.eos_id]) == text
 
 
-def test_specials_spelled_in_text_stay_text(bpe):
+def test_special_tokens_in_text_are_plain_text(bpe):
     ids = bpe.encode("<s>def</s>")
     assert not {bpe.bos_id, bpe.eos_id} & set(ids.tolist())
     assert bpe.decode(ids) == "<s>def</s>"
 
 
 @pytest.mark.parametrize("which", ["byte", "bpe"])
-def test_broken_utf8_is_replaced(bpe, which):
+def test_invalid_utf8_is_replaced(bpe, which):
     tokenizer = ByteTokenizer() if which == "byte" else bpe
     assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"
 
 
-def test_bpe_has_the_size_asked_for_and_learns(bpe):
+def test_bpe_has_the_requested_size_and_compresses(bpe):
     assert (bpe.vocab_size, bpe.bos_id, bpe.eos_id) == (300, 0, 1)
     assert len(bpe.encode(CORPUS[0])) < 0.6 * len(CORPUS[0])
 
 
-def test_digits_stand_alone(bpe):
+def test_each_digit_is_a_token(bpe):
     assert len(bpe.encode("12345")) == 5
 
 
@@ -81,13 +81,13 @@ def test_the_same_text_gives_the_same_file(tmp_path):
     ]  # and leaves nothing unfinished behind
 
 
-def test_too_little_text_for_the_size_is_refused(tmp_path):
+def test_too_little_text_for_the_size_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"data.tokenizer = 'bpe:5000': the training text yields only \d+ tokens"):
         train_bpe(CORPUS, 5000, tmp_path / "tokenizer.json")
     assert not list(tmp_path.iterdir())
 
 
-def test_training_reads_no_more_than_its_sample(tmp_path, monkeypatch):
+def test_bpe_training_reads_no_more_than_its_sample(tmp_path, monkeypatch):
     monkeypatch.setattr("mla_moe.text.tokenizer._SAMPLE_CHARACTERS", 1000)
     read = []
 
@@ -109,17 +109,17 @@ def test_a_run_trains_once_and_then_loads(tmp_path):
         load_tokenizer("bpe:310", tmp_path / "run", CORPUS)
 
 
-def test_a_run_that_goes_on_from_a_checkpoint_has_its_tokenizer(tmp_path, bpe):
+def test_a_run_initialized_from_a_checkpoint_takes_its_tokenizer(tmp_path, bpe):
     inherited = load_tokenizer("bpe:300", tmp_path, ["other text"], Path(bpe.name))
     assert inherited.encode(CORPUS[0]).tolist() == bpe.encode(CORPUS[0]).tolist()
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == Path(bpe.name).with_name(name).read_bytes()
-    with pytest.raises(ConfigError, match=r"data.tokenizer = 'bpe:310': .* has 300 tokens; ask for as many"):
+    with pytest.raises(ConfigError, match=r"data.tokenizer = 'bpe:310': .* has 300 tokens; give .* that size"):
         load_tokenizer("bpe:310", tmp_path / "other", CORPUS, Path(bpe.name))
     assert not (tmp_path / "other").exists()
 
 
-def test_names_choose_the_tokenizer(tmp_path, bpe):
+def test_the_spec_selects_the_tokenizer(tmp_path, bpe):
     assert load_tokenizer("byte", tmp_path, CORPUS).vocab_size == 258
     assert load_tokenizer(bpe.name, tmp_path, CORPUS).vocab_size == 300
     assert not list(tmp_path.iterdir())
@@ -134,7 +134,7 @@ def test_names_choose_the_tokenizer(tmp_path, bpe):
         (["[BOS]"], "[BOS]", "[BOS]"),
     ],
 )
-def test_usual_specials_are_found(tmp_path, special, bos, eos):
+def test_common_special_tokens_are_found(tmp_path, special, bos, eos):
     tokenizer = HFTokenizer(write_tokenizer(tmp_path / "tokenizer.json", special))
     ids = {name: 3 + i for i, name in enumerate(special)}
     assert (tokenizer.bos_id, tokenizer.eos_id) == (ids[bos], ids[eos])
@@ -142,7 +142,7 @@ def test_usual_specials_are_found(tmp_path, special, bos, eos):
 
 
 @pytest.mark.parametrize("shape", [lambda name: name, lambda name: {"content": name, "lstrip": False}])
-def test_the_config_beside_it_has_the_word(tmp_path, shape):
+def test_tokenizer_config_takes_precedence(tmp_path, shape):
     path = write_tokenizer(tmp_path / "tokenizer.json", ["<s>", "</s>", "<go>", "<stop>"])
     config = {"bos_token": shape("<go>"), "eos_token": shape("<stop>")}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
@@ -151,12 +151,12 @@ def test_the_config_beside_it_has_the_word(tmp_path, shape):
     assert (HFTokenizer(path).bos_id, HFTokenizer(path).eos_id) == (3, 6)
 
 
-def test_what_cannot_be_used_is_named(tmp_path):
+def test_unusable_files_are_errors(tmp_path):
     def refused(path):
         with pytest.raises(ConfigError) as caught:
             load_tokenizer(str(path), tmp_path, CORPUS)
         assert caught.value.field == "data.tokenizer"
-        return caught.value.fix
+        return caught.value.message
 
     assert "no such file" in refused(tmp_path / "absent.json")
     (tmp_path / "broken.json").write_text("{")
@@ -167,6 +167,6 @@ def test_what_cannot_be_used_is_named(tmp_path):
     assert "no token '<gone>'" in refused(path)
     for token in ("3", "[]", '{"lstrip": true}'):
         (tmp_path / "tokenizer_config.json").write_text(f'{{"bos_token": {token}}}')
-        assert "bos_token in tokenizer_config.json is no text" in refused(path)
+        assert "bos_token in tokenizer_config.json must be a string" in refused(path)
     (tmp_path / "tokenizer_config.json").write_text("[")
     assert "not a JSON object" in refused(path)

@@ -11,7 +11,7 @@ METRICS = {"loss": 3.2141, "lr": 2.2e-4, "tokens_per_s": 12345.6, "moe/load_max"
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Time that passes only when the test says so: `clock[0]`."""
+    """A clock that only the test advances: `clock[0]`."""
     now = [1000.0]
     monkeypatch.setattr(console, "monotonic", lambda: now[0])
     return now
@@ -24,7 +24,7 @@ def clock(monkeypatch):
         (123456, "123 k"), (999_999, "1.00 M"), (671e9, "671 G"), (-2500, "-2.50 k"), (2.6e24, "2600000 E"),
     ],
 )  # fmt: skip
-def test_si(number, text):
+def test_si_prefixes(number, text):
     assert si(number) == text
 
 
@@ -48,14 +48,14 @@ def test_log_line():
     assert log_line(120, 400, {"loss": float("nan")}, None) == "step   120/400  loss nan"
 
 
-def test_losses_of_work_are_shown_when_there_are_any():
+def test_skipped_updates_and_dropped_tokens_appear_only_if_there_are_any():
     line = log_line(1, 9, METRICS | {"skipped": 2, "moe/dropped": 17}, None)
     assert "skipped 2" in line
     assert "dropped 17" in line
     assert "skipped" not in log_line(1, 9, METRICS | {"skipped": 0}, None)
 
 
-def test_the_widest_lines_fit():
+def test_longest_lines_fit_the_width():
     wide = {name: 123456.7 for name in METRICS} | {"reward": -1.0, "accuracy": 0.5, "skipped": 1e5, "moe/dropped": 1e9}
     line = log_line(1_000_000, 2_000_000, wide, 1e6)
     assert len(line) <= 80
@@ -63,7 +63,7 @@ def test_the_widest_lines_fit():
     assert len(bar_text(1_000_000, 2_000_000, wide, 1e6, 1e6)) <= 60
 
 
-def test_a_log_gets_a_line_every_ten_seconds_and_the_last(clock, capsys):
+def test_log_has_a_line_every_ten_seconds_and_for_the_last_step(clock, capsys):
     with Console(enabled=True).progress("pretrain", total=31, start=5) as progress:
         for step in range(6, 32):
             progress.update(step, METRICS)
@@ -76,59 +76,59 @@ def test_a_log_gets_a_line_every_ten_seconds_and_the_last(clock, capsys):
 
 
 def terminal(monkeypatch):
-    """A console whose output is an 80-column terminal kept in memory."""
-    talker = Console(enabled=True)
+    """A console on an 80-column terminal, and its output in memory."""
+    terminal_console = Console(enabled=True)
     output = io.StringIO()
     monkeypatch.setenv("TERM", "xterm")
-    talker._rich = rich.console.Console(file=output, force_terminal=True, width=80, highlight=False)
-    return talker, output
+    terminal_console._rich = rich.console.Console(file=output, force_terminal=True, width=80, highlight=False)
+    return terminal_console, output
 
 
-def test_a_terminal_gets_a_bar(monkeypatch):
+def test_terminal_shows_a_progress_bar(monkeypatch):
     monkeypatch.delenv("CI", raising=False)
-    talker, output = terminal(monkeypatch)
-    with talker.progress("pretrain", total=400) as progress:
+    terminal_console, output = terminal(monkeypatch)
+    with terminal_console.progress("pretrain", total=400) as progress:
         progress.update(400, METRICS)
-        talker.say("kept [as is]")
+        terminal_console.print("kept [as is]")
     final = output.getvalue()
     assert "━" in final
     assert "kept [as is]" in final
     assert "400/400  loss 3.214  12.3k tok/s  load 1.31" in final
 
 
-def test_ci_gets_lines_even_on_a_terminal(monkeypatch):
+def test_ci_prints_lines_even_on_a_terminal(monkeypatch):
     monkeypatch.setenv("CI", "true")
-    talker, output = terminal(monkeypatch)
-    with talker.progress("pretrain", total=400) as progress:
+    terminal_console, output = terminal(monkeypatch)
+    with terminal_console.progress("pretrain", total=400) as progress:
         progress.update(400, METRICS)
     assert output.getvalue().startswith("step   400/400")
     assert "━" not in output.getvalue()
 
 
-def test_tables_align_and_keep_brackets(capsys):
-    talker = Console(enabled=True)
-    talker.startup_table("quickstart", [("model", "tiny [v3]"), ("sequence length", "x" * 100)])
+def test_tables_are_aligned_and_brackets_are_not_markup(capsys):
+    terminal_console = Console(enabled=True)
+    terminal_console.startup_table("quickstart", [("model", "tiny [v3]"), ("sequence length", "x" * 100)])
     lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == "quickstart"
     assert lines[1].index("tiny [v3]") == lines[2].index("x")
     assert sum(line.count("x") for line in lines) == 100
     assert all(len(line) <= 80 for line in lines)
-    talker.result_table("result", [("loss", "1.5"), ("tokens", "12.3 M")])
+    terminal_console.result_table("result", [("loss", "1.5"), ("tokens", "12.3 M")])
     _, loss, tokens = (line.rstrip() for line in capsys.readouterr().out.splitlines())
     assert len(loss) == len(tokens)
 
 
-def test_a_long_message_is_not_cut(capsys):
-    Console(enabled=True).say("m" * 200)
+def test_long_message_is_not_truncated(capsys):
+    Console(enabled=True).print("m" * 200)
     assert capsys.readouterr().out == "m" * 200 + "\n"
 
 
-def test_other_processes_are_silent(clock, capsys):
-    talker = Console(enabled=False)
-    talker.say("hello")
-    talker.startup_table("run", [("a", "b")])
-    talker.result_table("run", [("a", "b")])
-    with talker.progress("pretrain", total=2) as progress:
+def test_disabled_console_prints_nothing(clock, capsys):
+    terminal_console = Console(enabled=False)
+    terminal_console.print("hello")
+    terminal_console.startup_table("run", [("a", "b")])
+    terminal_console.result_table("run", [("a", "b")])
+    with terminal_console.progress("pretrain", total=2) as progress:
         progress.update(2, METRICS)
     captured = capsys.readouterr()
     assert captured.out == captured.err == ""

@@ -1,4 +1,4 @@
-"""Where a run begins: a checkpoint of Hugging Face, of this project, or another run's whole state."""
+"""Initialization from a Hugging Face checkpoint, from a run's checkpoint, and from another run's full state."""
 
 import dataclasses
 import json
@@ -65,14 +65,14 @@ def rows(run_dir):
     return [{k: v for k, v in r.items() if k not in timings} for r in read_rows(run_dir / "metrics.jsonl")]
 
 
-def test_a_branch_of_a_run_goes_on_as_the_run_itself(recipe, run, tmp_path, capsys):
+def test_full_state_of_another_run_resumes_with_the_same_rows(recipe, run, tmp_path, capsys):
     data = dataclasses.replace(recipe.data, prefetch=1)
-    start(recipe, tmp_path, init_from=str(run / "checkpoints" / "pretrain" / "2"), init_parts="whole", data=data)
+    start(recipe, tmp_path, init_from=str(run / "checkpoints" / "pretrain" / "2"), init_parts="full_state", data=data)
     assert "step 2" in capsys.readouterr().out
     assert rows(tmp_path) == rows(run)[2:]
 
 
-def test_a_branch_begins_with_the_pretraining_of_a_run_that_went_further(recipe, run, tmp_path, capsys):
+def test_full_state_is_taken_from_pretraining_if_the_run_has_later_stages(recipe, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "tuned")
     later = tmp_path / "tuned" / "checkpoints" / "sft" / "9"
     shutil.copytree(run / "checkpoints" / "pretrain" / "2", later)
@@ -80,12 +80,12 @@ def test_a_branch_begins_with_the_pretraining_of_a_run_that_went_further(recipe,
     (tmp_path / "up").mkdir()
     source = str(tmp_path / "up" / ".." / "tuned")
     training = dataclasses.replace(recipe.training, steps=5)
-    start(recipe, tmp_path / "on", init_from=source, init_parts="whole", training=training)
+    start(recipe, tmp_path / "on", init_from=source, init_parts="full_state", training=training)
     assert "step 4" in capsys.readouterr().out
 
 
-def test_parameters_alone_begin_anew(recipe, run, tmp_path):
-    """From the run, and from what becomes of it on its way through the layout of Hugging Face: the same numbers."""
+def test_parameters_alone_start_at_step_one(recipe, run, tmp_path):
+    """From a run, and after conversion to Hugging Face and back: the same rows."""
     convert(run, tmp_path / "hf")
     convert(tmp_path / "hf", tmp_path / "orbax", to="orbax")
     seen = []
@@ -98,7 +98,7 @@ def test_parameters_alone_begin_anew(recipe, run, tmp_path):
     assert seen[0][0]["loss"] < rows(run)[0]["loss"]
 
 
-def test_a_run_is_loaded_and_converted_as_it_is(recipe, run, tmp_path):
+def test_loaded_and_converted_run_has_the_same_arrays(recipe, run, tmp_path):
     model = model_arrays(load_pretrained(run))
     convert(run, tmp_path / "hf")
     for path, x in model_arrays(load_pretrained(tmp_path / "hf")).items():
@@ -108,12 +108,12 @@ def test_a_run_is_loaded_and_converted_as_it_is(recipe, run, tmp_path):
     assert model["moe_layers/moe/router/bias"].any()
 
 
-def test_large_arrays_are_stored_by_layer_and_expert(recipe, tmp_path, monkeypatch):
+def test_large_arrays_are_chunked_by_layer_and_expert(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("mla_moe.checkpoint.manager._CHUNK_BYTES", 2 << 10)
     start(recipe, tmp_path, training=dataclasses.replace(recipe.training, steps=1))
-    from mla_moe.checkpoint.source import open_any_checkpoint
+    from mla_moe.checkpoint.reader import open_checkpoint
 
-    store = open_any_checkpoint(tmp_path)._store("moe_layers/moe/gate_up")
+    store = open_checkpoint(tmp_path)._store("moe_layers/moe/gate_up")
     assert store.chunk_layout.read_chunk.shape[:2] == (1, 1)
     with CheckpointManager(tmp_path, "pretrain", recipe.checkpoint) as checkpoints:
         assert checkpoints.latest == 1
@@ -124,50 +124,52 @@ REFUSED = {
     "another model": (
         {"init_from": str(GOLDEN / "v3")}, "model.vocab_size = 258: .* has 32"
     ),
-    "parameters only": ({"init_from": "hf", "init_parts": "whole"}, "parameters only"),
+    "parameters only": ({"init_from": "hf", "init_parts": "full_state"}, "parameters only"),
     "nothing there": ({"init_from": "/nowhere"}, "no such directory"),
-    "nothing left to do": ({"init_from": "run", "init_parts": "whole"}, "has done 4 already"),
-    "other data": ({"init_from": "run", "init_parts": "whole", "seed": 1}, "seed = 1: .* had 0"),
-    "packed otherwise": (
-        {"init_from": "run", "init_parts": "whole", "data": {"shuffle_buffer_size": 8}}, "data.shuffle_buffer_size = 8: .* had 4;"
+    "all steps done": ({"init_from": "run", "init_parts": "full_state"}, "has done 4 already"),
+    "other data": ({"init_from": "run", "init_parts": "full_state", "seed": 1}, "seed = 1: .* had 0"),
+    "another shuffle buffer": (
+        {"init_from": "run", "init_parts": "full_state", "data": {"shuffle_buffer_size": 8}},
+        "data.shuffle_buffer_size = 8: .* had 4;",
     ),
     "another optimizer": (
-        {"init_from": "run", "init_parts": "whole", "optimizer": {"name": "muon"}}, "optimizer.name = .* had 'adamw'"
+        {"init_from": "run", "init_parts": "full_state", "optimizer": {"name": "muon"}},
+        "optimizer.name = .* had 'adamw'",
     ),
-    "a module less": (
-        {"init_from": "run", "init_parts": "whole", "model": {"num_nextn_predict_layers": 0}},
+    "MTP module dropped": (
+        {"init_from": "run", "init_parts": "full_state", "model": {"num_nextn_predict_layers": 0}},
         "model.num_nextn_predict_layers = 0: .* had 1",
     ),
-    "another stage": ({"init_from": "sft", "init_parts": "whole"}, "sft/4 is of a later stage"),
+    "another stage": ({"init_from": "sft", "init_parts": "full_state"}, "sft/4 is of a later stage"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_does_not_fit_is_refused(recipe, run, tmp_path, changes, message):
+def test_mismatch_with_the_checkpoint_is_an_error(recipe, run, tmp_path, changes, message):
     if changes["init_from"] == "hf":
         convert(run, tmp_path / "hf")
     later = tmp_path / "tuned" / "checkpoints" / "sft"
     if changes["init_from"] == "sft":
         shutil.copytree(run / "checkpoints" / "pretrain", later)
         shutil.copy(run / "recipe.json", tmp_path / "tuned")
-    places = {"hf": str(tmp_path / "hf"), "run": str(run), "sft": str(later)}
-    changes = changes | {"init_from": places.get(changes["init_from"], changes["init_from"])}
+    sources = {"hf": str(tmp_path / "hf"), "run": str(run), "sft": str(later)}
+    changes = changes | {"init_from": sources.get(changes["init_from"], changes["init_from"])}
     sections = {name: value for name, value in changes.items() if isinstance(value, dict)}
     changes |= {name: dataclasses.replace(getattr(recipe, name), **value) for name, value in sections.items()}
     with pytest.raises(ConfigError, match=message):
         start(recipe, tmp_path / "new", **changes)
 
 
-def test_a_run_goes_on_with_the_tokenizer_of_its_model(recipe, run, tmp_path):
-    """Even on other text: one that is trained anew would give the ids other meanings. Later, the checkpoint may go."""
+def test_run_inherits_the_tokenizer_of_its_checkpoint(recipe, run, tmp_path):
+    """Even with other text, on which a new tokenizer would have other ids. Later the checkpoint may be deleted."""
     for name, letters in ("a", "abcdefgh"), ("b", "ijklmnop"):
         words = np.random.default_rng(0).choice(list(letters), (400, 5))
         (tmp_path / f"{name}.txt").write_text(" ".join(map("".join, words)))
     data = dataclasses.replace(recipe.data, train=(f"{tmp_path}/a.txt",), streams=1, tokenizer="bpe:300")
-    with pytest.raises(ConfigError, match=r"data.tokenizer = 'bpe:300': .* brings no tokenizer"):
-        start(recipe, tmp_path / "of-bytes", init_from=str(run), data=data)
+    with pytest.raises(ConfigError, match=r"data.tokenizer = 'bpe:300': .* has no tokenizer"):
+        start(recipe, tmp_path / "byte-model", init_from=str(run), data=data)
     with pytest.raises(ConfigError, match="no such directory"):
-        start(recipe, tmp_path / "of-nothing", init_from="/nowhere", data=data)
+        start(recipe, tmp_path / "no-model", init_from="/nowhere", data=data)
     once = {"model": dataclasses.replace(recipe.model, vocab_size=300)}
     once |= {"training": dataclasses.replace(recipe.training, steps=1)}
     start(recipe, tmp_path / "first", data=data, **once)
@@ -177,18 +179,18 @@ def test_a_run_goes_on_with_the_tokenizer_of_its_model(recipe, run, tmp_path):
     files = [tmp_path / name / "tokenizer.json" for name in ("first", "second")]
     assert files[0].read_bytes() == files[1].read_bytes()
     (tmp_path / "first").rename(tmp_path / "moved")
-    start(recipe, tmp_path / "second", **other)  # all done
+    start(recipe, tmp_path / "second", **other)  # all steps are done already
 
 
-def test_a_prediction_module_may_be_left_behind(recipe, run, tmp_path):
+def test_mtp_module_may_be_dropped(recipe, run, tmp_path):
     model = dataclasses.replace(recipe.model, num_nextn_predict_layers=0, max_position_embeddings=256)
     training = dataclasses.replace(recipe.training, steps=1)
     start(recipe, tmp_path / "without", init_from=str(run), model=model, training=training)
     assert "mtp_loss" not in rows(tmp_path / "without")[0]
     own = dataclasses.replace(recipe.model, mtp_shares_embedding=False)
     start(recipe, tmp_path / "own", model=own, training=training)
-    start(recipe, tmp_path / "shorn", init_from=str(tmp_path / "own"), model=model, training=training)
-    assert load_pretrained(tmp_path / "shorn").cfg == model
-    with pytest.raises(ConfigError, match="has no prediction module"):
+    start(recipe, tmp_path / "dropped", init_from=str(tmp_path / "own"), model=model, training=training)
+    assert load_pretrained(tmp_path / "dropped").cfg == model
+    with pytest.raises(ConfigError, match="has no MTP module"):
         start(recipe, tmp_path / "with", init_from=str(tmp_path / "without"))
     assert load_pretrained(tmp_path / "without", dtype=jnp.bfloat16).cfg == model

@@ -20,7 +20,7 @@ def write_steps(run_dir, resume_step, steps, stage="pretrain", loss=1.0):
 
 
 def events(directory):
-    """The events of all files, read by TensorBoard's record format: length, checksum, bytes, checksum."""
+    """The events of all files in TensorBoard's record format: length, checksum, bytes, checksum."""
     for path in sorted(directory.iterdir()):
         data = path.read_bytes()
         while data:
@@ -29,22 +29,23 @@ def events(directory):
             data = data[12 + length + 4 :]
 
 
-def test_rows_are_on_disk_at_once_in_full_precision(tmp_path):
+def test_rows_are_flushed_to_disk_in_full_precision(tmp_path):
     with MetricsWriter(tmp_path / "run", None, "pretrain") as writer:
         writer.write(1, {"loss": np.float32(0.1), "moe/dropped": 3})
         rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert rows == [{"step": 1, "stage": "pretrain", "loss": float(np.float32(0.1)), "moe/dropped": 3.0}]
+    row = {"format_version": 2, "step": 1, "stage": "pretrain", "loss": float(np.float32(0.1)), "moe/dropped": 3.0}
+    assert rows == [row]
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "expert_load.jsonl", "samples.jsonl"])
-def test_resume_leaves_one_clean_curve(tmp_path, name):
+def test_resume_drops_rows_after_the_restored_step(tmp_path, name):
     write_steps(tmp_path, None, range(1, 8))
     write_steps(tmp_path, 4, range(5, 7))
     assert [row["step"] for row in read_rows(tmp_path / name)] == [1, 2, 3, 4, 5, 6]
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_fresh_start_keeps_nothing_of_its_stage(tmp_path):
+def test_fresh_start_drops_all_rows_of_its_stage(tmp_path):
     write_steps(tmp_path, None, range(3), loss=1.0)
     write_steps(tmp_path, None, range(2), loss=2.0)
     assert [(row["step"], row["loss"]) for row in read_rows(tmp_path / "metrics.jsonl")] == [(0, 2.0), (1, 2.0)]
@@ -58,7 +59,7 @@ def test_other_stages_keep_their_rows(tmp_path):
     assert rows == [("pretrain", 1), ("pretrain", 2), ("pretrain", 3), ("rl", 1), ("rl", 2)]
 
 
-def test_a_truncated_last_line_is_dropped_and_said(tmp_path, caplog):
+def test_truncated_last_line_is_dropped_and_logged(tmp_path, caplog):
     write_steps(tmp_path, None, [1, 2, 3])
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text()[:-9])
@@ -70,7 +71,7 @@ def test_a_truncated_last_line_is_dropped_and_said(tmp_path, caplog):
     assert [row["step"] for row in read_rows(path)] == [1, 2, 4]
 
 
-def test_a_last_line_that_only_lost_its_newline_is_kept(tmp_path):
+def test_last_line_without_its_newline_is_kept(tmp_path):
     write_steps(tmp_path, None, [1, 2])
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text().rstrip("\n"))
@@ -78,23 +79,23 @@ def test_a_last_line_that_only_lost_its_newline_is_kept(tmp_path):
     assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
 
 
-def test_a_broken_line_inside_is_an_error_with_its_place(tmp_path):
+def test_malformed_line_inside_the_file_is_an_error_with_its_line_number(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(ConfigError, match=r"metrics\.jsonl:2"):
         read_rows(tmp_path / "metrics.jsonl")
 
 
-def test_seconds_count_steps_of_every_start():
+def test_seconds_include_steps_before_restarts():
     def of(*steps):
         return seconds_in_steps([{"step": step, "step_seconds": 0.5} for step in steps] + [{"step": 4}], log_every=2)
 
     assert of(2, 4, 6) == 3.0
-    assert of(42, 44) == 2.0, "a branch does not count the steps of the run it goes on from"
+    assert of(42, 44) == 2.0, "a run that resumes another run's state does not count that run's steps"
     assert of(1, 3) == 1.5
     assert of() == 0
 
 
-def test_no_file_has_no_rows(tmp_path):
+def test_missing_file_has_no_rows(tmp_path):
     assert read_rows(tmp_path / "metrics.jsonl") == []
 
 
@@ -103,15 +104,16 @@ def test_nan_is_null_and_counted(tmp_path):
         writer.write(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 1e-3})
     text = (tmp_path / "metrics.jsonl").read_text()
     row = json.loads(text, parse_constant=pytest.fail)
+    assert row.pop("format_version") == 2
     assert row == {"step": 1, "stage": "pretrain", "loss": None, "grad_norm": None, "lr": 1e-3, "non_finite": 2}
 
 
-def test_a_list_is_no_metric(tmp_path):
+def test_list_is_not_a_metric(tmp_path):
     with MetricsWriter(tmp_path, None, "pretrain") as writer, pytest.raises(TypeError):
         writer.write(1, {"load": [1.0, 2.0]})
 
 
-def test_load_is_relative_to_the_layers_mean(tmp_path):
+def test_expert_load_is_relative_to_the_mean_of_its_layer(tmp_path):
     with MetricsWriter(tmp_path, None, "pretrain") as writer:
         writer.write_load(7, np.array([[10, 30, 20, 20], [0, 0, 0, 0]]))
     (row,) = read_rows(tmp_path / "expert_load.jsonl")

@@ -15,7 +15,7 @@ from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training.optimizer import MUON_RMS, learning_rate, make_optimizer, scale_by_layered_muon
 
 
-def test_schedule_rises_stays_falls_and_stays():
+def test_schedule_has_warmup_constant_decay_and_constant_tail():
     rate = learning_rate(
         ScheduleConfig(peak_lr=2.0, warmup_fraction=0.1, decay_fraction=0.5, final_lr_fraction=0.25, tail_fraction=0.2),
         100,
@@ -27,7 +27,7 @@ def test_schedule_rises_stays_falls_and_stays():
     np.testing.assert_allclose(rates[80:], 0.5, rtol=1e-5)
 
 
-def test_no_warmup_begins_at_the_peak():
+def test_schedule_without_warmup_starts_at_the_peak():
     assert float(learning_rate(ScheduleConfig(peak_lr=1.0, warmup_fraction=0.0, decay_fraction=0.0), 10)(0)) == 1.0
 
 
@@ -51,16 +51,16 @@ FLAT = ScheduleConfig(peak_lr=1.0, warmup_fraction=0.0, decay_fraction=0.0)
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_decay_touches_matrices_only(abstract_model, params, name):
+def test_weight_decay_applies_to_matrices_only(abstract_model, params, name):
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates = first_update(OptimizerConfig(name, FLAT, weight_decay=0.5), abstract_model, params, zeros)
     for path, variable in ((p, abstract_model.variables[p]) for p in params):
-        share = 0.0 if isinstance(variable, Scale) else 0.5
-        np.testing.assert_allclose(updates[path], -share * params[path], rtol=1e-4, atol=1e-6, err_msg=path)
+        decay = 0.0 if isinstance(variable, Scale) else 0.5
+        np.testing.assert_allclose(updates[path], -decay * params[path], rtol=1e-4, atol=1e-6, err_msg=path)
 
 
 @pytest.mark.smoke
-def test_muon_makes_each_matrix_of_a_stack_orthogonal_by_itself(abstract_model, params):
+def test_muon_orthogonalizes_each_matrix_of_a_stack_separately(abstract_model, params):
     grads = {p: jax.random.normal(jax.random.key(i), x.shape) for i, (p, x) in enumerate(params.items())}
     updates = first_update(OptimizerConfig("muon", FLAT, weight_decay=0.0), abstract_model, params, grads)
     matrices = {
@@ -79,8 +79,8 @@ def test_muon_makes_each_matrix_of_a_stack_orthogonal_by_itself(abstract_model, 
             np.testing.assert_allclose(updates[path], -np.sign(grads[path]), atol=0.02)
 
 
-def test_muon_layer_by_layer_is_optax_muon(abstract_model, params):
-    """Momentum, too, is that of the whole stack: after two updates of different gradients."""
+def test_layered_muon_equals_optax_muon(abstract_model, params):
+    """Momentum too, after two updates with different gradients."""
     dimensions = {
         "moe_layers/moe/gate_up": MuonDimensionNumbers((2,), (4,)),
         "moe_layers/attention/q_b": MuonDimensionNumbers((1,), (2, 3)),
@@ -88,14 +88,14 @@ def test_muon_layer_by_layer_is_optax_muon(abstract_model, params):
     }
     matrices = {path: params[path] for path in dimensions}
     layered = scale_by_layered_muon(0.9, abstract_model.variables)
-    whole = scale_by_muon(beta=0.9, weight_dimension_numbers=dimensions)
+    reference = scale_by_muon(beta=0.9, weight_dimension_numbers=dimensions)
 
     @partial(jax.jit, static_argnums=0)
     def two_updates(tx):
         _, state = tx.update(matrices, tx.init(matrices))
         return tx.update(jax.tree.map(jnp.cos, matrices), state)
 
-    (ours, state), (theirs, their_state) = two_updates(layered), two_updates(whole)
+    (ours, state), (theirs, their_state) = two_updates(layered), two_updates(reference)
     for path, axes in dimensions.items():
         inputs, outputs = (math.prod(matrices[path].shape[i] for i in side) for side in axes)
         rms = MUON_RMS * max(inputs, outputs) ** 0.5
@@ -104,7 +104,7 @@ def test_muon_layer_by_layer_is_optax_muon(abstract_model, params):
     assert state.count == their_state.count == 2
 
 
-def test_every_parameter_is_in_a_group(abstract_model, params):
+def test_every_parameter_is_in_a_parameter_group(abstract_model, params):
     kinds = {type(abstract_model.variables[path]) for path in params}
     assert kinds == {Matrix, Embedding, Scale}
     ones = jax.tree.map(jnp.ones_like, params)
@@ -112,12 +112,12 @@ def test_every_parameter_is_in_a_group(abstract_model, params):
     assert all(jnp.abs(u).max() > 0 for u in updates.values())
 
 
-def test_clipping_scales_the_whole_gradient(abstract_model, params):
+def test_gradient_clipping_scales_all_gradients(abstract_model, params):
     grads = jax.tree.map(jnp.ones_like, params)
     base = OptimizerConfig("adamw", FLAT, eps=1.0, weight_decay=0.0)
     norm = sum(x.size for x in params.values()) ** 0.5
-    clipped = first_update(dataclasses.replace(base, clip=0.1), abstract_model, params, grads)
-    loose = first_update(dataclasses.replace(base, clip=1e9), abstract_model, params, grads)
+    clipped = first_update(dataclasses.replace(base, max_grad_norm=0.1), abstract_model, params, grads)
+    loose = first_update(dataclasses.replace(base, max_grad_norm=1e9), abstract_model, params, grads)
     wanted = (0.1 / norm) / (0.1 / norm + 1.0)
     np.testing.assert_allclose(-clipped["embed"], wanted, rtol=1e-3)
     np.testing.assert_allclose(-loose["embed"], 0.5, rtol=1e-3)

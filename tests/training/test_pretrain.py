@@ -25,9 +25,9 @@ from mla_moe.config import (
 from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training.console import Console
 from mla_moe.training.metrics import read_rows
+from mla_moe.training.preemption import InterruptedRun, PreemptionSignals
 from mla_moe.training.pretrain import pretrain
-from mla_moe.training.run_context import InterruptedRun
-from mla_moe.training.run_directory import PreemptionSignals, open_run_directory
+from mla_moe.training.run_directory import open_run_directory
 
 STEPS = 8
 TIMES = ("tokens_per_s", "step_seconds", "mfu")
@@ -35,7 +35,7 @@ TIMES = ("tokens_per_s", "step_seconds", "mfu")
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    """Documents of made-up words, for training and held out."""
+    """Documents of random words, for training and held out."""
     folder = tmp_path_factory.mktemp("text")
     random = np.random.default_rng(0)
     words = ["".join(random.choice(list("abcdefgh"), random.integers(2, 7))) for _ in range(40)]
@@ -71,38 +71,38 @@ def rows(run_dir, drop=TIMES):
 
 
 @pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
-    """A run from the first step to the last."""
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+def finished_run(recipe, tmp_path_factory):
+    """The directory of an uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
     start(recipe, run_dir)
     return run_dir
 
 
 @pytest.mark.smoke
-def test_a_run_leaves_what_it_promises(whole, recipe):
-    steps = [row for row in read_rows(whole / "metrics.jsonl") if "loss" in row]
+def test_run_writes_its_documented_files(finished_run, recipe):
+    steps = [row for row in read_rows(finished_run / "metrics.jsonl") if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, STEPS + 1))
-    promised = {"stage", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "moe/load_max", "moe/dropped", "mtp_loss"}
-    assert all(promised <= set(row) for row in steps)
+    documented = {"stage", "loss", "lr", "grad_norm", "tokens_per_s", "mfu", "moe/load_max", "moe/dropped", "mtp_loss"}
+    assert all(documented <= set(row) for row in steps)
     assert steps[-1]["loss"] < steps[0]["loss"]
-    evals = [row for row in read_rows(whole / "metrics.jsonl") if "eval/bits_per_byte" in row]
+    evals = [row for row in read_rows(finished_run / "metrics.jsonl") if "eval/bits_per_byte" in row]
     assert [row["step"] for row in evals] == [4, 8]
     assert evals[1]["eval/bits_per_byte"] < evals[0]["eval/bits_per_byte"] < 9
     assert evals[0]["eval/gzip_bits_per_byte"] > 0
-    assert Recipe.from_json((whole / "recipe.json").read_text()).training == recipe.training
-    assert [row["prompt"] for row in read_rows(whole / "samples.jsonl")] == ["ab"]
-    assert len(read_rows(whole / "expert_load.jsonl")) == STEPS
-    assert sorted(p.name for p in (whole / "checkpoints" / "pretrain").iterdir()) == ["6", "8"]
-    assert "held-out bits per byte" in json.loads((whole / "summary.json").read_text())
+    assert Recipe.from_json((finished_run / "recipe.json").read_text()).training == recipe.training
+    assert [row["prompt"] for row in read_rows(finished_run / "samples.jsonl")] == ["ab"]
+    assert len(read_rows(finished_run / "expert_load.jsonl")) == STEPS
+    assert sorted(p.name for p in (finished_run / "checkpoints" / "pretrain").iterdir()) == ["6", "8"]
+    assert "held-out bits per byte" in json.loads((finished_run / "summary.json").read_text())
 
 
 @pytest.mark.smoke
-def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeypatch):
-    """A signal after step 2, an end at step 5 that saves nothing, and the rest: the same rows, bit for bit."""
-    import mla_moe.training.trainer as stage
+def test_interrupted_run_resumes_with_the_same_rows(finished_run, recipe, tmp_path, monkeypatch):
+    """Stopped by a signal after step 2, then at step 5 without a save, then resumed: the same rows, bit for bit."""
+    import mla_moe.training.trainer as trainer
 
     def stop_at(step):
-        record = stage.StepMetrics.record
+        record = trainer.StepMetrics.record
 
         def then_stop(self, number, metrics, batch):
             record(self, number, metrics, batch)
@@ -112,31 +112,33 @@ def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeyp
         return then_stop
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage.StepMetrics, "record", stop_at(2))
+        patch.setattr(trainer.StepMetrics, "record", stop_at(2))
         with pytest.raises(InterruptedRun, match="stopped at step 2 by SIGTERM"):
             start(recipe, tmp_path)
-    with monkeypatch.context() as patch:  # as a kill would: rows of steps 3 to 5, and nothing saved of 4 and 5
-        patch.setattr(stage.StepMetrics, "record", stop_at(5))
-        save = stage.Checkpoints.save
-        patch.setattr(stage.Checkpoints, "save", lambda self, step, *a: save(self, step, *a) if step < 5 else None)
+    with monkeypatch.context() as patch:  # like a kill: rows of steps 3 to 5, but no checkpoint of steps 4 and 5
+        patch.setattr(trainer.StepMetrics, "record", stop_at(5))
+        save = trainer.CheckpointManager.save
+        patch.setattr(
+            trainer.CheckpointManager, "save", lambda self, step, *a: save(self, step, *a) if step < 5 else None
+        )
         with pytest.raises(InterruptedRun):
             start(recipe, tmp_path)
     start(recipe, tmp_path)
-    assert rows(tmp_path) == rows(whole)
-    assert read_rows(tmp_path / "samples.jsonl") == read_rows(whole / "samples.jsonl")
-    assert read_rows(tmp_path / "expert_load.jsonl") == read_rows(whole / "expert_load.jsonl")
+    assert rows(tmp_path) == rows(finished_run)
+    assert read_rows(tmp_path / "samples.jsonl") == read_rows(finished_run / "samples.jsonl")
+    assert read_rows(tmp_path / "expert_load.jsonl") == read_rows(finished_run / "expert_load.jsonl")
 
 
-def test_a_finished_run_is_left_alone(whole, recipe, capsys):
-    before = (whole / "metrics.jsonl").read_bytes()
-    start(recipe, whole)
+def test_finished_run_is_not_changed(finished_run, recipe, capsys):
+    before = (finished_run / "metrics.jsonl").read_bytes()
+    start(recipe, finished_run)
     assert "done already" in capsys.readouterr().out
-    assert (whole / "metrics.jsonl").read_bytes() == before
+    assert (finished_run / "metrics.jsonl").read_bytes() == before
 
 
-def test_one_device_and_eight_give_the_same_curve(whole, recipe, tmp_path, monkeypatch):
+def test_one_device_and_eight_have_the_same_losses(finished_run, recipe, tmp_path, monkeypatch):
     start_on_one_device(monkeypatch, recipe, tmp_path, sample=SampleConfig())
-    for one, eight in zip(rows(tmp_path), rows(whole), strict=True):
+    for one, eight in zip(rows(tmp_path), rows(finished_run), strict=True):
         for name in {"loss", "mtp_loss", "eval/loss"} & set(one):
             assert one[name] == pytest.approx(eight[name], rel=1e-4), (one["step"], name)
 
@@ -146,11 +148,11 @@ def start_on_one_device(monkeypatch, *args, **changes):
     start(*args, **changes)
 
 
-def test_a_directory_of_another_run_is_refused(whole, recipe):
+def test_directory_of_another_run_is_an_error(finished_run, recipe):
     changed = dataclasses.replace(recipe.optimizer, weight_decay=0.7)
     with pytest.raises(ConfigError, match=r"optimizer.weight_decay = 0.7: .* holds a run with 0.1"):
-        start(recipe, whole, optimizer=changed)
-    open_run_directory(dataclasses.replace(recipe, run_dir=str(whole), checkpoint=CheckpointConfig(every=1)))
+        start(recipe, finished_run, optimizer=changed)
+    open_run_directory(dataclasses.replace(recipe, run_dir=str(finished_run), checkpoint=CheckpointConfig(every=1)))
 
 
 @pytest.mark.parametrize(
@@ -164,57 +166,57 @@ def test_a_directory_of_another_run_is_refused(whole, recipe):
         ({"sample": SampleConfig(prompts=("ab", "abc"), max_new_tokens=125)}, "sample.max_new_tokens"),
     ],
 )
-def test_what_cannot_run_is_said_before_compiling(recipe, tmp_path, changes, field, capsys):
+def test_invalid_recipe_is_an_error_before_compiling(recipe, tmp_path, changes, field, capsys):
     with pytest.raises(ConfigError) as error:
         start(recipe, tmp_path / "run", **changes)
     assert error.value.field == field
     assert "compiled" not in capsys.readouterr().out
 
 
-def test_a_refused_start_can_be_corrected(recipe, tmp_path):
+def test_recipe_can_be_corrected_after_a_failed_start(recipe, tmp_path):
     with pytest.raises(ConfigError):
         start(recipe, tmp_path, data=DataConfig(train=("nowhere/*.txt",)))
     assert open_run_directory(dataclasses.replace(recipe, run_dir=str(tmp_path))) == tmp_path
 
 
-def test_a_refused_start_leaves_no_tokenizer_of_its_text(recipe, tmp_path):
+def test_failed_start_leaves_no_tokenizer(recipe, tmp_path):
     run = dataclasses.replace(recipe, run_dir=str(tmp_path), data=dataclasses.replace(recipe.data, tokenizer="bpe:300"))
-    (tmp_path / "tokenizer.json").write_text("of other text")
+    (tmp_path / "tokenizer.json").write_text("another tokenizer")
     open_run_directory(run)
     assert not (tmp_path / "tokenizer.json").exists()
     (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 1}\n')
-    (tmp_path / "tokenizer.json").write_text("of this run")
+    (tmp_path / "tokenizer.json").write_text("tokenizer of this run")
     open_run_directory(run)
     assert (tmp_path / "tokenizer.json").exists()
 
 
-def test_what_later_stages_read_may_change_until_they_begin(recipe, tmp_path):
-    def again(**task):
-        rl = dataclasses.replace(recipe.rl, kl_coef=task.pop("kl", 0.0))
+def test_sections_of_later_stages_may_change_until_those_stages_start(recipe, tmp_path):
+    def reopen(**task):
+        rl = dataclasses.replace(recipe.rl, kl_coef=task.pop("kl_coef", 0.0))
         open_run_directory(
             dataclasses.replace(recipe, run_dir=str(tmp_path), rl=rl, task=dataclasses.replace(recipe.task, **task))
         )
 
     rows = tmp_path / "metrics.jsonl"
-    again()
+    reopen()
     rows.write_text('{"stage": "pretrain", "step": 1}\n')
-    again(format=2.0, kl=1.0)
+    reopen(format_weight=2.0, kl_coef=1.0)
     rows.write_text('{"stage": "pretrain", "step": 1}\n{"stage": "sft", "step": 1}\n')
-    again(format=2.0, kl=2.0)
+    reopen(format_weight=2.0, kl_coef=2.0)
     with pytest.raises(ConfigError, match=r"task.format_weight = 3.0: .* holds a run with 2.0"):
-        again(format=3.0, kl=2.0)
+        reopen(format_weight=3.0, kl_coef=2.0)
     (tmp_path / "rejection.jsonl").touch()
     with pytest.raises(ConfigError, match=r"rl.kl_coef = 0.0"):
-        again(format=2.0)
+        reopen(format_weight=2.0)
 
 
-def test_a_name_that_checkpoints_cannot_be_written_below(recipe, tmp_path):
+def test_run_dir_with_glob_characters_is_an_error(recipe, tmp_path):
     with pytest.raises(ConfigError, match=r"run_dir = '.*lr\[3e-4\]': checkpoints cannot be written below"):
         open_run_directory(dataclasses.replace(recipe, run_dir=str(tmp_path / "lr[3e-4]")))
     assert not list(tmp_path.iterdir())
 
 
-def test_one_process_trains_in_a_directory(recipe, tmp_path):
+def test_second_process_in_a_run_directory_is_an_error(recipe, tmp_path):
     open_run_directory(dataclasses.replace(recipe, run_dir=str(tmp_path)))
     code = f"from mla_moe.training.run_directory import _lock; from pathlib import Path; _lock(Path({str(tmp_path)!r}))"
     environment = os.environ | {"PYTHONPATH": str(Path(mla_moe.__file__).parents[1])}
@@ -222,39 +224,39 @@ def test_one_process_trains_in_a_directory(recipe, tmp_path):
     assert "another process trains there" in other.stderr
 
 
-def test_one_document_is_enough(recipe, tmp_path):
+def test_one_document_suffices(recipe, tmp_path):
     text = tmp_path / "input.txt"
     text.write_text("to be or not to be, that is the question. " * 100)
     training = dataclasses.replace(recipe.training, steps=1, eval_every=0)
     data = dataclasses.replace(recipe.data, train=(str(text),), heldout=(), streams=None)
     start(recipe, tmp_path / "run", data=data, training=training, sample=SampleConfig())
     assert len(rows(tmp_path / "run")) == 1
-    with pytest.raises(ConfigError, match=r"data.streams = 2: 1 documents cannot feed as many"):
+    with pytest.raises(ConfigError, match=r"data.streams = 2: there are only 1 documents"):
         start(recipe, tmp_path / "two", data=dataclasses.replace(data, streams=2), training=training)
 
 
-def test_a_vocabulary_too_small_for_the_tokenizer(recipe, tmp_path):
+def test_vocabulary_smaller_than_the_tokenizer_is_an_error(recipe, tmp_path):
     with pytest.raises(ConfigError, match=r"model.vocab_size = 64"):
         start(recipe, tmp_path, model=dataclasses.replace(recipe.model, vocab_size=64))
 
 
-def test_the_bias_balances_the_experts(recipe, tmp_path, monkeypatch):
-    """Busiest over mean expert at the end: near even with the update, and visibly worse without."""
+def test_router_bias_balances_the_experts(recipe, tmp_path, monkeypatch):
+    """The max load ratio at the end is near 1 with router bias updates, and clearly larger without."""
     long = dataclasses.replace(recipe.training, steps=60, eval_every=0, aux_loss_weight=0.0)
     optimizer = OptimizerConfig("adamw", ScheduleConfig(peak_lr=1e-2, warmup_fraction=0.1, decay_fraction=0.5))
-    worst = {}
+    load_ratio = {}
     for gamma in (0.02, 0.0):
         training = dataclasses.replace(long, router_bias_update_rate=gamma)
-        data = dataclasses.replace(recipe.data, streams=1)  # so little text mixes badly in several
+        data = dataclasses.replace(recipe.data, streams=1)  # this little text mixes badly in several streams
         changes = {"data": data, "training": training, "optimizer": optimizer, "sample": SampleConfig()}
         start_on_one_device(monkeypatch, recipe, tmp_path / str(gamma), **changes)
         loads = [row["moe/load_max"] for row in read_rows(tmp_path / str(gamma) / "metrics.jsonl") if "loss" in row]
-        worst[gamma] = np.mean(loads[-6:])
-    assert worst[0.02] < 1.6
-    assert worst[0.0] > 1.2 * worst[0.02]
+        load_ratio[gamma] = np.mean(loads[-6:])
+    assert load_ratio[0.02] < 1.6
+    assert load_ratio[0.0] > 1.2 * load_ratio[0.02]
 
 
-def test_a_second_signal_breaks_off():
+def test_second_signal_raises_keyboard_interrupt():
     with PreemptionSignals() as signals:
         signal.raise_signal(signal.SIGINT)
         assert signals.received is signal.SIGINT

@@ -1,4 +1,4 @@
-"""Fine-tuning as a stage: what it learns, what it does not, and that it goes on as if never stopped."""
+"""The SFT stage: what it learns, what it skips, and that it resumes exactly."""
 
 import dataclasses
 import json
@@ -24,11 +24,10 @@ from mla_moe.config import (
     TrainingConfig,
 )
 from mla_moe.parallel.mesh import make_mesh
-from mla_moe.text.prompts import render_prompt
 from mla_moe.text.tokenizer import ByteTokenizer
 from mla_moe.training.console import Console
 from mla_moe.training.metrics import read_rows
-from mla_moe.training.run_context import InterruptedRun
+from mla_moe.training.preemption import InterruptedRun
 from mla_moe.training.run_directory import open_run_directory
 from mla_moe.training.sft import train_sft
 
@@ -40,7 +39,7 @@ STEPS = 60
 
 @pytest.fixture(scope="module")
 def folder(cfg, tmp_path_factory):
-    """Pairs in two files, and a model that has learned nothing."""
+    """Examples in two files, and an untrained model."""
     folder = tmp_path_factory.mktemp("sft")
     lines = [json.dumps({"question": q, "completion": c}) for q, c in PAIRS.items()]
     (folder / "a.jsonl").write_text("\n".join(lines[:2]) + "\n\n")
@@ -74,7 +73,7 @@ def recipe(cfg, folder):
 
 def start(recipe, run_dir, **changes):
     recipe = dataclasses.replace(recipe, run_dir=str(run_dir), sft=dataclasses.replace(recipe.sft, **changes))
-    train_sft(recipe, open_run_directory(recipe), Console(enabled=True), render_prompt)
+    train_sft(recipe, open_run_directory(recipe), Console(enabled=True))
     return rows(run_dir)
 
 
@@ -82,33 +81,33 @@ def rows(run_dir):
     return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(run_dir / "metrics.jsonl")]
 
 
-def answers(model):
+def completions(model):
     prompts = [[BYTE.bos_id, *BYTE.encode(f"{question}=").tolist()] for question in PAIRS]
     new = mla_moe.generate(model, prompts, max_new_tokens=16, eos_id=BYTE.eos_id)
     return [BYTE.decode(tokens) for tokens in new]
 
 
 @pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+def finished_run(recipe, tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
     start(recipe, run_dir)
     return run_dir
 
 
 @pytest.mark.smoke
-def test_it_learns_the_answers_and_where_they_end(whole, recipe):
-    steps = rows(whole)
+def test_model_learns_the_completions_and_their_end(finished_run, recipe):
+    steps = rows(finished_run)
     assert [(row["stage"], row["step"]) for row in steps] == [("sft", n) for n in range(1, STEPS + 1)]
     assert steps[-1]["loss"] < 0.05 < 3 < steps[0]["loss"]
     assert {"lr", "grad_norm", "moe/load_max", "mtp_loss"} <= set(steps[0])
-    assert read_rows(whole / "expert_load.jsonl")[0]["stage"] == "sft"
-    assert [path.name for path in (whole / "checkpoints").iterdir()] == ["sft"]
-    assert "sft loss" in json.loads((whole / "summary.json").read_text())
-    assert answers(mla_moe.load_pretrained(whole)) == list(PAIRS.values())
+    assert read_rows(finished_run / "expert_load.jsonl")[0]["stage"] == "sft"
+    assert [path.name for path in (finished_run / "checkpoints").iterdir()] == ["sft"]
+    assert "sft loss" in json.loads((finished_run / "summary.json").read_text())
+    assert completions(mla_moe.load_pretrained(finished_run)) == list(PAIRS.values())
 
 
-def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeypatch):
-    from mla_moe.training.step_metrics import StepMetrics
+def test_interrupted_run_resumes_with_the_same_rows(finished_run, recipe, tmp_path, monkeypatch):
+    from mla_moe.training.trainer import StepMetrics
 
     record = StepMetrics.record
 
@@ -121,33 +120,35 @@ def test_stopped_and_run_again_is_never_stopped(whole, recipe, tmp_path, monkeyp
         patch.setattr(StepMetrics, "record", then_stop)
         with pytest.raises(InterruptedRun, match="stopped at step 6"):
             start(recipe, tmp_path)
-    assert start(recipe, tmp_path) == rows(whole)
+    assert start(recipe, tmp_path) == rows(finished_run)
 
 
-@pytest.mark.thorough  # the loop is that of pretraining
-def test_one_device_and_eight_give_the_same_curve(whole, recipe, tmp_path, monkeypatch):
-    """And so do parts of a batch, one after the other."""
+@pytest.mark.thorough  # the loop is the same as in pretraining
+def test_one_device_and_eight_have_the_same_losses(finished_run, recipe, tmp_path, monkeypatch):
+    """With gradient accumulation on the one device."""
     monkeypatch.setattr("mla_moe.training.run_context.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
     one = start(recipe, tmp_path, gradient_accumulation_steps=2)
     for name in ("loss", "mtp_loss", "grad_norm"):
-        np.testing.assert_allclose([row[name] for row in one[:3]], [row[name] for row in rows(whole)[:3]], rtol=1e-3)
+        np.testing.assert_allclose(
+            [row[name] for row in one[:3]], [row[name] for row in rows(finished_run)[:3]], rtol=1e-3
+        )
 
 
-def test_the_router_bias_stays_unless_asked(whole, recipe, folder, tmp_path):
+def test_router_bias_is_frozen_by_default(finished_run, recipe, folder, tmp_path):
     from mla_moe.nn.abstract_model import model_arrays
 
     def biases(path):
         return {k: v for k, v in model_arrays(mla_moe.load_pretrained(path)).items() if k.endswith("bias")}
 
     start(recipe, tmp_path, steps=1, router_bias_update_rate=0.5)
-    before, frozen, moved = biases(folder / "base"), biases(whole), biases(tmp_path)
+    before, frozen, moved = biases(folder / "base"), biases(finished_run), biases(tmp_path)
     assert before
     for path in before:
         np.testing.assert_array_equal(frozen[path], before[path])
         assert np.abs(np.asarray(moved[path]) - np.asarray(before[path])).max() > 0
 
 
-def test_what_is_left_out_is_counted_and_said(recipe, folder, tmp_path, capsys):
+def test_skipped_and_truncated_examples_are_counted_and_printed(recipe, folder, tmp_path, capsys):
     text = "\n".join([
         (folder / "b.jsonl").read_text(),
         "not json",
@@ -156,13 +157,15 @@ def test_what_is_left_out_is_counted_and_said(recipe, folder, tmp_path, capsys):
     ])  # fmt: skip
     (tmp_path / "pairs.jsonl").write_text(text)
     data = (str(tmp_path / "pairs.jsonl"),)
-    start(recipe, tmp_path / "run", steps=1, data=data, malformed=0.2)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "1 broken lines are left out, the first at" in said
-    assert "line 4: Expecting value" in said
-    assert "1 pairs are left out: their prompt fills 32 tokens" in said
-    assert "1 completions are cut at 32 tokens" in said
-    with pytest.raises(ConfigError, match=r"sft.data = .* 1 of 6 lines are broken, the first at .*pairs.jsonl, line 4"):
+    start(recipe, tmp_path / "run", steps=1, data=data, max_malformed_fraction=0.2)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "1 malformed lines are skipped, the first at" in printed
+    assert "line 4: Expecting value" in printed
+    assert "1 examples are skipped: prompts fill 32 tokens" in printed
+    assert "1 completions are truncated at 32 tokens" in printed
+    with pytest.raises(
+        ConfigError, match=r"sft.data = .* 1 of 6 lines are malformed, the first at .*pairs.jsonl, line 4"
+    ):
         start(recipe, tmp_path / "strict", steps=1, data=data)
 
 
@@ -177,7 +180,7 @@ def test_what_is_left_out_is_counted_and_said(recipe, folder, tmp_path, capsys):
         ({"data": DataConfig(streams=8, heldout=())}, "data.streams"),
     ],
 )
-def test_what_cannot_run_is_said_before_compiling(recipe, tmp_path, changes, field, capsys):
+def test_invalid_recipe_is_an_error_before_compiling(recipe, tmp_path, changes, field, capsys):
     with pytest.raises(ConfigError) as error:
         start(dataclasses.replace(recipe, **changes), tmp_path / "run")
     assert error.value.field == field
@@ -193,7 +196,7 @@ def test_what_cannot_run_is_said_before_compiling(recipe, tmp_path, changes, fie
         (lambda: SFTConfig(router_bias_update_rate=-1.0), "sft.router_bias_update_rate"),
     ],
 )
-def test_impossible_values_name_the_field(make, field):
+def test_invalid_values_name_their_field(make, field):
     with pytest.raises(ConfigError) as error:
         make()
     assert error.value.field == field

@@ -1,1 +1,1 @@
-"""Verifiers of answers, run in worker processes with a time limit."""
+"""Verifiers of completions, run in worker processes with a timeout."""

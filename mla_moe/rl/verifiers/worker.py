@@ -1,7 +1,7 @@
-"""Verifiers, and the loop of a process that runs them.
+"""Verifiers, and the main loop of the worker process that runs them.
 
-`judge.py` runs this file by its path in fresh interpreters, which must start quickly and leave accelerators alone: it
-imports nothing of the package.
+`pool.py` runs this file by its path in fresh interpreters, which must start quickly and not use accelerators: it
+imports nothing from the package.
 """
 
 import contextlib
@@ -22,24 +22,24 @@ from typing import Any, NamedTuple
 
 
 class Example(NamedTuple):
-    """A question, and what is known of its answer."""
+    """A question with its reference answer."""
 
     question: str
     answer: str
-    """The right answer, or one of them; empty where the task's own check needs none."""
+    """A correct answer; empty if the task's verifier needs none."""
     record: Mapping[str, Any]
-    """All that the source says of it: the object of a JSON line, or reasoning-gym's entry with its `metadata`."""
+    """The full record: the object of a JSON line, or reasoning-gym's entry with its `metadata`."""
 
 
 VerifierSpec = tuple[Any, ...]
-"""What to judge with, in a form that can be sent: a kind, and the arguments of its loader, a name last."""
+"""A verifier in picklable form: its kind and the arguments of its loader, the last of which is a name."""
 
 
 def load(kind: str, *arguments: Any) -> Callable[..., Any]:
-    """The judge of a `Spec`. Whatever its imports raise comes through.
+    """The verifier of a `VerifierSpec`. Raises what its imports raise.
 
-    `("math",)` and `("reasoning_gym", options, name)` are called with (answer, example), and `("function", path)` with
-    (prompt, completion, example).
+    `("math",)` and `("reasoning_gym", options, name)` take (answer, example); `("function", path)` takes (prompt,
+    completion, example).
     """
     return {"math": _math, "reasoning_gym": _reasoning_gym, "function": _function}[kind](*arguments)
 
@@ -47,15 +47,15 @@ def load(kind: str, *arguments: Any) -> Callable[..., Any]:
 def _math() -> Callable[[str, Example], float]:
     import math_verify
 
-    # It warns that its time limits are off: they rest on signals, and this process has a limit already.
+    # It warns that its time limits are off: they use signals, and the pool has a timeout of its own.
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     parse = functools.partial(math_verify.parse, parsing_timeout=0)
 
     def verify(answer: str, example: Example) -> float:
         if answer.strip() == example.answer.strip():
             return 1.0
-        gold, given = parse(_as_math(example.answer)), parse(_as_math(answer))
-        return float(math_verify.verify(gold, given, timeout_seconds=0))
+        gold, predicted = parse(_as_math(example.answer)), parse(_as_math(answer))
+        return float(math_verify.verify(gold, predicted, timeout_seconds=0))
 
     return verify
 
@@ -66,8 +66,8 @@ _EXPONENT = re.compile(r"(?<=\d)[eE]([+-]?\d+)(?!\w)")
 
 
 def _as_math(text: str) -> str:
-    """Marked as LaTeX unless it is marked, or has words: math-verify would multiply their letters, Paris = Pairs. The e
-    of 1e-5 is no factor."""
+    """The text in LaTeX delimiters, unless it has them already or contains words: math-verify would read words as
+    products of letters (Paris = Pairs). 1e-5 becomes a power of ten, as math-verify would read e as a factor."""
     text = text.strip()
     if "\\" not in text and _WORD.search(text):
         return text
@@ -90,7 +90,7 @@ def _function(path: str) -> Callable[..., Any]:
     source, _, name = path.rpartition(":")
     if source.endswith(".py"):
         file = Path(source).resolve(strict=True)
-        sys.path.insert(0, str(file.parent))  # what lies beside it can be imported, as beside any script
+        sys.path.insert(0, str(file.parent))  # modules next to it can be imported, as for a script
         spec = importlib.util.spec_from_file_location(file.stem, file)
         assert spec is not None
         assert spec.loader is not None
@@ -103,49 +103,49 @@ def _function(path: str) -> Callable[..., Any]:
         raise TypeError(f"{name} is not callable")
     if inspect.iscoroutinefunction(function):
         raise TypeError(f"{name} is a coroutine; write a plain function")
-    with contextlib.suppress(ValueError):  # written in C, of which Python cannot tell
+    with contextlib.suppress(ValueError):  # a function in C has no signature
         inspect.signature(function).bind("prompt", "completion", "example")
     return function
 
 
-def _judged(function: Callable[..., Any], texts: tuple[str, ...], example: Example) -> tuple[str, Any]:
-    """`("value", float)`, or the kind of a failure and what happened."""
+def _call(function: Callable[..., Any], texts: tuple[str, ...], example: Example) -> tuple[str, Any]:
+    """`("value", float)`, or the kind of a failure and a message."""
     try:
         value = function(*texts, example)
-        number = float(value) if hasattr(value, "__float__") else math.nan  # a string is no number
-    except BaseException as error:  # a verifier may even ask to exit
+        number = float(value) if hasattr(value, "__float__") else math.nan  # a string is not a number
+    except BaseException as error:  # including SystemExit
         return "raised", f"{type(error).__name__}: {error}"
     return ("value", number) if math.isfinite(number) else ("not_finite", f"returned {value!r:.200}")
 
 
 def serve(channel: Connection) -> None:
-    """Load judges, say that they are ready, or which is not and why, then answer calls until the parent is gone.
+    """Load the verifiers, reply that they are ready or why one is not, then serve calls until the parent ends.
 
-    Messages to the parent are pairs: `("ready", None)`, `("unable", (field, why))`, or what `_judged` returns. A call
-    has a limit in seconds, which the parent enforces. The alarm, a little later, is for a process whose parent was
-    killed meanwhile: the system delivers it even where no Python code runs.
+    Replies are pairs: `("ready", None)`, `("unable", (field, why))`, or what `_call` returns. The parent enforces the
+    timeout of a call. If the parent was killed meanwhile, an alarm a second later ends this process: the operating
+    system delivers it even if no Python code runs.
     """
     sys.path[:], specs = channel.recv()
-    judges, field = {}, ""
+    verifiers, field = {}, ""
     try:
         for field, spec in specs.items():
-            judges[field] = load(*spec)
+            verifiers[field] = load(*spec)
     except BaseException as error:
         channel.send(("unable", (field, f"{type(error).__name__}: {error}")))
         return
     channel.send(("ready", None))
     while True:
         try:
-            limit, field, texts, example = channel.recv()
+            timeout, field, texts, example = channel.recv()
         except (EOFError, ConnectionError):
             return
-        signal.setitimer(signal.ITIMER_REAL, limit + 1)
-        reply = _judged(judges[field], texts, Example(*example))
+        signal.setitimer(signal.ITIMER_REAL, timeout + 1)
+        reply = _call(verifiers[field], texts, Example(*example))
         signal.setitimer(signal.ITIMER_REAL, 0)
         channel.send(reply)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to end
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles interrupts and ends its workers
     serve(Connection(int(sys.argv[1])))
-    os.killpg(0, signal.SIGKILL)  # with what verifiers left running: threads, and processes
+    os.killpg(0, signal.SIGKILL)  # with threads and processes that verifiers left running

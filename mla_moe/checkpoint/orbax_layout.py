@@ -1,0 +1,161 @@
+"""The file layout of Orbax checkpoints, and their arrays one by one through TensorStore.
+
+Orbax restores complete trees only, which a conversion cannot hold in memory. No other module depends on the layout;
+`tests/checkpoint/test_orbax_layout.py` checks each of these points against the installed Orbax. In a step's directory:
+
+    _CHECKPOINT_METADATA   JSON, written when the save is complete, with commit_timestamp_nsecs and custom_metadata
+    ITEM/metadata          the JSON object of an item (model, digests)
+    state/_METADATA        JSON; the values of tree_metadata have the keys of each array
+    state/manifest.ocdbt   exists if all arrays are stored in one OCDBT database
+    state/params.PATH/     otherwise a Zarr array, in a directory named by its keys, joined with "."
+"""
+
+import contextlib
+import dataclasses
+from collections import deque
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from mla_moe.checkpoint.files import CheckpointError, flush_to_disk, read_json
+from mla_moe.checkpoint.hf_mapping import Index
+from mla_moe.config import FORMAT_VERSION, ModelConfig
+from mla_moe.config.migrations import require_known_version
+from mla_moe.nn.abstract_model import AbstractModel
+
+_COMMIT = "_CHECKPOINT_METADATA"
+_CACHE_BYTES = 256 << 20  # consecutive reads often need the same stored chunk
+_MAX_PENDING_WRITES = 4
+
+
+def find_step(path: Path) -> Path | None:
+    """The step's directory that `path` is, or the newest of a stage's or a run's directory; None if it has none.
+    Raises `CheckpointError` if `path` is no directory, and for a run that has not saved a checkpoint yet."""
+    if not path.is_dir():
+        raise CheckpointError("checkpoint", str(path), "no such directory")
+    if (path / "state").is_dir() and (path / "model").is_dir():
+        return path
+    stages = (path / "checkpoints").glob("*") if (path / "checkpoints").is_dir() else [path]
+    steps = [step for stage in stages if stage.is_dir() for step in stage.iterdir() if step.name.isdigit()]
+    complete = [step for step in steps if (step / _COMMIT).is_file()]  # a kill during a removal leaves the others
+    if not complete and (path / "recipe.json").is_file() and not (path / "config.json").is_file():
+        raise CheckpointError("checkpoint", str(path), "is a run without a checkpoint yet")
+    return max(complete, key=_commit_time, default=None)
+
+
+def _commit_time(step: Path) -> tuple[int, int]:
+    return read_json(step / _COMMIT).get("commit_timestamp_nsecs") or 0, int(step.name)
+
+
+def run_directory(step: Path) -> Path | None:
+    """The run that a step's directory is part of, also if a link leads to the step, or from within the run to it."""
+    runs = [run for path in (step.resolve(), step.absolute()) for run in path.parents[2:3]]
+    return next((run for run in runs if (run / "recipe.json").is_file()), None)
+
+
+def require_known_format(step: Path) -> None:
+    """Raise `ConfigError` for a checkpoint of a newer format version. The reader needs no migration for older ones."""
+    custom = read_json(step / _COMMIT).get("custom_metadata") if (step / _COMMIT).is_file() else None
+    version = custom.get("format_version") if isinstance(custom, dict) else None
+    if isinstance(version, int):
+        require_known_version(version, str(step / _COMMIT))
+
+
+def read_json_item(step: Path, item: str, *, required: bool = True) -> dict[str, Any]:
+    """An item that was saved with `ocp.args.JsonSave`; empty if there is none and it is not `required`."""
+    file = step / item / "metadata"
+    return read_json(file) if required or file.is_file() else {}
+
+
+class StateArrays:
+    """The arrays of a step's `state`, each opened when first needed."""
+
+    def __init__(self, step: Path):
+        """Reads the list of the arrays. Raises `CheckpointError` if there is none."""
+        tree = read_json(step / "state" / "_METADATA").get("tree_metadata")
+        if not isinstance(tree, dict):
+            raise CheckpointError("checkpoint", str(step), "has no list of its arrays; it was not written by Orbax")
+        self.keys = [tuple(str(entry["key"]) for entry in leaf["key_metadata"]) for leaf in tree.values()]
+        self.uses_ocdbt = (step / "state" / "manifest.ocdbt").exists()
+        self._directory = step / "state"
+        self._open: dict[tuple[str, ...], ts.TensorStore] = {}
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+
+    def __getitem__(self, key: tuple[str, ...]) -> ts.TensorStore:
+        """Raises `CheckpointError` for an array whose metadata are missing or damaged."""
+        if key not in self._open:
+            spec = _array_spec(self._directory, key, self.uses_ocdbt)
+            try:
+                self._open[key] = ts.open(spec, context=self._context, open=True, read=True).result()
+            except ValueError as error:
+                raise CheckpointError("checkpoint", key[-1], f"cannot be opened: {str(error)[:200]}") from None
+        return self._open[key]
+
+
+class ArraySpec(NamedTuple):
+    """An array to write."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    chunk_shape: tuple[int, ...]
+    """The shape of the chunks that are stored separately."""
+
+
+class OrbaxWriter:
+    """Writes arrays chunk by chunk, in any order, in the background."""
+
+    def __init__(self, stores: Mapping[str, ts.TensorStore]):
+        self._stores = stores
+        self._pending: deque[ts.WriteFutures] = deque()
+
+    def write(self, path: str, index: Index, chunk: np.ndarray) -> None:
+        self._pending.append(self._stores[path][index].write(chunk))
+        self.wait(_MAX_PENDING_WRITES)
+
+    def wait(self, max_pending: int = 0) -> None:
+        while len(self._pending) > max_pending:
+            self._pending.popleft().result()
+
+
+@contextlib.contextmanager
+def create_step(directory: Path, cfg: ModelConfig, specs: Mapping[str, ArraySpec]) -> Generator[OrbaxWriter]:
+    """Create a step's directory, whose parameters and router biases are written within the block. Orbax writes the
+    tree with placeholders, which TensorStore replaces by empty arrays of the given chunk shapes."""
+    biases = set(AbstractModel(cfg).bias_paths)
+    keys = {path: ("biases" if path in biases else "params", path) for path in specs}
+    tree: dict[str, dict[str, np.ndarray]] = {"params": {}, "biases": {}}
+    for path, (group, _) in keys.items():
+        tree[group][path] = np.zeros(1, specs[path].dtype)
+    handlers = ocp.CompositeCheckpointHandler(
+        state=ocp.PyTreeCheckpointHandler(use_ocdbt=False), model=ocp.JsonCheckpointHandler()
+    )
+    with ocp.Checkpointer(handlers) as checkpointer:
+        items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), model=ocp.args.JsonSave(dataclasses.asdict(cfg)))
+        metadata = {"format_version": FORMAT_VERSION}
+        checkpointer.save(directory.absolute(), items, force=True, custom_metadata=metadata)
+    stores, context = {}, ts.Context({"file_io_sync": False})  # flushed below, all files at once
+    for path, (dtype, shape, chunk_shape) in specs.items():
+        spec = _array_spec(directory / "state", keys[path], ocdbt=False)
+        metadata = {"chunks": list(chunk_shape), "compressor": None}
+        stores[path] = ts.open(
+            spec | {"metadata": metadata}, context=context, create=True, delete_existing=True, dtype=dtype, shape=shape
+        ).result()
+    writer = OrbaxWriter(stores)
+    yield writer
+    writer.wait()
+    for file in (directory / "state").rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                flush_to_disk(opened.fileno())
+
+
+def _array_spec(state: Path, key: tuple[str, ...], ocdbt: bool) -> dict[str, Any]:
+    name, state = ".".join(key), state.resolve()  # TensorStore rejects `..`
+    base = {"driver": "file", "path": f"{state}/"}
+    if ocdbt:
+        return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
+    return {"driver": "zarr", "kvstore": base | {"path": f"{state / name}/"}}

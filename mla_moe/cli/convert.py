@@ -1,0 +1,38 @@
+"""`mla-moe convert`."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from mla_moe.checkpoint.convert import convert
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Convert a checkpoint between the Hugging Face and the Orbax layout, or to another dtype, with bounded memory.
+
+    The destination appears only when it is complete. From a run, parameters and router biases are taken, not the
+    optimizer state.
+    """
+
+    src: tyro.conf.Positional[Path]
+    """A Hugging Face directory, or a run's directory or checkpoint."""
+    dst: tyro.conf.Positional[Path]
+    """The new directory."""
+    to: Literal["hf", "orbax"] = "hf"
+    """hf: config.json and safetensors; orbax: a checkpoint for `--init-from` and Orbax."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Weights' dtype; by default unchanged, and bfloat16 for FP8 weights."""
+    fp8: bool = False
+    """Quantize matrices to FP8 in blocks of 128 x 128, as in DeepSeek's releases."""
+
+    def run(self) -> None:
+        import jax.numpy as jnp
+
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a single process merges nothing
+        convert(self.src, self.dst, to=self.to, dtype=self.dtype and jnp.dtype(self.dtype), fp8=self.fp8)
+        size = sum(file.stat().st_size for file in self.dst.rglob("*") if file.is_file())
+        print(f"{self.dst}: {size / 1e9:.2f} GB")

@@ -1,0 +1,85 @@
+"""`mla-moe generate`."""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+import tyro
+
+from mla_moe.checkpoint.pretrained import load_pretrained
+from mla_moe.checkpoint.tokenizer_files import tokenizer_file
+from mla_moe.config import require
+from mla_moe.inference.engine import Engine
+from mla_moe.inference.generate import required_length
+from mla_moe.inference.request import Request
+from mla_moe.nn.transformer import Transformer
+from mla_moe.text.chat_tokenizer import ChatTokenizer, load_chat_tokenizer
+from mla_moe.text.tokenizer import ByteTokenizer, HFTokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate:
+    """Generate a completion for one prompt, and print it as it is decoded."""
+
+    checkpoint: tyro.conf.Positional[Path]
+    """A Hugging Face directory, or a run's directory or checkpoint. Without a tokenizer, tokens are bytes."""
+    prompt: str
+    chat: bool = False
+    """Apply the checkpoint's chat template, with the prompt as the user's message."""
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    """0 decodes greedily."""
+    top_k: int = 0
+    """0 does not restrict sampling to the most likely tokens."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Strings that end the completion."""
+    speculative: bool = False
+    """Speculative decoding with the MTP module: the same text up to rounding, usually faster."""
+    int8_kv_cache: bool = False
+    """Quantize the KV cache to int8: half the memory of bfloat16."""
+
+    def run(self) -> None:
+        model, tokenizer = load_model_and_tokenizer(self.checkpoint)
+        message = [{"role": "user", "content": self.prompt}]
+        tokens = tokenizer.encode_chat(message) if self.chat else tokenizer.encode(self.prompt)
+        request = Request(
+            tokens, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.seed,
+            stop_ids=tokenizer.stop_ids, stop=self.stop,
+        )  # fmt: skip
+        engine = Engine(
+            model, max_num_seqs=1, max_model_len=required_length(model, [request]), decode=tokenizer.decode,
+            speculative=self.speculative, int8_kv_cache=self.int8_kv_cache,
+        )  # fmt: skip
+        self._print_completion(engine, request)
+
+    def _print_completion(self, engine: Engine, request: Request) -> None:
+        """The text goes to standard output, the time and the acceptance of draft tokens to standard error."""
+        start = time.perf_counter()
+        completion = engine.submit(request)
+        printed = 0
+        while completion.finish_reason is None:
+            engine.step()
+            sys.stdout.write(completion.text[printed:])
+            sys.stdout.flush()
+            printed = len(completion.text)
+        sys.stdout.write("\n")
+        seconds = time.perf_counter() - start
+        drafts = engine.draft_stats
+        accepted = f", {drafts.accepted} of {drafts.proposed} draft tokens accepted" if self.speculative else ""
+        count = len(completion.tokens)
+        reason = f"finish reason: {completion.finish_reason}"
+        print(f"[{count} tokens in {seconds:.1f} s, compilation included; {reason}{accepted}]", file=sys.stderr)
+
+
+def load_model_and_tokenizer(checkpoint: Path) -> tuple[Transformer, ChatTokenizer]:
+    """For generate, eval and serve. Raises `ConfigError` if the tokenizer has more tokens than the model."""
+    file = tokenizer_file(checkpoint)
+    model = load_pretrained(checkpoint)
+    tokenizer = HFTokenizer(file) if file else ByteTokenizer()
+    fix = f"has {tokenizer.vocab_size} tokens, more than the model's {model.cfg.vocab_size}: it is another model's"
+    require(tokenizer.vocab_size <= model.cfg.vocab_size, "tokenizer", tokenizer.name, fix)
+    return model, load_chat_tokenizer(file.parent if file else checkpoint, tokenizer)

@@ -1,0 +1,55 @@
+import dataclasses
+
+from mla_moe import Yarn
+from mla_moe.config import ModelConfig, Recipe
+from mla_moe.config.resume import leaves
+
+LEAVES = leaves(Recipe("x"))
+"""By dotted name; `model.rope_scaling` is None here."""
+
+FREE = (
+    "run_dir mesh. checkpoint. sample. kernels.attention kernels.grouped_matmul kernels.dispatch data.prefetch "
+    "training.loss_chunk training.remat training.max_skipped_steps training.loss_spike_threshold training.log_every "
+    "training.eval_every rl.micro_batch_size rl.max_num_seqs rl.eval_every"
+)
+
+
+def changeable(*started):
+    return {name for name, leaf in LEAVES.items() if leaf.may_change(set(started))}
+
+
+def section(*names):
+    return {name for name in LEAVES if name.startswith(names)}
+
+
+def test_fields_that_may_change_at_any_restart():
+    assert changeable("pretrain", "sft", "rl", "rejection") == section(*FREE.split())
+
+
+def test_sections_may_change_until_a_stage_that_uses_them_starts():
+    free = changeable("pretrain", "sft", "rl", "rejection")
+    assert changeable("pretrain") == free | section("task.", "sft.", "rl.", "rejection.")
+    assert changeable("pretrain", "sft") == free | section("rl.", "rejection.")
+    assert changeable("rl") == free | section("rejection.")
+    assert changeable("rejection") == free
+
+
+def test_fields_that_must_be_equal_to_restore_the_full_state_of_another_run():
+    equal = {name for name, leaf in LEAVES.items() if leaf.equal_for_full_state}
+    assert equal == section("data.") - {"data.prefetch"} | {
+        "seed", "optimizer.name", "training.batch_size", "training.sequence_length", "model.num_nextn_predict_layers",
+    }  # fmt: skip
+
+
+def test_model_fields_that_may_differ_from_the_checkpoint():
+    fields = dataclasses.fields(ModelConfig)
+    assert {f.name for f in fields if f.metadata.get("init_from") == "may_differ"} == {
+        "max_position_embeddings", "rope_theta", "rope_scaling", "initializer_range", "num_nextn_predict_layers",
+    }  # fmt: skip
+
+
+def test_optional_section_has_the_policy_of_its_field():
+    yarn = Yarn(factor=2.0, original_max_position_embeddings=32)
+    recipe = Recipe("x", model=dataclasses.replace(Recipe("x").model, rope_scaling=yarn))
+    assert leaves(recipe)["model.rope_scaling.factor"].value == 2.0
+    assert not leaves(recipe)["model.rope_scaling.factor"].may_change({"pretrain"})

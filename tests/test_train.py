@@ -44,6 +44,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_an_interrupt_during_compilation_is_one_line(request, tmp_path, interruptible):
     command = [sys.executable, "train.py", "configs/quickstart.py", "--run-dir", str(tmp_path / "run")]
     with subprocess.Popen(command, cwd=request.config.rootpath, stderr=subprocess.PIPE, text=True) as process:

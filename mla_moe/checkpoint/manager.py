@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -31,6 +31,7 @@ _CHUNK_BYTES = 64 << 20
 """Larger arrays are stored in chunks, so that another mesh or a conversion reads little more than it needs."""
 
 
+@runtime_checkable
 class DataPosition(Protocol):
     """The position in the data, saved with the state: `data.Batches` over text, or the number of prompts used."""
 

@@ -30,7 +30,7 @@ def step(request, tmp_path_factory):
         with ocp.CheckpointManager(directory) as manager:
             for number in (1, 2):
                 items = ocp.args.Composite(state=ocp.args.StandardSave(STATE), model=model)
-                manager.save(number, items, custom_metadata=VERSION)
+                manager.save(number, args=items, custom_metadata=VERSION)
         return directory / "2"
     handlers = ocp.CompositeCheckpointHandler(
         state=ocp.PyTreeCheckpointHandler(use_ocdbt=False), model=ocp.JsonCheckpointHandler()

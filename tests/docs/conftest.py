@@ -37,7 +37,8 @@ def small(recipe: Recipe) -> Recipe:
         "overlong_buffer": 0,
     }
     sizes = {"prompts_per_step": 2, "group_size": 4, "minibatches": 1, "max_resample_rounds": 1}
-    batch = {"micro_batch_size": 8, "max_num_seqs": 8}
+    batches = {"batch_size": 8, "sequence_length": 64, "gradient_accumulation_steps": 1}
+    microbatch = {"micro_batch_size": 8, "max_num_seqs": 8}
     evaluation = {"eval_prompts": 2, "eval_samples": 0, "eval_every": 0}
     builtin = {"cpython:train": "books/**/*.txt", "cpython:heldout": "books/**/*.txt"}
     tokenizer = recipe.data.tokenizer
@@ -53,11 +54,10 @@ def small(recipe: Recipe) -> Recipe:
             shuffle_buffer_size=4,
         ),
         training=change(
-            recipe.training, steps=2 * min(recipe.training.steps, 1), batch_size=8, sequence_length=64, gradient_accumulation_steps=1,
-            remat="none", eval_every=0,
+            recipe.training, steps=2 * min(recipe.training.steps, 1), **batches, remat="none", eval_every=0,
         ),
-        sft=change(recipe.sft, steps=2 * min(recipe.sft.steps, 1), batch_size=8, sequence_length=64, gradient_accumulation_steps=1),
-        rl=change(rl, steps=min(rl.steps, 1), **lengths, **sizes, **batch, **evaluation),
+        sft=change(recipe.sft, steps=2 * min(recipe.sft.steps, 1), **batches),
+        rl=change(rl, steps=min(rl.steps, 1), **lengths, **sizes, **microbatch, **evaluation),
         rejection=change(recipe.rejection, steps=min(recipe.rejection.steps, 1), prompts=2, samples=2),
         sample=change(recipe.sample, prompts=()),
     )  # fmt: skip

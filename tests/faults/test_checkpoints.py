@@ -87,6 +87,7 @@ NEEDED = {"data/stream_0.json", "digests/metadata", "state/manifest.ocdbt"}
 
 
 @pytest.mark.parametrize("damage", [flip_bit, truncate, pytest.param(remove, marks=pytest.mark.thorough)])
+@pytest.mark.slow
 def test_a_damaged_file_is_detected_or_makes_no_difference(saved, tmp_path, damage, thorough):
     run_dir, states, abstract = saved
     draw, detected = random.Random(0), set()

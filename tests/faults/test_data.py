@@ -56,6 +56,7 @@ def test_more_malformed_records_than_allowed_is_an_error(tmp_path):
         list(source)
 
 
+@pytest.mark.slow
 def test_run_prints_how_many_records_it_skipped_or_fails(recipe, tmp_path, capsys):
     start(recipe, tmp_path / "some", with_malformed(tmp_path / "a.jsonl", 3), max_malformed_fraction=0.05)
     assert "1 skipped" in capsys.readouterr().out

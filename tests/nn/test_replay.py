@@ -70,6 +70,7 @@ def test_the_router_gets_gradients_through_replayed_experts(layer):
 
 
 @pytest.mark.parametrize("sizes", [MeshConfig(fsdp=2, expert=4), MeshConfig(data=2, tensor=2, context=2)])
+@pytest.mark.slow
 def test_replay_on_a_mesh_equals_one_device(cfg, sizes):
     cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
     model = Transformer(cfg, rngs=nnx.Rngs(0))

@@ -115,6 +115,7 @@ def test_loss_and_gradients_equal_those_of_one_device(compiled: Compile, sizes: 
         assert s.load_LE.max() * 2 == s.load_LE.sum(axis=1).max()
 
 
+@pytest.mark.slow
 def test_rules_set_the_sharding_of_weights_and_their_all_gathers(small: ModelConfig, compiled: Compile) -> None:
     """Weights sharded over `data` too, for a model that does not fit in one slice, are all-gathered layer by layer."""
     rules = rules_with_overrides(["embed=data+fsdp+expert", "expert_hidden=tensor+data+fsdp", "vocab=", "heads="])
@@ -144,6 +145,7 @@ def test_rules_set_the_sharding_of_weights_and_their_all_gathers(small: ModelCon
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_any_rules_compute_the_loss_and_gradients_of_one_device(
     small: ModelConfig, compiled: Compile, overrides: list[str]
 ) -> None:
@@ -169,6 +171,7 @@ def collectives(program: Compiled) -> Iterator[tuple[str, list[tuple[int, ...]]]
 
 
 @pytest.mark.parametrize("sizes", [MESHES[0], MESHES[2]], ids=str)
+@pytest.mark.slow
 def test_no_collective_moves_expert_weights_or_logits(small: ModelConfig, compiled: Compile, sizes: MeshConfig) -> None:
     mesh = make_mesh(sizes)
     F = small.moe_intermediate_size
@@ -250,6 +253,7 @@ def test_expected_device_fraction_equals_that_of_random_routings(cfg: ModelConfi
         assert sent.mean() == pytest.approx(expected_device_fraction(case, devices), rel=0.03)
 
 
+@pytest.mark.slow
 def test_context_parallelism_of_long_sequences(small: ModelConfig) -> None:
     """512 tokens over 4 devices, so that attention's blocks are on several devices, equal those on one device."""
     cfg = dataclasses.replace(small, num_nextn_predict_layers=0, max_position_embeddings=512)
@@ -263,6 +267,7 @@ def test_context_parallelism_of_long_sequences(small: ModelConfig) -> None:
     assert_same_gradients(other_grads, grads)
 
 
+@pytest.mark.slow
 def test_a_batch_that_the_mesh_does_not_divide_is_computed(small: ModelConfig) -> None:
     """The logits of one sequence of 7 tokens equal those of one device."""
     mesh = make_mesh(MeshConfig(data=2, expert=4))

@@ -131,7 +131,9 @@ def test_headlines_say_before_and_after_and_what_went_wrong(page):
 
 def test_the_same_questions_side_by_side(page):
     """The first evaluated step against the last; what was answered in between is left out."""
-    assert "Of 20 prompts, 2 were answered correctly before and 19 after: 18 became correct, 1 became incorrect." in page
+    assert (
+        "Of 20 prompts, 2 were answered correctly before and 19 after: 18 became correct, 1 became incorrect." in page
+    )
     assert "The first 16:" in page
     assert "<th>Before, step 0</th><th>After, step 12</th>" in page
     table = page[page.index('<table class="completions">') :]

@@ -112,6 +112,7 @@ def test_run_writes_its_documented_files(finished_run, recipe):
     assert steps[0]["reward"] == pytest.approx(steps[0]["reward/short"])
 
 
+@pytest.mark.slow
 def test_reward_increases(finished_run, start, tmp_path):
     found = [
         row["reward"]
@@ -165,6 +166,7 @@ def test_interrupted_run_resumes_with_the_same_rows(finished_run, start, tmp_pat
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_have_the_same_metrics(finished_run, start, tmp_path, monkeypatch):
     monkeypatch.setattr("mla_moe.training.run_context.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
     for one, eight in zip(start(tmp_path), rows(finished_run), strict=True):
@@ -223,6 +225,7 @@ def test_resume_with_other_prompts_is_an_error(start, tmp_path, monkeypatch):
     assert train_on(60)[-1]["step"] == 3
 
 
+@pytest.mark.slow
 def test_run_interrupted_at_its_last_step_is_complete(start, tmp_path, monkeypatch):
     monkeypatch.setattr(PreemptionSignals, "stop", lambda self, step: step == 1)
     with pytest.raises(InterruptedRun):

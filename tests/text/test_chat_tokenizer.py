@@ -134,6 +134,7 @@ def test_serve_defaults_to_max_position_embeddings(checkpoint, monkeypatch, caps
 
 
 @pytest.mark.parametrize("named_by", ["training", "path", "nothing"])
+@pytest.mark.slow
 def test_generate_uses_the_tokenizer_of_the_run(checkpoint, tmp_path, capsys, named_by):
     """The run, its stage and its step, whether the tokenizer was trained with it or lies elsewhere."""
     step = tmp_path / "checkpoints" / "pretrain" / "4"

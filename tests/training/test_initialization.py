@@ -72,6 +72,7 @@ def test_full_state_of_another_run_resumes_with_the_same_rows(recipe, run, tmp_p
     assert rows(tmp_path) == rows(run)[2:]
 
 
+@pytest.mark.slow
 def test_full_state_is_taken_from_pretraining_if_the_run_has_later_stages(recipe, run, tmp_path, capsys):
     shutil.copytree(run, tmp_path / "tuned")
     later = tmp_path / "tuned" / "checkpoints" / "sft" / "9"
@@ -84,6 +85,7 @@ def test_full_state_is_taken_from_pretraining_if_the_run_has_later_stages(recipe
     assert "step 4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_parameters_alone_start_at_step_one(recipe, run, tmp_path):
     """From a run, and after conversion to Hugging Face and back: the same rows."""
     convert(run, tmp_path / "hf")
@@ -108,6 +110,7 @@ def test_loaded_and_converted_run_has_the_same_arrays(recipe, run, tmp_path):
     assert model["moe_layers/moe/router/bias"].any()
 
 
+@pytest.mark.slow
 def test_large_arrays_are_chunked_by_layer_and_expert(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr("mla_moe.checkpoint.manager._CHUNK_BYTES", 2 << 10)
     start(recipe, tmp_path, training=dataclasses.replace(recipe.training, steps=1))
@@ -160,6 +163,7 @@ def test_mismatch_with_the_checkpoint_is_an_error(recipe, run, tmp_path, changes
         start(recipe, tmp_path / "new", **changes)
 
 
+@pytest.mark.slow
 def test_run_inherits_the_tokenizer_of_its_checkpoint(recipe, run, tmp_path):
     """Even with other text, on which a new tokenizer would have other ids. Later the checkpoint may be deleted."""
     for name, letters in ("a", "abcdefgh"), ("b", "ijklmnop"):
@@ -182,6 +186,7 @@ def test_run_inherits_the_tokenizer_of_its_checkpoint(recipe, run, tmp_path):
     start(recipe, tmp_path / "second", **other)  # all steps are done already
 
 
+@pytest.mark.slow
 def test_mtp_module_may_be_dropped(recipe, run, tmp_path):
     model = dataclasses.replace(recipe.model, num_nextn_predict_layers=0, max_position_embeddings=256)
     training = dataclasses.replace(recipe.training, steps=1)

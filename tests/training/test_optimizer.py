@@ -79,6 +79,7 @@ def test_muon_orthogonalizes_each_matrix_of_a_stack_separately(abstract_model, p
             np.testing.assert_allclose(updates[path], -np.sign(grads[path]), atol=0.02)
 
 
+@pytest.mark.slow
 def test_layered_muon_equals_optax_muon(abstract_model, params):
     """Momentum too, after two updates with different gradients."""
     dimensions = {

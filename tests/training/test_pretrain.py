@@ -136,6 +136,7 @@ def test_finished_run_is_not_changed(finished_run, recipe, capsys):
     assert (finished_run / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_have_the_same_losses(finished_run, recipe, tmp_path, monkeypatch):
     start_on_one_device(monkeypatch, recipe, tmp_path, sample=SampleConfig())
     for one, eight in zip(rows(tmp_path), rows(finished_run), strict=True):
@@ -224,6 +225,7 @@ def test_second_process_in_a_run_directory_is_an_error(recipe, tmp_path):
     assert "another process trains there" in other.stderr
 
 
+@pytest.mark.slow
 def test_one_document_suffices(recipe, tmp_path):
     text = tmp_path / "input.txt"
     text.write_text("to be or not to be, that is the question. " * 100)
@@ -240,6 +242,7 @@ def test_vocabulary_smaller_than_the_tokenizer_is_an_error(recipe, tmp_path):
         start(recipe, tmp_path, model=dataclasses.replace(recipe.model, vocab_size=64))
 
 
+@pytest.mark.slow
 def test_router_bias_balances_the_experts(recipe, tmp_path, monkeypatch):
     """The max load ratio at the end is near 1 with router bias updates, and clearly larger without."""
     long = dataclasses.replace(recipe.training, steps=60, eval_every=0, aux_loss_weight=0.0)

@@ -106,6 +106,7 @@ def test_model_learns_the_completions_and_their_end(finished_run, recipe):
     assert completions(mla_moe.load_pretrained(finished_run)) == list(PAIRS.values())
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes_with_the_same_rows(finished_run, recipe, tmp_path, monkeypatch):
     from mla_moe.training.trainer import StepMetrics
 
@@ -124,6 +125,7 @@ def test_interrupted_run_resumes_with_the_same_rows(finished_run, recipe, tmp_pa
 
 
 @pytest.mark.thorough  # the loop is the same as in pretraining
+@pytest.mark.slow
 def test_one_device_and_eight_have_the_same_losses(finished_run, recipe, tmp_path, monkeypatch):
     """With gradient accumulation on the one device."""
     monkeypatch.setattr("mla_moe.training.run_context.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
@@ -134,6 +136,7 @@ def test_one_device_and_eight_have_the_same_losses(finished_run, recipe, tmp_pat
         )
 
 
+@pytest.mark.slow
 def test_router_bias_is_frozen_by_default(finished_run, recipe, folder, tmp_path):
     from mla_moe.nn.abstract_model import model_arrays
 
@@ -148,6 +151,7 @@ def test_router_bias_is_frozen_by_default(finished_run, recipe, folder, tmp_path
         assert np.abs(np.asarray(moved[path]) - np.asarray(before[path])).max() > 0
 
 
+@pytest.mark.slow
 def test_skipped_and_truncated_examples_are_counted_and_printed(recipe, folder, tmp_path, capsys):
     text = "\n".join([
         (folder / "b.jsonl").read_text(),

@@ -143,6 +143,7 @@ def test_masked_targets_have_no_gradient(abstract_model):
         {"sizes": MeshConfig(data=1, fsdp=4, tensor=2)},
     ],
 )
+@pytest.mark.slow
 def test_masked_loss_adds_up_over_microbatches_and_devices(abstract_model, kwargs):
     _, m = run(abstract_model, change=with_loss_mask)
     _, n = run(abstract_model, change=with_loss_mask, **kwargs)
@@ -182,6 +183,7 @@ def test_gradient_accumulation_equals_the_full_batch(abstract_model, gradient_ac
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_a_step_on_eight_devices_equals_one_device(abstract_model, sizes):
     one, m = run(abstract_model)
     eight, n = run(abstract_model, sizes=sizes)
@@ -193,6 +195,7 @@ def test_a_step_on_eight_devices_equals_one_device(abstract_model, sizes):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_state_is_sharded_by_the_rules(abstract_model):
     sizes = MeshConfig(data=1, fsdp=2, expert=2, tensor=2)
     state, _ = run(abstract_model, sizes=sizes, optimizer=dataclasses.replace(OPTIMIZER, name="muon"))
@@ -226,6 +229,7 @@ def test_a_model_without_moe_layers_trains(cfg):
     assert int(metrics["skipped"]) == 0
 
 
+@pytest.mark.slow
 def test_router_biases_freeze_at_the_end(abstract_model):
     training = dataclasses.replace(TRAINING, router_bias_freeze_fraction=0.8)
     two, ten = run(abstract_model, training, batches=range(2))[0], run(abstract_model, training, batches=range(10))[0]

@@ -24,6 +24,8 @@ from mla_moe.parallel.accelerators import GPUS, TPUS
 from mla_moe.training.console import Console
 from tests.docs.conftest import PAGES, ROOT, blocks, small
 
+pytestmark = pytest.mark.slow
+
 LIBRARIES = {"reasoning_gym:": "reasoning_gym", "chain_sum": "reasoning_gym", "questions.jsonl": "math_verify"}
 """Part of a command -> the package of the extra `rl` that it needs."""
 

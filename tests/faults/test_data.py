@@ -83,10 +83,10 @@ def shrink(path):
 @pytest.mark.parametrize(
     ("modify", "message"), [(delete, "is missing"), (change, "has changed"), (shrink, "has changed")]
 )
-def test_changed_or_deleted_file_is_named(tmp_path, kind, modify, found):
+def test_changed_or_deleted_file_is_named(tmp_path, kind, modify, message):
     source = opened(write(tmp_path / f"a.{kind}", GOOD))
     modify(tmp_path / f"a.{kind}")
-    with pytest.raises(ConfigError, match=found) as error:
+    with pytest.raises(ConfigError, match=message) as error:
         source[0]
     assert error.value.value == str(tmp_path / f"a.{kind}")
 

@@ -129,8 +129,8 @@ def test_headlines_say_before_and_after_and_what_went_wrong(page):
     }
 
 
-def test_the_same_questions_side_by_side(page):
-    """The first evaluated step against the last; what was answered in between is left out."""
+def test_the_same_prompts_are_side_by_side(page):
+    """The first and the last evaluation; those between are not shown."""
     assert (
         "Of 20 prompts, 2 were answered correctly before and 19 after: 18 became correct, 1 became incorrect." in page
     )
@@ -145,7 +145,7 @@ def test_the_same_questions_side_by_side(page):
     assert marks[1] == [("correct", "correct", "10 tokens"), ("correct", "correct", "15 tokens")]
     assert marks[2] == [("incorrect", "incorrect", f"10 tokens{no}"), ("correct", "correct", "20 tokens")]
     whole = re.findall(r"&lt;/pre&gt;&lt;b&gt;\$x\$ ?(.*?)</pre>", rows[1])
-    assert whole == ["01+1", "", "0", "12"], "question, right answer, before, after"
+    assert whole == ["01+1", "", "0", "12"], "prompt, correct answer, before, after"
 
 
 def test_nothing_a_model_wrote_becomes_markup(page):

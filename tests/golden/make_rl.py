@@ -62,7 +62,7 @@ def main() -> None:
     tokens = sum(LENGTHS)
     reward_GS = rng.choice([0.0, 1.0, 2.0], (G, S)) + rng.choice([0.0, -0.1], (G, S))
     arrays = {"length_N": np.array(LENGTHS), "reward_GS": reward_GS, "max_new_tokens": MAX_NEW_TOKENS}
-    arrays |= {"beta": BETA, "off_policy_mask_threshold": DELTA, "tis_clip": C}
+    arrays |= {"beta": BETA, "off_policy_limit": DELTA, "importance_limit": C}  # keys of the committed file
     for objective in CLIP:
         spread = 1e-3 if objective == "gspo" else 0.3
         theta = -rng.exponential(1.5, tokens)

@@ -230,7 +230,7 @@ class StepMetrics:
         number, metrics, batch = self._pending
         self._pending = None
         trainer, training = self._trainer, self._trainer.training
-        values = jax.device_get(metrics)
+        values = dict(zip(metrics, jax.device_get(list(metrics.values())), strict=True))  # keeps the order of keys
         now = time.monotonic()
         seconds, self._since = now - self._since, now
         load_LE = values.pop("load_LE")

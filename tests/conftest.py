@@ -1,4 +1,4 @@
-"""Eight virtual devices, and shapes checked at run time on every call of `ops`, `nn` and `rl`."""
+"""Eight virtual devices, and shapes checked at run time on every call of `ops`, `parallel`, `nn` and `rl`."""
 
 import dataclasses
 import gc
@@ -21,7 +21,7 @@ import jax
 import jaxtyping
 import pytest
 
-jaxtyping.install_import_hook(("mla_moe.ops", "mla_moe.nn", "mla_moe.rl"), "beartype.beartype")
+jaxtyping.install_import_hook(("mla_moe.ops", "mla_moe.parallel", "mla_moe.nn", "mla_moe.rl"), "beartype.beartype")
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -56,8 +56,9 @@ def thorough(pytestconfig):
 
 @pytest.fixture(autouse=True)
 def _strict_types(request):
-    """Strict dtype promotion in the tests of `ops` and `nn`. (Optax does not pass it.)"""
-    strict = request.path.parent.name in ("ops", "nn")
+    """Strict dtype promotion in the tests of `ops`, `nn` and the modules of `parallel`. (Optax does not pass it.)"""
+    parallel = request.path.stem in ("test_expert_parallel", "test_sharded_einsum")
+    strict = request.path.parent.name in ("ops", "nn") or parallel
     with jax.numpy_dtype_promotion("strict" if strict else "standard"):
         yield
 

@@ -59,7 +59,7 @@ class NextTokenTrainer(Trainer[TrainState, Batch]):
 
     def prepare(self) -> None:
         self.position.prepare()  # reads the first batch in the background while the step compiles
-        _ = self._compiled_step, self._peak_flops
+        _ = self._compiled_step, self._peak_flops, self._flops_per_token
 
     def close(self) -> None:
         self.position.close()
@@ -73,8 +73,7 @@ class NextTokenTrainer(Trainer[TrainState, Batch]):
         tokens = int(values.pop("tokens"))
         row = {"loss": values.pop("loss"), "lr": self.learning_rate(number), "tokens_per_s": tokens / seconds}
         if self._peak_flops:
-            flops_per_token = train_flops_per_token(self.context.recipe.model, self.training.sequence_length)
-            row["mfu"] = row["tokens_per_s"] * flops_per_token / self._peak_flops
+            row["mfu"] = row["tokens_per_s"] * self._flops_per_token / self._peak_flops
         row |= values | {"step_seconds": seconds, "tokens": tokens}
         if load_LE.size:
             row["moe/load_max"] = float((load_LE.max(axis=1) / np.maximum(load_LE.mean(axis=1), 1e-9)).max())
@@ -104,6 +103,11 @@ class NextTokenTrainer(Trainer[TrainState, Batch]):
         temporaries = f", {bytes_(memory.temp_size_in_bytes)} of temporaries per device" if memory else ""
         self.context.console.print(f"compiled in {time.monotonic() - start:.1f} s{temporaries}")
         return compiled
+
+    @cached_property
+    def _flops_per_token(self) -> float:
+        """Cached, because counting parameters traces the model's construction."""
+        return train_flops_per_token(self.context.recipe.model, self.training.sequence_length)
 
     @cached_property
     def _peak_flops(self) -> float | None:

@@ -111,10 +111,13 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
     def abstract_train_state(self) -> TrainState:
         return abstract_state(self.context.abstract_model, self.tx, self.context.mesh)
 
+    @cached_property
+    def _schedule(self) -> optax.Schedule:
+        return learning_rate(self._optimizer.schedule, self.training.steps * self.updates_per_step)
+
     def learning_rate(self, number: int) -> float:
         """The learning rate of the last update of a step."""
-        schedule = learning_rate(self._optimizer.schedule, self.training.steps * self.updates_per_step)
-        return float(np.asarray(schedule(number * self.updates_per_step - 1)))
+        return float(np.asarray(self._schedule(number * self.updates_per_step - 1)))
 
     @property
     def expert_load_every(self) -> int:

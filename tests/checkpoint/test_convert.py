@@ -134,6 +134,7 @@ def test_quantization_config_is_rewritten_if_tensors_are_newly_quantized(fp8_dir
     assert SafetensorsReader(tmp_path / "rewritten")[WEIGHT].dtype == E4M3
 
 
+@pytest.mark.slow
 def test_scales_may_be_powers_of_two(fp8_directory, tmp_path):
     """As in V3.1: stored as float32, or as float8_e8m0fnu."""
     model = {}

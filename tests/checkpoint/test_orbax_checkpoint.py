@@ -83,6 +83,7 @@ def test_dtype_and_fp8_conversion(tmp_path):
         convert(GOLDEN / "v3", tmp_path / "x", to="orbax", fp8=True)
 
 
+@pytest.mark.slow
 def test_an_mtp_module_with_its_own_embedding(cfg, tmp_path):
     model = Transformer(dataclasses.replace(cfg, mtp_shares_embedding=False), rngs=nnx.Rngs(0))
     save_pretrained(model, tmp_path / "hf")

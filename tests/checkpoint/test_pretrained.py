@@ -110,6 +110,7 @@ def test_experts_of_two_dtypes_are_promoted_to_a_common_one(broken):
         np.testing.assert_array_equal(down[0, e], given[name].astype(np.float32).T)
 
 
+@pytest.mark.slow
 def test_an_mtp_module_may_have_its_own_embedding_and_head(broken):
     reader, name = SafetensorsReader(broken), "model.layers.3.embed_tokens.weight"
     given = {name: np.array(reader[name]) for name in reader.stored}

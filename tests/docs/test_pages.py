@@ -22,6 +22,7 @@ def test_modules_in_the_readme_work_alone():
 
 
 @pytest.mark.parametrize("page", PYTHON, ids=lambda page: page.name)
+@pytest.mark.slow
 def test_python_code_runs(page, world, monkeypatch):
     """All blocks of a page, in order, in one namespace."""
     monkeypatch.chdir(world)

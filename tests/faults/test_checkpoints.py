@@ -110,6 +110,7 @@ def test_a_damaged_file_is_detected_or_makes_no_difference(saved, tmp_path, dama
     assert len(detected) > len(needed)  # arrays too
 
 
+@pytest.mark.slow
 def test_a_run_resumes_from_the_previous_checkpoint(recipe, tmp_path, capsys):
     """With the same losses, from the same position in the data."""
 

@@ -33,6 +33,7 @@ def no_file_beyond(size):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # in Orbax's threads
+@pytest.mark.slow
 def test_checkpoint_on_a_full_disk(recipe, tmp_path, monkeypatch):
     save = StreamsHandler.save
 

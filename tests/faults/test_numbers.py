@@ -70,6 +70,7 @@ def corrupted(monkeypatch):
     return corrupt
 
 
+@pytest.mark.slow
 def test_loss_spike_rewinds_to_the_newest_checkpoint(recipe, tmp_path, corrupted, capsys):
     taken = corrupted({7})
     start(recipe, tmp_path, training=dataclasses.replace(recipe.training, loss_spike_threshold=1.0))
@@ -99,6 +100,7 @@ def test_loss_spike_is_detected_after_a_restart_too(tmp_path, monkeypatch):
         monitor.check(6, {"skipped": 0, "loss": 6.001}, dict)
 
 
+@pytest.mark.slow
 def test_signal_in_the_last_step_interrupts(recipe, tmp_path, monkeypatch):
     record = StepMetrics.record
 

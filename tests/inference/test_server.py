@@ -82,6 +82,7 @@ def wait_until_idle(port):
     raise AssertionError(health)
 
 
+@pytest.mark.slow
 def test_200_concurrent_requests_get_their_own_completions(port, engine):
     rng = random.Random(0)
     bodies = [

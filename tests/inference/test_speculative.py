@@ -57,6 +57,7 @@ def test_generates_the_tokens_of_plain_decoding_in_fewer_steps(engines):
     assert 0.2 * proposed < accepted < proposed
 
 
+@pytest.mark.slow
 def test_samples_follow_the_models_distribution(engines):
     """The third token after one prompt, often a draft token or after one, against its exact distribution."""
     engine, samples = engines[1], 2000

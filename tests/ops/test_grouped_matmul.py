@@ -53,6 +53,7 @@ def test_group_offset_selects_matrices_of_a_stack(implementation):
 
 
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
+@pytest.mark.slow
 def test_the_interpreted_tpu_kernel_equals_reference(sizes):
     from jax.experimental.pallas import tpu as pltpu
 

@@ -31,10 +31,12 @@ Compile = Callable[[Mesh], Program]
 B, T = 8, 16
 MESHES = [
     MeshConfig(data=1, expert=8),
-    MeshConfig(data=2, fsdp=4),
+    MeshConfig(data=2, expert=4),
     MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+    MeshConfig(data=1, fsdp=8),
     MeshConfig(data=1, context=4, expert=2),
 ]
+LONG = (MESHES[1], MESHES[3])
 
 
 def packed_batch() -> Batch:
@@ -101,7 +103,9 @@ ONE_DEVICE = make_mesh(MeshConfig(), jax.devices()[:1])
 
 
 @pytest.mark.parametrize("routing", ROUTING)
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(sizes, marks=[pytest.mark.slow] * (sizes in LONG)) for sizes in MESHES], ids=str
+)
 def test_loss_and_gradients_equal_those_of_one_device(compiled: Compile, sizes: MeshConfig, routing: str) -> None:
     (loss, s), grads = compiled(ONE_DEVICE)[1](ROUTING[routing])
     (other_loss, other), other_grads = compiled(make_mesh(sizes))[1](ROUTING[routing])

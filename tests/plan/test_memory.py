@@ -1,7 +1,8 @@
 """Figures that need no compiler: peaks of devices, and the bytes of a KV cache."""
 
-from types import SimpleNamespace
-from typing import Any
+from unittest.mock import Mock
+
+import jax
 
 from mla_moe import preset
 from mla_moe.config import MeshConfig, Recipe
@@ -15,7 +16,7 @@ def test_training_and_plan_read_one_table_of_peaks() -> None:
     """A TPU7x chip of 2,307 TFLOP/s is two JAX devices."""
     kinds = [kind for accelerator in ACCELERATORS.values() for kind in accelerator.device_kinds]
     assert len(kinds) == len(set(kinds)) == 8
-    device: Any = SimpleNamespace(platform="tpu", device_kind="TPU7x")
+    device = Mock(spec=jax.Device, platform="tpu", device_kind="TPU7x")
     assert peak_flops(device) == ACCELERATORS["v7x"].flops == 2307e12 / 2
 
 

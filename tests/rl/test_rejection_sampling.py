@@ -67,6 +67,7 @@ def test_selection_is_repeatable_and_has_no_duplicates():
     assert {choose(texts, RejectionConfig(), f"{seed} a")[0] for seed in range(20)} == {"b", "long one", "mid"}
 
 
+@pytest.mark.slow
 def test_interrupted_sampling_resumes_after_the_saved_chunks(start, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rejection_sampling, "_is_correct", lambda completion: True)
     monkeypatch.setattr(rejection_sampling, "PROMPTS_PER_CHUNK", 2)

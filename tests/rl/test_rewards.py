@@ -287,6 +287,7 @@ def all_end(pids, seconds):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 @pytest.mark.parametrize(("end", "timeout"), [("kill", 60), ("interrupt", 60), ("spin", 1.5)])
+@pytest.mark.slow
 def test_workers_end_with_the_parent(verifiers, end, timeout):
     """If it is killed, and if it is interrupted or killed while a verifier hangs."""
     command = [sys.executable, "-c", PARENT, f"{verifiers}:fails", end, str(timeout)]

@@ -88,6 +88,7 @@ def test_a_directory_without_a_template_is_an_error(checkpoint, tmp_path):
         language.encode_chat([{"role": "user", "content": "hello"}])
 
 
+@pytest.mark.slow
 def test_generate_prints_a_completion(checkpoint, capsys):
     command = ["generate", str(checkpoint), "--prompt", "hello", "--max-new-tokens", "8"]
     assert main(command) == 0

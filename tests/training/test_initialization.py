@@ -65,6 +65,7 @@ def rows(run_dir):
     return [{k: v for k, v in r.items() if k not in timings} for r in read_rows(run_dir / "metrics.jsonl")]
 
 
+@pytest.mark.slow
 def test_full_state_of_another_run_resumes_with_the_same_rows(recipe, run, tmp_path, capsys):
     data = dataclasses.replace(recipe.data, prefetch=1)
     start(recipe, tmp_path, init_from=str(run / "checkpoints" / "pretrain" / "2"), init_parts="full_state", data=data)
@@ -100,6 +101,7 @@ def test_parameters_alone_start_at_step_one(recipe, run, tmp_path):
     assert seen[0][0]["loss"] < rows(run)[0]["loss"]
 
 
+@pytest.mark.slow
 def test_loaded_and_converted_run_has_the_same_arrays(recipe, run, tmp_path):
     model = model_arrays(load_pretrained(run))
     convert(run, tmp_path / "hf")
@@ -148,6 +150,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.slow
 def test_mismatch_with_the_checkpoint_is_an_error(recipe, run, tmp_path, changes, message):
     if changes["init_from"] == "hf":
         convert(run, tmp_path / "hf")

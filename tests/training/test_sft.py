@@ -95,6 +95,7 @@ def finished_run(recipe, tmp_path_factory):
 
 
 @pytest.mark.smoke
+@pytest.mark.slow
 def test_model_learns_the_completions_and_their_end(finished_run, recipe):
     steps = rows(finished_run)
     assert [(row["stage"], row["step"]) for row in steps] == [("sft", n) for n in range(1, STEPS + 1)]

@@ -17,12 +17,10 @@ import jax
 import jax.numpy as jnp
 from model import CFG, stepper
 
-from mla_moe.config import MeshConfig
 from mla_moe.config.parallelism import AttentionKernel
 from mla_moe.nn.model_costs import train_flops_per_token
 from mla_moe.ops.attention import attention
-from mla_moe.parallel.mesh import make_mesh
-from mla_moe.training.step import compiler_options
+from mla_moe.parallel.compiler_options import compiler_options
 
 HEADS, KEY, VALUE = 8, 48, 32
 
@@ -34,8 +32,7 @@ def seconds(length: int, implementation: AttentionKernel) -> float:
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.sum(attention(q, k, v, None, scale=KEY**-0.5, implementation=implementation) ** 2)
 
-    options = compiler_options(make_mesh(MeshConfig(), jax.devices()[:1]))
-    f = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=options)
+    f = jax.jit(jax.grad(loss, (0, 1, 2)), compiler_options=compiler_options())
     jax.block_until_ready(f(q, k, v))
     times = []
     for _ in range(3):

@@ -29,7 +29,6 @@ from mla_moe.checkpoint import fp8 as fp8_blocks
 from mla_moe.checkpoint.convert import convert
 from mla_moe.checkpoint.hf_mapping import tensor_mappings
 from mla_moe.checkpoint.safetensors_writer import TensorEntry, write_checkpoint
-from mla_moe.nn.abstract_model import AbstractModel
 
 TASKS: dict[str, Callable[[Path, Path], None]] = {
     "copy": lambda src, dst: _synced(shutil.copytree(src, dst)),
@@ -60,7 +59,7 @@ def synthetic(path: Path, gigabytes: float) -> None:
         return TensorEntry(name, dtype, shape, lambda: (by_dtype[dtype][: size - start] for start in starts))
 
     entries = []
-    for mapping in tensor_mappings(AbstractModel(cfg)):
+    for mapping in tensor_mappings(cfg):
         quantized = fp8_blocks.is_quantized(mapping.name)
         bias = mapping.name.endswith("bias")
         dtype = np.dtype(fp8_blocks.E4M3 if quantized else np.float32 if bias else ml_dtypes.bfloat16)

@@ -15,12 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mla_moe.config import MeshConfig
 from mla_moe.config.parallelism import GroupedMatmulKernel
 from mla_moe.ops.experts import block_size
 from mla_moe.ops.grouped_matmul import grouped_matmul
-from mla_moe.parallel.mesh import make_mesh
-from mla_moe.training.step import compiler_options
+from mla_moe.parallel.compiler_options import compiler_options
 
 ROWS, EXPERTS, DEPTH, WIDTH, RUNS = 16384, 32, 256, 256, 5
 LOADS = {
@@ -31,7 +29,7 @@ IMPLEMENTATIONS: tuple[GroupedMatmulKernel, ...] = ("chunks", "blocks", "ragged"
 
 
 def forward_and_backward(f: Callable) -> tuple[Callable, Callable]:
-    jit = partial(jax.jit, compiler_options=compiler_options(make_mesh(MeshConfig(), jax.devices()[:1])))
+    jit = partial(jax.jit, compiler_options=compiler_options())
     return jit(f), jit(jax.grad(lambda x, w: jnp.sum(f(x, w) ** 2), (0, 1)))
 
 

@@ -31,7 +31,7 @@ from coverage import CoverageData
 
 ROOT = Path(__file__).parents[1]
 PACKAGE_TESTS = {
-    "ops": ["tests/ops", "tests/nn", "tests/training/test_loss.py", "tests/inference", "tests/parallel"],
+    "ops": ["tests/ops", "tests/nn", "tests/inference", "tests/parallel"],
     "nn": ["tests/nn", "tests/checkpoint/test_golden.py", "tests/inference", "tests/training", "tests/parallel"],
     "rl": ["tests/rl", "tests/test_train.py"],
 }  # fmt: skip

@@ -40,16 +40,21 @@ def variants(rl: RLConfig, task: TaskConfig) -> dict[str, tuple[RLConfig, TaskCo
     }
 
 
-def run(base: Recipe, source: Path, name: str, rl: RLConfig, task: TaskConfig, folder: Path) -> list[str]:
-    settings = dataclasses.replace(
+def from_base(base: Recipe, source: Path, run_dir: Path, rl: RLConfig, task: TaskConfig) -> Recipe:
+    """The recipe of RL that starts from the pretrained checkpoint of the run `source`."""
+    return dataclasses.replace(
         base,
-        run_dir=str(folder / name.replace(" ", "-")),
+        run_dir=str(run_dir),
         init_from=str(source / "checkpoints" / "pretrain"),
         training=dataclasses.replace(base.training, steps=0),
         checkpoint=dataclasses.replace(base.checkpoint, every=10**6),
         rl=rl,
         task=task,
     )
+
+
+def run(base: Recipe, source: Path, name: str, rl: RLConfig, task: TaskConfig, folder: Path) -> list[str]:
+    settings = from_base(base, source, folder / name.replace(" ", "-"), rl, task)
     train_rl(settings, open_run_directory(settings), Console(enabled=False))
     rows = read_rows(Path(settings.run_dir) / "metrics.jsonl")
     evals = [row for row in rows if "eval/accuracy" in row]

@@ -7,7 +7,6 @@
 The SFT data have the format, but more than half of the completions skip reasoning steps. RL increases accuracy.
 """
 
-import runpy
 from pathlib import Path
 
 from mla_moe.config import (
@@ -20,9 +19,10 @@ from mla_moe.config import (
     SFTConfig,
     TaskConfig,
     TrainingConfig,
+    load_recipe,
 )
 
-quickstart: Recipe = runpy.run_path(str(Path(__file__).with_name("quickstart.py")))["recipe"]
+quickstart = load_recipe(Path(__file__).with_name("quickstart.py"))
 
 recipe = Recipe(
     run_dir="runs/chain_sum",

@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 
 import mla_moe
-from mla_moe.nn.moe import RouterStats
+from mla_moe import RouterStats
 
 cfg = mla_moe.preset("tiny")
 STEPS, BATCH_SIZE, LENGTH, VOCAB_SIZE, DISTANCE = 60, 16, 32, 16, 8

@@ -1,6 +1,6 @@
-"""A reward function of the user: a correct answer gets a higher reward if the completion is shorter.
+"""A reward function: a correct answer gets a higher reward if the completion is shorter.
 
-    python train.py RECIPE --task.reward_function examples/reward.py:brief --task.reward_function_weight 0.5
+    python train.py RECIPE --task.reward-functions examples/reward.py:brief --task.reward-weights 0.5
 
 It runs in a worker process; a call that raises is counted as a failure, with a reward of 0.
 """

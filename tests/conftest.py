@@ -27,7 +27,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 
 # No deadline for an example on a busy machine; the short form draws the same examples in every run.
-hypothesis.settings.register_profile("short", max_examples=60, deadline=None, derandomize=True)
+hypothesis.settings.register_profile("short", max_examples=30, deadline=None, derandomize=True)
 hypothesis.settings.register_profile("thorough", max_examples=10_000, deadline=None)
 
 

@@ -1,7 +1,8 @@
-"""The training step compiled ahead of time for H100, where the CUDA plugin is installed (extra `cuda`)."""
+"""Compiled ahead of time for NVIDIA GPUs, where the CUDA compiler and tokamax are installed (extra `cuda`)."""
 
 import dataclasses
 import os
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,29 +16,59 @@ from mla_moe.nn.abstract_model import AbstractModel
 from mla_moe.nn.param import Precision, resolve_kernels
 from mla_moe.parallel.accelerators import GPUS
 from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
+from mla_moe.plan.compiler import without_compilation_cache
 from mla_moe.training.optimizer import make_optimizer
 from mla_moe.training.step import abstract_state, make_train_step
 
 pytest.importorskip("jax_cuda13_plugin")
+pytest.importorskip("tokamax")
 
-BATCH, LENGTH = 16, 256
+BATCH, LENGTH, D, F, EXPERTS = 16, 256, 256, 128, 8
 
 
-def test_the_step_compiles_for_h100(cfg: ModelConfig) -> None:
+def devices(kind: str, count: int) -> list[jax.Device]:
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    return list(topologies.get_topology_desc("", "cuda", target_config=GPUS[kind], topology=f"1x1x{count}").devices)
+
+
+def kernels(program: str) -> list[str]:
+    """A program's kernels, of Mosaic and Triton, each with the function of `ops.tokamax_kernels` that calls it."""
+    calls = re.findall(r'custom_call_target="(mosaic|triton|__gpu\$xla.gpu.triton)[^"]*".*?op_name="([^"]*)"', program)
+    assert len(calls) == program.count(" custom-call(")
+    return sorted(f"{'mosaic' if 'mosaic' in kind else 'triton'}{_function(scope)}" for kind, scope in calls)
+
+
+def _function(scope: str) -> str:
+    return re.findall(r"jit\((_flash_attention\w*|_ragged_dot\w*)\)", scope)[-1]
+
+
+@pytest.fixture(scope="module")
+def program(cfg: ModelConfig) -> str:
+    """The compiled text of a training step of one MoE layer on 8 H100."""
     cfg = dataclasses.replace(
-        cfg, vocab_size=512, hidden_size=256, num_hidden_layers=1, first_k_dense_replace=0, moe_intermediate_size=128,
-        n_routed_experts=32, n_group=4, topk_group=2, num_experts_per_tok=4, num_nextn_predict_layers=0,
-        max_position_embeddings=LENGTH,
+        cfg, vocab_size=512, hidden_size=D, num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=2,
+        moe_intermediate_size=F, n_routed_experts=4 * EXPERTS, n_group=4, topk_group=2, num_experts_per_tok=4,
+        kv_lora_rank=128, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        max_position_embeddings=LENGTH, num_nextn_predict_layers=0,
     )  # fmt: skip
-    devices = topologies.get_topology_desc("", "cuda", target_config=GPUS["h100"], topology="1x1x8").devices
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4), devices)
-    kernels = resolve_kernels(KernelConfig(attention="blockwise"), mesh.devices.flat[0].platform)
-    abstract_model = AbstractModel(cfg, precision=Precision(compute=jnp.bfloat16), kernels=kernels)
-    tx = make_optimizer(OptimizerConfig(), 10, abstract_model)
-    batch = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
-    batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), batch)
-    step = make_train_step(abstract_model, tx, TrainingConfig(steps=10, batch_size=BATCH, sequence_length=LENGTH), mesh)
-    program = step.lower(abstract_state(abstract_model, tx, mesh), batch).compile().as_text()
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4), devices("h100", 8))
+    with jax.default_device(mesh.devices.flat[0]), without_compilation_cache():
+        chosen = resolve_kernels(KernelConfig())
+        assert dataclasses.astuple(chosen)[:3] == ("tokamax", "tokamax", "ragged")
+        abstract_model = AbstractModel(cfg, precision=Precision(compute=jnp.bfloat16), kernels=chosen)
+        tx = make_optimizer(OptimizerConfig(), 10, abstract_model)
+        batch = jax.ShapeDtypeStruct((BATCH, LENGTH), jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
+        batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), batch)
+        training = TrainingConfig(steps=10, batch_size=BATCH, sequence_length=LENGTH)
+        step = make_train_step(abstract_model, tx, training, mesh)
+        return step.lower(abstract_state(abstract_model, tx, mesh), batch).compile().as_text()
+
+
+def test_the_step_has_the_kernels_and_none_of_the_fallbacks(program: str) -> None:
     assert "ragged-all-to-all" in program
     assert "ragged-dot" not in program  # XLA expands it to a dense product of all experts
+    # Experts: gate and up, and down, forward; backward, gate and up again and two products for the gradients of rows.
+    assert kernels(program) == sorted(
+        ["mosaic_flash_attention"] * 1 + ["mosaic_flash_attention_gradient"] * 2
+        + ["mosaic_ragged_dot"] * 5 + ["triton_ragged_dot_gradient"] * 2
+    )  # fmt: skip

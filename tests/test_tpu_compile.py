@@ -55,7 +55,7 @@ def test_slices_are_laid_out_along_data() -> None:
 
 
 def test_the_step_has_the_native_kernels(program: str) -> None:
-    assert "ragged-all-to-all(" in program
+    assert re.search(r"%ragged-all-to-all-start[.\d]* = ", program)  # asynchronous, beside the experts
     assert "splash_mha_fwd" in program
     assert re.search(r"splash_mha_dkv|splash_mha_dq", program)
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from mla_moe import preset
-from mla_moe.nn.router import sigmoid_gate
+from mla_moe.config import KernelConfig
+from mla_moe.nn.router import gate
 from mla_moe.parallel.expert_parallel import dispatch_plan
 from mla_moe.rl.objectives import advantages
 
@@ -106,7 +107,7 @@ def routing() -> str:
     score_E = np.array([.62, .30, .55, .20, .12, .90, .15, .22, .62, .71, .35, .58, .40, .25, .44, .18])  # fmt: skip
     bias_E = np.array([.05, .10, .12, .0, .05, -.30, .0, .10, -.08, -.05, .10, .0, .0, .05, .05, .0])  # fmt: skip
     logits_1E = jnp.log(score_E / (1 - score_E))[None]
-    routes = sigmoid_gate(cfg, logits_1E, jnp.float32(bias_E))
+    routes = gate(cfg.moe, logits_1E, jnp.float32(bias_E))
     weight = dict(
         zip(np.asarray(routes.experts_NK)[0].tolist(), np.asarray(routes.weights_NK)[0].tolist(), strict=True)
     )
@@ -145,7 +146,7 @@ def dispatch() -> str:
     """Dispatch of one token over 4 devices, and of all tokens in chunks."""
     P, E, K, n = 4, 16, 4, 16
     cfg = dataclasses.replace(preset("moonlight-16b-a3b"), n_routed_experts=E, num_experts_per_tok=K)
-    plan = dispatch_plan(cfg, n, P, capacity_factor=None, dispatch="all_to_all", grouped_matmul=None)
+    plan = dispatch_plan(cfg.moe, n, P, KernelConfig(dispatch="all_to_all"))
     random = np.random.default_rng(3)
     popular_E = np.where(np.arange(E) // 4 == 2, 2.5, 1.0)
     experts_PnK = np.stack(

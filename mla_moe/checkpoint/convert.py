@@ -1,31 +1,30 @@
 """Convert a checkpoint between the Hugging Face and the Orbax layout, or to another dtype, in bounded memory."""
 
-import json
-import shutil
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from jax.typing import DTypeLike
 
-from mla_moe.checkpoint.files import CheckpointError, atomic_directory, progress_bar
-from mla_moe.checkpoint.hf_mapping import TensorMapping, unique_tensor_mappings
-from mla_moe.checkpoint.orbax_layout import ArraySpec, create_step
+from mla_moe.checkpoint.files import atomic_directory, check, progress_bar, write_side_files
+from mla_moe.checkpoint.hf_mapping import TensorMapping, tensor_mappings
+from mla_moe.checkpoint.orbax_layout import create_step
 from mla_moe.checkpoint.reader import Checkpoint, open_checkpoint
 from mla_moe.checkpoint.safetensors_reader import weight_dtype
-from mla_moe.checkpoint.safetensors_writer import SHARD_BYTES, write_checkpoint
+from mla_moe.checkpoint.safetensors_writer import SHARD_BYTES, write_checkpoint, write_file
+from mla_moe.checkpoint.save_errors import as_save_error
 from mla_moe.checkpoint.tokenizer_files import files_to_copy, hf_config
+from mla_moe.checkpoint.unused_tensors import UNUSED, unused_tensors
 from mla_moe.config import require
+from mla_moe.config.errors import require_local
 from mla_moe.nn.abstract_model import AbstractModel
-
-Layout = Literal["hf", "orbax"]
 
 
 def convert(
     src: str | Path,
     dst: str | Path,
     *,
-    to: Layout = "hf",
+    to: Literal["hf", "orbax"] = "hf",
     dtype: DTypeLike | None = None,
     fp8: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
@@ -36,15 +35,19 @@ def convert(
     taken. Peak memory does not depend on the size of the checkpoint. Tensors keep their dtypes unless `dtype` is set;
     router biases always do. FP8 blocks are dequantized to bfloat16 or `dtype`. With `fp8` they stay as they are, and
     the other matrices that DeepSeek releases in FP8 are quantized. Tokenizer, chat template, generation settings and
-    code are copied and never executed. Raises `CheckpointError` if `dst` exists or `src` is not valid.
+    code are copied and never executed. Raises `CheckpointError` if `dst` exists or is inside `src`, and if `src` is not
+    valid, and `CheckpointSaveError` or another `OSError` if the disk is full.
     """
-    require(to in get_args(Layout), "to", to, f"one of {', '.join(get_args(Layout))}")
+    require(to in ("hf", "orbax"), "to", to, "one of hf, orbax")
+    require_local("path", dst)
     source, target = open_checkpoint(src), Path(dst)
+    inside = any(path.resolve() in (p := target.resolve(), *p.parents) for path in (Path(src), source.directory))
+    check(not inside, "path", str(dst), f"is inside {src}, which would change; name a directory elsewhere")
     dtype = None if dtype is None else weight_dtype(dtype)
     if to == "orbax":
-        if fp8:
-            raise CheckpointError("fp8", True, "Orbax checkpoints have no FP8 blocks; convert with --to hf")
-        _write_orbax(source, target, dtype)
+        check(not fp8, "fp8", True, "Orbax checkpoints have no FP8 blocks; convert with --to hf")
+        with as_save_error(target, "nothing is left of it"):
+            _write_orbax(source, target, dtype)
     else:
         tensors, config = source.hf_tensors(dtype, fp8=fp8), source.hf_config(dtype, fp8=fp8)
         write_checkpoint(target, config, tensors, max_shard_bytes, files_to_copy(source.directory))
@@ -53,29 +56,26 @@ def convert(
 def _write_orbax(source: Checkpoint, target: Path, dtype: np.dtype | None) -> None:
     """Write a step's directory. An array is stored in chunks of the size in which it is read: none is written twice."""
     abstract_model = AbstractModel(source.cfg)
-    keeps_dtype = abstract_model.variables if dtype is None else abstract_model.bias_paths
-    dtypes = {path: source.dtype(path) if path in keeps_dtype else np.dtype(dtype) for path in abstract_model.variables}
-    shapes = {path: variable.get_value().shape for path, variable in abstract_model.variables.items()}
-    mappings = list(unique_tensor_mappings(abstract_model))
-    specs = {m.path: ArraySpec(dtypes[m.path], shapes[m.path], _chunk_shape(m, shapes[m.path])) for m in mappings}
-    others = files_to_copy(source.directory)
-    config = hf_config(source.cfg, dtypes["embed"], beside=source.directory)
-    total_bytes = sum(int(np.prod(spec.shape)) * spec.dtype.itemsize for spec in specs.values())
-    with atomic_directory(target) as directory:
-        with create_step(directory / "step", source.cfg, specs) as writer, progress_bar("Writing", total_bytes) as done:
+    arrays = {path: variable.get_value() for path, variable in abstract_model.variables.items()}
+    keeps_dtype = arrays if dtype is None else abstract_model.bias_paths
+    dtypes = {path: source.dtype(path) if path in keeps_dtype else np.dtype(dtype) for path in arrays}
+    mappings = list(tensor_mappings(source.cfg, copies=False))
+    chunk_shapes = {m.path: _chunk_shape(m, arrays[m.path].shape) for m in mappings}
+    others, config = files_to_copy(source.directory), hf_config(source.cfg, dtypes["embed"], beside=source.directory)
+    total_bytes = sum(array.size * dtypes[path].itemsize for path, array in arrays.items())
+    with atomic_directory(target) as directory, progress_bar("Writing", total_bytes) as done:
+        with create_step(directory, abstract_model, dtypes, chunk_shapes) as write:
             for mapping in mappings:
-                for rows in mapping.row_slices():
-                    chunk = mapping.from_hf_tensor(source.read_rows(mapping, dtypes[mapping.path], rows))
-                    writer.write(mapping.path, rows.index, chunk)
+                for rows, index in mapping.row_slices():
+                    chunk = mapping.from_hf_tensor(source.read_rows(mapping, dtypes[mapping.path], rows, index))
+                    write(mapping.path, index, chunk)
                     done(chunk.nbytes)
-        for path in (directory / "step").iterdir():
-            path.rename(directory / path.name)
-        (directory / "step").rmdir()
-        for name, path in others.items():
-            shutil.copyfile(path, directory / name)
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if unused := unused_tensors(source.directory, source.cfg):
+            (directory / UNUSED).mkdir()
+            write_file(directory / UNUSED / "model.safetensors", unused, done)
+        write_side_files(directory, config, others)
 
 
 def _chunk_shape(mapping: TensorMapping, shape: tuple[int, ...]) -> tuple[int, ...]:
-    first = next(mapping.row_slices()).index
+    _, first = next(mapping.row_slices())
     return tuple(1 if isinstance(i, int) else len(range(*i.indices(n))) for i, n in zip(first, shape, strict=True))

@@ -15,7 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from mla_moe.checkpoint.files import CheckpointError
+from mla_moe.checkpoint.files import check
 from mla_moe.config import require
 
 Matrix = Shaped[np.ndarray, "rows columns"]
@@ -31,6 +31,7 @@ QUANTIZATION_CONFIG: Mapping[str, Any] = {
 }
 """The `quantization_config` of a `config.json` for these blocks."""
 
+_ENTRY = "quantization_config"
 _MAX = 448.0
 _E4M3_VALUES = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
 _QUANTIZED = re.compile(r"\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
@@ -45,12 +46,29 @@ def is_quantized(name: str) -> bool:
     return _QUANTIZED.search(name) is not None
 
 
+def quantization_config(config: Mapping[str, Any]) -> Any:
+    """The entry of a `config.json`, also of one whose `text_config` has it: a language model beside a vision tower."""
+    text = config.get("text_config")
+    return config.get(_ENTRY) or (text.get(_ENTRY) if isinstance(text, dict) else None)
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` without that entry, wherever it is: it describes other weights than those that are written."""
+    config = {key: value for key, value in config.items() if key != _ENTRY}
+    if isinstance(text := config.get("text_config"), dict):
+        config["text_config"] = {key: value for key, value in text.items() if key != _ENTRY}
+    return config
+
+
 def block_shape(config: Mapping[str, Any]) -> tuple[int, int]:
     """The block shape in a `config.json`. Raises `ConfigError` for other kinds of quantization."""
-    given = config.get("quantization_config")
+    given = quantization_config(config)
     if given is None:
         return BLOCK
     require(isinstance(given, dict), "quantization_config", given, "must be an object")
+    if given.get("quant_method") == "compressed-tensors":  # INT4 of Kimi-K2.5, NVFP4, …
+        fix = "is not read; use the release in bfloat16 or FP8, or write bfloat16 with compressed-tensors first"
+        require(False, "quantization_config.format", given.get("format"), fix)
     method, fmt, block = (given.get(k, d) for k, d in QUANTIZATION_CONFIG.items() if k != "activation_scheme")
     require(method == "fp8", "quantization_config.quant_method", method, "only 'fp8' is read; dequantize it first")
     require(fmt in ("e4m3", "float8_e4m3fn"), "quantization_config.fmt", fmt, "only 'e4m3' is read")
@@ -89,8 +107,8 @@ def quantize(weight: Matrix) -> tuple[Matrix, Scales]:
     for i, rows in _block_slices(weight.shape[0], BLOCK[0], 0):
         x = weight[rows].astype(np.float32)
         peaks = np.maximum.reduceat(np.abs(x).max(axis=0), starts)
-        if not np.isfinite(peaks).all():
-            raise CheckpointError("weight", "nan or infinity", "cannot be quantized to FP8; write another dtype")
+        fix = "cannot be quantized to FP8; write another dtype"
+        check(bool(np.isfinite(peaks).all()), "weight", "nan or infinity", fix)
         scale[i] = np.maximum(peaks / _MAX, np.finfo(np.float32).tiny)
         x /= np.repeat(scale[i], BLOCK[1])[: weight.shape[1]]
         out[rows] = _round_to_e4m3(x)

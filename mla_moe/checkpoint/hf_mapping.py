@@ -1,18 +1,18 @@
-"""The only module that knows Hugging Face tensor names: the mapping between their tensors and our parameters.
+"""The mapping between tensors of Hugging Face checkpoints and our parameters.
 
-DeepSeek-V2, V3, R1, Moonlight and Kimi-K2 use the same names. Parameters have another layout than tensors: layers are
-stacked along the first axis and experts along the next, gate and up projections are one array, heads have their own
-axis, and a matrix is [in, out] where PyTorch has [out, in].
+Architectures have the names of DeepSeek-V3, or say how theirs differ (`config.architectures`). Parameters have another
+layout than tensors: layers are stacked along the first axis and experts along the next, gate and up projections are one
+array, heads have their own axis, and a matrix is [in, out] where PyTorch has [out, in].
 """
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
 
 from mla_moe.config import ModelConfig
-from mla_moe.nn.abstract_model import AbstractModel
 
 ALL = slice(None)
 BLOCK_ROWS = 128
@@ -20,20 +20,13 @@ BLOCK_ROWS = 128
 READ_BYTES = 16 << 20
 """About as many bytes, in float32, are read at a time by a conversion."""
 
-Slices = tuple[slice, ...]
 Index = tuple[int | slice, ...]
 """A number or a slice for each axis; a number removes the axis."""
 
 
-class RowSlice(NamedTuple):
-    """Some rows of a tensor, and the index of the same elements in its parameter."""
-
-    rows: slice
-    index: Index
-
-
 class TensorMapping(NamedTuple):
-    """A Hugging Face tensor, a vector or a matrix, and the elements of a parameter that it holds."""
+    """A Hugging Face tensor, a vector or a matrix, and the elements of a parameter that it holds. Where the matrices of
+    all experts are one tensor `[E, rows, columns]`, it is one of them: rows of `[E · rows, columns]`."""
 
     name: str
     path: str
@@ -44,22 +37,29 @@ class TensorMapping(NamedTuple):
     """Sizes of the parameter's axes that are flattened into the tensor's first axis."""
     column_sizes: tuple[int, ...] = ()
     """The same for the second axis; empty for a vector."""
-    transposed: bool = True
-    """Whether the parameter has the column axes before the row axes."""
+    first_row: int = 0
+    """The matrix's first row in the tensor of all experts."""
+    stacked_shape: tuple[int, ...] = ()
+    """The shape of that tensor; empty: the tensor is this matrix or vector."""
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the parameter has the column axes before the row axes: every matrix but an embedding."""
+        return bool(self.column_sizes) and not self.path.endswith("embed")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The tensor's shape."""
+        """The shape of the vector or matrix."""
         rows = math.prod(self.row_sizes)
         return (rows, math.prod(self.column_sizes)) if self.column_sizes else (rows,)
 
-    def hf_slices(self, kept: Slices) -> tuple[slice, slice]:
+    def hf_slices(self, kept: tuple[slice, ...]) -> tuple[slice, slice]:
         """The tensor's rows and columns that hold a slice of the parameter's kept axes. Of flattened axes only the
         first can be sliced: a mesh shards heads, but not the dimensions within a head."""
         n = len(self.column_sizes) if self.transposed else len(self.row_sizes)
         first, second = kept[:n], kept[n:]
         rows, columns = (second, first) if self.transposed else (first, second)
-        return _flat_slice(rows, self.row_sizes), _flat_slice(columns, self.column_sizes)
+        return self._shifted(_flat_slice(rows, self.row_sizes)), _flat_slice(columns, self.column_sizes)
 
     def from_hf_tensor(self, tensor: np.ndarray) -> np.ndarray:
         """The parameter's kept axes, from the tensor or the part of it that `hf_slices` gives."""
@@ -67,22 +67,17 @@ class TensorMapping(NamedTuple):
             (n // math.prod(sizes[1:]), *sizes[1:]) if sizes else ()
             for n, sizes in zip((*tensor.shape, 0), (self.row_sizes, self.column_sizes), strict=False)
         )
-        if not self._needs_transpose:
-            return tensor.reshape(rows + columns)
-        return _transpose(tensor).reshape(columns + rows)
+        return _transpose(tensor).reshape(columns + rows) if self.transposed else tensor.reshape(rows + columns)
 
     def to_hf_tensor(self, array: np.ndarray) -> np.ndarray:
         """The tensor, or some of its rows, from the parameter's kept axes."""
-        if not self._needs_transpose:
+        if not self.transposed:
             return array.reshape(-1, *self.shape[1:])
         return _transpose(array.reshape(math.prod(array.shape[: len(self.column_sizes)]), -1))
 
-    @property
-    def _needs_transpose(self) -> bool:
-        return self.transposed and bool(self.column_sizes)
-
-    def row_slices(self) -> Iterator[RowSlice]:
-        """Slices of rows to read one at a time: complete FP8 blocks, of about `READ_BYTES` in float32."""
+    def row_slices(self) -> Iterator[tuple[slice, Index]]:
+        """Slices of rows to read one at a time, complete FP8 blocks of about `READ_BYTES` in float32, each with the
+        index of the same elements in the parameter."""
         inner = math.prod(self.row_sizes[1:])
         multiple = BLOCK_ROWS // math.gcd(inner, BLOCK_ROWS)
         step = rows_per_read(inner * math.prod(self.column_sizes), multiple)
@@ -91,7 +86,10 @@ class TensorMapping(NamedTuple):
         for start in range(0, self.row_sizes[0], step):
             stop = min(start + step, self.row_sizes[0])
             index = (*self.index[:axis], slice(start, stop), *self.index[axis + 1 :])
-            yield RowSlice(slice(start * inner, stop * inner), index)
+            yield self._shifted(slice(start * inner, stop * inner)), index
+
+    def _shifted(self, rows: slice) -> slice:
+        return slice(self.first_row + rows.start, self.first_row + rows.stop)
 
 
 def rows_per_read(row_size: int, multiple: int) -> int:
@@ -113,7 +111,7 @@ def _transpose(matrix: np.ndarray) -> np.ndarray:
     return out.view(matrix.dtype)
 
 
-def _flat_slice(slices: Slices, sizes: tuple[int, ...]) -> slice:
+def _flat_slice(slices: tuple[slice, ...], sizes: tuple[int, ...]) -> slice:
     if not sizes:
         return ALL
     inner_axes = zip(slices[1:], sizes[1:], strict=True)
@@ -123,42 +121,62 @@ def _flat_slice(slices: Slices, sizes: tuple[int, ...]) -> slice:
     return slice(start * inner, stop * inner)
 
 
-def tensor_mappings(abstract_model: AbstractModel) -> Iterator[TensorMapping]:
-    """All tensors, layer by layer. The embedding and the head come twice if an MTP module shares them: released files
-    repeat them in its layer."""
-    cfg = abstract_model.cfg
+def tensor_mappings(cfg: ModelConfig, *, copies: bool = True) -> Iterator[TensorMapping]:
+    """All tensors, layer by layer, under the names of the model's architecture. The embedding and the head come twice
+    if an MTP module shares them: released files repeat them in its layer. Without `copies` each element of a parameter
+    comes once."""
+    architecture = cfg.architecture
+    for mapping in _mappings(cfg, copies):
+        if architecture.stacked_experts and (match := _EXPERT.fullmatch(mapping.name)):
+            mapping = _stacked(cfg, mapping, *match.groups())
+        yield mapping._replace(name=architecture.tensor_name(mapping.name))
+
+
+_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+def _stacked(cfg: ModelConfig, mapping: TensorMapping, prefix: str, expert: str, part: str) -> TensorMapping:
+    """A matrix as a part of the tensor of all experts: `gate_up_proj` `[E, 2F, D]` or `down_proj` `[E, D, F]`."""
+    E, D, F = cfg.n_routed_experts, cfg.hidden_size, cfg.moe_intermediate_size
+    name, shape = ("down_proj", (E, D, F)) if part == "down" else ("gate_up_proj", (E, 2 * F, D))
+    first_row = int(expert) * shape[1] + (F if part == "up" else 0)
+    return mapping._replace(name=f"{prefix}.{name}", first_row=first_row, stacked_shape=shape)
+
+
+def by_tensor(mappings: Iterable[TensorMapping]) -> list[list[TensorMapping]]:
+    """The mappings of each tensor, in the order of its rows."""
+    groups: dict[str, list[TensorMapping]] = {}
+    for mapping in mappings:
+        groups.setdefault(mapping.name, []).append(mapping)
+    return list(groups.values())
+
+
+def _mappings(cfg: ModelConfig, copies: bool) -> Iterator[TensorMapping]:
+    """`tensor_mappings` under the names of DeepSeek-V3."""
     V, D = cfg.vocab_size, cfg.hidden_size
-    yield TensorMapping("model.embed_tokens.weight", "embed", (ALL, ALL), (V,), (D,), transposed=False)
+    yield TensorMapping("model.embed_tokens.weight", "embed", (ALL, ALL), (V,), (D,))
     for layer in range(cfg.num_hidden_layers):
         dense = layer < cfg.first_k_dense_replace
         stack, index = ("dense_layers", layer) if dense else ("moe_layers", layer - cfg.first_k_dense_replace)
         yield from _block(cfg, f"model.layers.{layer}", stack, (index,), experts=not dense)
     yield TensorMapping("model.norm.weight", "norm/scale", (ALL,), (D,))
-    yield TensorMapping("lm_head.weight", "head", (ALL, ALL), (V,), (D,))
-    if cfg.num_nextn_predict_layers:
-        yield from _mtp(cfg)
-
-
-def unique_tensor_mappings(abstract_model: AbstractModel) -> Iterator[TensorMapping]:
-    """Without the MTP module's copies of embedding and head: each element of a parameter once."""
-    seen = set()
-    for mapping in tensor_mappings(abstract_model):
-        if (key := (mapping.path, str(mapping.index))) not in seen:
-            seen.add(key)
-            yield mapping
-
-
-def _mtp(cfg: ModelConfig) -> Iterator[TensorMapping]:
-    """The MTP module has the layer index after the last layer."""
-    layer, V, D = f"model.layers.{cfg.num_hidden_layers}", cfg.vocab_size, cfg.hidden_size
-    embed, head = ("embed", "head") if cfg.mtp_shares_embedding else ("mtp/embed", "mtp/head")
-    yield TensorMapping(f"{layer}.embed_tokens.weight", embed, (ALL, ALL), (V,), (D,), transposed=False)
-    yield TensorMapping(f"{layer}.enorm.weight", "mtp/embedding_norm/scale", (ALL,), (D,))
-    yield TensorMapping(f"{layer}.hnorm.weight", "mtp/hidden_norm/scale", (ALL,), (D,))
-    yield TensorMapping(f"{layer}.eh_proj.weight", "mtp/project", (ALL, ALL), (D,), (2 * D,))
-    yield from _block(cfg, layer, "mtp/block", (), experts=True)
-    yield TensorMapping(f"{layer}.shared_head.norm.weight", "mtp/norm/scale", (ALL,), (D,))
-    yield TensorMapping(f"{layer}.shared_head.head.weight", head, (ALL, ALL), (V,), (D,))
+    if not cfg.tie_word_embeddings:
+        yield TensorMapping("lm_head.weight", "head", (ALL, ALL), (V,), (D,))
+    if not cfg.num_nextn_predict_layers:
+        return
+    mtp = f"model.layers.{cfg.num_hidden_layers}"
+    head = "embed" if cfg.tie_word_embeddings else "head"
+    embed, head = ("embed", head) if cfg.mtp_shares_embedding else ("mtp/embed", "mtp/head")
+    copies = copies or not cfg.mtp_shares_embedding
+    if copies:
+        yield TensorMapping(f"{mtp}.embed_tokens.weight", embed, (ALL, ALL), (V,), (D,))
+    yield TensorMapping(f"{mtp}.enorm.weight", "mtp/embedding_norm/scale", (ALL,), (D,))
+    yield TensorMapping(f"{mtp}.hnorm.weight", "mtp/hidden_norm/scale", (ALL,), (D,))
+    yield TensorMapping(f"{mtp}.eh_proj.weight", "mtp/project", (ALL, ALL), (D,), (2 * D,))
+    yield from _block(cfg, mtp, "mtp/block", (), experts=True)
+    yield TensorMapping(f"{mtp}.shared_head.norm.weight", "mtp/norm/scale", (ALL,), (D,))
+    if copies:
+        yield TensorMapping(f"{mtp}.shared_head.head.weight", head, (ALL, ALL), (V,), (D,))
 
 
 def _block(
@@ -201,3 +219,5 @@ def _block(
         yield from mlp(f"mlp.experts.{e}", "moe", F, (*layer_index, e))
     if cfg.n_shared_experts:
         yield from mlp("mlp.shared_experts", "moe/shared", cfg.n_shared_experts * F, layer_index)
+    if cfg.post_mlp_norm:
+        yield mapped("post_mlp_layernorm.weight", "moe_norm/scale", (D,))

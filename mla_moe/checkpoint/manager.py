@@ -7,11 +7,12 @@ it is restored. Checksums are computed on the devices at the cost of one read of
 import contextlib
 import dataclasses
 import gc
+import itertools
 import logging
 import sys
 import warnings
 import zlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -20,12 +21,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from mla_moe.checkpoint.files import CheckpointError, CheckpointSaveError
+from mla_moe.checkpoint.files import CheckpointError
 from mla_moe.checkpoint.orbax_checkpoint import array_checksums, config_checksum
 from mla_moe.checkpoint.orbax_layout import require_known_format
+from mla_moe.checkpoint.save_errors import as_save_error, suppress_repeated_errors
 from mla_moe.config import FORMAT_VERSION, CheckpointConfig, ConfigError
 from mla_moe.nn.abstract_model import AbstractModel
-from mla_moe.nn.param import logical_axes
+from mla_moe.parallel.sharding import logical_axes
 
 _CHUNK_BYTES = 64 << 20
 """Larger arrays are stored in chunks, so that another mesh or a conversion reads little more than it needs."""
@@ -37,11 +39,9 @@ class DataPosition(Protocol):
 
     def states(self) -> Mapping[int, str]:
         """The position in each data stream, by the stream's number, as JSON."""
-        ...
 
     def restore(self, read: Callable[[int], str]) -> None:
         """Move to a saved position; `read` returns the position in a stream by its number."""
-        ...
 
 
 class FixedPosition:
@@ -58,29 +58,38 @@ State = TypeVar("State", bound=NamedTuple)
 """The training state of a stage, such as `TrainState`."""
 
 
-class CheckpointManager:
+class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
     """Saves and restores the full state of a stage: parameters, optimizer, router biases, step, and data position."""
 
     def __init__(self, run_dir: Path, stage: str, config: CheckpointConfig):
+        policies = ocp.checkpoint_managers
+        kept: list[Any] = [policies.LatestN(config.max_to_keep)]
+        kept += [policies.EveryNSteps(config.keep_every)] if config.keep_every else []
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=config.max_to_keep,
-            save_interval_steps=1,
-            enable_async_checkpointing=True,
-            cleanup_tmp_directories=True,
+            preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
         )
         self._manager = ocp.CheckpointManager((run_dir / "checkpoints" / stage).absolute(), options=options)
+        self._quiet = suppress_repeated_errors()
+        self._quiet.__enter__()
 
-    def __enter__(self) -> "CheckpointManager":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         with self._as_save_error():
             self._manager.close()
+        self._quiet.__exit__(*error)
 
     @property
     def latest(self) -> int | None:
         """The step of the newest complete checkpoint."""
         return self._manager.latest_step()
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of all complete checkpoints, in order."""
+        return sorted(self._manager.all_steps())
+
+    def rewind(self, step: int) -> None:
+        """Make `step` the newest checkpoint: later ones are renamed."""
+        self._set_aside([later for later in self.steps if later > step], f"after_{step}")
 
     def save(self, step: int, state: NamedTuple, position: DataPosition, abstract_model: AbstractModel) -> None:
         """Start to save; returns as soon as the arrays are copied. Does nothing for a step that is saved already.
@@ -99,16 +108,8 @@ class CheckpointManager:
         with self._as_save_error():
             self._manager.save(step, args=items, custom_metadata={"format_version": FORMAT_VERSION})
 
-    @contextlib.contextmanager
-    def _as_save_error(self) -> Generator[None]:
-        """Orbax raises the error of a background save, of whatever type, at the next save or when it is closed."""
-        try:
-            yield
-        except Exception as error:
-            fix = "free disk space or check the disk; the same command resumes from the previous checkpoint"
-            raise CheckpointSaveError(
-                f"{self._manager.directory}: a checkpoint could not be saved ({_first_line(error)}); {fix}"
-            ) from error
+    def _as_save_error(self) -> contextlib.AbstractContextManager[None]:
+        return as_save_error(Path(self._manager.directory), "the same command resumes from the checkpoint before")
 
     def restore(self, abstract: State, position: DataPosition, log: Callable[[str], None]) -> State:
         """Restore the newest checkpoint that is not damaged, each array into its sharding, and move `position`.
@@ -118,7 +119,7 @@ class CheckpointManager:
         """
         self._manager.wait_until_finished()
         directory = Path(self._manager.directory)
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self.steps[::-1]
         with _suppress_read_errors():
             for number, step in enumerate(steps):
                 try:
@@ -127,16 +128,20 @@ class CheckpointManager:
                     log(f"{error}")
                     continue
                 if number:
-                    self._quarantine([directory / str(damaged) for damaged in steps[:number]])
+                    self._set_aside(steps[:number], "damaged")
                 return state
         fix = "all its checkpoints are damaged; remove it to restart the stage"
         raise CheckpointError("checkpoint", str(directory), fix)
 
-    def _quarantine(self, steps: list[Path]) -> None:
+    def _set_aside(self, steps: Sequence[int], suffix: str) -> None:
+        """Rename checkpoints to `STEP.suffix`, or `STEP.suffix.2` and so on where that exists."""
         if jax.process_index() == 0:
+            directory = Path(self._manager.directory)
             for step in steps:
-                step.rename(step.with_name(f"{step.name}.damaged"))
-        multihost_utils.sync_global_devices("damaged checkpoints are quarantined")
+                names = itertools.chain([suffix], (f"{suffix}.{number}" for number in itertools.count(2)))
+                free = next(path for name in names if not (path := directory / f"{step}.{name}").exists())
+                (directory / str(step)).rename(free)
+        multihost_utils.sync_global_devices(f"checkpoints are renamed to {suffix}")
         self._manager.reload()
 
 
@@ -184,18 +189,15 @@ def _suppress_read_errors() -> Generator[None]:
     def log_filter(record: logging.LogRecord) -> bool:
         return is_new(record.msg)
 
-    sys.unraisablehook = hook
-    asyncio_log.addFilter(log_filter)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
-            try:
-                yield
-            finally:
-                gc.collect()
-    finally:
-        sys.unraisablehook = previous_hook
-        asyncio_log.removeFilter(log_filter)
+    with contextlib.ExitStack() as at_exit:
+        sys.unraisablehook = hook
+        at_exit.callback(setattr, sys, "unraisablehook", previous_hook)
+        asyncio_log.addFilter(log_filter)
+        at_exit.callback(asyncio_log.removeFilter, log_filter)
+        at_exit.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", ".*was never awaited", RuntimeWarning)
+        at_exit.callback(gc.collect)
+        yield
 
 
 def _first_line(error: Exception) -> str:

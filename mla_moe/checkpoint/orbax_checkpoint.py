@@ -1,9 +1,9 @@
 """Read parameters and router biases of an Orbax checkpoint array by array, and verify them by checksums."""
 
-import functools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
-from mla_moe.checkpoint import fp8 as fp8_blocks
-from mla_moe.checkpoint.files import CheckpointError
-from mla_moe.checkpoint.hf_mapping import Index, RowSlice, Slices, TensorMapping, is_router_bias, tensor_mappings
+from mla_moe.checkpoint.files import CheckpointError, check
+from mla_moe.checkpoint.hf_mapping import Index, TensorMapping, by_tensor, is_router_bias, tensor_mappings
 from mla_moe.checkpoint.orbax_layout import StateArrays, read_json_item, require_known_format, run_directory
 from mla_moe.checkpoint.safetensors_writer import TensorEntry, tensor_entries
 from mla_moe.checkpoint.tokenizer_files import hf_config
+from mla_moe.checkpoint.unused_tensors import unused_tensors
 from mla_moe.config import ModelConfig, structure
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
 from mla_moe.ops.checksum import checksum, checksum_of_shard
@@ -28,16 +28,15 @@ from mla_moe.ops.checksum import checksum, checksum_of_shard
 
 def array_checksums(tree: Any) -> dict[str, int]:
     """The checksum of each array by its keys, joined with ".". It does not depend on mesh and process."""
-    arrays = {
-        jax.tree_util.keystr(k, simple=True, separator="."): x for k, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    arrays = {jax.tree_util.keystr(keys, simple=True, separator="."): x for keys, x in leaves}
     if not arrays:
         return {}
     mesh = next(iter(arrays.values())).sharding.mesh
     return dict(zip(arrays, np.asarray(_checksum_program(mesh)(list(arrays.values()))).tolist(), strict=True))
 
 
-@functools.cache
+@cache
 def _checksum_program(mesh: Mesh) -> Callable[[list[jax.Array]], jax.Array]:
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(lambda arrays: jnp.stack([checksum(x) for x in arrays]), out_shardings=replicated)
@@ -48,15 +47,15 @@ def config_checksum(config: Mapping[str, Any]) -> int:
 
 
 class OrbaxCheckpoint:
-    """A `reader.Checkpoint` from a step's directory."""
+    """Parameters and router biases in a step's directory, by parameter path. Opening it reads only metadata."""
 
     def __init__(self, step: Path):
         self.directory = step
         require_known_format(step)
         config = read_json_item(step, "model")
         self._checksums = read_json_item(step, "digests", required=False)  # a converted checkpoint has none
-        if self._checksums and self._checksums.get("model") != config_checksum(config):
-            raise CheckpointError("checkpoint", str(step), "is damaged: its model does not match its checksum")
+        intact = not self._checksums or self._checksums.get("model") == config_checksum(config)
+        check(intact, "checkpoint", str(step), "is damaged: its model does not match its checksum")
         self.cfg: ModelConfig = structure(ModelConfig, config, "model")
         self._arrays = StateArrays(step)
         self._keys = {key[1]: key for key in self._arrays.keys if len(key) == 2 and key[0] in ("params", "biases")}
@@ -70,40 +69,37 @@ class OrbaxCheckpoint:
         for path in variables.keys() & self._keys:
             shape, expected = self._store(path).shape, variables[path].get_value().shape
             wrong += [f"{path} has shape {list(shape)}, not {list(expected)}"] if shape != expected else []
-        if wrong:
-            raise CheckpointError("checkpoint", str(self.directory), f"does not fit its model: {'; '.join(wrong[:20])}")
+        check(not wrong, "checkpoint", str(step), f"does not fit its model: {'; '.join(wrong[:20])}")
 
     def _store(self, path: str) -> ts.TensorStore:
         return self._arrays[self._keys[path]]
 
     @property
     def full_state_run(self) -> Path | None:
+        """The directory of the run whose full training state this is; None if there are parameters only."""
         return run_directory(self.directory) if any(key[0] == "optimizer" for key in self._arrays.keys) else None
 
     def dtype(self, path: str) -> np.dtype:
+        """The dtype of an array as stored."""
         return self._store(path).dtype.numpy_dtype
 
-    def nbytes(self, path: str) -> int:
-        return self._store(path).size * self.dtype(path).itemsize
-
-    def read(self, path: str, dtype: DTypeLike, index: Slices) -> np.ndarray:
-        """A shard of an array. Raises `CheckpointError` for a truncated or corrupted file.
-
-        The checksum is of the stored dtype, so that of a shard that is cast is computed here and kept for `verify`.
-        """
+    def read(self, path: str, dtype: DTypeLike, index: tuple[slice, ...]) -> np.ndarray:
+        """A shard of an array: `index` has a slice for each axis. Raises `CheckpointError` for a truncated or corrupted
+        file. Checksums are of the stored dtype: that of a shard that is cast is computed here and kept for `verify`."""
         shard = self._read(path, index)
         if self._checksums and shard.dtype != dtype:
             shape = self._store(path).shape
             self._shard_checksums.setdefault(path, {})[str(index)] = checksum_of_shard(shard, index, shape)
         return shard.astype(dtype, copy=False)
 
-    def read_rows(self, mapping: TensorMapping, dtype: DTypeLike, rows: RowSlice) -> np.ndarray:
-        """Some rows of a tensor. The last rows of an array complete its checksum, which is then compared."""
-        part, path = self._read(mapping.path, rows.index), mapping.path
+    def read_rows(self, mapping: TensorMapping, dtype: DTypeLike, _: slice, index: Index) -> np.ndarray:
+        """Some rows of a tensor in the Hugging Face layout; see `TensorMapping.row_slices`. The last rows of an array
+        complete its checksum, which is then compared."""
+        part, path = self._read(mapping.path, index), mapping.path
         if self._checksums:
             store = self._store(path)
             left, number = self._unverified.pop(path, (store.size, 0))
-            left, number = left - part.size, (number + checksum_of_shard(part, rows.index, store.shape)) % 2**32
+            left, number = left - part.size, (number + checksum_of_shard(part, index, store.shape)) % 2**32
             if left:
                 self._unverified[path] = left, number
             else:
@@ -120,39 +116,38 @@ class OrbaxCheckpoint:
         """Raise `CheckpointError` if an array that was read, sharded over a mesh, does not match its checksum."""
         if not self._checksums:
             return
+
+        def sum_of_shards(path: str) -> int:
+            """Of this process's shards without replicas: over all processes, each shard once."""
+            shards = (shard for shard in arrays[path].addressable_shards if shard.replica_id == 0)
+            return sum(self._shard_checksums[path][str(shard.index)] for shard in shards) % 2**32
+
         found = array_checksums({path: x for path, x in arrays.items() if x.dtype == self.dtype(path)})
         cast = [path for path in arrays if path not in found]
-        shards = [[self._shard_checksums[path][str(s.index)] for s in _unique_shards(arrays[path])] for path in cast]
-        local = np.array([sum(numbers) % 2**32 for numbers in shards], np.uint32)
+        local = np.array([sum_of_shards(path) for path in cast], np.uint32)
         gathered = np.reshape(multihost_utils.process_allgather(local), (jax.process_count(), len(cast)))
         found |= dict(zip(cast, gathered.sum(0, np.uint32).tolist(), strict=True))
         for path, number in found.items():
             self._compare(path, number)
 
     def _compare(self, path: str, number: int) -> None:
-        if self._checksums and number != self._checksums["arrays"].get(".".join(self._keys[path])):
-            fix = f"is damaged: {path} does not match its checksum"
-            raise CheckpointError("checkpoint", str(self.directory), fix)
+        expected = self._checksums["arrays"].get(".".join(self._keys[path]))
+        fix = f"is damaged: {path} does not match its checksum"
+        check(number == expected, "checkpoint", str(self.directory), fix)
 
     def hf_tensors(self, dtype: np.dtype | None, *, fp8: bool) -> list[TensorEntry]:
-        mappings = tensor_mappings(AbstractModel(self.cfg))
-        return [entry for mapping in mappings for entry in self._hf_tensor(mapping, dtype, fp8)]
+        """All tensors for a Hugging Face checkpoint, cast to `dtype` except for router biases."""
+        entries: list[TensorEntry] = []
+        for parts in by_tensor(tensor_mappings(self.cfg)):
+            name, stored = parts[0].name, self.dtype(parts[0].path)
+            target = stored if dtype is None or is_router_bias(name) else dtype
+            read = partial(self._tensor_rows, parts)
+            entries += tensor_entries(name, stored, target, parts[0].stacked_shape or parts[0].shape, read, fp8=fp8)
+        return entries + unused_tensors(self.directory, self.cfg)
 
-    def _hf_tensor(self, mapping: TensorMapping, dtype: np.dtype | None, fp8: bool) -> list[TensorEntry]:
-        stored = self.dtype(mapping.path)
-        target = stored if dtype is None or is_router_bias(mapping.name) else dtype
-        # Quantize the stored values, not values that were rounded to `dtype` before.
-        read_as = stored if fp8 and fp8_blocks.is_quantized(mapping.name) else target
-
-        def chunks() -> Iterator[np.ndarray]:
-            return (self.read_rows(mapping, read_as, rows) for rows in mapping.row_slices())
-
-        return tensor_entries(mapping.name, target, mapping.shape, chunks, fp8=fp8)
+    def _tensor_rows(self, parts: list[TensorMapping], dtype: DTypeLike) -> Iterator[np.ndarray]:
+        return (self.read_rows(part, dtype, *rows) for part in parts for rows in part.row_slices())
 
     def hf_config(self, dtype: np.dtype | None, *, fp8: bool) -> dict[str, Any]:
+        """The `config.json` that goes with `hf_tensors`."""
         return hf_config(self.cfg, dtype or self.dtype("embed"), fp8=fp8, beside=self.directory)
-
-
-def _unique_shards(array: jax.Array) -> list[jax.Shard]:
-    """This process's shards without replicas; over all processes, each shard once."""
-    return [shard for shard in array.addressable_shards if shard.replica_id == 0]

@@ -3,7 +3,7 @@
 Orbax restores complete trees only, which a conversion cannot hold in memory. No other module depends on the layout;
 `tests/checkpoint/test_orbax_layout.py` checks each of these points against the installed Orbax. In a step's directory:
 
-    _CHECKPOINT_METADATA   JSON, written when the save is complete, with commit_timestamp_nsecs and custom_metadata
+    _CHECKPOINT_METADATA   JSON, written when the save is complete, with custom_metadata
     ITEM/metadata          the JSON object of an item (model, digests)
     state/_METADATA        JSON; the values of tree_metadata have the keys of each array
     state/manifest.ocdbt   exists if all arrays are stored in one OCDBT database
@@ -13,18 +13,21 @@ Orbax restores complete trees only, which a conversion cannot hold in memory. No
 import contextlib
 import dataclasses
 from collections import deque
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from mla_moe.checkpoint.files import CheckpointError, flush_to_disk, read_json
+from mla_moe.checkpoint.files import CheckpointError, check, flush_to_disk, read_json
 from mla_moe.checkpoint.hf_mapping import Index
-from mla_moe.config import FORMAT_VERSION, ModelConfig
+from mla_moe.checkpoint.save_errors import suppress_repeated_errors
+from mla_moe.config import FORMAT_VERSION
+from mla_moe.config.errors import require_local
 from mla_moe.config.migrations import require_known_version
+from mla_moe.config.resume import STAGES
 from mla_moe.nn.abstract_model import AbstractModel
 
 _COMMIT = "_CHECKPOINT_METADATA"
@@ -34,21 +37,20 @@ _MAX_PENDING_WRITES = 4
 
 def find_step(path: Path) -> Path | None:
     """The step's directory that `path` is, or the newest of a stage's or a run's directory; None if it has none.
-    Raises `CheckpointError` if `path` is no directory, and for a run that has not saved a checkpoint yet."""
-    if not path.is_dir():
-        raise CheckpointError("checkpoint", str(path), "no such directory")
+
+    The newest checkpoint of a run is the last step of the last stage that has one, whatever the clock said. Raises
+    `CheckpointError` if `path` is no directory, and for a run that has not saved a checkpoint yet.
+    """
+    require_local("checkpoint", path)
+    check(path.is_dir(), "checkpoint", str(path), "no such directory")
     if (path / "state").is_dir() and (path / "model").is_dir():
         return path
-    stages = (path / "checkpoints").glob("*") if (path / "checkpoints").is_dir() else [path]
-    steps = [step for stage in stages if stage.is_dir() for step in stage.iterdir() if step.name.isdigit()]
+    stages = [path / "checkpoints" / stage for stage in STAGES] if (path / "checkpoints").is_dir() else [path]
+    steps = [step for stage in stages if stage.is_dir() for step in stage.iterdir() if step.name.isdecimal()]
     complete = [step for step in steps if (step / _COMMIT).is_file()]  # a kill during a removal leaves the others
-    if not complete and (path / "recipe.json").is_file() and not (path / "config.json").is_file():
-        raise CheckpointError("checkpoint", str(path), "is a run without a checkpoint yet")
-    return max(complete, key=_commit_time, default=None)
-
-
-def _commit_time(step: Path) -> tuple[int, int]:
-    return read_json(step / _COMMIT).get("commit_timestamp_nsecs") or 0, int(step.name)
+    empty_run = not complete and (path / "recipe.json").is_file() and not (path / "config.json").is_file()
+    check(not empty_run, "checkpoint", str(path), "is a run without a checkpoint yet")
+    return max(complete, key=lambda step: (stages.index(step.parent), int(step.name)), default=None)
 
 
 def run_directory(step: Path) -> Path | None:
@@ -72,13 +74,12 @@ def read_json_item(step: Path, item: str, *, required: bool = True) -> dict[str,
 
 
 class StateArrays:
-    """The arrays of a step's `state`, each opened when first needed."""
+    """The arrays of a step's `state`, opened when needed. Raises `CheckpointError` if there is no list of them."""
 
     def __init__(self, step: Path):
-        """Reads the list of the arrays. Raises `CheckpointError` if there is none."""
-        tree = read_json(step / "state" / "_METADATA").get("tree_metadata")
-        if not isinstance(tree, dict):
-            raise CheckpointError("checkpoint", str(step), "has no list of its arrays; it was not written by Orbax")
+        tree: Any = read_json(step / "state" / "_METADATA").get("tree_metadata")
+        fix = "has no list of its arrays; it was not written by Orbax"
+        check(isinstance(tree, dict), "checkpoint", str(step), fix)
         self.keys = [tuple(str(entry["key"]) for entry in leaf["key_metadata"]) for leaf in tree.values()]
         self.uses_ocdbt = (step / "state" / "manifest.ocdbt").exists()
         self._directory = step / "state"
@@ -96,57 +97,48 @@ class StateArrays:
         return self._open[key]
 
 
-class ArraySpec(NamedTuple):
-    """An array to write."""
-
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    chunk_shape: tuple[int, ...]
-    """The shape of the chunks that are stored separately."""
-
-
-class OrbaxWriter:
-    """Writes arrays chunk by chunk, in any order, in the background."""
-
-    def __init__(self, stores: Mapping[str, ts.TensorStore]):
-        self._stores = stores
-        self._pending: deque[ts.WriteFutures] = deque()
-
-    def write(self, path: str, index: Index, chunk: np.ndarray) -> None:
-        self._pending.append(self._stores[path][index].write(chunk))
-        self.wait(_MAX_PENDING_WRITES)
-
-    def wait(self, max_pending: int = 0) -> None:
-        while len(self._pending) > max_pending:
-            self._pending.popleft().result()
-
-
 @contextlib.contextmanager
-def create_step(directory: Path, cfg: ModelConfig, specs: Mapping[str, ArraySpec]) -> Generator[OrbaxWriter]:
-    """Create a step's directory, whose parameters and router biases are written within the block. Orbax writes the
-    tree with placeholders, which TensorStore replaces by empty arrays of the given chunk shapes."""
-    biases = set(AbstractModel(cfg).bias_paths)
-    keys = {path: ("biases" if path in biases else "params", path) for path in specs}
+def create_step(
+    directory: Path, model: AbstractModel, dtypes: Mapping[str, np.dtype], chunks: Mapping[str, tuple[int, ...]]
+) -> Generator[Callable[[str, Index, np.ndarray], None]]:
+    """Fill an empty directory with a step of parameters and router biases, whose dtypes and shapes of chunks are given
+    by path. Yields a function that writes a chunk to a path and index, in any order and in the background.
+
+    Orbax writes the tree with placeholders, which TensorStore replaces by empty arrays.
+    """
+    keys = {path: ("biases" if path in model.bias_paths else "params", path) for path in dtypes}
     tree: dict[str, dict[str, np.ndarray]] = {"params": {}, "biases": {}}
-    for path, (group, _) in keys.items():
-        tree[group][path] = np.zeros(1, specs[path].dtype)
+    for group, path in keys.values():
+        tree[group][path] = np.zeros(1, dtypes[path])
     handlers = ocp.CompositeCheckpointHandler(
         state=ocp.PyTreeCheckpointHandler(use_ocdbt=False), model=ocp.JsonCheckpointHandler()
     )
-    with ocp.Checkpointer(handlers) as checkpointer:
-        items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), model=ocp.args.JsonSave(dataclasses.asdict(cfg)))
-        metadata = {"format_version": FORMAT_VERSION}
-        checkpointer.save(directory.absolute(), items, force=True, custom_metadata=metadata)
+    config = ocp.args.JsonSave(dataclasses.asdict(model.cfg))
+    items = ocp.args.Composite(state=ocp.args.PyTreeSave(tree), model=config)
+    created = directory.absolute() / "step"  # Orbax fills new directories only
+    with suppress_repeated_errors(), ocp.Checkpointer(handlers) as checkpointer:
+        checkpointer.save(created, items, custom_metadata={"format_version": FORMAT_VERSION})
+    for item in created.iterdir():
+        item.rename(directory / item.name)
+    created.rmdir()
     stores, context = {}, ts.Context({"file_io_sync": False})  # flushed below, all files at once
-    for path, (dtype, shape, chunk_shape) in specs.items():
+    for path, chunk_shape in chunks.items():
         spec = _array_spec(directory / "state", keys[path], ocdbt=False)
-        metadata = {"chunks": list(chunk_shape), "compressor": None}
-        stores[path] = ts.open(
-            spec | {"metadata": metadata}, context=context, create=True, delete_existing=True, dtype=dtype, shape=shape
-        ).result()
-    writer = OrbaxWriter(stores)
-    yield writer
-    writer.wait()
+        spec |= {"metadata": {"chunks": list(chunk_shape), "compressor": None}, "create": True, "delete_existing": True}
+        shape = model.variables[path].get_value().shape
+        stores[path] = ts.open(spec, context=context, dtype=dtypes[path], shape=shape).result()
+    pending: deque[ts.WriteFutures] = deque()
+
+    def write(path: str, index: Index, chunk: np.ndarray) -> None:
+        pending.append(stores[path][index].write(chunk))
+        if len(pending) > _MAX_PENDING_WRITES:
+            pending.popleft().result()
+
+    try:
+        yield write
+    finally:  # after an error the directory is removed, and no write may recreate a file in it
+        for future in pending:
+            future.result()
     for file in (directory / "state").rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:

@@ -1,6 +1,7 @@
 """Load a model from a checkpoint of any kind, and save it in the layout of Hugging Face."""
 
 from collections import deque
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -10,14 +11,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from mla_moe.checkpoint.hf_mapping import TensorMapping, tensor_mappings
+from mla_moe.checkpoint.hf_mapping import TensorMapping, by_tensor, tensor_mappings
 from mla_moe.checkpoint.orbax_layout import find_step
 from mla_moe.checkpoint.reader import is_router, load_arrays, open_checkpoint
 from mla_moe.checkpoint.safetensors_reader import weight_dtype
-from mla_moe.checkpoint.safetensors_writer import SHARD_BYTES, TensorEntry, tensor_entries, write_checkpoint
+from mla_moe.checkpoint.safetensors_writer import SHARD_BYTES, tensor_entries, write_checkpoint
 from mla_moe.checkpoint.tokenizer_files import files_to_copy, hf_config
+from mla_moe.checkpoint.unused_tensors import unused_tensors
 from mla_moe.config import MeshConfig
-from mla_moe.nn.abstract_model import AbstractModel, model_arrays, model_variables
+from mla_moe.nn.abstract_model import AbstractModel, model_variables
 from mla_moe.nn.param import Precision, RouterBias
 from mla_moe.nn.transformer import Transformer
 from mla_moe.parallel.mesh import make_mesh
@@ -38,8 +40,7 @@ def load_pretrained(path: str | Path, dtype: DTypeLike | None = None, mesh: Mesh
     param = checkpoint.dtype("embed") if dtype is None else weight_dtype(dtype)
     precision = Precision(param=param, compute=Precision.default().compute)
     abstract_model = AbstractModel(checkpoint.cfg, precision=precision)
-    if mesh is None:
-        mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1]) if mesh is None else mesh
     arrays = load_arrays(checkpoint, abstract_model, mesh, keep_dtypes=dtype is None)
     if dtype is None:
         for name, variable in abstract_model.variables.items():
@@ -60,30 +61,32 @@ def save_pretrained(
     """Save a directory that transformers, vLLM and SGLang load. It appears only when it is complete.
 
     Weights keep the model's dtypes, and a loaded router its file's, unless `dtype` is set; router biases are then
-    float32. `like` is a checkpoint or run whose tokenizer, chat template and token ids are copied. With `fp8`, the
-    matrices that DeepSeek releases in FP8 blocks are quantized. All processes must call this; the first one writes.
-    Raises `CheckpointError` if `path` exists.
+    float32. `like` is a checkpoint or run whose tokenizer, chat template, token ids and vision tower are copied. With
+    `fp8`, the matrices that DeepSeek releases in FP8 blocks are quantized. All processes must call this; the first one
+    writes. Raises `CheckpointError` if `path` exists.
     """
     dtype = None if dtype is None else weight_dtype(dtype)
-    abstract_model, arrays = AbstractModel(model.cfg, precision=model.precision), model_arrays(model)
-    file_dtypes = {p: v.get_metadata(_FILE_DTYPE, arrays[p].dtype) for p, v in model_variables(model).items()}
-    entries: list[TensorEntry] = []
-    for mapping in tensor_mappings(abstract_model):
-        stored_as = file_dtypes[mapping.path] if dtype is None else dtype
-        if dtype is not None and isinstance(abstract_model.variables[mapping.path], RouterBias):
-            stored_as = np.float32
-        chunks = partial(_full_tensor, arrays[mapping.path], mapping)
-        entries += tensor_entries(mapping.name, np.dtype(stored_as), mapping.shape, chunks, fp8=fp8)
+    variables, entries = model_variables(model), []
+    for parts in by_tensor(tensor_mappings(model.cfg)):
+        mapping, variable = parts[0], variables[parts[0].path]
+        array = variable.get_value()
+        target = np.float32 if isinstance(variable, RouterBias) else dtype
+        target = np.dtype(variable.get_metadata(_FILE_DTYPE, array.dtype) if dtype is None else target)
+        read, shape = partial(_full_tensor, array, parts), mapping.stacked_shape or mapping.shape
+        entries += tensor_entries(mapping.name, array.dtype, target, shape, read, fp8=fp8)
     if jax.process_index() > 0:
         for entry in entries:
             deque(entry.chunks(), maxlen=0)  # take part in the all-gathers of the first process
         return
     beside = (find_step(Path(like)) or Path(like)) if like else None
+    if beside:
+        entries += unused_tensors(beside, model.cfg)
     config = hf_config(model.cfg, dtype or model.precision.param, fp8=fp8, beside=beside)
     write_checkpoint(Path(path), config, entries, max_shard_bytes, files_to_copy(beside) if beside else {})
 
 
-def _full_tensor(array: jax.Array, mapping: TensorMapping) -> list[np.ndarray]:
-    part = array[mapping.index]
-    full = part if part.is_fully_addressable else multihost_utils.process_allgather(part, tiled=True)
-    return [mapping.to_hf_tensor(np.asarray(full))]
+def _full_tensor(array: jax.Array, parts: list[TensorMapping], dtype: np.dtype) -> Iterator[np.ndarray]:
+    for mapping in parts:
+        part = array[mapping.index]
+        full = part if part.is_fully_addressable else multihost_utils.process_allgather(part, tiled=True)
+        yield mapping.to_hf_tensor(np.asarray(full, dtype))

@@ -4,6 +4,7 @@ Tensors are memory-mapped at each access: only the bytes that are used are read,
 """
 
 import contextlib
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,9 @@ import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 
-from mla_moe.checkpoint.files import CheckpointError, read_json
+from mla_moe.checkpoint.files import CheckpointError, check, read_json
 from mla_moe.config import ConfigError
+from mla_moe.config.files import MAX_JSON_BYTES
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES: Mapping[str, np.dtype] = {
@@ -28,7 +30,9 @@ DTYPES: Mapping[str, np.dtype] = {
     "I32": np.dtype(np.int32),
 }
 WEIGHT_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
-MAX_HEADER_BYTES = 100 << 20  # the limit of the format
+MAX_HEADER_BYTES = MAX_JSON_BYTES
+"""Of the headers of all files; those of Kimi-K2 have half. The format allows more."""
+MAX_DIMENSIONS = 8
 
 
 def weight_dtype(dtype: DTypeLike) -> np.dtype:
@@ -53,16 +57,18 @@ class TensorLocation(NamedTuple):
 
 
 class SafetensorsReader:
-    """The tensors of a directory's safetensors files by name. All headers are read and checked when it is created."""
+    """The tensors of a directory's safetensors files by name. Creating it reads and checks all headers, and raises
+    `CheckpointError` for invalid files."""
 
     def __init__(self, directory: Path):
-        """Raises `CheckpointError` for invalid files."""
         self.directory = directory
         self.stored: dict[str, TensorLocation] = {}
+        left = MAX_HEADER_BYTES
         for path in _files(directory):
-            for name, location in _read_header(path).items():
-                if name in self.stored:
-                    raise CheckpointError(path.name, name, "is in two files; keep one")
+            length, tensors = _read_header(path, left)
+            left -= length
+            for name, location in tensors.items():
+                check(name not in self.stored, path.name, name, "is in two files; keep one")
                 self.stored[name] = location
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -81,68 +87,58 @@ def _files(directory: Path) -> list[Path]:
     if single.is_file():
         return [single]
     if not index.exists():
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError("checkpoint", str(directory), "holds no .safetensors file")
+        files = sorted(directory.glob("[!.]*.safetensors"))  # without hidden files
+        check(len(files) > 0, "checkpoint", str(directory), "holds no .safetensors file")
         return files
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise CheckpointError(index.name, "weight_map", "must map tensor names to file names")
-    files = []
-    for name in sorted(set(weight_map.values())):
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise CheckpointError(index.name, name, "must name a .safetensors file in the directory itself")
-        if not (directory / name).is_file():
-            raise CheckpointError(index.name, name, "is missing; fetch it again")
-        files.append(directory / name)
-    return files
+    weight_map: Any = read_json(index).get("weight_map")
+    valid = isinstance(weight_map, dict) and all(isinstance(name, str) for name in weight_map.values())
+    check(valid, index.name, "weight_map", "must map tensor names to file names")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        local = Path(name).name == name and name.endswith(".safetensors")
+        check(local, index.name, name, "must name a .safetensors file in the directory itself")
+        check((directory / name).is_file(), index.name, name, "is missing; fetch it again")
+    return [directory / name for name in names]
 
 
-def _read_header(path: Path) -> dict[str, TensorLocation]:
-    """The tensors of a file. They must be within the file, of the right size, and must not overlap."""
+def _read_header(path: Path, max_bytes: int) -> tuple[int, dict[str, TensorLocation]]:
+    """The size of a file's header, and its tensors: within the file, of the right size, without overlap."""
+    check(path.is_file(), "checkpoint", str(path), "is not a file; fetch it again")
     size = path.stat().st_size
-    if size < 8:
-        raise CheckpointError(path.name, f"{size} bytes", "is truncated; fetch it again")
+    check(size >= 8, path.name, f"{size} bytes", "is truncated; fetch it again")
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(
-                path.name, f"header of {length} bytes", "is longer than the file or the format allows"
-            )
+        fix = f"is longer than the file, or than {MAX_HEADER_BYTES >> 20} MB with those of the other files"
+        check(length <= min(size - 8, max_bytes), path.name, f"header of {length} bytes", fix)
         try:
             header = json.loads(file.read(length))
         except (ValueError, RecursionError):
             raise CheckpointError(path.name, "header", "is not JSON; fetch the file again") from None
-    if not isinstance(header, dict):
-        raise CheckpointError(path.name, "header", "must be a JSON object")
+    check(isinstance(header, dict), path.name, "header", "must be a JSON object")
     header.pop("__metadata__", None)
-    start = 8 + length
-    tensors, ranges = {}, []
-    for name, entry in header.items():
-        dtype, shape, begin, end = _parse_entry(path, name, entry)
-        if end > size - start:
-            raise CheckpointError(
-                path.name, name, f"ends at byte {end} of {size - start}; the file is truncated; fetch it again"
-            )
-        if end - begin != int(np.prod(shape, dtype=object)) * dtype.itemsize:
-            raise CheckpointError(path.name, name, f"has {end - begin} bytes, which is not {dtype} {list(shape)}")
-        ranges.append((begin, end, name))
-        tensors[name] = TensorLocation(path, start + begin, dtype, shape)
-    for (_, end, _), (begin, _, name) in zip(sorted(ranges), sorted(ranges)[1:], strict=False):
-        if begin < end:
-            raise CheckpointError(path.name, name, "overlaps another tensor")
-    return tensors
+    tensors = {name: _location(path, 8 + length, size, name, entry) for name, entry in header.items()}
+    ranges = sorted((tensor.offset, tensor.offset + tensor.nbytes, name) for name, tensor in tensors.items())
+    for (_, end, _), (begin, _, name) in itertools.pairwise(ranges):
+        check(begin >= end, path.name, name, "overlaps another tensor")
+    return length, tensors
 
 
-def _parse_entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """Dtype, shape, and the range of bytes."""
+def _location(path: Path, start: int, size: int, name: str, entry: Any) -> TensorLocation:
+    """A tensor of a file of `size` bytes, whose data begin at byte `start`."""
 
     def sizes(values: Any) -> bool:
         return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
 
     ok = isinstance(entry, dict) and sizes(entry.get("shape")) and sizes(entry.get("data_offsets"))
-    if not ok or len(entry["data_offsets"]) != 2 or entry["data_offsets"][0] > entry["data_offsets"][1]:
-        raise CheckpointError(path.name, name, "needs a dtype, a shape and two data_offsets")
-    if not isinstance(entry.get("dtype"), str) or entry["dtype"] not in DTYPES:
-        raise CheckpointError(path.name, name, f"has type {entry.get('dtype')!r}; known are {', '.join(DTYPES)}")
-    return DTYPES[entry["dtype"]], tuple(entry["shape"]), *entry["data_offsets"]
+    ok = ok and len(entry["shape"]) <= MAX_DIMENSIONS  # the product of a million sizes takes hours
+    ok = ok and len(entry["data_offsets"]) == 2 and entry["data_offsets"][0] <= entry["data_offsets"][1]
+    check(ok, path.name, name, "needs a dtype, a shape and two data_offsets")
+    (begin, end), shape = entry["data_offsets"], tuple(entry["shape"])
+    known = isinstance(entry.get("dtype"), str) and entry["dtype"] in DTYPES
+    check(known, path.name, name, f"has type {entry.get('dtype')!r}; known are {', '.join(DTYPES)}")
+    dtype = DTYPES[entry["dtype"]]
+    fix = f"ends at byte {end} of {size - start}; the file is truncated; fetch it again"
+    check(end <= size - start, path.name, name, fix)
+    exact = end - begin == int(np.prod(shape, dtype=object)) * dtype.itemsize
+    check(exact, path.name, name, f"has {end - begin} bytes, which is not {dtype} {list(shape)}")
+    return TensorLocation(path, start + begin, dtype, shape)

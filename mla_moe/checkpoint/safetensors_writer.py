@@ -1,33 +1,33 @@
 """Write safetensors files shard by shard, computing and flushing to disk in the background."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mla_moe.checkpoint import fp8 as fp8_blocks
-from mla_moe.checkpoint.files import atomic_directory, flush_to_disk, progress_bar
+from mla_moe.checkpoint.files import atomic_directory, flush_to_disk, progress_bar, write_side_files
 from mla_moe.checkpoint.safetensors_reader import DTYPES
 
 SHARD_BYTES = 5 << 30
 _FLUSH_BYTES = 128 << 20
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-Chunks = Callable[[], Iterable[np.ndarray]]
-"""Computes the rows of a tensor, some at a time, in order."""
+Read = Callable[[np.dtype], Iterable[np.ndarray]]
+"""Computes the rows of a tensor in a dtype, some at a time, in order."""
 
 
 class TensorEntry(NamedTuple):
-    """A tensor to write. Its chunks are computed one by one when it is written."""
+    """A tensor to write. Its chunks, some rows each, are computed one by one when it is written."""
 
     name: str
     dtype: np.dtype
     shape: tuple[int, ...]
-    chunks: Chunks
+    chunks: Callable[[], Iterable[np.ndarray]]
 
     @property
     def nbytes(self) -> int:
@@ -35,16 +35,16 @@ class TensorEntry(NamedTuple):
 
 
 def tensor_entries(
-    name: str, dtype: np.dtype, shape: tuple[int, ...], chunks: Chunks, *, fp8: bool
+    name: str, stored: np.dtype, dtype: np.dtype, shape: tuple[int, ...], read: Read, *, fp8: bool
 ) -> list[TensorEntry]:
     """A tensor to write in `dtype`; with `fp8`, if released checkpoints quantize it, in FP8 blocks and followed by its
-    scales. Chunks must then be complete blocks."""
+    scales. Chunks must then be complete blocks. Quantized are the `stored` values, without rounding to `dtype`."""
     if not (fp8 and fp8_blocks.is_quantized(name)):
-        return [TensorEntry(name, dtype, shape, chunks)]
+        return [TensorEntry(name, dtype, shape, partial(read, dtype))]
     scales: list[np.ndarray] = []
 
     def quantized() -> Iterable[np.ndarray]:
-        for chunk in chunks():
+        for chunk in read(stored):
             values, scale = fp8_blocks.quantize(chunk)
             scales.append(scale)
             yield values
@@ -59,40 +59,31 @@ def tensor_entries(
 def write_checkpoint(
     path: Path, config: dict[str, Any], entries: Sequence[TensorEntry], max_shard_bytes: int, files: Mapping[str, Path]
 ) -> None:
-    """Write tensors, their `config.json`, and copies of `files` by name. The directory appears only when it is
-    complete. Raises `CheckpointError` if it exists."""
-    with atomic_directory(path) as directory, progress_bar("Writing", sum(e.nbytes for e in entries)) as advance:
-        write_shards(directory, entries, max_shard_bytes, advance)
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        for name, file in files.items():
-            shutil.copyfile(file, directory / name)
-
-
-def write_shards(
-    directory: Path, entries: Sequence[TensorEntry], max_shard_bytes: int, advance: Callable[[int], None]
-) -> None:
-    """Write `model.safetensors`, or numbered shards of at most `max_shard_bytes` and their index. `advance` is called
-    with numbers of bytes written."""
+    """Write tensors as `model.safetensors`, or as numbered shards of at most `max_shard_bytes` and their index, their
+    `config.json`, and copies of `files` by name. The directory appears only when it is complete. Raises
+    `CheckpointError` if it exists."""
     shards: list[list[TensorEntry]] = [[]]
-    filled = 0
+    filled, total = 0, sum(entry.nbytes for entry in entries)
     for entry in entries:
         if shards[-1] and filled + entry.nbytes > max_shard_bytes:
             shards.append([])
             filled = 0
         shards[-1].append(entry)
         filled += entry.nbytes
-    if len(shards) == 1:
-        _write_file(directory / "model.safetensors", shards[0], advance)
-        return
-    files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for file, shard in zip(files, shards, strict=True):
-        _write_file(directory / file, shard, advance)
-    weight_map = {entry.name: file for file, shard in zip(files, shards, strict=True) for entry in shard}
-    index = {"metadata": {"total_size": sum(e.nbytes for e in entries)}, "weight_map": weight_map}
-    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    names = names if len(shards) > 1 else ["model.safetensors"]
+    weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+    with atomic_directory(path) as directory, progress_bar("Writing", total) as advance:
+        for name, shard in zip(names, shards, strict=True):
+            write_file(directory / name, shard, advance)
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        write_side_files(directory, config, files)
 
 
-def _write_file(path: Path, entries: Sequence[TensorEntry], advance: Callable[[int], None]) -> None:
+def write_file(path: Path, entries: Sequence[TensorEntry], advance: Callable[[int], None]) -> None:
+    """Write a safetensors file; `advance` is told the bytes of each chunk."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in entries:
@@ -103,7 +94,9 @@ def _write_file(path: Path, entries: Sequence[TensorEntry], advance: Callable[[i
     with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
         file.write(len(text).to_bytes(8, "little") + text)
         flushed, unflushed_bytes = pool.submit(int), 0
-        for raw in _prefetched(_raw_chunks(entries)):
+        chunks = (np.ascontiguousarray(chunk, dtype=e.dtype) for e in entries for chunk in e.chunks())
+        for chunk in _prefetched(chunks):
+            raw = chunk.reshape(-1).view(np.uint8)
             file.write(raw.data)
             advance(raw.size)
             unflushed_bytes += raw.size
@@ -115,18 +108,9 @@ def _write_file(path: Path, entries: Sequence[TensorEntry], advance: Callable[[i
         flush_to_disk(file.fileno())
 
 
-def _raw_chunks(entries: Sequence[TensorEntry]) -> Iterator[np.ndarray]:
-    for entry in entries:
-        for chunk in entry.chunks():
-            yield np.ascontiguousarray(chunk, dtype=entry.dtype).reshape(-1).view(np.uint8)
-
-
 def _prefetched(items: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
     """The same items. The next one is computed in a thread while the last one is used."""
-
-    def take() -> np.ndarray | None:
-        return next(items, None)
-
+    take: Callable[[], np.ndarray | None] = partial(next, items, None)
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(take)
         while (item := pending.result()) is not None:

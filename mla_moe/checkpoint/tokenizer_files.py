@@ -8,50 +8,59 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
-from mla_moe.checkpoint.files import CheckpointError, read_json
-from mla_moe.checkpoint.fp8 import QUANTIZATION_CONFIG
+from mla_moe.checkpoint.files import CheckpointError, check, read_json
+from mla_moe.checkpoint.fp8 import QUANTIZATION_CONFIG, without_quantization
 from mla_moe.checkpoint.orbax_layout import find_step, run_directory
 from mla_moe.config import ConfigError, ModelConfig
-from mla_moe.text.special_tokens import BYTE_SPECIAL_IDS, open_tokenizer, special_ids
+from mla_moe.text.isolated import text_worker
+from mla_moe.text.special_tokens import BYTE_SPECIAL_IDS, MAX_TOKENIZER_BYTES
+from mla_moe.text.tokenizer import TOKENIZER_FILES
 
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".md"}
 _REGENERATED = {"config.json", "model.safetensors.index.json"}
-_TOKENIZER_FILES = ("tokenizer", "special_tokens", "chat_template", "vocab", "merges", "generation_config", "tiktoken")
 _UNSUPPORTED_FILES = ("tokenizer", "tiktoken", "vocab", "merges")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def files_to_copy(directory: Path) -> dict[str, Path]:
-    """The files beside the weights, by the names of their copies. Of a run they are those of its tokenizer, whose own
-    file becomes `tokenizer.json`. Raises `CheckpointError` for a link to a file outside the directory."""
-    source, prefixes, run = directory, ("",), run_directory(directory)
-    file = _recipe_tokenizer(run) if run else None
-    if file and not file.is_file():
-        logger.warning("the run's tokenizer %s does not exist; weights are written without it", file)
-        file = None
-    if run:
-        source, prefixes = file.parent if file else run, _TOKENIZER_FILES
+    """The files beside the weights, by the names of their copies. Of a run they are its tokenizer's file, which becomes
+    `tokenizer.json`, and the files of a tokenizer beside it: a recipe may name one in any directory, whose other files
+    are not the run's. Raises `CheckpointError` for a link to a file outside the directory."""
+    if run := run_directory(directory):
+        return _tokenizer_files(_recipe_tokenizer(run))
     files = {
         path.name: path
-        for path in sorted(source.iterdir())
+        for path in sorted(directory.iterdir())
         if path.is_file()
-        and path.name.startswith(prefixes)
+        and not path.name.startswith(".")
         and path.name not in _REGENERATED
         and (path.suffix in _SUFFIXES or path.name == "LICENSE")
-        and not (run and path in (file, source / "tokenizer.json"))  # the recipe names the tokenizer
     }
+    _check_links(files)
+    return files
+
+
+def _tokenizer_files(file: Path | None) -> dict[str, Path]:
+    if file is None:
+        return {}
+    if not file.is_file():
+        logger.warning("the run's tokenizer %s does not exist; weights are written without it", file)
+        return {}
+    content, fix = read_json(file, MAX_TOKENIZER_BYTES), "is not a tokenizer.json; correct the run's recipe"
+    check("model" in content, "data.tokenizer", str(file), fix)
+    files = {name: file.with_name(name) for name in TOKENIZER_FILES if file.with_name(name).is_file()}
+    _check_links(files)
+    return files | {"tokenizer.json": file}
+
+
+def _check_links(files: Mapping[str, Path]) -> None:
     for name, path in files.items():
-        if path.is_symlink() and _is_external_link(path):
-            raise CheckpointError("checkpoint", name, "is a link out of the directory; replace it by the file")
-    return files | ({"tokenizer.json": file} if file else {})
-
-
-def _is_external_link(path: Path) -> bool:
-    """Whether a link leads out of its directory, except into the `blobs` of a Hugging Face download cache."""
-    target, directory = path.resolve(), path.parent.resolve()
-    return target.parent != directory and target.parent != directory.parent.parent / "blobs"
+        parent = path.parent.resolve()
+        allowed = parent, parent.parent.parent / "blobs"  # of a Hugging Face download cache
+        fix = "is a link out of the directory; replace it by the file"
+        check(not path.is_symlink() or path.resolve().parent in allowed, "checkpoint", name, fix)
 
 
 def tokenizer_file(path: Path) -> Path | None:
@@ -77,19 +86,15 @@ def _recipe_tokenizer(run: Path) -> Path | None:
     return run / "tokenizer.json" if spec.startswith("bpe:") else Path(spec)
 
 
-def hf_config(
-    cfg: ModelConfig, dtype: DTypeLike | None, *, fp8: bool = False, beside: Path | None = None
-) -> dict[str, Any]:
+def hf_config(cfg: ModelConfig, dtype: DTypeLike, *, fp8: bool = False, beside: Path | None = None) -> dict[str, Any]:
     """The contents of `config.json`: those in the directory `beside` if they describe this model, otherwise
     `cfg.to_hf()` with the token ids found there."""
     config = cfg.to_hf()
     if beside is not None:
         found = read_json(beside / "config.json") if (beside / "config.json").is_file() else {}
         config = found if _describes(found, cfg) else config | _token_ids(found, beside)
-    config.pop("quantization_config", None)
-    if dtype is not None:
-        config.pop("dtype", None)
-        config["torch_dtype"] = np.dtype(dtype).name
+    config = {k: v for k, v in without_quantization(config).items() if k != "dtype"}
+    config["torch_dtype"] = np.dtype(dtype).name
     return config | ({"quantization_config": dict(QUANTIZATION_CONFIG)} if fp8 else {})
 
 
@@ -106,6 +111,6 @@ def _token_ids(config: Mapping[str, Any], directory: Path) -> dict[str, int]:
     if ids:
         return ids
     if file := files_to_copy(directory).get("tokenizer.json"):
-        return special_ids(open_tokenizer(file), file)
+        return text_worker().open(file)
     run = run_directory(directory)
     return dict(BYTE_SPECIAL_IDS) if run and _recipe_tokenizer(run) is None else {}

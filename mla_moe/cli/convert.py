@@ -12,11 +12,8 @@ from mla_moe.checkpoint.convert import convert
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Convert a checkpoint between the Hugging Face and the Orbax layout, or to another dtype, with bounded memory.
-
-    The destination appears only when it is complete. From a run, parameters and router biases are taken, not the
-    optimizer state.
-    """
+    """Convert a checkpoint between the Hugging Face and the Orbax layout, or to another dtype, with bounded memory. The
+    destination appears only when it is complete, and is without the optimizer state of a run."""
 
     src: tyro.conf.Positional[Path]
     """A Hugging Face directory, or a run's directory or checkpoint."""

@@ -10,6 +10,7 @@ import tyro
 from mla_moe.checkpoint.pretrained import load_pretrained
 from mla_moe.checkpoint.tokenizer_files import tokenizer_file
 from mla_moe.config import require
+from mla_moe.config.errors import MAX_SIZE, require_between
 from mla_moe.inference.engine import Engine
 from mla_moe.inference.generate import required_length
 from mla_moe.inference.request import Request
@@ -25,6 +26,7 @@ class Generate:
     checkpoint: tyro.conf.Positional[Path]
     """A Hugging Face directory, or a run's directory or checkpoint. Without a tokenizer, tokens are bytes."""
     prompt: str
+    """Special tokens that it spells are encoded as such; bos is put in front."""
     chat: bool = False
     """Apply the checkpoint's chat template, with the prompt as the user's message."""
     max_new_tokens: int = 256
@@ -42,10 +44,17 @@ class Generate:
     int8_kv_cache: bool = False
     """Quantize the KV cache to int8: half the memory of bfloat16."""
 
+    def __post_init__(self):
+        require_between(self, "", "max_new_tokens", 1, MAX_SIZE)
+        require_between(self, "", "temperature", 0, 100)
+        require_between(self, "", "top_k", 0, MAX_SIZE)
+        require_between(self, "", "top_p min_p", 0, 1)
+        require_between(self, "", "seed", 0, (1 << 32) - 1)
+
     def run(self) -> None:
         model, tokenizer = load_model_and_tokenizer(self.checkpoint)
         message = [{"role": "user", "content": self.prompt}]
-        tokens = tokenizer.encode_chat(message) if self.chat else tokenizer.encode(self.prompt)
+        tokens = tokenizer.encode_chat(message) if self.chat else tokenizer.encode_raw(self.prompt)
         request = Request(
             tokens, self.max_new_tokens, self.temperature, self.top_k, self.top_p, self.min_p, self.seed,
             stop_ids=tokenizer.stop_ids, stop=self.stop,
@@ -54,25 +63,18 @@ class Generate:
             model, max_num_seqs=1, max_model_len=required_length(model, [request]), decode=tokenizer.decode,
             speculative=self.speculative, int8_kv_cache=self.int8_kv_cache,
         )  # fmt: skip
-        self._print_completion(engine, request)
-
-    def _print_completion(self, engine: Engine, request: Request) -> None:
-        """The text goes to standard output, the time and the acceptance of draft tokens to standard error."""
-        start = time.perf_counter()
+        # The text goes to standard output, the time and the acceptance of draft tokens to standard error.
+        start, printed = time.perf_counter(), 0
         completion = engine.submit(request)
-        printed = 0
         while completion.finish_reason is None:
             engine.step()
-            sys.stdout.write(completion.text[printed:])
-            sys.stdout.flush()
+            print(completion.text[printed:], end="", flush=True)
             printed = len(completion.text)
-        sys.stdout.write("\n")
-        seconds = time.perf_counter() - start
-        drafts = engine.draft_stats
+        print()
+        seconds, drafts = time.perf_counter() - start, engine.draft_stats
         accepted = f", {drafts.accepted} of {drafts.proposed} draft tokens accepted" if self.speculative else ""
-        count = len(completion.tokens)
-        reason = f"finish reason: {completion.finish_reason}"
-        print(f"[{count} tokens in {seconds:.1f} s, compilation included; {reason}{accepted}]", file=sys.stderr)
+        note = f"{len(completion.tokens)} tokens in {seconds:.1f} s, compilation included"
+        print(f"[{note}; finish reason: {completion.finish_reason}{accepted}]", file=sys.stderr)
 
 
 def load_model_and_tokenizer(checkpoint: Path) -> tuple[Transformer, ChatTokenizer]:

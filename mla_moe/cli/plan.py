@@ -8,7 +8,9 @@ from typing import Literal
 
 import tyro
 
-from mla_moe.config import load_recipe, require, with_overrides
+from mla_moe.cli.recipe import open_recipe
+from mla_moe.config import require
+from mla_moe.config.errors import require_between
 from mla_moe.training.console import Console
 
 
@@ -24,8 +26,7 @@ class Plan:
     slices: int = 1
     """Number of such slices, connected by the data-center network and used as mesh.data."""
     stage: Literal["train", "decode", "rl"] = "train"
-    """train: one training step. decode: one token for each of `batch` sequences. rl: the gradient of one microbatch
-    (`rl.micro_batch_size` packed sequences)."""
+    """train: one training step. decode: one token for each of `batch` sequences. rl: the gradient of a microbatch."""
     batch: int = 128
     """Sequences of the decode stage."""
     context: int = 4096
@@ -33,10 +34,14 @@ class Plan:
     int8_kv_cache: bool = False
     """Quantize the KV cache of the decode stage to int8."""
     search: bool = False
-    """Also try other meshes, rematerialisation and gradient accumulation, and rank those that fit. Plans are cached in
-    ~/.cache/mla_moe."""
+    """Also try other meshes, remat and gradient accumulation; rank those that fit. Cached in ~/.cache/mla_moe."""
     json: bool = False
     """Print everything as JSON."""
+
+    def __post_init__(self):
+        require_between(self, "", "slices", 1, 1024)
+        require_between(self, "", "batch", 1, 1_000_000)
+        require_between(self, "", "context", 1, 10_000_000)
 
     def run(self, flags: Sequence[str]) -> None:
         """`flags` set fields of the recipe."""
@@ -48,20 +53,18 @@ class Plan:
         from mla_moe.plan.search import cached_plan, search
         from mla_moe.plan.stages import DecodeOptions
 
-        recipe = with_overrides(load_recipe(self.recipe), flags, f"mla-moe plan {self.recipe}")
+        recipe = open_recipe(self.recipe, flags, f"mla-moe plan {self.recipe}")
         topology = open_topology(self.topology, self.slices)
-        console = Console(enabled=True)
+        console = Console(enabled=not self.json)
         if self.search:
             require(self.stage == "train", "stage", self.stage, "must be train with --search")
-            ranked = search(recipe, topology, (lambda line: None) if self.json else console.print)
-            if self.json:
-                print(json.dumps([{"recipe": json.loads(r.to_json()), **plan.to_json()} for r, plan in ranked]))
-            else:
-                report.print_ranking(ranked, console)
-            return
-        options = DecodeOptions(self.batch, self.context, self.int8_kv_cache)
-        plan = cached_plan(recipe, topology, self.stage, options)
-        if self.json:
-            print(json.dumps(plan.to_json(), indent=2))
+            ranked = search(recipe, topology, console.print)
+            report.print_ranking(ranked, console)
+            found = json.dumps([{"recipe": json.loads(r.to_json()), **plan.to_json()} for r, plan in ranked])
         else:
+            options = DecodeOptions(self.batch, self.context, self.int8_kv_cache)
+            plan = cached_plan(recipe, topology, self.stage, options)
             report.print_plan(plan, console)
+            found = json.dumps(plan.to_json(), indent=2)
+        if self.json:
+            print(found)

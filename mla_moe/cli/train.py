@@ -1,4 +1,4 @@
-"""Train: run the stages of a recipe (pretraining, SFT, RL, rejection sampling) in order, then write the report.
+"""Train: run the stages of a recipe (pretraining, SFT, DPO, RL, rejection sampling) in order, then write the report.
 
     mla-moe train RECIPE [--section.field VALUE …]          python train.py RECIPE [--section.field VALUE …]
 
@@ -15,9 +15,10 @@ from collections.abc import Sequence
 
 import tyro
 
-from mla_moe.config import ConfigError, Recipe, load_recipe, with_overrides
+from mla_moe.cli.errors import EXPECTED, print_any_text, report_error
+from mla_moe.cli.recipe import open_recipe, split_recipe
+from mla_moe.config import Recipe
 from mla_moe.parallel.distributed import exit_on_error, initialize
-from mla_moe.training.loss_monitor import TrainingHaltedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,25 +41,18 @@ def reexecute_with_huge_pages() -> None:
 def main(args: Sequence[str] | None = None, prog: str = "train.py") -> int:
     """Parse a recipe's path and the flags for its fields, by default from `sys.argv`, and run it. Returns the exit
     code: 0, 1 for an error during the run, 2 for invalid input, 130 if interrupted."""
+    print_any_text()
     try:
-        args = initialize(sys.argv[1:] if args is None else args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    path = args.pop(0) if args and not args[0].startswith("-") else None
-    if path is None:
-        print(__doc__ if "--help" in args or "-h" in args else "error: name a recipe first\n\n" + __doc__)
-        return 0 if "--help" in args or "-h" in args else 2
-    try:
-        recipe = with_overrides(load_recipe(path), args, f"{prog} {path}", __doc__)
+        path, flags = split_recipe(initialize(sys.argv[1:] if args is None else args))
+        if not path:
+            wants_help = not {"--help", "-h"}.isdisjoint(flags)
+            print(__doc__ if wants_help else "error: name a recipe first\n\n" + __doc__)
+            return 0 if wants_help else 2
+        recipe = open_recipe(path, flags, f"{prog} {path}", __doc__)
         with exit_on_error():
             return run(recipe)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (TrainingHaltedError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except EXPECTED as error:
+        return report_error(error)
     except KeyboardInterrupt:
         print("interrupted; the same command resumes from the newest checkpoint", file=sys.stderr)
         return 130
@@ -73,28 +67,35 @@ def run(recipe: Recipe) -> int:
     from mla_moe.rl.rejection_sampling import train_rejection
     from mla_moe.rl.trainer import train_rl
     from mla_moe.training.console import Console
-    from mla_moe.training.preemption import InterruptedRun
+    from mla_moe.training.dpo import train_dpo
+    from mla_moe.training.preemption import InterruptedRun, remember_interrupts
     from mla_moe.training.pretrain import pretrain
     from mla_moe.training.run_context import enable_compile_cache
     from mla_moe.training.run_directory import open_run_directory, started_stages
     from mla_moe.training.sft import train_sft
+    from mla_moe.training.trackers import Trackers, require_installed
 
-    enable_compile_cache()
-    console = Console(enabled=jax.process_index() == 0)
-    run_dir = open_run_directory(recipe)
-    preflight(recipe, started_stages(run_dir))
-    try:
-        if recipe.training.steps:
-            pretrain(recipe, run_dir, console)
-        if recipe.sft.steps:
-            train_sft(recipe, run_dir, console)
-        if recipe.rl.steps:
-            train_rl(recipe, run_dir, console)
-        if recipe.rejection.steps:
-            train_rejection(recipe, run_dir, console)
-    except InterruptedRun as stop:
-        console.print(f"{stop}. The same command resumes from there.")
-        return 130
-    if jax.process_index() == 0:
-        console.print(f"report: {write_report(run_dir)}")
-    return 0
+    with remember_interrupts():
+        enable_compile_cache()
+        console = Console(enabled=jax.process_index() == 0)
+        require_installed(recipe.track)
+        run_dir = open_run_directory(recipe)
+        preflight(recipe, started_stages(run_dir))
+        stages = {
+            pretrain: recipe.training.steps,
+            train_sft: recipe.sft.active,
+            train_dpo: recipe.dpo.active,
+            train_rl: recipe.rl.steps,
+            train_rejection: recipe.rejection.steps,
+        }
+        try:
+            for train in (stage for stage, active in stages.items() if active):
+                train(recipe, run_dir, console)
+        except InterruptedRun as stop:
+            console.print(f"{stop}. The same command resumes from there.")
+            return 130
+        if jax.process_index() == 0:
+            console.print(f"report: {(report := write_report(run_dir))}")
+            with Trackers(recipe, run_dir) as trackers:
+                trackers.log_file(report)
+        return 0

@@ -1,8 +1,10 @@
 """Training and held-out text, its tokenizer, packing and shuffling."""
 
 import dataclasses
+import math
+import re
 
-from mla_moe.config.errors import require, require_each
+from mla_moe.config.errors import MAX_SIZE, require_between, require_each, require_field, require_local
 from mla_moe.config.resume import field
 
 
@@ -11,21 +13,28 @@ class DataConfig:
     """Text for pretraining and for evaluation, tokenized and packed into sequences."""
 
     train: tuple[str, ...] = ("cpython:train",)
-    """Globs of .txt/.py/.md (one document per file), .jsonl, .parquet or .arrayrecord files, or cpython:train: the
-    sources of the running Python's standard library and its language reference."""
+    """Globs of .txt/.py/.md (one document per file), .jsonl, .json, .parquet or .arrayrecord files, or cpython:train:
+    the sources of the running Python's standard library and its language reference. Each entry is a source."""
+    weights: tuple[float, ...] = ()
+    """For each source of `train` its share of the packed sequences, relative to the others; sources repeat as often as
+    that takes. By default all documents are shuffled together, so that shares are as the sizes of the sources."""
     heldout: tuple[str, ...] = ("cpython:heldout",)
-    """Held-out text for evaluation, given in the same way."""
+    """Held-out text for evaluation, given in the same way: one entry per source of `train`, in the same order."""
     text_field: str = "text"
     """Key (JSON lines) or column (Parquet) that holds a document's text."""
     max_malformed_fraction: float = 0.01
-    """Largest fraction of malformed documents. Each is skipped and counted; beyond this fraction the run stops and
-    names one of them."""
+    """Largest fraction of malformed documents, which are skipped and counted. Beyond it the run stops and names one."""
+    max_record_bytes: int = field(4 << 20, resume="free")
+    """Longest document, line or record in bytes: more is not in memory at a time. A longer text file is read in windows
+    of this size, each a document; another longer record counts as malformed. At most 256 GiB: no limit in practice."""
     tokenizer: str = "byte"
     """byte, the path of a tokenizer.json, or bpe:SIZE to train a BPE tokenizer with SIZE tokens on the training text.
     With --init-from, bpe:SIZE uses the tokenizer of that checkpoint."""
+    max_lost_bytes_fraction: float = field(0.01, resume="free")
+    """Largest fraction of the bytes of a sample of the text that the tokenizer may lose, as one without some characters
+    does. Beyond it the run does not start; bits per byte counts 8 bits for each lost byte."""
     shuffle_buffer_size: int = 256
-    """Packed sequences in the shuffle buffer, which spreads the sequences of a long document over several batches. 1
-    does not shuffle."""
+    """Packed sequences in the shuffle buffer, which spreads a long document over batches. 1 does not shuffle."""
     streams: int | None = None
     """Document streams that are packed independently and share each batch. Must be a multiple of the number of
     processes that read data. None: the largest number up to 4 that divides the batch."""
@@ -33,11 +42,19 @@ class DataConfig:
     """Batches that are prepared ahead of the training step."""
 
     def __post_init__(self):
-        require(len(self.train) > 0, "data.train", self.train, "name at least one file or glob")
-        require_each(self, "data", "max_malformed_fraction", lambda x: 0 <= x <= 1, "must be between 0 and 1")
-        require_each(self, "data", "streams", lambda x: x >= 1, "at least 1, or None")
-        require_each(self, "data", "shuffle_buffer_size", lambda x: x >= 1, "at least 1, which does not shuffle")
-        require_each(self, "data", "prefetch", lambda x: x >= 1, "prepare at least 1 batch ahead")
+        require_local("data.tokenizer", self.tokenizer)
+        for name in ("train", "heldout"):
+            for pattern in getattr(self, name):
+                require_local(f"data.{name}", pattern)
+        require_field(self, "data.train", len(self.train) > 0, "name at least one file or glob")
+        ok = len(self.weights) in (0, len(self.train)) and all(0 < w < math.inf for w in self.weights)
+        require_field(self, "data.weights", ok, "give a positive number for each entry of data.train, or none")
+        require_between(self, "data", "max_malformed_fraction", 0, 1)
+        require_between(self, "data", "max_record_bytes", 1024, 1 << 38)
+        message = "must be at least 0 and less than 1"
+        require_each(self, "data", "max_lost_bytes_fraction", lambda x: 0 <= x < 1, message)
+        require_between(self, "data", "streams shuffle_buffer_size prefetch", 1, MAX_SIZE)
         if self.tokenizer.startswith("bpe:"):
             size = self.tokenizer.removeprefix("bpe:")
-            require(size.isdigit() and int(size) >= 300, "data.tokenizer", self.tokenizer, "bpe:SIZE with SIZE >= 300")
+            ok = re.fullmatch("[0-9]{3,6}", size) is not None and int(size) >= 300
+            require_field(self, "data.tokenizer", ok, "bpe:SIZE with a SIZE between 300 and 999,999")

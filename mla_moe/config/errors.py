@@ -1,18 +1,31 @@
 """`ConfigError`, which names a field, its value and what to do, and the conversion of plain JSON to dataclasses."""
 
 import dataclasses
+import os
+import re
 import types
 import typing
 from collections.abc import Callable
 from typing import Any, Literal
+
+MAX_SIZE = (1 << 31) - 1
+"""Largest size, number of steps or of tokens: arrays count them in 32 bits."""
+_SHOWN_VALUE, _SHOWN_MESSAGE = 300, 2000
+"""Characters of a value and of a message that an error shows; a value may be a whole file."""
+_NAME_BYTES, _PATH_BYTES = 255, 4095  # of Linux
 
 
 class ConfigError(ValueError):
     """An invalid value, in one line: `ConfigError("top_k", 9, "use at most 8 …")` is "top_k = 9: use at most 8 …"."""
 
     def __init__(self, field: str, value: Any, message: str):
-        super().__init__(f"{field} = {value!r}: {message}")
+        text = f"{field} = {_cut(repr(value), _SHOWN_VALUE)}: {_cut(message, _SHOWN_MESSAGE)}"
+        super().__init__(" ".join(text.splitlines()))
         self.field, self.value, self.message = field, value, message
+
+
+def _cut(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def require(ok: bool, field: str, value: Any, message: str) -> None:
@@ -21,19 +34,50 @@ def require(ok: bool, field: str, value: Any, message: str) -> None:
         raise ConfigError(field, value, message)
 
 
+def require_field(config: Any, name: str, ok: bool, message: str) -> None:
+    """Raise `ConfigError` with the value of a field, whose `name` includes the section, unless `ok`."""
+    require(ok, name, getattr(config, name.rpartition(".")[2]), message)
+
+
+def require_local(field: str, path: Any) -> None:
+    """Raise `ConfigError` for what cannot name a file of this host: a URL such as `gs://bucket/x`, also as a `Path`,
+    which drops one of the slashes, a name that is too long, and one with a null byte or that is not text."""
+    text = "" if path is None else str(path)
+    fix = "is a URL; only files of this host are read and written: name the path where it is mounted or downloaded"
+    require(not re.match(r"\w[\w+.-]+:/", text), field, re.sub(":/(?!/)", "://", text, count=1), fix)
+    require(not re.search("[\0\ud800-\udfff]", text), field, text, "has a null byte, or bytes that are not UTF-8")
+    too_long = len(os.fsencode(text)) > _PATH_BYTES or any(len(os.fsencode(n)) > _NAME_BYTES for n in text.split("/"))
+    fix = f"is too long for a file: at most {_NAME_BYTES} bytes for a name, {_PATH_BYTES} for a path"
+    require(not too_long, field, text, fix)
+
+
 def require_each(config: Any, section: str, names: str, ok: Callable[[Any], bool], message: str) -> None:
-    """Raise `ConfigError` for the first of the fields `names` (separated by spaces) of a section whose value is not
-    `ok`. None passes."""
+    """Raise `ConfigError` for the first of the fields `names`, separated by spaces, that is neither None nor `ok`."""
     for name in names.split():
         value = getattr(config, name)
         require(value is None or ok(value), f"{section}.{name}", value, message)
 
 
-def structure(cls: Any, value: Any, field: str) -> Any:
-    """Convert plain JSON `value` to `cls`: a (nested) dataclass, tuple, Literal, union or scalar.
+def require_between(config: Any, section: str, names: str, low: float, high: float) -> None:
+    """Raise `ConfigError` for the first of the fields `names`, separated by spaces, that is neither None nor in
+    [low, high]; NaN never is. Without a section the fields are the flags of a command."""
+    for name in names.split():
+        value = getattr(config, name)
+        dotted = f"{section}.{name}" if section else name
+        require(value is None or low <= value <= high, dotted, value, f"must be between {low:,} and {high:,}")
 
-    Raises `ConfigError` with the dotted name of the field, which starts with `field`, if `value` does not fit.
-    """
+
+def require_number(field: str, value: Any) -> None:
+    """Raise `ConfigError` for NaN and for an integer of more than 64 bits, also in a tuple. The range of each field
+    says whether it may be infinite."""
+    for item in value if isinstance(value, tuple) else (value,):
+        require(item == item, field, value, "must be a number")
+        require(not isinstance(item, int) or abs(item) < 1 << 63, field, value, "must be an integer below 2**63")
+
+
+def structure(cls: Any, value: Any, field: str) -> Any:
+    """Convert plain JSON `value` to `cls`: a (nested) dataclass, tuple, Literal, union or scalar. Raises `ConfigError`
+    with the dotted name of the field, which starts with `field`, if `value` does not fit."""
     origin, arguments = typing.get_origin(cls), typing.get_args(cls)
     if dataclasses.is_dataclass(cls):
         require(isinstance(value, dict), field, value, f"an object with the fields of {cls.__name__}")
@@ -42,8 +86,7 @@ def structure(cls: Any, value: Any, field: str) -> Any:
         for name in value:
             require(name in known, f"{field}.{name}", value[name], f"no such field; there are {', '.join(known)}")
         for name, f in known.items():
-            required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-            require(name in value or not required, f"{field}.{name}", None, "is required")
+            require(name in value or f.default is not dataclasses.MISSING, f"{field}.{name}", None, "is required")
         return cls(**{name: structure(hints[name], v, f"{field}.{name}") for name, v in value.items()})
     if origin is tuple:
         require(isinstance(value, list | tuple), field, value, "a list")

@@ -10,15 +10,17 @@ from mla_moe.config.resume import field
 
 @dataclasses.dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning rate: linear warmup, constant at the peak, cosine decay, constant at the final rate (DeepSeek-V3,
-    section 4.2)."""
+    """Learning rate: linear warmup, constant peak, decay, constant final rate. With cosine decay that of DeepSeek-V3
+    (section 4.2), with the others WSD (warmup-stable-decay)."""
 
     peak_lr: float = 2.2e-4
     """Learning rate between warmup and decay."""
     warmup_fraction: float = 0.01
     """Fraction of the steps with linear warmup from 0."""
     decay_fraction: float = 0.3
-    """Fraction of the steps with cosine decay from peak_lr to the final learning rate."""
+    """Fraction of the steps with decay from peak_lr to the final learning rate."""
+    decay_shape: Literal["cosine", "linear", "1-sqrt"] = "cosine"
+    """Shape of the decay: cosine, linear, or 1-sqrt, 1 − √x of the fraction x of the decay (arXiv 2405.18392)."""
     final_lr_fraction: float = 0.1
     """Final learning rate, as a fraction of peak_lr."""
     tail_fraction: float = 0.0
@@ -54,6 +56,9 @@ class OptimizerConfig:
     """Decoupled weight decay, on matrices only: not on norms, nor on the router bias."""
     max_grad_norm: float = 1.0
     """Gradient clipping: a gradient with a larger global norm is scaled down to this norm."""
+    freeze: tuple[str, ...] = field((), full_state="equal")
+    """Globs of the paths of parameters that stay as they are and have no optimizer state, such as embed or
+    moe_layers/moe/*. They do not count for clipping; the metric grad_norm is of all parameters."""
 
     def __post_init__(self):
         require_each(self, "optimizer", "beta1 beta2 muon_momentum", lambda x: 0 <= x < 1, "at least 0 and below 1")

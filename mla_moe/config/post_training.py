@@ -1,10 +1,19 @@
-"""Post-training: SFT, reinforcement learning from rule rewards, and rejection sampling."""
+"""Post-training: SFT, preference optimization, reinforcement learning from rule rewards, and rejection sampling."""
 
 import dataclasses
 import math
-from typing import Literal
+import re
+from typing import ClassVar, Literal
 
-from mla_moe.config.errors import require, require_each
+from mla_moe.config.errors import (
+    MAX_SIZE,
+    ConfigError,
+    require,
+    require_between,
+    require_each,
+    require_field,
+    require_local,
+)
 from mla_moe.config.optimizer import OptimizerConfig, ScheduleConfig
 from mla_moe.config.pretraining import TrainingConfig
 from mla_moe.config.resume import field
@@ -12,85 +21,171 @@ from mla_moe.config.resume import field
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
-    """Prompts and rewards. Training, validation and test prompts never overlap: a hash of the question's text assigns
-    the split."""
+    """Prompts and rewards. Training, validation and test prompts never overlap: a hash of the question decides."""
 
     name: str = "arithmetic"
-    """arithmetic; reasoning_gym:NAME for a task of that library; or the path of a .jsonl file with `question` and
-    `answer` in each line."""
+    """arithmetic; reasoning_gym:NAME of that library; or a .jsonl file with `question` and `answer` in each line."""
     options: tuple[str, ...] = ()
     """Options of the task, each key=value: arithmetic has least and most (operations), reasoning_gym the library's."""
+    heldout: str | None = None
+    """A .jsonl file of held-out questions for a task from a .jsonl file. None: a tenth of its questions is the
+    validation split, and a tenth the test split."""
     template: str = "r1_zero"
     """Prompt template: r1_zero (DeepSeek's), chat (the tokenizer's chat template), or a text with {question}."""
     format_weight: float = 1.0
     """Weight of the format reward: 1 for `<think>…</think><answer>…</answer>`, each tag once, nothing around it."""
     accuracy_weight: float = 1.0
     """Weight of the accuracy reward: 1 for the correct answer."""
-    reward_function: str | None = None
-    """Custom reward function, module:name or path.py:name, called as `reward(prompt, completion, example) -> float`."""
-    reward_function_weight: float = 1.0
-    """Weight of the custom reward."""
+    answer_format: str = "answer_tags"
+    """How a completion marks its answer: answer_tags, boxed (`\\boxed{}`), last_number, choice (a letter), or
+    regex:PATTERN (its first group); the last one counts. `mla-moe eval` also has auto."""
+    reward_functions: tuple[str, ...] = ()
+    """Reward functions, each module:name or path.py:name: `f(prompt, completion, example) -> float`, or as in TRL
+    `f(prompts, completions, **columns) -> list[float]`; either may be async."""
+    reward_weights: tuple[float, ...] = ()
+    """Weights of the reward functions; empty: 1 each."""
     timeout: float = 5.0
     """Seconds that one call of a verifier or reward function may take. A call that raises, times out or returns no
     finite number gives reward 0 and is counted."""
 
     def __post_init__(self):
-        require_each(self, "task", "format_weight accuracy_weight", lambda x: x >= 0, "a weight of 0 or more")
+        require_local("task.name", self.name)
+        for path in (self.heldout or "", *self.reward_functions):
+            require_local("task.heldout" if path == self.heldout else "task.reward_functions", path)
+        names = "format_weight accuracy_weight"
+        require_each(self, "task", names, lambda x: 0 <= x < math.inf, "a weight of 0 or more")
         require_each(self, "task", "timeout", lambda x: 0 < x < math.inf, "a number of seconds")
         ok = self.template in ("r1_zero", "chat") or "{question}" in self.template
         require(ok, "task.template", self.template, "r1_zero, chat, or a text with {question}")
+        formats = ("answer_tags", "boxed", "last_number", "choice", "auto")
+        known = self.answer_format in formats or self.answer_format.startswith("regex:")
+        require(known, "task.answer_format", self.answer_format, f"{', '.join(formats)} or regex:PATTERN")
+        try:
+            re.compile(self.answer_format.removeprefix("regex:"))
+        except re.error as error:
+            raise ConfigError(
+                "task.answer_format", self.answer_format, f"is not a regular expression: {error}"
+            ) from None
+        count = len(self.reward_functions)
+        finite = all(map(math.isfinite, self.reward_weights))
+        require(finite, "task.reward_weights", self.reward_weights, "must be finite numbers")
+        fits = len(self.reward_weights) in (0, count)
+        require(fits, "task.reward_weights", self.reward_weights, f"give one for each of {count} task.reward_functions")
+        fix = "only a task from a .jsonl file has one; remove it"
+        require(self.heldout is None or self.name.endswith(".jsonl"), "task.heldout", self.heldout, fix)
         wrong = [option for option in self.options if "=" not in option]
         require(not wrong, "task.options", wrong, "write each as key=value")
 
+    @property
+    def weights_of_functions(self) -> tuple[float, ...]:
+        return self.reward_weights or (1.0,) * len(self.reward_functions)
+
 
 @dataclasses.dataclass(frozen=True)
-class SFTConfig:
-    """Supervised fine-tuning on completions, after pretraining and before RL. Compute dtype, remat and the weights of
-    the other losses are those of `training`. Default learning rates are DeepSeek-V3's (section 5.1)."""
+class FineTuningConfig:
+    """What SFT and DPO have in common. Compute dtype, remat and the weights of the other losses are those of
+    `training`."""
+
+    section: ClassVar[str]
+    """The recipe's section, which errors name."""
 
     steps: int = 0
-    """Optimizer steps; 0 skips the stage."""
+    """Optimizer steps; 0 skips the stage, unless `epochs` is set."""
+    epochs: float | None = None
+    """Passes over the data, in place of steps. Their number follows from how the examples are packed."""
     data: tuple[str, ...] = ()
-    """Globs of .jsonl files with `question` and `completion` in each line. `task.template` makes the prompt of the
-    question. The loss is over the tokens of the completion and its end-of-sequence token, not over the prompt."""
+    """Globs of .jsonl, .json or .parquet files of examples."""
+    heldout: tuple[str, ...] = ()
+    """Held-out examples in the same formats, for the loss after every eval_every steps, at the start and at the end."""
+    eval_every: int = field(0, resume="free")
+    """Steps between evaluations on held-out examples; 0 evaluates only before the first and after the last step."""
     batch_size: int = 32
-    """Packed sequences per step. A sequence has several prompt-completion pairs."""
+    """Packed sequences per step. A sequence has several examples."""
     sequence_length: int = 1024
-    """Tokens per packed sequence. A pair whose prompt fills it is skipped, a longer completion truncated; both are
-    counted."""
+    """Tokens per packed sequence, and of the longest example."""
     gradient_accumulation_steps: int = 1
     """Gradient accumulation: microbatches per step, whose gradients are added before one update."""
-    optimizer: OptimizerConfig = OptimizerConfig(
-        schedule=ScheduleConfig(peak_lr=5e-6, warmup_fraction=0.0, decay_fraction=1.0, final_lr_fraction=0.2)
-    )
+    optimizer: OptimizerConfig = OptimizerConfig()
     router_bias_update_rate: float = 0.0
     """γ: step size of the router bias update; 0 freezes the bias, which narrow data would unbalance."""
     max_malformed_fraction: float = 0.01
-    """Largest fraction of malformed lines. They are skipped and counted; beyond this fraction the stage does not
-    start."""
+    """Largest fraction of malformed records, which are skipped and counted. Beyond it the stage does not start."""
 
     def __post_init__(self):
-        names = "batch_size sequence_length gradient_accumulation_steps"
-        require_each(self, "sft", names, lambda x: x >= 1, "at least 1")
-        require_each(self, "sft", "steps router_bias_update_rate", lambda x: x >= 0, "0 or more")
-        message = "name JSON lines with question and completion"
-        require(len(self.data) > 0 or not self.steps, "sft.data", self.data, message)
-        require_each(self, "sft", "max_malformed_fraction", lambda x: 0 <= x <= 1, "must be between 0 and 1")
-        count, message = self.gradient_accumulation_steps, f"must divide sft.batch_size = {self.batch_size}"
-        require(self.batch_size % count == 0, "sft.gradient_accumulation_steps", count, message)
+        section = self.section
+        require_between(self, section, "batch_size sequence_length gradient_accumulation_steps", 1, MAX_SIZE)
+        require_between(self, section, "steps eval_every", 0, MAX_SIZE)
+        require_each(self, section, "epochs", lambda x: 0 < x < 1e6, "a positive number, or None")
+        require(not (self.steps and self.epochs), f"{section}.epochs", self.epochs, f"is in place of {section}.steps")
+        require_each(self, section, "router_bias_update_rate", lambda x: 0 <= x < math.inf, "0 or more")
+        message = "name the files of the examples"
+        require_field(self, f"{section}.data", len(self.data) > 0 or not self.active, message)
+        require_each(self, section, "max_malformed_fraction", lambda x: 0 <= x <= 1, "must be between 0 and 1")
+        count, message = self.gradient_accumulation_steps, f"must divide {section}.batch_size = {self.batch_size}"
+        require(self.batch_size % count == 0, f"{section}.gradient_accumulation_steps", count, message)
+
+    @property
+    def active(self) -> bool:
+        """Whether the stage runs."""
+        return self.steps > 0 or self.epochs is not None
 
     def training(self, pretraining: TrainingConfig, steps: int) -> TrainingConfig:
-        """The `TrainingConfig` of `steps` steps of SFT. What SFT does not configure is as in pretraining."""
-        return dataclasses.replace(
-            pretraining,
-            steps=steps,
-            batch_size=self.batch_size,
-            sequence_length=self.sequence_length,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-            router_bias_update_rate=self.router_bias_update_rate,
-            router_bias_freeze_fraction=0.0,
-            eval_every=0,
-        )
+        """The `TrainingConfig` of `steps` steps. What the stage does not configure is as in pretraining."""
+        names = "batch_size sequence_length gradient_accumulation_steps router_bias_update_rate eval_every"
+        own = {name: getattr(self, name) for name in names.split()}
+        return dataclasses.replace(pretraining, steps=steps, router_bias_freeze_fraction=0.0, **own)
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig(FineTuningConfig):
+    """Supervised fine-tuning on what an assistant wrote, after pretraining and before DPO and RL. Default learning
+    rates are DeepSeek-V3's (section 5.1).
+
+    Records have `messages`, `conversations` (ShareGPT), `prompt` and `completion`, `question` and `completion`, or
+    `instruction`, `input` and `output` (Alpaca). Conversations are rendered with the tokenizer's chat template; the
+    loss is over the tokens of the assistant's turns with their end tokens. A text as prompt is rendered with
+    `task.template`; the loss is over the completion, which follows it as it is, and an end token."""
+
+    section = "sft"
+    optimizer: OptimizerConfig = OptimizerConfig(
+        schedule=ScheduleConfig(peak_lr=5e-6, warmup_fraction=0.0, decay_fraction=1.0, final_lr_fraction=0.2)
+    )
+    format: Literal["auto", "messages", "sharegpt", "prompt_completion", "question_completion", "alpaca"] = "auto"
+    """Format of the records. auto recognises each by its keys."""
+    truncation: Literal["cut", "skip"] = "cut"
+    """What becomes of an example that is longer than a sequence: cut drops its end, skip leaves it out. Both are
+    counted; one whose prompt fills a sequence is always left out."""
+    eval_samples: int = field(4, resume="free")
+    """Held-out prompts whose completions are sampled at each evaluation, for `samples.jsonl`. Their length is
+    sample.max_new_tokens; decoding is greedy."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_between(self, "sft", "eval_samples", 0, 1000)
+
+
+@dataclasses.dataclass(frozen=True)
+class DPOConfig(FineTuningConfig):
+    """Preference optimization (DPO, IPO) after SFT and before RL. The reference policy is the model from which the
+    stage starts; its parameters are in memory too.
+
+    Records have `prompt`, `chosen` and `rejected`, texts or messages; with messages the prompt may also be the common
+    beginning of both sides. A pair fills at most one sequence, each of its sides half of it: longer ones are cut."""
+
+    section = "dpo"
+    optimizer: OptimizerConfig = OptimizerConfig(
+        schedule=ScheduleConfig(peak_lr=1e-6, warmup_fraction=0.1, decay_fraction=0.9, final_lr_fraction=0.0),
+        weight_decay=0.0,
+    )
+    loss: Literal["dpo", "dpo_norm", "ipo"] = "dpo"
+    """dpo; dpo_norm, whose log-probabilities are means over the tokens of a completion; or ipo, of such means too."""
+    beta: float = 0.1
+    """β: how strongly the policy is kept near the reference; the τ of IPO."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        require_each(self, "dpo", "beta", lambda x: 0 < x < math.inf, "a positive number")
+        require_field(self, "dpo.sequence_length", self.sequence_length >= 2, "must hold two sides of a pair")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +202,7 @@ class RLConfig:
     group_size: int = 16
     """Completions per prompt. Advantages are relative to the mean reward of this group."""
     max_resample_rounds: int = 8
-    """Dynamic sampling (dapo): largest number of rounds in which filtered groups, whose completions are all correct or
-    all incorrect, are replaced by groups of other prompts."""
+    """Dynamic sampling (dapo): most rounds in which groups that are all correct or all incorrect are replaced."""
     minibatches: int = 1
     """Optimizer updates per step, each on its fraction of the groups."""
     max_prompt_tokens: int = 512
@@ -126,8 +220,7 @@ class RLConfig:
     ref_sync_steps: int = 400
     """Steps between updates of the reference policy to the current policy; 0 keeps the initial one."""
     off_policy_mask_threshold: float | None = None
-    """δ: completions with a negative advantage and a mean log(π_old / π) above δ are masked out of the loss (V3.2).
-    None masks none."""
+    """δ: mask completions with a negative advantage and a mean log(π_old / π) above δ (V3.2). None masks none."""
     tis_clip: float | None = 2.0
     """C: truncated importance sampling (TIS) weights each token by the ratio of the trainer's to the sampler's
     probability, at most C. None does not weight."""
@@ -143,8 +236,7 @@ class RLConfig:
     packed_length: int = 0
     """Tokens per packed sequence of an update. 0: max_prompt_tokens + max_new_tokens."""
     micro_batch_size: int = field(8, resume="free")
-    """Packed sequences per microbatch of an update, over all devices: only their activations are in memory at one
-    time."""
+    """Packed sequences per microbatch of an update, over all devices: only their activations are in memory at once."""
     max_num_seqs: int = field(64, resume="free")
     """Sequence slots of the sampler: completions that are generated concurrently (continuous batching)."""
     eval_every: int = field(0, resume="free")
@@ -162,14 +254,16 @@ class RLConfig:
         return self.packed_length or self.max_prompt_tokens + self.max_new_tokens
 
     def __post_init__(self):
-        names = "prompts_per_step group_size minibatches max_resample_rounds max_prompt_tokens max_new_tokens"
-        names += " micro_batch_size max_num_seqs eval_prompts"
-        require_each(self, "rl", names, lambda x: x >= 1, "at least 1")
-        names = "steps kl_coef ref_sync_steps overlong_buffer router_bias_update_rate packed_length eval_samples"
-        require_each(self, "rl", names, lambda x: x >= 0, "0 or more")
+        names = "prompts_per_step group_size minibatches max_prompt_tokens max_new_tokens micro_batch_size max_num_seqs"
+        require_between(self, "rl", f"{names} eval_prompts", 1, MAX_SIZE)
+        require_between(self, "rl", "steps overlong_buffer packed_length eval_samples", 0, MAX_SIZE)
+        require_each(self, "rl", "max_resample_rounds", lambda x: x >= 1, "at least 1")
+        names = "kl_coef ref_sync_steps router_bias_update_rate eval_every"
+        require_each(self, "rl", names, lambda x: 0 <= x < math.inf, "0 or more")
         message = "the completions of a group are compared with each other: at least 2"
         require(self.group_size >= 2 or not self.steps, "rl.group_size", self.group_size, message)
-        require(self.temperature > 0, "rl.temperature", self.temperature, "sampling needs a positive temperature")
+        message = "sampling needs a positive temperature"
+        require(0 < self.temperature < math.inf, "rl.temperature", self.temperature, message)
         message = f"must divide rl.prompts_per_step = {self.prompts_per_step}: a group is never split"
         require(self.prompts_per_step % self.minibatches == 0, "rl.minibatches", self.minibatches, message)
         message = f"must be below rl.max_new_tokens = {self.max_new_tokens}"
@@ -197,9 +291,9 @@ class RejectionConfig:
     prefer: Literal["random", "shortest"] = "random"
     """Which correct completions are kept, if there are more."""
     start: Literal["base", "last"] = "base"
-    """Model that is fine-tuned: base, from which `sft` started (as for R1), or last, which generated the
-    completions."""
+    """Model to fine-tune: base, from which `sft` started (as for R1), or last, which generated the completions."""
 
     def __post_init__(self):
-        require(self.steps >= 0, "rejection.steps", self.steps, "0 or more")
-        require_each(self, "rejection", "prompts samples keep", lambda x: x >= 1, "at least 1")
+        require_between(self, "rejection", "steps", 0, MAX_SIZE)
+        require_between(self, "rejection", "prompts samples", 1, MAX_SIZE)
+        require_each(self, "rejection", "keep", lambda x: x >= 1, "at least 1")

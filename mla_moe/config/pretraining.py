@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from mla_moe.config.errors import require, require_each
+from mla_moe.config.errors import MAX_SIZE, require_between, require_each, require_field
 from mla_moe.config.resume import field
 
 
@@ -23,8 +23,7 @@ class TrainingConfig:
     loss_chunk: int = field(512, resume="free")
     """Tokens of a sequence whose logits are in memory at one time."""
     remat: Literal["none", "dots", "full"] = field("none", resume="free")
-    """Rematerialization (activation checkpointing): what the backward pass recomputes of a layer. none, dots (all but
-    the matrix products), or full."""
+    """Rematerialization (activation checkpointing) of a layer: none, dots (all but the matrix products), or full."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of activations; auto is bfloat16 on accelerators and float32 on CPU. Parameters are float32."""
     mtp_loss_weight: float = 0.3
@@ -41,21 +40,23 @@ class TrainingConfig:
     loss_spike_threshold: float | None = field(None, resume="free")
     """Loss spike: a loss this many nats above the mean of the last 32 logged rows. The stage then rewinds to its newest
     checkpoint and skips the batches since. None never rewinds."""
+    max_step_minutes: float | None = field(None, resume="free")
+    """Watchdog of every stage: a step, evaluation or save that takes longer ends the process with the stacks of all its
+    threads, so that a launcher restarts it. None waits for ever."""
     log_every: int = field(1, resume="free")
     """Steps between rows of metrics.jsonl."""
     eval_every: int = field(0, resume="free")
     """Steps between evaluations on held-out text; 0 evaluates only after the last step."""
 
     def __post_init__(self):
-        names = "batch_size sequence_length gradient_accumulation_steps loss_chunk log_every max_skipped_steps"
-        require_each(self, "training", names, lambda x: x >= 1, "at least 1")
-        names = "steps eval_every mtp_loss_weight aux_loss_weight router_bias_update_rate"
+        require_between(self, "training", "batch_size sequence_length gradient_accumulation_steps", 1, MAX_SIZE)
+        require_between(self, "training", "steps", 0, MAX_SIZE)
+        require_each(self, "training", "loss_chunk log_every max_skipped_steps", lambda x: x >= 1, "at least 1")
+        names = "eval_every mtp_loss_weight aux_loss_weight router_bias_update_rate"
         require_each(self, "training", names, lambda x: 0 <= x < math.inf, "0 or more")
+        require_each(self, "training", "max_step_minutes", lambda x: 0 < x < 1e5, "a positive number, or None")
         require_each(self, "training", "loss_spike_threshold", lambda x: x > 0, "a positive number, or None")
         require_each(self, "training", "router_bias_freeze_fraction", lambda x: 0 <= x <= 1, "must be between 0 and 1")
-        require(
-            self.batch_size % self.gradient_accumulation_steps == 0,
-            "training.gradient_accumulation_steps",
-            self.gradient_accumulation_steps,
-            f"must divide training.batch_size = {self.batch_size}",
-        )
+        ok = self.batch_size % self.gradient_accumulation_steps == 0
+        message = f"must divide training.batch_size = {self.batch_size}"
+        require_field(self, "training.gradient_accumulation_steps", ok, message)

@@ -4,10 +4,12 @@ import dataclasses
 from collections.abc import Mapping, Set
 from typing import Any, Literal, NamedTuple
 
+STAGES = ("pretrain", "sft", "dpo", "rl", "rejection")
+"""The stages of a run, in the order in which they run. The model of a run is that of the last one."""
+
 Resume = Literal["fixed", "free"] | tuple[str, ...]
 """`fixed`: a run keeps the value. `free`: it may change at any restart, because it changes how the run computes, logs
-or saves, but not what it computes. A tuple of stages: it may change until one of them has started, because only they
-use it."""
+or saves, but not what. A tuple of stages: it may change until one of them, which alone use it, has started."""
 
 
 def field(
@@ -17,12 +19,10 @@ def field(
     full_state: Literal["equal"] | None = None,
     init_from: Literal["may_differ"] | None = None,
 ) -> Any:
-    """A dataclass field with a resume policy. What is None is as in the section around the field.
-
-    `full_state="equal"`: with `init_parts = "full_state"`, pretraining resumes the optimizer and data position of
-    another run, which must have the same value. `init_from="may_differ"`: the checkpoint that initializes a stage may
-    have another value of this model field; all other model fields must be equal.
-    """
+    """A dataclass field with a resume policy. What is None is as in the section around the field. `full_state="equal"`:
+    with `init_parts = "full_state"`, pretraining resumes the optimizer and data position of another run, which must
+    have the same value. `init_from="may_differ"`: the checkpoint that initializes a stage may have another value of
+    this model field; all other model fields must be equal."""
     policy = {"resume": resume, "full_state": full_state, "init_from": init_from}
     return dataclasses.field(default=default, metadata={k: v for k, v in policy.items() if v is not None})
 
@@ -40,8 +40,7 @@ class Leaf(NamedTuple):
 
     @property
     def equal_for_full_state(self) -> bool:
-        """Whether another run must have the same value for its full state to be restored: a field with
-        `full_state="equal"` that pretraining uses, and that is not free."""
+        """Whether another run must have this value for its full state to be restored: pretraining uses the field."""
         return self.policy.get("full_state") == "equal" and self.policy.get("resume", "fixed") == "fixed"
 
 

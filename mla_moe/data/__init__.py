@@ -1,8 +1,11 @@
 """Text to batches: sources of documents, and Grain pipelines that pack and shuffle."""
 
+from mla_moe.data.chat_encoding import ChatEncoding, ChatRecords
+from mla_moe.data.evaluation import EvalText, bits_per_byte, eval_text, gzip_bits_per_byte, sample_documents
 from mla_moe.data.malformed_records import SkipMalformed
-from mla_moe.data.packing import Batch, gzip_bits_per_byte, heldout_batches, train_batches
-from mla_moe.data.sft import SFT_FEATURES, PromptCompletionDataset, PromptCompletionEncoding, sft_batches
+from mla_moe.data.packing import Batch, train_batches
+from mla_moe.data.preferences import PreferenceDataset, preference_batches, preference_eval_batches
+from mla_moe.data.sft import SFT_FEATURES, SFTDataset, sft_batches, sft_eval_batches
 from mla_moe.data.sources import open_documents
 from mla_moe.data.streams import Batches, process_rows, stream_count
 
@@ -10,14 +13,22 @@ __all__ = [
     "SFT_FEATURES",
     "Batch",
     "Batches",
-    "PromptCompletionDataset",
-    "PromptCompletionEncoding",
+    "ChatEncoding",
+    "ChatRecords",
+    "EvalText",
+    "PreferenceDataset",
+    "SFTDataset",
     "SkipMalformed",
+    "bits_per_byte",
+    "eval_text",
     "gzip_bits_per_byte",
-    "heldout_batches",
     "open_documents",
+    "preference_batches",
+    "preference_eval_batches",
     "process_rows",
+    "sample_documents",
     "sft_batches",
+    "sft_eval_batches",
     "stream_count",
     "train_batches",
 ]

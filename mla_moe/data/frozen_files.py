@@ -25,7 +25,7 @@ class FrozenFiles:
         """Open file number `index` for reading. Raises `ConfigError` if it is missing or has changed."""
         path = self.paths[index]
         try:
-            file = open(path, "rb")  # noqa: SIM115
+            file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115
         except OSError as error:
             raise ConfigError(self._field, path, f"is missing ({error.strerror}); restore it and start again") from None
         found = os.fstat(file.fileno())
@@ -37,11 +37,17 @@ class FrozenFiles:
         return file
 
 
+def _without_waiting(path: str, flags: int) -> int:
+    """Opening a pipe would wait for its writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
+
+
 def fingerprint(parts: Iterable[Sequence[Any]]) -> int:
-    """A checksum of the sizes of all files: detects other data on resume, before anything is read."""
+    """A checksum of the sizes of all files, and of the numbers of their windows where one has several: detects other
+    data on resume, before anything is read."""
     checksum = 0
     for part in parts:
         files = getattr(part, "files", None)
         sizes = files.sizes if files else map(len, part) if isinstance(part, list) else [len(part)]
-        checksum = zlib.crc32(repr(list(sizes)).encode(), checksum)
+        checksum = zlib.crc32(repr([*sizes, *getattr(part, "windows", ())]).encode(), checksum)
     return checksum

@@ -1,7 +1,9 @@
 """Malformed records: skipped and counted, up to a fraction of all records."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+
+import numpy as np
 
 from mla_moe.config import ConfigError
 
@@ -15,28 +17,47 @@ class MalformedRecordError(ConfigError):
     """A record that cannot be read: its file and line, and what is wrong."""
 
 
+def too_long(field: str, where: str, max_record_bytes: int) -> MalformedRecordError:
+    return MalformedRecordError(field, where, f"is longer than data.max_record_bytes = {max_record_bytes:,}")
+
+
 class SkipMalformed(Sequence[str]):
-    """Documents, with malformed ones replaced by empty text. A malformed record is detected when it is read.
+    """Documents, with malformed ones replaced by empty text, which packing skips. Both are counted when they are read.
 
     Raises `ConfigError` that names the record once more than `max_fraction` of all records are malformed.
     """
+
+    ranges: Mapping[str, range]
+    """Indices of the documents of each source, which is a pattern of the recipe."""
+    files: Set[str]
+    """Real paths of the files."""
+    nbytes: int
+    """Bytes of the files."""
 
     def __init__(self, source: Sequence[str], max_fraction: float, fingerprint: int):
         """`fingerprint` identifies the files, to detect other data on resume."""
         self._source, self._max_fraction, self.fingerprint = source, max_fraction, fingerprint
         self._skipped: set[int] = set()
+        self._empty = np.zeros(len(source), bool)
 
     @property
     def malformed(self) -> int:
-        """Number of records skipped so far."""
+        """Number of malformed records so far."""
         return len(self._skipped)
+
+    @property
+    def empty(self) -> int:
+        """Number of empty documents so far."""
+        return int(self._empty.sum())
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> str:
         try:
-            return self._source[index]
+            text = self._source[index]
+            self._empty[index] = not text
+            return text
         except MalformedRecordError as error:
             new = index not in self._skipped
             self._skipped.add(index)

@@ -9,14 +9,13 @@ Each stage is Grain's. Its iterator saves and restores its position exactly: the
 rereads only the documents of the packed sequences that were in progress.
 """
 
-import gzip
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import grain
 import numpy as np
 
-from mla_moe.config import ConfigError, DataConfig
+from mla_moe.config import ConfigError, DataConfig, require
 from mla_moe.text.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -29,6 +28,7 @@ masked between segments.
 Item = TypeVar("Item")
 
 READ = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # each stream has one thread; more are slower
+_PIECE = 1 << 20  # characters
 _BINS = 128  # sequences packed at one time: 1-2 % is padding; more bins would make restoring slower
 
 
@@ -42,8 +42,10 @@ def train_batches(
     seed: int,
     shard: int = 0,
     shards: int = 1,
+    ranges: Mapping[str, range] | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Endless training batches of one of `shards` streams, `batch_size` packed sequences each.
+    """Endless training batches of one of `shards` streams, `batch_size` packed sequences each. With `data.weights` each
+    source, whose documents `ranges` has, is shuffled and packed alone, and packed sequences are drawn by weight.
 
     In every epoch the shards of the streams are disjoint and cover all documents. A stream starts its next epoch when
     its shard is exhausted, without waiting for other streams. Its saved state resumes with the very next batch;
@@ -51,16 +53,30 @@ def train_batches(
     """
     if len(source) < shards:
         raise ConfigError("data.train", data.train, f"{len(source)} documents cannot feed {shards} streams")
-    documents, buffer_seed = shuffled(source, seed, shard, shards)
-    packed = _pack(documents, tokenizer, sequence_length)
-    return batched(packed, data, buffer_seed, batch_size=batch_size, shards=shards)
+    parts = [range(len(source))]
+    if data.weights:
+        parts = [(ranges or {}).get(pattern, range(0)) for pattern in data.train]
+        for pattern, part in zip(data.train, parts, strict=True):
+            fix = f"has {len(part)} documents of its own, too few for {shards} streams; set fewer data.streams"
+            require(len(part) >= shards, "data.weights", pattern, fix)
+    packed, buffer_seed = [], 0
+    for part in parts:
+        documents, buffer_seed = shuffled(source, seed, shard, shards, part)
+        packed.append(pack_documents(documents, tokenizer, sequence_length))
+    mixed = grain.IterDataset.mix(packed, data.weights) if data.weights else packed[0]
+    return batched(mixed, data, buffer_seed, batch_size=batch_size, shards=shards)
 
 
-def shuffled(source: Sequence[Item], seed: int, shard: int, shards: int) -> tuple[grain.MapDataset[Item], int]:
-    """One stream's shard of the items, shuffled in each of endless epochs; and the seed of its shuffle buffer."""
+def shuffled(
+    source: Sequence[Item], seed: int, shard: int, shards: int, part: range | None = None
+) -> tuple[grain.MapDataset[Item], int]:
+    """One stream's shard of the items, or of a `part` of them, shuffled in each of endless epochs; and the seed of its
+    shuffle buffer."""
     # Epoch e shuffles with `documents_seed + e`: spread the seeds, or seed 1 would start with seed 0's second epoch.
     documents_seed, buffer_seed = (int(s) for s in np.random.SeedSequence(seed).generate_state(2) >> 1)
-    return grain.MapDataset.source(source).shuffle(seed=documents_seed)[shard::shards].repeat(), buffer_seed
+    items = grain.MapDataset.source(source)
+    items = items if part is None or len(part) == len(source) else items[part.start : part.stop]
+    return items.shuffle(seed=documents_seed)[shard::shards].repeat(), buffer_seed
 
 
 def batched(
@@ -73,29 +89,9 @@ def batched(
     return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=data.prefetch))
 
 
-def heldout_batches(
-    source: Sequence[str], tokenizer: Tokenizer, *, batch_size: int, sequence_length: int
-) -> tuple[list[Batch], int]:
-    """All of `source` once, and its size in UTF-8 bytes. Every process gets the same batches in the same order.
-
-    The last batch is filled up with padding. The sum of −log p over all targets that are not padding, divided by ln 2
-    and the bytes, is bits per byte, which is comparable between tokenizers.
-    """
-    sequences = list(_pack(grain.MapDataset.source(source), tokenizer, sequence_length))
-    blank = {key: np.zeros_like(value) for key, value in sequences[0].items()}
-    sequences += [blank] * (-len(sequences) % batch_size)
-    groups = [sequences[start : start + batch_size] for start in range(0, len(sequences), batch_size)]
-    batches = [{key: np.stack([sequence[key] for sequence in group]) for key in blank} for group in groups]
-    return batches, sum(len(text.encode("utf-8")) for text in source)
-
-
-def gzip_bits_per_byte(documents: Iterable[str]) -> float:
-    """Bits per byte of `gzip -9` on `documents`, one by one: a baseline for `eval/bits_per_byte`."""
-    texts = [text.encode("utf-8") for text in documents]
-    return 8 * sum(len(gzip.compress(text, 9)) for text in texts) / sum(map(len, texts))
-
-
-def _pack(documents: grain.MapDataset[str], tokenizer: Tokenizer, sequence_length: int) -> grain.IterDataset[Batch]:
+def pack_documents(
+    documents: grain.MapDataset[str], tokenizer: Tokenizer, sequence_length: int
+) -> grain.IterDataset[Batch]:
     """Tokenize, split into windows, and pack the windows into sequences (first fit)."""
     windows = grain.experimental.FlatMapIterDataset(
         documents.map(lambda text: _with_bos_eos(text, tokenizer)).to_iter_dataset(READ), _Windows(sequence_length)
@@ -119,17 +115,39 @@ def pack_pieces(
     return packed.map(lambda sequence: {name: sequence[key] for name, key in names.items()})
 
 
+def packed_sequences_per_epoch(lengths: Sequence[int], sequence_length: int) -> float:
+    """Packed sequences that `pack_pieces` makes of pieces of these lengths per epoch, in a random order."""
+    order, bins, full, packed = np.random.default_rng(0), np.zeros(_BINS, np.int64), 0, 0
+    while not full:  # a small data set fills the bins with several epochs
+        for size in order.permutation(np.asarray(lengths)).tolist():
+            fits = bins + size <= sequence_length
+            if not fits.any():
+                full, packed = full + _BINS, packed + int(bins.sum())
+                bins[:], fits[:] = 0, True
+            bins[fits.argmax()] += size
+    return sum(lengths) * full / packed
+
+
 def _with_bos_eos(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    return np.concatenate([[tokenizer.bos_id], tokenizer.encode(text), [tokenizer.eos_id]], dtype=np.int32)
+    ids = map(tokenizer.encode, pieces(text))
+    return np.concatenate([[tokenizer.bos_id], *ids, [tokenizer.eos_id]], dtype=np.int32)
+
+
+def pieces(text: str) -> Iterator[str]:
+    """A text in the pieces that are tokenized at a time: a tokenizer takes up to 250 times their size in memory."""
+    return (text[start : start + _PIECE] for start in range(0, len(text), _PIECE))
 
 
 class _Windows(grain.experimental.FlatMapTransform):
-    """Split a document with bos and eos into consecutive windows of inputs and next tokens, each its own segment."""
+    """Split a document with bos and eos into consecutive windows of inputs and next tokens, each its own segment.
+    An empty document has none."""
 
     def __init__(self, length: int):
         self._length = length
 
     def flat_map(self, element: np.ndarray) -> list[Batch]:
+        if len(element) == 2:  # bos and eos alone would teach that documents are empty
+            return []
         tokens, targets = element[:-1], element[1:]
         starts = range(0, len(tokens), self._length)
         return [{"tokens": tokens[s : s + self._length], "targets": targets[s : s + self._length]} for s in starts]

@@ -5,60 +5,86 @@ keeps no file open.
 """
 
 import array
-import bisect
 import functools
 import glob
 import itertools
 import json
+import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from mla_moe.config import ConfigError, require
+from mla_moe.config import ConfigError, DataConfig, require
+from mla_moe.config.errors import require_local
 from mla_moe.data import arithmetic, cpython
 from mla_moe.data.frozen_files import FrozenFiles, fingerprint
-from mla_moe.data.malformed_records import MalformedRecordError, SkipMalformed
+from mla_moe.data.lines import Lines, locate
+from mla_moe.data.malformed_records import MalformedRecordError, SkipMalformed, too_long
+
+logger = logging.getLogger(__name__)
+MAX_JSON_FILE_BYTES = 512 << 20
+"""Of a .json file, whose values usually take a few times its size in memory, 25 times at worst."""
+MAX_ROW_GROUP_BYTES = 4 << 30
+"""Of the columns that are read of a row group of Parquet."""
+_CACHE_BYTES = 512 << 20  # of the row groups that are cached, of which there is always one
 
 
 def open_documents(
-    patterns: Sequence[str], *, field: str, text_field: str, max_malformed_fraction: float = 0.0
+    patterns: Sequence[str],
+    *,
+    field: str,
+    text_field: str,
+    max_malformed_fraction: float = 0.0,
+    max_record_bytes: int = DataConfig.max_record_bytes,
 ) -> SkipMalformed:
     """The documents of all files that match `patterns`, in the order of the patterns and sorted by path within each.
 
     A pattern is a path, a glob (`**` includes subfolders), or `cpython:train`, `cpython:heldout`, `arithmetic:train` or
-    `arithmetic:heldout`. The suffix selects the reader: `.jsonl`, `.parquet`, `.arrayrecord`; any other file is one
-    UTF-8 document. A file that matches twice counts once. `text_field` is the key or column of the text; `field` is the
-    recipe field that errors name. Malformed records are skipped, up to `max_malformed_fraction` of all.
+    `arithmetic:heldout`. The suffix selects the reader (`_READERS`); any other file is one UTF-8 document, and several
+    if it is longer than `max_record_bytes`. `text_field` is the key or column of the text; `field` is the recipe field
+    that errors name. Malformed records, and longer ones, are skipped, up to `max_malformed_fraction` of all.
     """
     parts: list[Sequence[str]] = []
-    seen: set[str] = set()
-    for pattern in dict.fromkeys(patterns):
-        if pattern in cpython.NAMES:
-            parts.append(cpython.documents(pattern))
-            continue
-        if pattern in arithmetic.NAMES:
-            parts.append(arithmetic.Documents(pattern))
-            continue
-        unseen = [path for path in find_files(pattern, field) if path not in seen]
-        seen.update(unseen)
-        for path in unseen:
-            require(not path.endswith(_COMPRESSED), field, path, "is compressed; decompress it first")
-        for read, paths in itertools.groupby(
-            unseen, key=lambda path: _READERS.get(Path(path).suffix.lower(), TextFiles)
-        ):
-            parts.append(read(list(paths), field, text_field))
+    ranges: dict[str, range] = {}
+    found = files_by_pattern(patterns, field, _BUILT_IN)
+    for pattern, files in found.items():
+        start = sum(map(len, parts))
+        for read, paths in itertools.groupby(files.values(), key=_reader):
+            parts.append(read(list(paths), field, text_field, max_record_bytes))
+        ranges[pattern] = range(start, sum(map(len, parts)))
     source = SkipMalformed(ConcatenatedDocuments(parts), max_malformed_fraction, fingerprint(parts))
+    source.ranges, source.files = ranges, set().union(*found.values())
+    files = (getattr(part, "files", None) for part in parts)
+    source.nbytes = sum(sum(part.sizes) for part in files if part)
     if not any(source):  # reads until the first text, which also checks the format before training
         raise ConfigError(field, tuple(patterns), "contains no text: every document is empty; name other files")
     return source
 
 
-_COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+def files_by_pattern(patterns: Sequence[str], field: str, built_in: Container[str] = ()) -> dict[str, dict[str, str]]:
+    """The files that each pattern adds, by their real path. A file that is listed twice counts once, which is logged.
+    A name in `built_in` is its own file."""
+    found: dict[str, dict[str, str]] = {}
+    seen: set[str] = set()
+    repeated: list[str] = []
+    for pattern in patterns:
+        for path in [pattern] if pattern in built_in else find_files(pattern, field):
+            real = path if pattern in built_in else os.path.realpath(path)
+            if real in seen:
+                repeated.append(path)
+            else:
+                seen.add(real)
+                found.setdefault(pattern, {})[real] = path
+    if repeated:
+        logger.warning("%s: %d files are listed twice and count once, %s among them", field, len(repeated), repeated[0])
+    return found
 
 
 def find_files(pattern: str, field: str) -> list[str]:
-    """Files that match a path or a glob, sorted. Raises `ConfigError` on `field` if there are none."""
+    """Files that match a path or a glob, sorted; no hidden ones. Raises `ConfigError` on `field` if there are none."""
+    require_local(field, pattern)
     path = os.path.expanduser(pattern)
     if os.path.isfile(path):  # a file name may contain the brackets of a glob
         return [path]
@@ -77,38 +103,55 @@ class ConcatenatedDocuments(Sequence[str]):
         self._ends = list(itertools.accumulate(len(part) for part in parts))
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> str:
-        part, offset = _locate(self._ends, index)
+        part, offset = locate(self._ends, index)
         return self._parts[part][offset]
 
 
-def _locate(ends: Sequence[int], index: int) -> tuple[int, int]:
-    """The part that contains item `index`, and the offset in it, given the cumulative lengths of the parts."""
-    if not 0 <= index < ends[-1]:  # IndexError ends a loop over a sequence
-        raise IndexError(index)
-    part = bisect.bisect_right(ends, index)
-    return part, index - (ends[part - 1] if part else 0)
-
-
 class TextFiles(Sequence[str]):
-    """UTF-8 text files, each one document."""
+    """UTF-8 text files, each one document. A file longer than `max_record_bytes` is read in windows of that size, each
+    a document, which begin at the next whole character."""
 
-    def __init__(self, paths: list[str], field: str, text_field: str):
-        self.files, self._field = FrozenFiles(paths, field), field
+    def __init__(self, paths: list[str], field: str, text_field: str, max_record_bytes: int):
+        self.files, self._field, self._window = FrozenFiles(paths, field), field, max_record_bytes
+        counts = [max(1, -(-(size - _SPLIT) // max_record_bytes)) for size in self.files.sizes]
+        self._ends = array.array("q", itertools.accumulate(counts))
+        self.windows = counts if max(counts) > 1 else []
+        """Number of windows of each file, if one has several."""
+        if long := [path for path, count in zip(paths, counts, strict=True) if count > 1]:
+            note = "%s: %d files are longer than data.max_record_bytes and read in windows of %d bytes, %s among them"
+            logger.warning(note, field, len(long), max_record_bytes, long[0])
 
     def __len__(self) -> int:
-        return len(self.files.paths)
+        return self._ends[-1]
 
     def __getitem__(self, index: int) -> str:
-        with self.files.open(index) as file:
-            return _decode(file.read(), self._field, self.files.paths[index])
+        number, window = locate(self._ends, index)
+        path, start, is_last = self.files.paths[number], window * self._window, index + 1 == self._ends[number]
+        with self.files.open(number) as file:
+            file.seek(start)
+            text = file.read(min(self._window + _SPLIT, self.files.sizes[number] - start))
+        end = len(text) if is_last else self._window + _continuation_bytes(text[self._window :])
+        if not window:
+            return _decode(text[:end], self._field, path if is_last else f"{path}, byte 0")
+        begin = _continuation_bytes(text[:_SPLIT])
+        return _decode(text[begin:end], self._field, f"{path}, byte {start + begin}", "utf-8")
 
 
-def _decode(text: bytes, field: str, where: str) -> str:
+_SPLIT = 3  # most bytes of a character of UTF-8 after its first
+
+
+def _continuation_bytes(text: bytes) -> int:
+    """Number of bytes at the beginning that continue a character."""
+    return len(text) - len(text.lstrip(bytes(range(0x80, 0xC0))))
+
+
+def _decode(text: bytes, field: str, where: str, encoding: str = "utf-8-sig") -> str:
+    """Decode without a byte order mark at the beginning."""
     try:
-        return text.decode("utf-8-sig")  # without a byte order mark
+        return text.decode(encoding)
     except UnicodeDecodeError as error:
         raise MalformedRecordError(field, where, f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
 
@@ -121,44 +164,11 @@ def has_lone_surrogate(text: str) -> bool:
     return not text.isascii() and _LONE_SURROGATE.search(text) is not None
 
 
-class Lines(Sequence[bytes]):
-    """Lines of files with random access, through an index of their offsets. Blank lines are skipped."""
-
-    def __init__(self, paths: Sequence[str], field: str):
-        self.files = FrozenFiles(paths, field)
-        self._starts = array.array("q")  # 8 bytes per line: a billion lines fit in host memory
-        self._numbers = array.array("q")  # line numbers in the file, for errors
-        self._ends: list[int] = []
-        for index in range(len(paths)):
-            start = 0
-            with self.files.open(index) as file:
-                for number, line in enumerate(file, 1):
-                    if not line.isspace():
-                        self._starts.append(start)
-                        self._numbers.append(number)
-                    start += len(line)
-            self._ends.append(len(self._starts))
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, index: int) -> bytes:
-        with self.files.open(self._file(index)) as file:  # per call: threads cannot share a handle
-            file.seek(self._starts[index])
-            return file.readline()
-
-    def where(self, index: int) -> str:
-        return f"{self.files.paths[self._file(index)]}, line {self._numbers[index]}"
-
-    def _file(self, index: int) -> int:
-        return _locate(self._ends, index)[0]
-
-
 class JsonLines(Sequence[str]):
     """JSON-lines files: one JSON object per line."""
 
-    def __init__(self, paths: list[str], field: str, text_field: str):
-        self._lines, self._field, self._key = Lines(paths, field), field, text_field
+    def __init__(self, paths: list[str], field: str, text_field: str, max_record_bytes: int):
+        self._lines, self._field, self._key = Lines(paths, field, max_record_bytes), field, text_field
         self.files = self._lines.files
 
     def __len__(self) -> int:
@@ -170,13 +180,44 @@ class JsonLines(Sequence[str]):
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise MalformedRecordError(self._field, where, f"is not JSON: {error}") from None
-        text = value.get(self._key) if isinstance(value, dict) else None
-        if not isinstance(text, str):
-            raise MalformedRecordError(
-                self._field, where, f"needs an object with text under {self._key!r} (data.text_field)"
-            )
-        if has_lone_surrogate(text):
-            raise MalformedRecordError(self._field, where, "contains a lone surrogate (half of a character)")
+        return _text_of(value, self._key, self._field, where)
+
+
+def _text_of(record: Any, key: str, field: str, where: str) -> str:
+    text = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise MalformedRecordError(field, where, f"needs an object with text under {key!r} (data.text_field)")
+    if has_lone_surrogate(text):
+        raise MalformedRecordError(field, where, "contains a lone surrogate (half of a character)")
+    return text
+
+
+class Json(Sequence[str]):
+    """JSON files, each one object or an array of objects, held in memory: a large corpus should be JSON lines."""
+
+    def __init__(self, paths: list[str], field: str, text_field: str, max_record_bytes: int):
+        self.files, self._field, self._key = FrozenFiles(paths, field), field, text_field
+        self._most, self._records = max_record_bytes, []
+        for path, size in zip(paths, self.files.sizes, strict=True):
+            size_limit = f"is larger than {MAX_JSON_FILE_BYTES >> 20} MB and read at once"
+            fix = f"{size_limit}; write it as JSON lines, with suffix .jsonl"
+            require(size <= MAX_JSON_FILE_BYTES, field, path, fix)
+            try:
+                value = json.loads(Path(path).read_bytes())
+            except (ValueError, RecursionError) as error:
+                raise ConfigError(field, path, f"is not JSON: {error}; the suffix of JSON lines is .jsonl") from None
+            self._records.append(value if isinstance(value, list) else [value])
+        self._ends = list(itertools.accumulate(map(len, self._records)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> str:
+        file, number = locate(self._ends, index)
+        where = f"{self.files.paths[file]}, record {number + 1}"
+        text = _text_of(self._records[file][number], self._key, self._field, where)
+        if len(text.encode()) > self._most:
+            raise too_long(self._field, where, self._most)
         return text
 
 
@@ -187,7 +228,7 @@ class Parquet(Sequence[str]):
     with small row groups (about a thousand rows) are fast. Convert a large corpus to ArrayRecord: it has random access.
     """
 
-    def __init__(self, paths: list[str], field: str, text_field: str):
+    def __init__(self, paths: list[str], field: str, text_field: str, max_record_bytes: int):
         try:
             import pyarrow
             import pyarrow.parquet
@@ -196,6 +237,7 @@ class Parquet(Sequence[str]):
         self._field, self._column, self.files = field, text_field, FrozenFiles(paths, field)
         self._groups: list[tuple[int, int]] = []
         self._ends: list[int] = []
+        self._most, largest = max_record_bytes, 1
         for number, path in enumerate(paths):
             try:
                 with pyarrow.parquet.ParquetFile(path) as file:
@@ -207,10 +249,16 @@ class Parquet(Sequence[str]):
             kind = schema.field(text_field).type
             if kind not in (pyarrow.string(), pyarrow.large_string()):
                 raise ConfigError("data.text_field", text_field, f"{path} has type {kind} in it; name a text column")
-            for group in range(metadata.num_row_groups):
-                self._groups.append((number, group))
-                self._ends.append(metadata.row_group(group).num_rows + (self._ends[-1] if self._ends else 0))
-        self._rows: Callable[[int], Sequence] = functools.lru_cache(maxsize=8)(self._read_group)
+            for group in map(metadata.row_group, range(metadata.num_row_groups)):
+                columns = map(group.column, range(group.num_columns))
+                size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == text_field)
+                fix = f"has a row group of {size >> 20} MB of text, read at once; write it with row_group_size=1000"
+                require(size <= MAX_ROW_GROUP_BYTES, field, path, fix)
+                largest = max(largest, size)
+                self._ends.append(group.num_rows + (self._ends[-1] if self._ends else 0))
+            self._groups += [(number, group) for group in range(metadata.num_row_groups)]
+        cached = max(1, min(8, _CACHE_BYTES // largest))
+        self._rows: Callable[[int], Sequence] = functools.lru_cache(maxsize=cached)(self._read_group)
 
     def _read_group(self, index: int) -> Sequence:
         import pyarrow
@@ -235,9 +283,11 @@ class Parquet(Sequence[str]):
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> str:
-        group, row = _locate(self._ends or [0], index)
+        group, row = locate(self._ends or [0], index)
         cell, (file, number) = self._rows(group)[row], self._groups[group]
         where = f"{self.files.paths[file]}, row group {number}, row {row}"
+        if cell.is_valid and cell.as_buffer().size > self._most:
+            raise too_long(self._field, where, self._most)
         try:
             text = cell.as_py()
         except UnicodeDecodeError as error:
@@ -250,10 +300,10 @@ class Parquet(Sequence[str]):
 class ArrayRecord(Sequence[str]):
     """ArrayRecord files whose records are UTF-8 text."""
 
-    def __init__(self, paths: list[str], field: str, text_field: str):
+    def __init__(self, paths: list[str], field: str, text_field: str, max_record_bytes: int):
         from grain.sources import ArrayRecordDataSource
 
-        self.files, self._field = FrozenFiles(paths, field), field
+        self.files, self._field, self._most = FrozenFiles(paths, field), field, max_record_bytes
         try:
             self._records = ArrayRecordDataSource(paths)
         except (RuntimeError, ValueError) as error:
@@ -265,7 +315,26 @@ class ArrayRecord(Sequence[str]):
     def __getitem__(self, index: int) -> str:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return _decode(self._records[index], self._field, f"{', '.join(self.files.paths)}, record {index}")
+        text, where = self._records[index], f"{', '.join(self.files.paths)}, record {index}"
+        if len(text) > self._most:
+            raise too_long(self._field, where, self._most)
+        return _decode(text, self._field, where)
 
 
-_READERS = {".jsonl": JsonLines, ".parquet": Parquet, ".arrayrecord": ArrayRecord, ".array_record": ArrayRecord}
+def _compressed(paths: list[str], field: str, *_: object) -> Sequence[str]:
+    raise ConfigError(field, paths[0], "is compressed; decompress it first")
+
+
+_Reader = Callable[[list[str], str, str, int], Sequence[str]]
+_READERS: Mapping[str, _Reader] = {
+    ".jsonl": JsonLines, ".ndjson": JsonLines, ".json": Json, ".parquet": Parquet, ".arrayrecord": ArrayRecord,
+    ".array_record": ArrayRecord, **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip"), _compressed),
+}  # fmt: skip
+_BUILT_IN: Mapping[str, _Reader] = {
+    **{name: lambda names, *_: cpython.documents(*names) for name in cpython.NAMES},
+    **{name: lambda names, *_: arithmetic.Documents(*names) for name in arithmetic.NAMES},
+}
+
+
+def _reader(path: str) -> _Reader:
+    return _BUILT_IN.get(path) or _READERS.get(Path(path).suffix.lower(), TextFiles)

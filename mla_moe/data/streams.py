@@ -46,8 +46,8 @@ class Batches:
             local = rows.stop - rows.start
             fix = f"streams of {per_stream} sequences do not divide the {local} of a process; set more streams"
             raise ConfigError("data.streams", streams, fix)
-        self.rows, self._source = rows, source
-        self._make, self._mine = make, range(rows.start // per_stream, rows.stop // per_stream)
+        self._make, self._source = make, source
+        self._mine = range(rows.start // per_stream, rows.stop // per_stream)
         self._prefetched: Future[list[Batch]] | None = None
 
     @cached_property
@@ -79,7 +79,7 @@ class Batches:
         for number, stream in self._streams.items():
             position = json.loads(read(number))
             if position["source"] != self._source:
-                fix = "number or sizes differ from those of the checkpoint; restore the files or start another run"
+                fix = "number, sizes or data.max_record_bytes differ from the checkpoint's; restore them or start anew"
                 raise ConfigError("data", "other files", fix)
             stream.set_state(position["stream"])
             stream.start_prefetch()

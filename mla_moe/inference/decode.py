@@ -1,23 +1,44 @@
-"""One decode step: each active sequence slot reads its next input token and generates a token."""
+"""The decode loop: the state of the sequence slots, and one step, which generates a token for each active slot."""
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
-from jaxtyping import Array, Bool, Float, Int, Num
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
-from mla_moe.config import ModelConfig
-from mla_moe.inference.input_batch import DecodeState
-from mla_moe.inference.sampling import AnyArray, sample
-from mla_moe.nn.kv_cache import OUT_OF_RANGE
+from mla_moe.inference.request import MAX_STOPS, Completion
+from mla_moe.inference.sampling import AnyArray, SamplingParams, sample
+from mla_moe.nn.kv_cache import CacheEntries, KVCache
 from mla_moe.nn.transformer import Transformer
 from mla_moe.parallel.sharding import constrain_decode_logits
 
-Cache = Num[Array, "L B S W"]
+NO_TOKEN = -1
+
+
+class DecodeState(NamedTuple):
+    """State of every sequence slot, which the decode loop reads and returns updated."""
+
+    token_B: Int[AnyArray, "B"]
+    """The next input token."""
+    position_B: Int[AnyArray, "B"]
+    """Its position."""
+    active_B: Bool[AnyArray, "B"]
+    remaining_B: Int[AnyArray, "B"]
+    """Tokens left until `max_new_tokens`."""
+    generated_B: Int[AnyArray, "B"]
+    """Tokens generated so far."""
+    stop_BJ: Int[AnyArray, "B J"]
+    """Stop tokens, padded with `NO_TOKEN`."""
+    draft_B: Int[AnyArray, "B"]
+    """Draft of the MTP module for the token after `token_B`, or `NO_TOKEN`."""
+    sampling: SamplingParams
 
 
 class DecodeOutput(NamedTuple):
-    """The tokens of several decode steps."""
+    """The tokens of several decode steps, or of one."""
 
     token_iB: Int[AnyArray, "i B"]
     logprob_iB: Float[AnyArray, "i B"]
@@ -33,51 +54,56 @@ class ProgramOptions(NamedTuple):
     speculative: bool = False
     record_experts: bool = False
     temperature_scaled_logprobs: bool = False
-    cache_sharding: NamedSharding | None = None
+    mesh: Mesh | None = None
 
 
-Carry = tuple[Int[Array, ""], Cache, DecodeState, DecodeOutput]
-"""Of the decode loop: steps taken, KV cache, state of the slots, tokens so far."""
+Carry = tuple[Int[Array, ""], CacheEntries, DecodeState, DecodeOutput]
+"""Of the decode loop: steps taken, entries of the KV cache, state of the slots, tokens so far."""
 
 
-def empty_output(cfg: ModelConfig, steps: tuple[int, ...], slots: int, record_experts: bool) -> DecodeOutput:
-    experts = *steps, cfg.num_moe_layers, slots, cfg.num_experts_per_tok
-    return DecodeOutput(
-        jnp.zeros((*steps, slots), jnp.int32),
-        jnp.zeros((*steps, slots), jnp.float32),
-        jnp.zeros((*steps, slots), bool),
-        jnp.zeros(experts, jnp.int16) if record_experts else None,
-    )
+def empty_batch(max_num_seqs: int) -> DecodeState:
+    """The state of inactive slots, as arrays on the host: change them only while no program that reads them runs."""
+
+    def zeros(dtype: DTypeLike = np.int32) -> np.ndarray:
+        return np.zeros(max_num_seqs, dtype)
+
+    keys = np.zeros((max_num_seqs, 2), np.uint32)
+    sampling = SamplingParams(zeros(np.float32), zeros(), 1 + zeros(np.float32), zeros(np.float32), keys)
+    stops, drafts = np.full((max_num_seqs, MAX_STOPS), NO_TOKEN, np.int32), NO_TOKEN + zeros()
+    return DecodeState(zeros(), zeros(), zeros(bool), zeros(), zeros(), stops, drafts, sampling)
+
+
+def add_request(batch: DecodeState, slot: int, completion: Completion) -> None:
+    """Start or resume decoding in a slot whose cache holds all tokens but the last, the first input of decoding."""
+    request, generated = completion.request, len(completion.tokens)
+    batch.token_B[slot] = completion.tokens[-1] if generated else request.prompt[-1]
+    batch.position_B[slot] = len(request.prompt) + generated - 1
+    batch.active_B[slot], batch.generated_B[slot] = True, generated
+    batch.remaining_B[slot] = request.max_new_tokens - generated
+    batch.stop_BJ[slot] = batch.draft_B[slot] = NO_TOKEN
+    batch.stop_BJ[slot, : len(request.stop_ids)] = request.stop_ids
+    sampling, key = batch.sampling, jax.random.fold_in(jax.random.key(request.seed), request.sample_index)
+    sampling.temperature_B[slot], sampling.top_k_B[slot] = request.temperature, request.top_k
+    sampling.top_p_B[slot], sampling.min_p_B[slot] = request.top_p, request.min_p
+    sampling.key_B2[slot] = np.asarray(jax.random.key_data(key))
 
 
 def decode_step(model: Transformer, options: ProgramOptions, carry: Carry) -> Carry:
     i, cache_LBSW, state, output = carry
-    position_B = jnp.where(state.active_B, state.position_B, OUT_OF_RANGE)
-    h_BTD, cache_LBSW, experts = model.extend(state.token_B[:, None], cache_LBSW, position_B)
+    cache = KVCache(cache_LBSW, state.position_B)
+    h_BTD, cache, experts = model.extend(state.token_B[:, None], cache, active=state.active_B)
     logits_BV = constrain_decode_logits(model.logits(h_BTD)[:, 0])
     scaled = options.temperature_scaled_logprobs
-    token_B, logprob_B = sample(logits_BV, state.sampling, state.generated_B, temperature_scaled_logprobs=scaled)
-    output = store(output, i, token_B, logprob_B, state.active_B, experts)
-    return i + 1, cache_LBSW, advance(state, token_B), output
+    token_B, logprob_B = sample(logits_BV, state.sampling, state.generated_B, scaled_logprobs=scaled)
+    output = store(output, i, DecodeOutput(token_B[None], logprob_B[None], state.active_B[None], experts))
+    return i + 1, cache.entries_LBSW, advance(state, token_B), output
 
 
-def store(
-    output: DecodeOutput,
-    i: Int[Array, ""],
-    token: Int[Array, "..."],
-    logprob: Float[Array, "..."],
-    valid: Bool[Array, "..."],
-    experts_lBTK: Int[Array, "l B T K"] | None,
-) -> DecodeOutput:
-    """The output with the tokens of step i, and their experts if they are recorded."""
-    recorded = output.experts_ilBK
-    if recorded is not None and experts_lBTK is not None:
-        experts_TlBK = jnp.moveaxis(experts_lBTK, 2, 0).astype(jnp.int16)
-        recorded = recorded.at[i].set(experts_TlBK.reshape(recorded.shape[1:]))
-    return DecodeOutput(
-        output.token_iB.at[i].set(token), output.logprob_iB.at[i].set(logprob), output.valid_iB.at[i].set(valid),
-        recorded,
-    )  # fmt: skip
+def store(output: DecodeOutput, i: Int[Array, ""], step: DecodeOutput) -> DecodeOutput:
+    """The output with that of step i. Experts, which the model gives as `l B T K`, are stored if they are recorded."""
+    recorded = output.experts_ilBK is not None and step.experts_ilBK is not None
+    step = step._replace(experts_ilBK=jnp.moveaxis(step.experts_ilBK, 2, 0) if recorded else None)
+    return jax.tree.map(lambda steps, new: steps.at[i].set(new.astype(steps.dtype)), output, step)
 
 
 def advance(state: DecodeState, token_B: Int[Array, "B"]) -> DecodeState:

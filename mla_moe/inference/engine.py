@@ -5,22 +5,23 @@
     while not completion.finish_reason:
         engine.step()
 
-A step schedules (`scheduler`, `prefix_cache`), runs compiled programs (`model_runner`), and updates the completions.
+A step schedules (`scheduler`, `prefix_cache`), runs compiled `programs`, and updates the completions.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mla_moe.config import require
-from mla_moe.inference.decode import DecodeOutput
-from mla_moe.inference.input_batch import DecodeState
-from mla_moe.inference.model_runner import ModelRunner
+from mla_moe.inference.decode import DecodeOutput, DecodeState, ProgramOptions
 from mla_moe.inference.prefix_cache import PrefixCache, PrefixCopy
-from mla_moe.inference.request import Completion, IncrementalDetokenizer, Request
+from mla_moe.inference.programs import DECODE_STEPS, copy_prefix, decode, prefill
+from mla_moe.inference.request import CONTEXT_TOKENS, Completion, IncrementalDetokenizer, Request
 from mla_moe.inference.scheduler import Scheduler
+from mla_moe.inference.weights import mesh_of, prepare_for_inference
 from mla_moe.nn.kv_cache import round_up_capacity
 from mla_moe.nn.transformer import Transformer
 from mla_moe.text.tokenizer import Decode
@@ -34,14 +35,10 @@ class BatchOccupancy(NamedTuple):
 
 
 class DraftStats(NamedTuple):
-    """Draft tokens of speculative decoding, and how many of them were accepted."""
+    """Draft tokens of speculative decoding, and how many were accepted: their ratio is the acceptance rate."""
 
     proposed: int = 0
     accepted: int = 0
-
-    @property
-    def acceptance_rate(self) -> float:
-        return self.accepted / max(self.proposed, 1)
 
 
 class Engine:
@@ -78,28 +75,41 @@ class Engine:
         self.max_model_len = min(cache_capacity - speculative, limit)  # the last position is for a draft token
         self.max_num_seqs, self._speculative, self._detokenize = max_num_seqs, speculative, decode
         record_experts = record_experts and cfg.num_moe_layers > 0
-        self.runner = ModelRunner(
-            model, max_num_seqs, cache_capacity, speculative=speculative, record_experts=record_experts,
-            temperature_scaled_logprobs=temperature_scaled_logprobs, int8_kv_cache=int8_kv_cache,
-        )  # fmt: skip
-        experts_shape = (cfg.num_moe_layers, cfg.num_experts_per_tok) if record_experts else None
-        self._prefix_cache = PrefixCache(max_num_seqs, cache_capacity, experts_shape)
+        self._mesh = mesh_of(model)
+        self._options = ProgramOptions(speculative, record_experts, temperature_scaled_logprobs, self._mesh)
+        self.graph, self.weights = prepare_for_inference(model)
+        dtype = jnp.int8 if int8_kv_cache else None
+        with self._set_mesh():
+            self.cache_LBSW = model.init_cache(max_num_seqs, cache_capacity, dtype, mtp=speculative).entries_LBSW
+        experts_shape = (cfg.num_moe_layers, cfg.num_experts_per_tok) if record_experts else (0, 0)
+        self._experts_BSlK = np.zeros((max_num_seqs, cache_capacity, *experts_shape), np.int16)
+        """The routed experts of the cached tokens, if they are recorded."""
+        self._prefix_cache = PrefixCache(max_num_seqs, cache_capacity)
         self._scheduler = Scheduler(max_num_seqs, cache_capacity, self._prefix_cache)
         self.occupancy, self.draft_stats = BatchOccupancy(), DraftStats()
 
+    def _set_mesh(self) -> AbstractContextManager:
+        return jax.set_mesh(self._mesh) if self._mesh else nullcontext()
+
     def load_weights(self, model: Transformer) -> None:
         """Replace the weights by others of the same model, and clear the prefix cache of the old ones."""
-        self.runner.load_weights(model)
+        self.drop_weights()  # before there are others
+        self.graph, self.weights = prepare_for_inference(model)
         self._prefix_cache.clear()
 
     def drop_weights(self) -> None:
         """Free the weights' memory, until others are loaded."""
-        self.runner.drop_weights()
+        self.weights = None
 
     @property
     def num_running(self) -> int:
         """Sequence slots that a request has."""
         return self.max_num_seqs - self._scheduler.running.count(None)
+
+    @property
+    def num_preemptions(self) -> int:
+        """How often a running request has given its slot to another client's, to resume later."""
+        return self._scheduler.num_preemptions
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -120,7 +130,9 @@ class Engine:
         require(not wrong, "prompt", wrong[:4], f"token ids must be below vocab_size = {self.cfg.vocab_size}")
         fix = "stop strings need an engine with a tokenizer's decode"
         require(not request.stop or self._detokenize is not None, "stop", request.stop, fix)
-        detokenizer = None if self._detokenize is None else IncrementalDetokenizer(self._detokenize, request.stop)
+        if self._detokenize is None:
+            return Completion(request)
+        detokenizer = IncrementalDetokenizer(self._detokenize, request.stop, request.prompt[-CONTEXT_TOKENS:])
         return Completion(request, detokenizer=detokenizer)
 
     def enqueue(self, completion: Completion) -> None:
@@ -138,30 +150,26 @@ class Engine:
 
         Returns the completions that got tokens.
         """
-        mesh = self.runner.mesh
-        with jax.set_mesh(mesh) if mesh else nullcontext():
-            scheduled = self._scheduler.schedule()
-            self._copy_prefixes(scheduled.prefix_copies)
-            for batch, lengths in scheduled.prefills:
-                experts_lbTK = self.runner.prefill(batch)
-                if experts_lbTK is None:
+        with self._set_mesh():
+            for work in self._scheduler.schedule():
+                if isinstance(work, PrefixCopy):
+                    self.cache_LBSW = copy_prefix(self.cache_LBSW, work)
+                    self._experts_BSlK[work.target, : work.length] = self._experts_BSlK[work.source, : work.length]
                     continue
-                for row, length in enumerate(lengths):
-                    experts_TlK = np.moveaxis(experts_lbTK[:, row, :length], 0, 1)
-                    self._prefix_cache.write_experts(batch.slots_b[row], batch.start_b[row], experts_TlK)
-            self._copy_prefixes(scheduled.prompt_copies)
-            state, waiting = self._scheduler.batch.decode_state(), bool(self._scheduler.waiting)
+                self.cache_LBSW, recorded = prefill(self.graph, self.weights, self.cache_LBSW, work, self._options)
+                if recorded is not None:
+                    for slot, start, experts_TlK in zip(work.slots_b, work.start_b, np.asarray(recorded), strict=True):
+                        self._experts_BSlK[slot, start : start + len(experts_TlK)] = experts_TlK
+            state, waiting = self._scheduler.batch, bool(self._scheduler.waiting)
             if not state.active_B.any():
                 return []
-            after, output, steps = self.runner.decode(state, stop_early=waiting)
-        self._scheduler.batch.update(after)
-        self._count(output, steps, waiting)
+            self.cache_LBSW, *results = decode(
+                self.graph, self.weights, self.cache_LBSW, state, np.int32(DECODE_STEPS), waiting, self._options
+            )
+            after, output, steps = jax.device_get(results)
+        self._scheduler.batch = jax.tree.map(np.array, after)  # new arrays, on the host: `state` keeps its values
+        self._count(output, int(steps), waiting)
         return [self._append(slot, state, output) for slot in np.flatnonzero(state.active_B).tolist()]
-
-    def _copy_prefixes(self, copies: list[PrefixCopy]) -> None:
-        for copy in copies:
-            self.runner.copy_prefix(copy)
-            self._prefix_cache.copy_experts(copy)
 
     def _count(self, output: DecodeOutput, steps: int, waiting: bool) -> None:
         first_iB, second_iB = output.valid_iB[:: 1 + self._speculative], output.valid_iB[1 :: 1 + self._speculative]
@@ -179,11 +187,12 @@ class Engine:
         valid_i, start = output.valid_iB[:, slot], int(before.position_B[slot])
         tokens = output.token_iB[valid_i, slot].tolist()
         self._prefix_cache.write(slot, start, [before.token_B[slot], *tokens[:-1]])
-        if output.experts_ilBK is not None:
-            self._prefix_cache.write_experts(slot, start, output.experts_ilBK[valid_i, :, slot])
         completion.append_tokens(tokens, output.logprob_iB[valid_i, slot].tolist())
         if completion.finish_reason:
-            num_inputs = len(completion.request.prompt) + len(completion.tokens) - 1
-            completion.experts_TlK = self._prefix_cache.experts(slot, num_inputs)
             self._scheduler.free(slot)
+        if output.experts_ilBK is not None:
+            self._experts_BSlK[slot, start : start + len(tokens)] = output.experts_ilBK[valid_i, :, slot]
+            if completion.finish_reason:
+                num_inputs = len(completion.request.prompt) + len(completion.tokens) - 1
+                completion.experts_TlK = self._experts_BSlK[slot, :num_inputs].copy()
         return completion

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from mla_moe.config import require
 from mla_moe.inference.engine import Engine
-from mla_moe.inference.request import Request, are_integers
+from mla_moe.inference.request import Completion, Request, are_integers
 from mla_moe.nn.transformer import Transformer
 
 MAX_NUM_SEQS = 32
@@ -33,12 +33,18 @@ def generate(
         Request(prompt, max_new_tokens, temperature, top_p=top_p, seed=seed, sample_index=index, stop_ids=stop_ids)
         for index, prompt in enumerate(prompts)
     ]
-    max_num_seqs = min(1 << (len(prompts) - 1).bit_length(), MAX_NUM_SEQS)
+    return [c.tokens[:-1] if c.tokens[-1] == eos_id else c.tokens for c in complete(model, requests)]
+
+
+def complete(model: Transformer, requests: Sequence[Request]) -> list[Completion]:
+    """Completions of at least one request, all of which run to their end. Raises `ConfigError` if the model has fewer
+    positions than they need."""
+    max_num_seqs = min(1 << (len(requests) - 1).bit_length(), MAX_NUM_SEQS)
     engine = Engine(model, max_num_seqs=max_num_seqs, max_model_len=required_length(model, requests))
     completions = [engine.submit(request) for request in requests]
     while engine.has_unfinished_requests:
         engine.step()
-    return [c.tokens[:-1] if c.tokens[-1] == eos_id else c.tokens for c in completions]
+    return completions
 
 
 def required_length(model: Transformer, requests: Sequence[Request]) -> int:

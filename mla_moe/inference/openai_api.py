@@ -1,17 +1,26 @@
 """OpenAI's API: request bodies to prompts and `Request`s, and outputs to response objects."""
 
+import codecs
 import json
 import uuid
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from mla_moe.config import ConfigError, require
 from mla_moe.inference.async_engine import RequestOutput
 from mla_moe.inference.request import Completion, Request
 from mla_moe.text.chat_tokenizer import ChatTokenizer
-from mla_moe.text.tokenizer import Decode, Message
+from mla_moe.text.tokenizer import Message
 
 MAX_CHOICES = 64
+MAX_CHARACTERS_PER_TOKEN = 64
+"""A longer text is refused before it is encoded. Text has 3 to 5 characters a token; long runs of spaces have more."""
+MAX_NESTING = 32
+"""Levels of lists and objects in a body. Messages may have any fields, and errors and worker processes get them all."""
+MAX_ERROR_LENGTH = 500
+"""Characters of an error message, which repeats what the client sent."""
+DEFAULT_MAX_TOKENS = 16
+"""Of a completion, as in OpenAI's API; a chat may fill the model's length."""
 _COMMON = {
     "model": str, "max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int,
     "n": int, "stop": str | list, "stream": bool, "stream_options": dict, "user": str,
@@ -34,6 +43,7 @@ def parse_body(content: bytes | bytearray, fields: dict[str, Any]) -> dict[str, 
         body = None
     if not isinstance(body, dict):
         raise ConfigError("body", content[:40].decode(errors="replace"), "must be a JSON object")
+    _require_shallow(body)
     for name, value in body.items():
         fix = f"is not supported; fields are {', '.join(fields)}"
         require(name in fields or not value or value == _NO_EFFECT.get(name), name, value, fix)
@@ -41,27 +51,75 @@ def parse_body(content: bytes | bytearray, fields: dict[str, Any]) -> dict[str, 
         fits = value is None or kind is None or isinstance(value, kind | int if kind is float else kind)
         fits = fits and not (isinstance(value, bool) and kind in (int, float))
         require(fits, name, value, f"must be of type {getattr(kind, '__name__', kind)}")
+    options = body.get("stream_options")
+    require(bool(body.get("stream") or not options), "stream_options", options, "is for streams; set stream to true")
     for name in ("logprobs", "top_logprobs"):
         value = body.get(name)
         require(value is True or not value, name, value, "only chosen tokens have log-probabilities here; set it to 0")
     return {name: value for name, value in body.items() if value is not None}
 
 
-def parse_prompts(prompt: Any, tokenizer: ChatTokenizer) -> list[list[int]]:
-    """Token ids of one prompt or several, each a text or a list of token ids."""
-    several = isinstance(prompt, list) and not all(isinstance(token, int) for token in prompt)
+def _require_shallow(body: dict[str, Any]) -> None:
+    level: list[Any] = [body]
+    for _ in range(MAX_NESTING + 1):
+        containers = [v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)]
+        level = [item for container in containers for item in container]
+    require(not level, "body", "…", f"must have at most {MAX_NESTING} levels of lists and objects")
+
+
+class ModelNotFoundError(ConfigError):
+    """A request for another model than the server's."""
+
+
+def parse_request(
+    content: bytes | bytearray, tokenizer: ChatTokenizer, name: str, max_model_len: int, *, chat: bool
+) -> tuple[dict[str, Any], list[list[int]], list[Request]]:
+    """The fields of a body, its prompts, and a request for every choice. `name` is the model's.
+
+    Counts and lengths are checked first: what a body of some megabytes can ask for would be encoded for seconds.
+    Raises `ConfigError`, and `ModelNotFoundError` for another model.
+    """
+    body = parse_body(content, CHAT if chat else COMPLETION)
+    if body.get("model", name) not in ("", name):
+        raise ModelNotFoundError("model", body["model"], f"does not exist; the only model is {name}")
+    n = body.get("n", 1)
+    require(1 <= n <= MAX_CHOICES, "n", n, f"must be in [1, {MAX_CHOICES}]")
+    if chat:
+        prompts = [tokenizer.encode_chat(parse_messages(body.get("messages"), max_model_len))]
+    else:
+        prompts = parse_prompts(body.get("prompt"), tokenizer, max_model_len, MAX_CHOICES // n)
+    return body, prompts, build_requests(body, prompts, tokenizer, max_model_len)
+
+
+def parse_prompts(prompt: Any, tokenizer: ChatTokenizer, max_model_len: int, most: int) -> list[list[int]]:
+    """Token ids of one prompt or of up to `most`, each a text or a list of token ids."""
+    several = isinstance(prompt, list) and len(prompt) > 0 and not isinstance(prompt[0], int)
     prompts = prompt if isinstance(prompt, list) and several else [prompt]
+    fix = f"at most {MAX_CHOICES} choices a request, which is n times the number of prompts: send fewer at a time"
+    require(len(prompts) <= most, "len(prompt)", len(prompts), fix)
     for p in prompts:
+        require(isinstance(p, str | list), "prompt", p, "must be a text, a list of token ids, or several of them")
+        _require_length("len(prompt)", len(p), max_model_len, is_text=isinstance(p, str))
         is_tokens = isinstance(p, list) and all(type(token) is int for token in p)
         require(isinstance(p, str) or is_tokens, "prompt", p, "must be a text, a list of token ids, or several of them")
-    return [tokenizer.encode(p) if isinstance(p, str) else p for p in prompts]
+    return [tokenizer.encode_raw(p) if isinstance(p, str) else p for p in prompts]
 
 
-def parse_messages(messages: Any) -> list[Message]:
+def parse_messages(messages: Any, max_model_len: int) -> list[Message]:
     """The messages of a chat, text parts joined. Raises `ConfigError` unless each has a role and text content."""
     valid = isinstance(messages, list) and len(messages) > 0
     require(valid, "messages", messages, "must be a list with at least one message")
-    return [_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+    _require_length("len(messages)", len(messages), max_model_len)
+    parsed = [_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+    characters = sum(len(message.get("content") or "") for message in parsed)
+    _require_length("messages", characters, max_model_len, is_text=True)
+    return parsed
+
+
+def _require_length(field: str, length: int, max_model_len: int, *, is_text: bool = False) -> None:
+    most = max_model_len * (MAX_CHARACTERS_PER_TOKEN if is_text else 1)
+    fix = f"must fit max_model_len = {max_model_len} tokens" + f": at most {most} characters" * is_text
+    require(length <= most, field, length, fix)
 
 
 def _message(field: str, message: Any) -> Message:
@@ -81,45 +139,67 @@ def build_requests(
     body: dict[str, Any], prompts: Sequence[list[int]], tokenizer: ChatTokenizer, max_model_len: int
 ) -> list[Request]:
     """`n` requests for each prompt. Without a seed a random one is drawn."""
-    n, stop = body.get("n", 1), body.get("stop", [])
-    require(1 <= n * len(prompts) <= MAX_CHOICES, "n", n, f"at most {MAX_CHOICES} choices a request")
-    require(body.get("max_tokens", 1) > 0, "max_tokens", body.get("max_tokens"), "must be at least 1")
+    stop = body.get("stop", [])
+    limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"  # the newer name wins
+    require(body.get(limit, 1) > 0, limit, body.get(limit), "must be at least 1")
+    default = DEFAULT_MAX_TOKENS if "prompt" in body else max_model_len
     stop = [stop] if isinstance(stop, str) else stop
     require(all(isinstance(s, str) for s in stop), "stop", stop, "must be a string, or a list of strings")
     sampling = {name: body[name] for name in ("top_k", "top_p", "min_p") if name in body}
     sampling |= {"temperature": body.get("temperature", 1.0), "stop": tuple(stop), "stop_ids": tokenizer.stop_ids}
     sampling["seed"] = body.get("seed", uuid.uuid4().int) % (1 << 32)
-    choices = [prompt for prompt in prompts for _ in range(n)]
-    return [
-        Request(prompt, body.get("max_tokens", max(max_model_len - len(prompt), 1)), sample_index=index, **sampling)
-        for index, prompt in enumerate(choices)
-    ]
+    most = [body.get(limit, max(min(default, max_model_len - len(prompt)), 1)) for prompt in prompts]
+    choices = [choice for choice in zip(prompts, most, strict=True) for _ in range(body.get("n", 1))]
+    return [Request(*choice, sample_index=index, **sampling) for index, choice in enumerate(choices)]
 
 
-class Choice(Protocol):
-    """Builds a choice of a response. With `decode` it has log-probabilities, for which tokens are decoded one by one.
-    `stream`: a chunk of a stream, not a full response."""
+class Choice:
+    """One choice of a response: in full, or in the chunks of a stream. With `token_bytes`, a tokenizer's, it has
+    log-probabilities."""
 
-    def __call__(self, index: int, output: RequestOutput, decode: Decode | None, *, stream: bool) -> dict[str, Any]: ...
+    def __init__(self, index: int, token_bytes: Callable[[int], bytes] | None, *, chat: bool, stream: bool):
+        self.index, self._token_bytes, self._chat, self._stream = index, token_bytes, chat, stream
+        self._characters, self._is_first, self._utf8 = 0, True, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def role(self) -> dict[str, Any]:
+        """The first chunk of a chat, with the role, which clients would otherwise join as they join text."""
+        delta = {"role": "assistant", "content": ""}
+        return {"index": self.index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+    def build(self, output: RequestOutput) -> dict[str, Any]:
+        """The choice with its full output, or a chunk with the next output."""
+        content: dict[str, Any] = {"text": output.text}
+        if self._chat:
+            message = {"content": output.text}
+            content = {"delta": message} if self._stream else {"message": {"role": "assistant"} | message}
+        logprobs = None if self._token_bytes is None else self._logprobs(output, self._token_bytes)
+        return {"index": self.index, **content, "logprobs": logprobs, "finish_reason": output.finish_reason}
+
+    def _logprobs(self, output: RequestOutput, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
+        """Of a token that is part of a character, `bytes` are exact, and the offset is the character's."""
+        tokens = [token_bytes(token) for token in output.tokens]
+        texts, offsets = [token.decode(errors="replace") for token in tokens], []
+        if self._chat:
+            rows = zip(texts, output.logprobs, tokens, strict=True)
+            return {"content": [{"token": t, "logprob": p, "bytes": list(b), "top_logprobs": []} for t, p, b in rows]}
+        if self._is_first and output.text:  # a first word may have lost its space
+            self._is_first = False
+            self._characters -= texts[0].startswith(" ") and not output.text.startswith(" ")
+        for token in tokens:
+            if token and token[0] & 0xC0 != 0x80:  # it continues no character: one before it remains incomplete
+                self._characters += len(self._utf8.decode(b"", final=True))
+            offsets.append(max(self._characters, 0))
+            self._characters += len(self._utf8.decode(token))
+        return {"tokens": texts, "token_logprobs": output.logprobs, "text_offset": offsets}
 
 
-def completion_choice(index: int, output: RequestOutput, decode: Decode | None, *, stream: bool) -> dict[str, Any]:
-    logprobs = decode and {"tokens": [decode([t]) for t in output.tokens], "token_logprobs": output.logprobs}
-    return {"index": index, "text": output.text, "logprobs": logprobs, "finish_reason": output.finish_reason}
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """The body of an error. What it repeats of a request is shortened, and lone surrogates are replaced."""
 
+    def shorten(text: str) -> str:
+        return text[:MAX_ERROR_LENGTH].encode(errors="replace").decode()
 
-def chat_choice(index: int, output: RequestOutput, decode: Decode | None, *, stream: bool) -> dict[str, Any]:
-    pairs = zip(output.tokens, output.logprobs, strict=True)
-    logprobs = decode and {"content": [_token(decode([t]), p) for t, p in pairs]}
-    message = {"role": "assistant", "content": output.text}
-    key = "delta" if stream else "message"
-    return {"index": index, key: message, "logprobs": logprobs, "finish_reason": output.finish_reason}
-
-
-def _token(text: str, logprob: float) -> dict[str, Any]:
-    """An incomplete UTF-8 character has no bytes."""
-    content = None if "\ufffd" in text else list(text.encode())
-    return {"token": text, "logprob": logprob, "bytes": content, "top_logprobs": []}
+    return {"error": {"message": shorten(message), "type": kind, "param": param and shorten(param), "code": code}}
 
 
 def usage(prompts: Sequence[list[int]], completions: Sequence[Completion]) -> dict[str, int]:

@@ -20,19 +20,15 @@ class PrefixCopy(NamedTuple):
 
 
 class PrefixCache:
-    """The cached tokens of every slot, and the routed experts of each if they are recorded. Host arrays alone.
+    """The cached tokens of every slot, on the host.
 
     A slot keeps its entries when its request has finished. Another request takes the free slot with the longest prefix
     of its prompt, or else the least recently used one.
     """
 
-    def __init__(self, max_num_seqs: int, capacity: int, experts_shape: tuple[int, int] | None = None):
-        """`experts_shape`: MoE layers and experts per token, if routed experts are recorded."""
+    def __init__(self, max_num_seqs: int, capacity: int):
         self._token_BS = np.full((max_num_seqs, capacity), NOT_CACHED, np.int32)
         self._last_used_B = np.zeros(max_num_seqs, np.int64)
-        self._experts_BSlK = None
-        if experts_shape is not None:
-            self._experts_BSlK = np.zeros((max_num_seqs, capacity, *experts_shape), np.int16)
 
     def clear(self) -> None:
         """Forget all entries: they were computed with other weights."""
@@ -70,15 +66,3 @@ class PrefixCache:
         """Note that a slot holds `tokens` from position `start` on, and no token after them."""
         self._token_BS[slot, start : start + len(tokens)] = tokens
         self._token_BS[slot, start + len(tokens) :] = NOT_CACHED
-
-    def write_experts(self, slot: int, start: int, experts_TlK: np.ndarray) -> None:
-        if self._experts_BSlK is not None:
-            self._experts_BSlK[slot, start : start + len(experts_TlK)] = experts_TlK
-
-    def copy_experts(self, copy: PrefixCopy) -> None:
-        if self._experts_BSlK is not None:
-            self._experts_BSlK[copy.target, : copy.length] = self._experts_BSlK[copy.source, : copy.length]
-
-    def experts(self, slot: int, length: int) -> Int[np.ndarray, "T l K"] | None:
-        """The recorded experts of a slot's first `length` tokens."""
-        return None if self._experts_BSlK is None else self._experts_BSlK[slot, :length].copy()

@@ -1,20 +1,24 @@
 """Requests, completions (the state of a request with its tokens so far), and incremental detokenization."""
 
 import dataclasses
+import logging
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mla_moe.config import require
+from mla_moe.config import ConfigError, require
 from mla_moe.text.tokenizer import Decode
+
+logger = logging.getLogger(__name__)
 
 MAX_STOPS = 8
 """Most stop tokens, and most stop strings, of one request."""
 MAX_STOP_LENGTH = 256
 MAX_TEMPERATURE = 100
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
+"""`error`: the tokenizer failed to decode the tokens."""
 
 
 def are_integers(values: Iterable[Any]) -> bool:
@@ -57,11 +61,20 @@ class Request:
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
         require(0 <= self.min_p <= 1, "min_p", self.min_p, "must be in [0, 1]")
         require(0 <= self.seed < 1 << 32, "seed", self.seed, "must be in [0, 2**32)")
-        require(len(self.stop_ids) <= MAX_STOPS, "stop_ids", self.stop_ids, f"give at most {MAX_STOPS}")
+        valid = are_integers(self.stop_ids) and all(0 <= token < 1 << 31 for token in self.stop_ids)
+        fix = f"must be at most {MAX_STOPS} token ids"
+        require(valid and len(self.stop_ids) <= MAX_STOPS, "stop_ids", self.stop_ids, fix)
         require(all(self.stop), "stop", self.stop, "an empty string would stop at once; remove it")
         fits = len(self.stop) <= MAX_STOPS and all(len(text) <= MAX_STOP_LENGTH for text in self.stop)
         fix = f"give at most {MAX_STOPS}, of at most {MAX_STOP_LENGTH} characters: every token is searched for each"
         require(fits, "stop", self.stop, fix)
+
+
+class Owner(NamedTuple):
+    """Who asked for a completion: a client, and which of its groups of requests. Owners share an engine fairly."""
+
+    client: str = ""
+    group: str = ""
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,6 +90,7 @@ class Completion:
     detokenizer: "IncrementalDetokenizer | None" = None
     experts_TlK: np.ndarray | None = None
     """When recorded: the routed experts of every input token, prompt first; the last generated token is no input."""
+    owner: Owner = Owner()
 
     @property
     def text(self) -> str:
@@ -94,33 +108,48 @@ class Completion:
                 self.finish_reason = "length"
             if self.detokenizer is not None:
                 end = self.finish_reason is not None
-                if self.detokenizer.add([] if token in self.request.stop_ids else [token], end=end):
-                    self.finish_reason = "stop"
+                try:
+                    if self.detokenizer.add([] if token in self.request.stop_ids else [token], end=end):
+                        self.finish_reason = "stop"
+                except ConfigError as error:
+                    logger.warning("a completion ends early: %s", error)
+                    self.finish_reason = "error"
             if self.finish_reason:
                 return
+
+
+CONTEXT_TOKENS = 6
+"""Last tokens of a prompt that are decoded with a completion: more than a character has bytes."""
+MAX_TEXT = 1 << 22
+"""Characters of a completion: a token may have thousands of them, and each extends a copy of the text."""
+_MAX_UNDECIDED = 1 << 17  # characters whose last may change; they are decoded again with each token
 
 
 class IncrementalDetokenizer:
     """Decodes tokens to text as they are generated.
 
-    An incomplete UTF-8 character is withheld, and so is a suffix that may be the start of a stop string.
+    An incomplete UTF-8 character is withheld, and so is a suffix that may be the start of a stop string. `context` is
+    the end of the prompt: after it, the space before a word is kept by tokenizers that strip it from the first word.
     """
 
-    def __init__(self, decode: Decode, stop: Sequence[str] = ()):
+    def __init__(self, decode: Decode, stop: Sequence[str] = (), context: Sequence[int] = ()):
         self.text = ""
         """The text that later tokens cannot change."""
         self._decode, self._stop = decode, stop
-        self._tokens: list[int] = []
-        self._num_decoded = 0  # tokens whose text is in `text` or `_withheld`
+        self._tokens = [] if decode(context).endswith("\ufffd") else list(context)
+        self._num_decoded = len(self._tokens)  # tokens whose text is in the prompt, `text` or `_withheld`
         self._context_start = 0  # decoding starts here: some tokenizers join a token to the one before
         self._withheld = ""
 
     def add(self, tokens: Sequence[int], *, end: bool = False) -> bool:
-        """Returns whether a stop string was found: `text` then ends before it. With `end` no text is withheld."""
+        """Returns whether a stop string was found: `text` then ends before it. With `end` no text is withheld. Raises
+        `ConfigError` for a text of more than `MAX_TEXT` characters."""
         self._tokens += tokens
         before = self._decode(self._tokens[self._context_start : self._num_decoded])
         after = self._decode(self._tokens[self._context_start :])
-        if end or not after.endswith("\ufffd"):
+        length = len(self.text) + len(after)
+        require(length <= MAX_TEXT, "tokens", len(self._tokens), f"have more than {MAX_TEXT:,} characters")
+        if end or not after.endswith("\ufffd") or len(after) > _MAX_UNDECIDED:
             self._withheld += after[len(before) :]
             self._context_start, self._num_decoded = self._num_decoded, len(self._tokens)
         cut = min((i for i in map(self._withheld.find, self._stop) if i >= 0), default=None)

@@ -28,35 +28,29 @@ class SamplingParams(NamedTuple):
 
 
 def sample(
-    logits_BV: Float[Array, "B V"],
-    params: SamplingParams,
-    index_B: Int[AnyArray, "B"],
-    *,
-    temperature_scaled_logprobs: bool = False,
+    logits_BV: Float[Array, "B V"], params: SamplingParams, index_B: Int[AnyArray, "B"], scaled_logprobs: bool = False
 ) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """Each sequence's next token, number `index` of its completion, and the token's log-probability.
 
-    The log-probability is at temperature 1 or, with `temperature_scaled_logprobs`, at the sequence's temperature unless
+    The log-probability is at temperature 1 or, with `scaled_logprobs`, at the sequence's temperature unless
     that is 0; always before top-k, top-p and min-p.
     """
 
+    def gumbel_noise(key_2: UInt[Array, "2"], index: Int[Array, ""]) -> Float[Array, "V"]:
+        """The argmax of its sum with log-probabilities is a sample from them."""
+        return jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key_2), index), (logits_BV.shape[1],))
+
     def draw(_: None) -> Int[Array, "B"]:
-        noise_BV = jax.vmap(lambda key, index: gumbel_noise(key, index, logits_BV.shape[1]))(params.key_B2, index_B)
-        noisy_BV = filter_logits(logits_BV, params) + noise_BV
+        noisy_BV = filter_logits(logits_BV, params) + jax.vmap(gumbel_noise)(params.key_B2, index_B)
         return jnp.argmax(jnp.where(params.temperature_B[:, None] > 0, noisy_BV, logits_BV), axis=-1)
 
     # Greedy batches, the usual ones in evaluation, generate no random numbers.
     greedy = jnp.all(params.temperature_B == 0)
     token_B = jax.lax.cond(greedy, lambda _: jnp.argmax(logits_BV, axis=-1), draw, None)
-    if temperature_scaled_logprobs:
+    if scaled_logprobs:
         logits_BV /= jnp.where(params.temperature_B > 0, params.temperature_B, 1)[:, None]
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=-1)[:, 0]
     return token_B.astype(jnp.int32), chosen_B - jax.nn.logsumexp(logits_BV, axis=-1)
-
-
-def gumbel_noise(key_2: UInt[Array, "2"], index: Int[Array, ""], size: int) -> Float[Array, "size"]:
-    """Gumbel noise: the argmax of its sum with log-probabilities is a sample from them."""
-    return jax.random.gumbel(jax.random.fold_in(jax.random.wrap_key_data(key_2), index), (size,))
 
 
 def filter_logits(logits_BV: Float[Array, "B V"], params: SamplingParams) -> Float[Array, "B V"]:

@@ -3,15 +3,19 @@
 All of a prompt but its last token is prefilled; the last token is the first input of decoding. A waiting request gets a
 slot as soon as one is free. A prompt of which a slot still holds a prefix is prefilled after that prefix only, and
 requests with the same prompt share one prefill. Only host state is changed here.
+
+Slots are shared fairly between clients (`fair_queue`): if none is free, a request of a client that has at least two
+more than the next one is preempted. It waits with its tokens, and resumes with a prefill of prompt and tokens.
 """
 
-from collections import deque
 from typing import NamedTuple
 
 import numpy as np
 
-from mla_moe.inference.input_batch import InputBatch, PrefillBatch
+from mla_moe.inference.decode import add_request, empty_batch
+from mla_moe.inference.fair_queue import FairQueue, Shares
 from mla_moe.inference.prefix_cache import PrefixCache, PrefixCopy
+from mla_moe.inference.programs import PrefillBatch
 from mla_moe.inference.request import Completion
 
 PREFILL_CHUNK_SIZES = (16, 64, 256)
@@ -21,39 +25,30 @@ MAX_PREFILL_TOKENS = 4096
 """Budget of prefill tokens per step, so that long prompts do not delay the decoding of running requests."""
 
 
-class ScheduledPrefill(NamedTuple):
-    """One call of the compiled prefill, and how many tokens each of its chunks has without padding."""
-
-    batch: PrefillBatch
-    lengths: list[int]
-
-
-class SchedulerOutput(NamedTuple):
-    """The work of one step before decoding, in this order."""
-
-    prefix_copies: list[PrefixCopy]
-    """For requests that were admitted in this step."""
-    prefills: list[ScheduledPrefill]
-    prompt_copies: list[PrefixCopy]
-    """For requests whose prompt another request has prefilled."""
-
-
 class _Prefill(NamedTuple):
-    """A request that has a slot and is not yet decoding. `tokens` is its prompt but the last token."""
+    """A request that has a slot and is not yet decoding. `inputs` is its prompt and, if it was preempted, the tokens
+    generated before."""
 
     completion: Completion
-    tokens: np.ndarray
+    inputs: np.ndarray
     slot: int
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """What is prefilled: all inputs but the last."""
+        return self.inputs[:-1]
 
 
 class Scheduler:
     """Assigns waiting requests to sequence slots, and keeps the batch that decodes."""
 
     def __init__(self, max_num_seqs: int, cache_capacity: int, prefix_cache: PrefixCache):
-        self.batch = InputBatch(max_num_seqs)
-        self.waiting: deque[Completion] = deque()
+        self.batch = empty_batch(max_num_seqs)
+        """The state of the decode loop between steps."""
+        self.waiting = FairQueue()
         self.running: list[Completion | None] = [None] * max_num_seqs
         """The request of every slot."""
+        self.num_preemptions = 0
         self._cache_capacity, self._prefix_cache = cache_capacity, prefix_cache
         self._prefilling: list[_Prefill] = []
         self._duplicates: list[_Prefill] = []  # wait until another request has prefilled the same prompt
@@ -73,26 +68,34 @@ class Scheduler:
 
     def free(self, slot: int) -> None:
         self.running[slot] = None
-        self.batch.remove(slot)
+        self.batch.active_B[slot] = False
 
-    def schedule(self) -> SchedulerOutput:
-        """Plan one step. The prefix cache and the batch are then as they will be after this work."""
-        prefix_copies = self._admit()
-        prefills, budget = [], MAX_PREFILL_TOKENS
+    def schedule(self) -> list[PrefixCopy | PrefillBatch]:
+        """Plan the work of one step before decoding: copies for admitted requests, prefills, and copies of prompts that
+        another request has prefilled. The prefix cache and the batch are then as they will be after this work."""
+        work: list[PrefixCopy | PrefillBatch] = [*self._admit()]
+        budget = MAX_PREFILL_TOKENS
         while self._prefilling and budget > 0:
-            prefills.append(self._next_prefill())
-            budget -= prefills[-1].batch.tokens_bT.size  # padding included
-        return SchedulerOutput(prefix_copies, prefills, self._share_prompts())
+            batch = self._next_prefill()
+            work.append(batch)
+            budget -= batch.tokens_bT.size  # padding included
+        return work + self._share_prompts()
 
     def _admit(self) -> list[PrefixCopy]:
-        """Give free slots to waiting requests, first come, first served."""
+        """Give slots that are free, or another client's surplus, to waiting requests in the fair order."""
         copies = []
-        while self.waiting and None in self.running:
-            completion = self.waiting.popleft()
-            tokens = np.asarray(completion.request.prompt[:-1], np.int32)
+        while self.waiting:
+            shares = Shares(self.running)
+            heads = self.waiting.heads(shares)
+            completion = next((c for c in heads if None in self.running or self._preempt(c, shares)), None)
+            if completion is None:
+                break
+            self.waiting.remove(completion)
+            inputs = np.asarray([*completion.request.prompt, *completion.tokens], np.int32)
+            tokens = inputs[:-1]
             slot = self._prefix_cache.allocate(tokens, [s for s, other in enumerate(self.running) if other is None])
             self.running[slot] = completion
-            prefill = _Prefill(completion, tokens, slot)
+            prefill = _Prefill(completion, inputs, slot)
             if any(np.array_equal(other.tokens, tokens) for other in self._prefilling):
                 self._duplicates.append(prefill)
                 continue
@@ -105,10 +108,23 @@ class Scheduler:
                 self._prefilling.append(prefill)
         return copies
 
+    def _preempt(self, completion: Completion, shares: Shares) -> bool:
+        """Free a slot for `completion`, if another client or group that decodes has a surplus. Of the one with the most
+        slots, it takes the request with the fewest tokens, which is the cheapest to resume."""
+        decoding = [(slot, other) for slot, other in enumerate(self.running) if other and self.batch.active_B[slot]]
+        surplus = [(slot, other) for slot, other in decoding if shares.exceeds(other, completion)]
+        if not surplus:
+            return False
+        slot, other = max(surplus, key=lambda item: (shares.of(item[1]), -len(item[1].tokens)))
+        self.free(slot)
+        self.waiting.appendleft(other)
+        self.num_preemptions += 1
+        return True
+
     def _num_cached_tokens(self, prefill: _Prefill) -> int:
         return int(self._prefix_cache.shared_prefix(prefill.tokens)[prefill.slot])
 
-    def _next_prefill(self) -> ScheduledPrefill:
+    def _next_prefill(self) -> PrefillBatch:
         """The next chunk of the first few prompts."""
         prefills = self._prefilling[:PREFILL_BATCH]
         starts = [self._num_cached_tokens(prefill) for prefill in prefills]
@@ -123,17 +139,14 @@ class Scheduler:
             prefill, start = (prefills[row], starts[row]) if row < len(prefills) else (prefills[0], starts[0])
             # At the end of the cache a chunk starts early enough to fit, and some tokens are prefilled twice.
             start_b[row], slots_b[row] = min(start, self._cache_capacity - size), prefill.slot
-            tokens = prefill.completion.request.prompt[start_b[row] :][: size + 1]
+            tokens = prefill.inputs[start_b[row] :][: size + 1]
             tokens_bT[row, : len(tokens) - 1], next_bT[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
-        lengths = []
         for prefill, start in zip(prefills, start_b.tolist(), strict=False):
-            tokens = prefill.tokens[start:][:size]
-            lengths.append(len(tokens))
-            self._prefix_cache.write(prefill.slot, start, tokens)
-            if start + len(tokens) == len(prefill.tokens):
+            self._prefix_cache.write(prefill.slot, start, prefill.tokens[start:][:size])
+            if start + size >= len(prefill.tokens):
                 self._prefilling.remove(prefill)
                 self._start_decoding(prefill)
-        return ScheduledPrefill(PrefillBatch(tokens_bT, next_bT, start_b, slots_b), lengths)
+        return PrefillBatch(tokens_bT, next_bT, start_b, slots_b)
 
     def _share_prompts(self) -> list[PrefixCopy]:
         """Copies for duplicates whose prompt has been prefilled."""
@@ -154,4 +167,4 @@ class Scheduler:
 
     def _start_decoding(self, prefill: _Prefill) -> None:
         self._prefix_cache.write(prefill.slot, len(prefill.tokens), [])
-        self.batch.add(prefill.slot, prefill.completion.request)
+        add_request(self.batch, prefill.slot, prefill.completion)

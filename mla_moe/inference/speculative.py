@@ -13,19 +13,19 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from mla_moe.inference.decode import Carry, ProgramOptions, advance, store
+from mla_moe.inference.decode import Carry, DecodeOutput, ProgramOptions, advance, store
 from mla_moe.inference.sampling import sample
-from mla_moe.nn.kv_cache import OUT_OF_RANGE
+from mla_moe.nn.kv_cache import KVCache
 from mla_moe.nn.transformer import Transformer
 
 
 def speculative_step(model: Transformer, options: ProgramOptions, carry: Carry) -> Carry:
     """`decode_step` with up to two tokens. The cache's last layer is the MTP module's."""
     i, cache_LBSW, state, output = carry
-    sample_tokens = partial(sample, temperature_scaled_logprobs=options.temperature_scaled_logprobs)
-    position_B = jnp.where(state.active_B, state.position_B, OUT_OF_RANGE)
+    sample_tokens = partial(sample, scaled_logprobs=options.temperature_scaled_logprobs)
+    cache = KVCache(cache_LBSW, state.position_B)
     input_B2 = jnp.stack([state.token_B, jnp.maximum(state.draft_B, 0)], axis=1)
-    h_B2D, cache_LBSW, experts = model.extend(input_B2, cache_LBSW, position_B)
+    h_B2D, extended, experts = model.extend(input_B2, cache, active=state.active_B)
     logits_B2V = model.logits(h_B2D)
     first_B, first_logprob_B = sample_tokens(logits_B2V[:, 0], state.sampling, state.generated_B)
     one = advance(state, first_B)
@@ -34,10 +34,11 @@ def speculative_step(model: Transformer, options: ProgramOptions, carry: Carry) 
     two = advance(one._replace(active_B=accepted_B), second_B)
     # A rejected draft token leaves cache entries after the text; the next step overwrites them.
     sampled_B2 = jnp.stack([first_B, second_B], axis=1)
-    h_B2D, cache_LBSW = model.mtp_extend(h_B2D, sampled_B2, cache_LBSW, position_B)
+    cache = KVCache(extended.entries_LBSW, state.position_B)
+    h_B2D, cache = model.mtp_extend(h_B2D, sampled_B2, cache, active=state.active_B)
     last_BD = jnp.where(accepted_B[:, None], h_B2D[:, 1], h_B2D[:, 0])
-    draft_B, _ = sample(model.logits(last_BD[:, None], model.mtp_head)[:, 0], state.sampling, two.generated_B)
+    draft_B, _ = sample(model.logits(last_BD[:, None], model.mtp_head_DV)[:, 0], state.sampling, two.generated_B)
     logprob_2B, valid_2B = jnp.stack([first_logprob_B, second_logprob_B]), jnp.stack([state.active_B, accepted_B])
-    output = store(output, i, sampled_B2.T, logprob_2B, valid_2B, experts)
+    output = store(output, i, DecodeOutput(sampled_B2.T, logprob_2B, valid_2B, experts))
     active_B = jnp.where(accepted_B, two.active_B, one.active_B)
-    return i + 1, cache_LBSW, two._replace(active_B=active_B, draft_B=draft_B), output
+    return i + 1, cache.entries_LBSW, two._replace(active_B=active_B, draft_B=draft_B), output

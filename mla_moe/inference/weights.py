@@ -4,13 +4,15 @@ from functools import partial
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.typing import DTypeLike
 
-from mla_moe.nn.param import Embedding, Matrix, logical_axes
+from mla_moe.config import require
 from mla_moe.nn.transformer import Transformer, unstack_layers
+from mla_moe.ops.kernel_choice import target_platform
 from mla_moe.ops.moe_inference_cpu import pack_bfloat16
-from mla_moe.parallel.sharding import DECODE_RULES, partition_spec
+from mla_moe.parallel.mesh import MESH_AXES, MeshView
+from mla_moe.parallel.sharding import DECODE_RULES, logical_axes, partition_spec
 
 
 class ModelGraph:
@@ -36,17 +38,17 @@ def prepare_for_inference(model: Transformer) -> tuple[ModelGraph, nnx.State]:
     On a mesh weights are sharded by `DECODE_RULES`; elsewhere arrays that need no change are shared with `model`.
     """
     mesh, compute = mesh_of(model), model.precision.compute
-    one_cpu = mesh is None and jax.default_backend() == "cpu"
+    one_cpu = mesh is None and target_platform() == "cpu"
     graph, state = nnx.split(model)
     if mesh is not None:
         return ModelGraph(graph), _shard(state, compute, mesh)
 
-    def convert(variable: nnx.Variable) -> nnx.Variable:
-        if one_cpu and "experts" in variable.get_metadata("axes"):
+    def convert(_: object, variable: nnx.Variable) -> nnx.Variable:
+        if one_cpu and "experts" in variable.get_metadata("out_sharding"):
             return variable.replace(pack_bfloat16(variable.get_value()))
         return variable.replace(_cast(variable, compute) if one_cpu else inference_layout(variable, compute, None))
 
-    model = nnx.merge(graph, jax.tree.map(convert, state, is_leaf=_is_variable))
+    model = nnx.merge(graph, nnx.map_state(convert, state))
     graph, state = nnx.split(unstack_layers(model) if one_cpu else model)
     return ModelGraph(graph), state
 
@@ -55,8 +57,8 @@ def inference_layout(variable: nnx.Variable, compute: DTypeLike, mesh: Mesh | No
     """A weight in the compute dtype, sharded for decoding. The gate and up projections of experts become one axis, as
     the grouped matmul takes them: each device's columns of both are next to each other."""
     value = _cast(variable, compute)
-    if {"experts", "gate_up"} <= set(variable.get_metadata("axes")):
-        shards = 1 if mesh is None else mesh.shape["tensor"]
+    if {"experts", "gate_up"} <= set(variable.get_metadata("out_sharding")):
+        shards = 1 if mesh is None else MeshView(mesh).shape["tensor"]
         value = _join_gate_up(value, 1 if value.shape[-1] % shards else shards)  # otherwise it is replicated
     return value if mesh is None else jax.lax.with_sharding_constraint(value, decode_sharding(variable, mesh))
 
@@ -65,30 +67,22 @@ def inference_layout(variable: nnx.Variable, compute: DTypeLike, mesh: Mesh | No
 def _shard(state: nnx.State, compute: DTypeLike, mesh: Mesh) -> nnx.State:
     """One program for all weights: with one program each, several would run at a time, and processes on CPUs would
     deadlock, each waiting for the others in a different program."""
-    return jax.tree.map(lambda v: v.replace(inference_layout(v, compute, mesh)), state, is_leaf=_is_variable)
-
-
-def _is_variable(x: object) -> bool:
-    return isinstance(x, nnx.Variable)
+    return nnx.map_state(lambda _, v: v.replace(inference_layout(v, compute, mesh)), state)
 
 
 def decode_sharding(variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
     """The sharding of an array in `inference_layout`."""
-    axes, shape = logical_axes(variable), variable.get_value().shape
+    axes, shape, view = logical_axes(variable), variable.get_value().shape, MeshView(mesh)
     if {"experts", "gate_up"} <= set(axes):
         kept = [i for i, axis in enumerate(axes) if axis != "gate_up"]
         axes, shape = [axes[i] for i in kept], [shape[i] for i in kept]
-    return NamedSharding(mesh, partition_spec(axes, shape, mesh, DECODE_RULES))
+    return view.sharding(partition_spec(axes, shape, view, DECODE_RULES))
 
 
 def _cast(variable: nnx.Variable, compute: DTypeLike) -> jax.Array:
-    converted = isinstance(variable, Matrix | Embedding) and "router" not in variable.get_metadata("axes")
-    return _astype(variable.get_value(), compute) if converted else variable.get_value()
-
-
-@partial(jax.jit, static_argnames="dtype")
-def _astype(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    return x.astype(dtype)
+    matrix = variable.get_metadata("role", None) in ("matrix", "embedding")
+    converted = matrix and "router" not in variable.get_metadata("out_sharding")
+    return variable.get_value().astype(compute) if converted else variable.get_value()
 
 
 @partial(jax.jit, static_argnames="shards")
@@ -98,7 +92,12 @@ def _join_gate_up(x: jax.Array, shards: int) -> jax.Array:
 
 
 def mesh_of(model: Transformer) -> Mesh | None:
-    """The mesh that the model is sharded over, if it has more than one device."""
-    sharding = model.embed.get_value().sharding
-    mesh = getattr(sharding, "mesh", None)
-    return mesh if mesh is not None and mesh.size > 1 else None
+    """The mesh that the model is sharded over, if it has more than one device. Raises `ConfigError` for axes of other
+    names than `MESH_AXES` and for Explicit ones: the engine's programs constrain shardings by name."""
+    mesh = getattr(model.embed.get_value().sharding, "mesh", None)
+    if mesh is None or mesh.size == 1:
+        return None
+    ok = set(mesh.axis_names) <= set(MESH_AXES) and all(kind == AxisType.Auto for kind in mesh.axis_types)
+    names = ", ".join(MESH_AXES)
+    require(ok, "mesh", str(mesh), f"the engine needs axes of {names} of type Auto: shard the model by make_mesh")
+    return mesh

@@ -5,19 +5,19 @@ Paths such as `moe_layers/attention/q_b` are the keys of gradients, optimizer st
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
-from jax.typing import DTypeLike
 
 from mla_moe.config import KernelConfig, ModelConfig
-from mla_moe.nn.param import Precision, RouterBias, Scale, logical_axes
+from mla_moe.nn.param import Precision, RouterBias
 from mla_moe.nn.transformer import Remat, Transformer
-from mla_moe.parallel.sharding import TRAINING_RULES, ShardingRules, partition_spec
+from mla_moe.parallel.mesh import MeshView
+from mla_moe.parallel.sharding import TRAINING_RULES, ShardingRules, logical_axes, partition_spec, set_sharding_rules
 
 Arrays = dict[str, jax.Array]
 """Arrays by parameter path."""
@@ -36,15 +36,13 @@ class AbstractModel:
         rules: ShardingRules = TRAINING_RULES,
     ):
         self.cfg, self.precision, self.rules = cfg, precision or Precision.default(), rules
+        self.kernels = kernels
         model = nnx.eval_shape(
             lambda: Transformer(cfg, rngs=nnx.Rngs(0), precision=self.precision, kernels=kernels, remat=remat)
         )
         if rules != TRAINING_RULES:
-            for _, variable in nnx.iter_graph(model):
-                if isinstance(variable, nnx.Variable):
-                    variable.set_metadata("rules", tuple(rules.items()))
-        self.graph, state = nnx.split(model)
-        self.variables: dict[str, nnx.Variable] = _by_path(state)
+            set_sharding_rules(model, rules)
+        self.graph, self.variables = nnx.graphdef(model), model_variables(model)
         self.param_paths = [p for p, v in self.variables.items() if isinstance(v, nnx.Param)]
         self.bias_paths = [p for p, v in self.variables.items() if isinstance(v, RouterBias)]
 
@@ -57,13 +55,11 @@ class AbstractModel:
         shardings = self.shardings(mesh)
 
         def initialize(path: str, variable: nnx.Variable) -> jax.Array:
-            shape, dtype = variable.get_value().shape, variable.get_value().dtype
-            if isinstance(variable, Scale | RouterBias):
-                fill = 1 if isinstance(variable, Scale) else 0
-                return jax.device_put(np.full(shape, fill, dtype), shardings[path])
-            std = variable.get_metadata("std")
-            shard = partial(_normal_shard, seed=seed, path=path, shape=shape, std=std, dtype=dtype)
-            return jax.make_array_from_callback(shape, shardings[path], shard)
+            abstract = variable.get_value()
+            if (fill := variable.get_metadata("fill", None)) is not None:
+                return jax.device_put(np.full(abstract.shape, fill, abstract.dtype), shardings[path])
+            shard = partial(_normal_shard, [seed, zlib.crc32(path.encode())], variable.get_metadata("std"), abstract)
+            return jax.make_array_from_callback(abstract.shape, shardings[path], shard)
 
         return {path: initialize(path, variable) for path, variable in self.variables.items()}
 
@@ -74,18 +70,16 @@ class AbstractModel:
 
     def shardings(self, mesh: Mesh) -> dict[str, NamedSharding]:
         """The sharding of each parameter, from the model's sharding rules."""
+        view = MeshView(mesh)
         return {
-            path: NamedSharding(mesh, partition_spec(logical_axes(v), v.get_value().shape, mesh, self.rules))
+            path: view.sharding(partition_spec(logical_axes(v), v.get_value().shape, view, self.rules))
             for path, v in self.variables.items()
         }
 
     def abstract(self, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes, dtypes and shardings: what a checkpoint is restored into."""
         shardings = self.shardings(mesh)
-        return {
-            path: jax.ShapeDtypeStruct(v.get_value().shape, v.get_value().dtype, sharding=shardings[path])
-            for path, v in self.variables.items()
-        }
+        return {path: v.get_value().update(sharding=shardings[path]) for path, v in self.variables.items()}
 
 
 def model_arrays(model: Transformer) -> Arrays:
@@ -95,22 +89,19 @@ def model_arrays(model: Transformer) -> Arrays:
 
 def model_variables(model: Transformer) -> dict[str, nnx.Variable]:
     """A model's NNX variables by path."""
-    return _by_path(nnx.state(model))
-
-
-def _by_path(state: nnx.State) -> dict[str, nnx.Variable]:
-    return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(state)}
+    return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.state(model))}
 
 
 def _normal_shard(
-    index: tuple[slice, ...] | None, *, seed: int, path: str, shape: Sequence[int], std: float, dtype: DTypeLike
+    seeds: list[int], std: float, abstract: jax.ShapeDtypeStruct, index: tuple[slice, ...] | None
 ) -> np.ndarray:
     """The shard `index` of a parameter: full matrices (its last two axes) are drawn, then sliced."""
     assert index is not None
+    shape, dtype = abstract.shape, abstract.dtype
     matrices = np.arange(math.prod(shape[:-2])).reshape(shape[:-2])[index[:-2]]
     sizes = (len(range(*i.indices(n))) for i, n in zip(index[-2:], shape[-2:], strict=True))
     shard = np.empty((matrices.size, *sizes), dtype)
     for position, matrix_index in enumerate(matrices.flat):
-        random = np.random.Generator(np.random.Philox([seed, zlib.crc32(path.encode()), matrix_index]))
+        random = np.random.Generator(np.random.Philox([*seeds, matrix_index]))
         shard[position] = (std * random.standard_normal(shape[-2:], np.float32))[index[-2:]].astype(dtype)
     return shard.reshape(*matrices.shape, *shard.shape[1:])

@@ -1,22 +1,43 @@
 """Multi-head latent attention (MLA; DeepSeek-V2, section 2.1): keys and values of all heads come from one latent."""
 
+import dataclasses
+import math
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
-from mla_moe.config import KernelConfig, ModelConfig
-from mla_moe.nn.kv_cache import AttentionMetadata, KVCache, LayerIndex, NewTokens, write_cache
-from mla_moe.nn.layers import RMSNorm
+from mla_moe.config import AttentionConfig, KernelConfig, ModelConfig, require
+from mla_moe.nn.kv_cache import (
+    Active,
+    AttentionMetadata,
+    CacheEntries,
+    KVCache,
+    Lengths,
+    NewTokens,
+    Slots,
+    constrain_cache,
+    init_cache,
+    new_positions,
+    require_cache,
+    write_cache,
+)
+from mla_moe.nn.layers import Activations, Ids, RMSNorm, require_shape, shape_text
 from mla_moe.nn.param import Precision, matrix
-from mla_moe.nn.rope import CosSin, rotary, rotate, softmax_scale
+from mla_moe.nn.rope import CosSin, query_scale, rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
-from mla_moe.ops.cached_attention import cached_attention
+from mla_moe.ops.cached_attention import Form, cached_attention
+from mla_moe.ops.dropout import Dropout, dropout_key
 from mla_moe.ops.kv_quantization import quantize
-from mla_moe.parallel.mesh import BATCH_SPEC, mesh_axes, token_mesh
+from mla_moe.ops.masking import Masking
+from mla_moe.parallel.collectives import all_gather, axis_index, shard_map
+from mla_moe.parallel.mesh import BATCH_SPEC, mesh_axes, token_mesh, under_auto_axes
 from mla_moe.parallel.sharded_einsum import Einsum, plain_einsum, sharded_einsum, weight_spec
 from mla_moe.parallel.sharding import all_gather_weight, constrain_decode_activations, constrain_slots
 
@@ -25,78 +46,163 @@ LATENT_NORM_EPS = 1e-6
 
 
 class MLAttention(nnx.Module):
-    """Causal self-attention `[B, T, D] -> [B, T, D]` with a latent of `kv_lora_rank` values per token.
+    """Attention `[B, T, D] -> [B, T, D]` with a latent of `kv_lora_rank` values per token, and with `q_lora_rank` one
+    of the queries too: causal self-attention, or as `cfg` sets it. Usable alone: needs no mesh and no global state.
 
-    With `q_lora_rank` queries come from a latent too. Usable alone: needs no mesh and no global state.
+    Settings are the fields of `AttentionConfig`, as keywords: `MLAttention(hidden_size=512, num_heads=8, rngs=rngs)`;
+    or `cfg`, or the attention of a `ModelConfig`, with the fields given as keywords replaced. `norm(width, rngs=rngs)`
+    creates the norm of a latent, as `nnx.LayerNorm` does; by default an RMSNorm.
     """
 
     def __init__(
         self,
-        cfg: ModelConfig,
+        cfg: AttentionConfig | ModelConfig | None = None,
         *,
         rngs: nnx.Rngs,
         precision: Precision | None = None,
         kernels: KernelConfig = KernelConfig(),
+        norm: Callable[..., nnx.Module] | None = None,
+        **fields: Any,
     ):
-        self.cfg = cfg
-        self.kernels = kernels
-        self.precision = precision = precision or Precision.default()
-        D, H, Q, C = cfg.hidden_size, cfg.num_attention_heads, cfg.q_lora_rank, cfg.kv_lora_rank
+        cfg = cfg.attention if isinstance(cfg, ModelConfig) else cfg
+        self.cfg = cfg = dataclasses.replace(cfg, **fields) if cfg else AttentionConfig(**fields)
+        self.kernels, self.precision = kernels, (precision := precision or Precision.default())
+        D, H, Q, C = cfg.hidden_size, cfg.num_heads, cfg.q_lora_rank, cfg.kv_lora_rank
         N, R, V = cfg.qk_nope_head_dim, cfg.qk_rope_head_dim, cfg.v_head_dim
 
         def weight(axes: dict[str, int], *contracts: str) -> nnx.Param:
             return matrix(rngs, axes, contracts=contracts, std=cfg.initializer_range, dtype=precision.param)
 
+        def latent_norm(axis: str, width: int) -> Callable[[Array], Array]:
+            default = norm is None
+            return RMSNorm(axis, width, LATENT_NORM_EPS, precision) if default else norm(width, rngs=rngs)
+
         if Q is None:
             self.q = weight({"embed": D, "heads": H, "qk": N + R}, "embed")
         else:
             self.q_a = weight({"embed": D, "q_latent": Q}, "embed")
-            self.q_a_norm = RMSNorm("q_latent", Q, LATENT_NORM_EPS, precision)
+            self.q_a_norm = latent_norm("q_latent", Q)
             self.q_b = weight({"q_latent": Q, "heads": H, "qk": N + R}, "q_latent")
         self.kv_a = weight({"embed": D, "kv_latent": C + R}, "embed")
-        self.kv_a_norm = RMSNorm("kv_latent", C, LATENT_NORM_EPS, precision)
+        self.kv_a_norm = latent_norm("kv_latent", C)
         self.kv_b = weight({"kv_latent": C, "heads": H, "kv": N + V}, "kv_latent")
         self.o = weight({"heads": H, "v": V, "embed": D}, "heads", "v")
+        self.deterministic = False
+        """Without dropout: set by `eval()` and `train()` of any module around this one."""
 
+    @under_auto_axes(lambda tokens: tokens)
     def __call__(
         self,
-        x_BTD: Float[Array, "B T D"],
+        x_BTD: Activations,
+        inputs_kv_BSD: Float[Array, "B S D"] | None = None,
         *,
-        segment_ids: Int[Array, "B T"] | None = None,
-        positions: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Attention within segments, the documents of a packed sequence. Positions default to 0, 1, 2, …"""
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2])
-        x_BTD = x_BTD.astype(self.precision.compute)
+        segment_ids: Ids | None = None,
+        positions: Ids | None = None,
+        mask: Bool[Array, "B S"] | None = None,
+        kv_segment_ids: Int[Array, "B S"] | None = None,
+        kv_positions: Int[Array, "B S"] | None = None,
+        deterministic: bool | None = None,
+        rngs: nnx.Rngs | Array | None = None,
+    ) -> Activations:
+        """Attention within segments, the documents of a packed sequence. Positions default to 0, 1, 2, …
+
+        Keys are those of `x_BTD`, or of `inputs_kv_BSD` in cross attention, which has segment ids and positions of its
+        own and is not causal. `mask` is False where a key is padding; a token without any key gets 0. Dropout takes a
+        key from `rngs` (its stream `dropout`), or is a key, and is off if `deterministic`, by default after `eval()`.
+        """
+        shape_BTD = require_shape("x", x_BTD, "B", "T", self.cfg.hidden_size)
+        cross = inputs_kv_BSD is not None
+        kv_BSD = x_BTD if inputs_kv_BSD is None else inputs_kv_BSD
+        if cross:
+            require_shape("inputs_kv", kv_BSD, shape_BTD[0], "S", self.cfg.hidden_size)
+            message = "attends to another sequence: set causal=False and no sliding_window"
+            require(not (self.cfg.causal or self.cfg.sliding_window), "inputs_kv", shape_text(kv_BSD), message)
+        else:
+            given = kv_segment_ids is not None or kv_positions is not None
+            message = "describe the keys of inputs_kv; give segment_ids and positions"
+            require(not given, "kv_segment_ids or kv_positions", "given", message)
+            kv_segment_ids, kv_positions = segment_ids, positions
+        x_BTD, kv_BSD = (x.astype(self.precision.compute) for x in (x_BTD, kv_BSD))
         if not x_BTD.size:
             return x_BTD
-        cos_sin = rotary(self.cfg, positions)
+        positions = _default_positions(x_BTD, positions)
+        q_cos_sin = rotary(self.cfg, positions)
         with jax.named_scope("queries"):
-            q_BTHA = self.queries(x_BTD, cos_sin, sharded_einsum)
+            q_BTHA = self.queries(x_BTD, positions, q_cos_sin, sharded_einsum)
         with jax.named_scope("latent"):
-            c_BTC, k_pe_BTR = self.compress_kv(x_BTD, cos_sin, sharded_einsum)
-        if segment_ids is None:
-            segment_ids = jnp.ones(x_BTD.shape[:2], jnp.int32)
-        kv_b_CHk = self.kv_b[...].astype(self.precision.compute)
-        y_BTHV = self._attend(q_BTHA, c_BTC, k_pe_BTR, kv_b_CHk, segment_ids)
+            kv_cos_sin = rotary(self.cfg, _default_positions(kv_BSD, kv_positions)) if cross else q_cos_sin
+            c_BSC, k_pe_BSR = self.compress_kv(kv_BSD, kv_cos_sin, sharded_einsum)
+        if kv_segment_ids is None:
+            kv_segment_ids = jnp.ones(kv_BSD.shape[:2], jnp.int32)
+        query_segments = None
+        if cross or mask is not None:
+            query_segments = jnp.ones(x_BTD.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        if mask is not None:
+            require_shape("mask", mask, *kv_BSD.shape[:2])
+            kv_segment_ids = jnp.where(mask, kv_segment_ids, jnp.iinfo(kv_segment_ids.dtype).min)
+        dropout = self._dropout_key(self.deterministic if deterministic is None else deterministic, rngs)
+        y_BTHV = self._attend(q_BTHA, c_BSC, k_pe_BSR, kv_segment_ids, query_segments, dropout)
         return sharded_einsum("BTHV,HVD->BTD", y_BTHV, self.o, self.precision.compute)
 
-    def extend(
-        self, x_bTD: NewTokens, cache_LBSW: KVCache, layer: LayerIndex, metadata: AttentionMetadata
+    def _dropout_key(self, deterministic: bool, rngs: nnx.Rngs | Array | None) -> Array | None:
+        if deterministic or not self.cfg.dropout:
+            return None
+        message = "needs random numbers: give rngs=nnx.Rngs(dropout=seed) or a key, or call eval() first"
+        require(rngs is not None, "dropout", self.cfg.dropout, message)
+        return dropout_key(rngs.dropout() if isinstance(rngs, nnx.Rngs) else jnp.asarray(rngs))
+
+    def init_cache(self, batch: int, max_length: int, dtype: DTypeLike | None = None) -> KVCache:
+        """An empty cache for `prefill` and `decode` of `batch` sequences of up to `max_length` tokens, which is rounded
+        up to a power of two or, from 256 on, to a multiple of 256. The dtype is by default that of computation; int8
+        quantizes each entry. Within `jax.set_mesh` sequences are sharded over the batch axes of the mesh."""
+        return init_cache(self.cfg, batch, max_length, dtype or self.precision.compute, layers=1)
+
+    def prefill(
+        self, x_bTD: NewTokens, cache: KVCache, lengths: Lengths | None = None, *, slots: Slots | None = None
     ) -> tuple[NewTokens, KVCache]:
-        """Prefill or decode: write the cache entries of new tokens into layer `layer` of the KV cache, and attend over
-        their sequence slots. Returns the output and the new cache."""
-        x_bTD = x_bTD.astype(self.precision.compute)
+        """`decode` of many tokens at once: prompts, or chunks of them. `lengths` are the tokens of each sequence, 0
+        included, before padding on the right; outputs of padding are arbitrary. `slots` are the sequences of the cache
+        that the batch has, by default all in order."""
+        return self._append(x_bTD, cache, lengths, None, slots, "expanded")
+
+    def decode(self, x_bTD: NewTokens, cache: KVCache, active: Active | None = None) -> tuple[NewTokens, KVCache]:
+        """Append new tokens to the cached ones, usually one per sequence, and attend to both: the output for the new
+        tokens, as a forward pass over all tokens would give it, and the new cache. Sequences that are not `active` stay
+        as they are, with arbitrary outputs.
+
+        Raises `ConfigError` if a cache is full. Under `jax.jit`, where lengths are not known, the outputs of a sequence
+        whose tokens do not fit are NaN, and its cache stays as it is. Not differentiable.
+        """
+        return self._append(x_bTD, cache, None, active, None, "absorbed")
+
+    def _append(
+        self, x_bTD: Array, cache: KVCache, lengths: Array | None, active: Array | None, slots: Array | None, form: Form
+    ) -> tuple[Array, KVCache]:
+        require_shape("x", x_bTD, "b", "T", self.cfg.hidden_size)
+        require_cache(self.cfg, cache, layers=1)
+        new = new_positions(cache, x_bTD.shape, lengths, active, slots)
+        cos_sin = rotary(self.cfg, new.positions_bT)
+        metadata = AttentionMetadata(slots, new.positions_bT, new.length_b, cos_sin, form)
+        y_bTD, entries_LBSW = self.extend(x_bTD, cache.entries_LBSW, metadata)
+        y_bTD = jnp.where(new.fits_b[:, None, None], y_bTD, jnp.nan)
+        return y_bTD, constrain_cache(KVCache(entries_LBSW, new.length_B))
+
+    def extend(
+        self, x_bTD: NewTokens, cache_LBSW: CacheEntries, metadata: AttentionMetadata
+    ) -> tuple[NewTokens, CacheEntries]:
+        """`prefill` and `decode` in one layer of a cache that several layers share: write the entries of new tokens,
+        and attend over their sequences. Returns the output and the new entries."""
+        require(self.cfg.causal, "causal", False, "a token in a cache does not see later ones; call the module instead")
+        x_bTD, layer = x_bTD.astype(self.precision.compute), metadata.layer
         with jax.named_scope("queries"):
-            q_bTHA = self.queries(x_bTD, metadata.cos_sin, plain_einsum)
+            q_bTHA = self.queries(x_bTD, metadata.positions_bT, metadata.cos_sin, plain_einsum)
         with jax.named_scope("latent"):
             new_bTW = jnp.concatenate(self.compress_kv(x_bTD, metadata.cos_sin, plain_einsum), axis=-1)
             if cache_LBSW.dtype == jnp.int8:
                 new_bTW = quantize(new_bTW, self.cfg.kv_lora_rank)
-            slots_b = None if metadata.all_slots else metadata.slots_b
-            start_b = metadata.positions_bT[:, 0]
-            cache_LBSW = write_cache(cache_LBSW, new_bTW, layer=layer, slots_b=slots_b, start_b=start_b)
+            slots_b, start_b = metadata.slots_b, metadata.positions_bT[:, 0]
+            new_bTW = new_bTW.astype(cache_LBSW.dtype)
+            cache_LBSW = write_cache(cache_LBSW, new_bTW, layer, start_b, slots_b, metadata.length_b)
         with jax.named_scope("attend"):
             y_bTHV = cached_attention(
                 q_bTHA,
@@ -107,74 +213,86 @@ class MLAttention(nnx.Module):
                 slots_b=slots_b,
                 scale=softmax_scale(self.cfg),
                 form=metadata.form,
-                constrain=constrain_slots if metadata.all_slots else constrain_decode_activations,
+                window=self.cfg.sliding_window,
+                constrain=constrain_slots if slots_b is None else constrain_decode_activations,
             )
         return plain_einsum("bTHV,HVD->bTD", y_bTHV, self.o, self.precision.compute), cache_LBSW
 
-    def queries(self, x_BTD: Float[Array, "B T D"], cos_sin: CosSin, einsum: Einsum) -> Float[Array, "B T H A"]:
+    def queries(
+        self, x_BTD: Activations, positions_BT: Ids, cos_sin: CosSin, einsum: Einsum
+    ) -> Float[Array, "B T H A"]:
         """Queries of all heads; the last R values of each are rotated by position."""
         compute = self.precision.compute
         if self.cfg.q_lora_rank is None:
             q_BTHA = einsum("BTD,DHA->BTHA", x_BTD, self.q, compute)
         else:
-            q_BTQ = self.q_a_norm(einsum("BTD,DQ->BTQ", x_BTD, self.q_a, compute))
+            q_BTQ = self.q_a_norm(einsum("BTD,DQ->BTQ", x_BTD, self.q_a, compute)).astype(compute)
             q_BTHA = einsum("BTQ,QHA->BTHA", q_BTQ, self.q_b, compute)
         q_nope, q_pe = jnp.split(q_BTHA, [self.cfg.qk_nope_head_dim], axis=-1)
-        return jnp.concatenate([q_nope, rotate(q_pe, *cos_sin)], axis=-1)
+        q_BTHA = jnp.concatenate([q_nope, self._rotate(q_pe, cos_sin)], axis=-1)
+        scale_BT = query_scale(self.cfg, positions_BT)
+        return q_BTHA if scale_BT is None else q_BTHA * scale_BT[..., None, None].astype(q_BTHA.dtype)
 
     def compress_kv(
-        self, x_BTD: Float[Array, "B T D"], cos_sin: CosSin, einsum: Einsum
+        self, x_BTD: Activations, cos_sin: CosSin, einsum: Einsum
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B T R"]]:
         """What the KV cache holds of a token: the normed latent, and the rotated key part that all heads share."""
         both_BTC = einsum("BTD,DC->BTC", x_BTD, self.kv_a, self.precision.compute)
         c_BTC, k_pe_BTR = jnp.split(both_BTC, [self.cfg.kv_lora_rank], axis=-1)
-        return self.kv_a_norm(c_BTC), rotate(k_pe_BTR[:, :, None], *cos_sin)[:, :, 0]
+        return self.kv_a_norm(c_BTC).astype(c_BTC.dtype), self._rotate(k_pe_BTR[:, :, None], cos_sin)[:, :, 0]
+
+    def _rotate(self, x_BTHR: Float[Array, "B T H R"], cos_sin: CosSin) -> Float[Array, "B T H R"]:
+        return rotate(x_BTHR, *cos_sin, interleaved=self.cfg.rope_interleave)
 
     def _attend(
-        self, q_BTHA: Array, c_BTC: Array, k_pe_BTR: Array, kv_b_CHk: Array, segment_ids: Array
+        self,
+        q_BTHA: Array,
+        c_BSC: Array,
+        k_pe_BSR: Array,
+        segments_BS: Array,
+        query_segments_BT: Array | None,
+        dropout_key_2: Array | None,
     ) -> Float[Array, "B T H V"]:
         """Under a mesh each device computes its heads (tensor parallelism) for its queries. With context parallelism it
         all-gathers the latent, C + R values per token, where keys and values would be H · (A + V)."""
+        kv_b = self.kv_b[...].astype(self.precision.compute)
+        rows_BHT = None if dropout_key_2 is None else jnp.arange(math.prod(q_BTHA.shape[:3]), dtype=jnp.uint32)
+        rows_BHT = None if rows_BHT is None else rows_BHT.reshape(q_BTHA.shape[0], q_BTHA.shape[2], q_BTHA.shape[1])
+        inputs = q_BTHA, c_BSC, k_pe_BSR, kv_b, segments_BS, query_segments_BT, rows_BHT, dropout_key_2
+        mesh = token_mesh(q_BTHA.shape) if token_mesh(c_BSC.shape) else None
+        kv_b_spec = P() if mesh is None else weight_spec(self.kv_b, mesh)
+        heads = "tensor" if mesh and "tensor" in mesh_axes(kv_b_spec[1]) else None
 
         def local(
-            q_bthA: Array, c_btC: Array, k_pe_btR: Array, kv_b: Array, segments_bt: Array, offset: Array | None = None
-        ) -> Array:
+            q_bthA: Array, c_bSC: Array, k_pe_bSR: Array, kv_b_Chk: Array, segments_bS: Array,
+            query_segments_bt: Array | None, rows_bht: Array | None, dropout_key_2: Array | None,
+        ) -> Array:  # fmt: skip
+            kv_b_Chk, offset = all_gather_weight(kv_b_Chk, kv_b_spec), None
+            if mesh is not None and mesh.shape["context"] > 1:
+                offset = axis_index("context") * q_bthA.shape[1]
+                gather = partial(all_gather, axes="context", axis=1)
+                c_bSC, k_pe_bSR, segments_bS = (gather(x) for x in (c_bSC, k_pe_bSR, segments_bS))
             with jax.named_scope("expand"):
-                k_bthA, v_bthV = self.expand_kv(c_btC, k_pe_btR, kv_b)
+                kv_bShk = jnp.einsum("BTC,CHk->BTHk", c_bSC, kv_b_Chk)
+                k_nope, v_bShV = jnp.split(kv_bShk, [self.cfg.qk_nope_head_dim], axis=-1)
+                k_pe = jnp.broadcast_to(k_pe_bSR[:, :, None], (*k_nope.shape[:-1], k_pe_bSR.shape[-1]))
+                k_bShA = jnp.concatenate([k_nope, k_pe], axis=-1)
+            dropout = None
+            if rows_bht is not None and dropout_key_2 is not None:
+                dropout = Dropout(self.cfg.dropout, dropout_key_2, rows_bht)
             with jax.named_scope("attend"):
-                run = partial(attention, query_offset=offset, implementation=self.kernels.attention)
-                return run(q_bthA, k_bthA, v_bthV, segments_bt, scale=softmax_scale(self.cfg))
+                return attention(
+                    q_bthA, k_bShA, v_bShV, segments_bS, scale=softmax_scale(self.cfg),
+                    masking=Masking(self.cfg.causal, self.cfg.sliding_window), query_segment_ids_BT=query_segments_bt,
+                    query_offset=offset, dropout=dropout, implementation=self.kernels.attention,
+                )  # fmt: skip
 
-        mesh = token_mesh(q_BTHA.shape)
         if mesh is None:
-            return local(q_BTHA, c_BTC, k_pe_BTR, kv_b_CHk, segment_ids)
+            return local(*inputs)
+        outputs, rows = P(*BATCH_SPEC, heads), P(BATCH_SPEC[0], heads, BATCH_SPEC[1])
+        specs = outputs, BATCH_SPEC, BATCH_SPEC, kv_b_spec, BATCH_SPEC, BATCH_SPEC, rows, P()
+        return shard_map(local, specs, outputs)(*inputs)
 
-        kv_b_spec = weight_spec(self.kv_b, mesh)
-        heads = "tensor" if "tensor" in mesh_axes(kv_b_spec[1]) else None
 
-        def sharded(q_bthA: Array, c_btC: Array, k_pe_btR: Array, kv_b: Array, segments_bt: Array) -> Array:
-            kv_b = all_gather_weight(kv_b, kv_b_spec)
-            if mesh.shape["context"] == 1:
-                return local(q_bthA, c_btC, k_pe_btR, kv_b, segments_bt)
-            offset = jax.lax.axis_index("context") * q_bthA.shape[1]
-            c, k_pe, segments = (
-                jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in (c_btC, k_pe_btR, segments_bt)
-            )
-            return local(q_bthA, c, k_pe, kv_b, segments, offset)
-
-        tokens = P(*BATCH_SPEC)
-        return jax.shard_map(
-            sharded,
-            in_specs=(P(*BATCH_SPEC, heads), tokens, tokens, kv_b_spec, tokens),
-            out_specs=P(*BATCH_SPEC, heads),
-            check_vma=False,
-        )(q_BTHA, c_BTC, k_pe_BTR, kv_b_CHk, segment_ids)
-
-    def expand_kv(
-        self, c_BTC: Float[Array, "B T C"], k_pe_BTR: Float[Array, "B T R"], kv_b_CHk: Float[Array, "C H k"]
-    ) -> tuple[Float[Array, "B T H A"], Float[Array, "B T H V"]]:
-        """Keys and values of every head from the latent and the shared key part."""
-        kv_BTHk = jnp.einsum("BTC,CHk->BTHk", c_BTC, kv_b_CHk)
-        k_nope, v_BTHV = jnp.split(kv_BTHk, [self.cfg.qk_nope_head_dim], axis=-1)
-        k_pe = jnp.broadcast_to(k_pe_BTR[:, :, None], (*k_nope.shape[:-1], k_pe_BTR.shape[-1]))
-        return jnp.concatenate([k_nope, k_pe], axis=-1), v_BTHV
+def _default_positions(x_BTD: Activations, positions: Ids | None) -> Ids:
+    return jnp.broadcast_to(jnp.arange(x_BTD.shape[1]), x_BTD.shape[:2]) if positions is None else positions

@@ -4,13 +4,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from mla_moe.config import ModelConfig
-from mla_moe.nn.param import Embedding, Precision, matrix, scale
-from mla_moe.ops.experts import swiglu
-from mla_moe.parallel.mesh import BATCH_SPEC, require_auto_axes, token_mesh
-from mla_moe.parallel.sharded_einsum import Einsum, plain_einsum, sharded_einsum
+from mla_moe.config import ModelConfig, require
+from mla_moe.nn.param import Precision, matrix, scale
+from mla_moe.ops.experts import Activation, gated
+from mla_moe.parallel.collectives import all_gather, all_to_all, axis_index, psum, shard_map
+from mla_moe.parallel.mesh import BATCH_SPEC, token_mesh
+from mla_moe.parallel.sharded_einsum import Einsum, sharded_einsum
+
+Activations = Float[Array, "B T D"]
+Mask = Bool[Array, "B T"]
+Ids = Int[Array, "B T"]
+"""Token ids, segment ids or positions."""
+
+
+def shape_text(x: Array) -> str:
+    """Dtype and shape, as in `float32[2, 8]`."""
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def require_shape(name: str, x: Array, *sizes: int | str) -> tuple[int, ...]:
+    """The shape of an argument. Raises `ConfigError` if it does not have these sizes; a string is any size."""
+    fits = x.ndim == len(sizes) and all(isinstance(n, str) or n == m for n, m in zip(sizes, x.shape, strict=True))
+    require(fits, name, shape_text(x), f"the shape must be [{', '.join(map(str, sizes))}]")
+    return x.shape
 
 
 class RMSNorm(nnx.Module):
@@ -27,43 +45,46 @@ class RMSNorm(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """Gated MLP `(silu(x · gate) * (x · up)) · down` (SwiGLU, arXiv 2002.05202), used by the dense first layers and the
-    shared experts. Gate and up projection are one parameter."""
+    """Gated MLP `(activation(x · gate) * (x · up)) · down` (with silu SwiGLU, arXiv 2002.05202), used by the dense
+    first layers and the shared experts. Gate and up projection are one parameter."""
 
-    def __init__(self, cfg: ModelConfig, width: int, *, rngs: nnx.Rngs, precision: Precision):
-        D = cfg.hidden_size
-        std = cfg.initializer_range
-        gate_up, down = {"embed": D, "gate_up": 2, "hidden": width}, {"hidden": width, "embed": D}
+    def __init__(
+        self,
+        hidden_size: int,
+        width: int,
+        *,
+        std: float,
+        activation: Activation = jax.nn.silu,
+        rngs: nnx.Rngs,
+        precision: Precision,
+    ):
+        gate_up = {"embed": hidden_size, "gate_up": 2, "hidden": width}
+        down = {"hidden": width, "embed": hidden_size}
         self.gate_up = matrix(rngs, gate_up, contracts=("embed",), std=std, dtype=precision.param)
         self.down = matrix(rngs, down, contracts=("hidden",), std=std, dtype=precision.param)
-        self.precision = precision
+        self.activation, self.precision = activation, precision
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """For training."""
-        return self._run(x_BTD, sharded_einsum)
-
-    def extend(self, x_bTD: Float[Array, "b T D"]) -> Float[Array, "b T D"]:
-        """The same for prefill and decode."""
-        return self._run(x_bTD, plain_einsum)
-
-    def _run(self, x_BTD: Float[Array, "B T D"], einsum: Einsum) -> Float[Array, "B T D"]:
+    def __call__(self, x_BTD: Activations, einsum: Einsum = sharded_einsum) -> Activations:
+        """For training; with `plain_einsum` for prefill and decode."""
         gu_BT2F = einsum("BTD,DgF->BTgF", x_BTD, self.gate_up, self.precision.compute)
-        h_BTF = swiglu(gu_BT2F, 2)[:, :, 0]
-        return einsum("BTF,FD->BTD", h_BTF, self.down, self.precision.compute)
+        return einsum("BTF,FD->BTD", gated(gu_BT2F, 2, self.activation)[:, :, 0], self.down, self.precision.compute)
 
 
-def embedding_and_head(cfg: ModelConfig, rngs: nnx.Rngs, precision: Precision) -> tuple[nnx.Param, nnx.Param]:
-    """Parameters of the token embedding `[V, D]` and of the output head `[D, V]`."""
-    V, D, std, dtype = cfg.vocab_size, cfg.hidden_size, cfg.initializer_range, precision.param
-    embed = matrix(rngs, {"vocab": V, "embed": D}, contracts=(), std=std, dtype=dtype, kind=Embedding)
-    head = matrix(rngs, {"embed": D, "vocab": V}, contracts=("embed",), std=std, dtype=dtype, kind=Embedding)
-    return embed, head
+def token_embedding(cfg: ModelConfig, rngs: nnx.Rngs, precision: Precision) -> nnx.Param:
+    """The parameter of the token embedding `[V, D]`."""
+    axes, std = {"vocab": cfg.vocab_size, "embed": cfg.hidden_size}, cfg.initializer_range
+    return matrix(rngs, axes, contracts=(), std=std, dtype=precision.param, role="embedding")
 
 
-def embedding_lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def output_head(cfg: ModelConfig, rngs: nnx.Rngs, precision: Precision) -> nnx.Param:
+    """The parameter of the output head `[D, V]`."""
+    axes, std = {"embed": cfg.hidden_size, "vocab": cfg.vocab_size}, cfg.initializer_range
+    return matrix(rngs, axes, contracts=("embed",), std=std, dtype=precision.param, role="embedding")
+
+
+def embedding_lookup(table_VD: Float[Array, "V D"], tokens_BT: Ids) -> Activations:
     """Embeddings of tokens. Under a mesh the table stays sharded: each device looks up its shard of the embeddings of
     all tokens along its `fsdp` axis, and an all-to-all exchanges N · D values, where the full table has V · D."""
-    require_auto_axes(tokens_BT)
     mesh = token_mesh(tokens_BT.shape)
     if mesh is None:
         return table_VD[tokens_BT]
@@ -73,14 +94,12 @@ def embedding_lookup(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"]
 
     def local(table_vd: Array, tokens_bt: Array) -> Array:
         if embed:
-            tokens_bt = jax.lax.all_gather(tokens_bt, embed, tiled=True)
+            tokens_bt = all_gather(tokens_bt, embed)
         if vocab:
-            tokens_bt -= jax.lax.axis_index(vocab) * len(table_vd)
+            tokens_bt -= axis_index(vocab) * len(table_vd)
         x_btd = table_vd.at[tokens_bt].get(mode="fill", fill_value=0, wrap_negative_indices=False)
         if vocab:
-            x_btd = jax.lax.psum(x_btd, vocab)
-        return jax.lax.all_to_all(x_btd, embed, split_axis=0, concat_axis=2, tiled=True) if embed else x_btd
+            x_btd = psum(x_btd, vocab)
+        return all_to_all(x_btd, embed, split_axis=0, concat_axis=2) if embed else x_btd
 
-    return jax.shard_map(local, in_specs=(P(vocab, embed), P(*BATCH_SPEC)), out_specs=P(*BATCH_SPEC), check_vma=False)(
-        table_VD, tokens_BT
-    )
+    return shard_map(local, (P(vocab, embed), BATCH_SPEC), BATCH_SPEC)(table_VD, tokens_BT)

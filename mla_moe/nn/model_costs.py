@@ -1,5 +1,6 @@
 """What a model costs, from shapes alone: parameters total and active, KV-cache bytes and training FLOPs per token."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ class ParameterCount(NamedTuple):
     """Parameters of the MTP module, without embedding and head if it shares the model's."""
 
 
+@functools.cache  # it traces the model
 def count_parameters(cfg: ModelConfig) -> ParameterCount:
     """Total and active parameters, and those of the MTP module."""
     total = active = mtp = 0
@@ -25,9 +27,16 @@ def count_parameters(cfg: ModelConfig) -> ParameterCount:
             mtp += size
             continue
         total += size
-        routed = "experts" in variable.get_metadata("axes")
+        routed = "experts" in variable.get_metadata("out_sharding")
         active += size * cfg.num_experts_per_tok // cfg.n_routed_experts if routed else size
     return ParameterCount(total, active, mtp)
+
+
+def active_matmul_weights(cfg: ModelConfig) -> int:
+    """Weights that a token is multiplied by: the active parameters without the embedding, which is a lookup, unless it
+    is the output head too."""
+    lookup = 0 if cfg.tie_word_embeddings else cfg.vocab_size * cfg.hidden_size
+    return count_parameters(cfg).active - lookup
 
 
 def kv_cache_bytes_per_token(cfg: ModelConfig, item_bytes: int = 2) -> int:
@@ -43,13 +52,11 @@ def mha_kv_cache_bytes_per_token(cfg: ModelConfig, item_bytes: int = 2) -> int:
 def train_flops_per_token(cfg: ModelConfig, length: int) -> float:
     """Model FLOPs per token of forward and backward pass: 6 per active weight of a matrix product, and causal attention
     over `length` tokens. Rematerialisation does not count, nor does the embedding, which is a lookup."""
-    count = count_parameters(cfg)
-    weights = count.active - cfg.vocab_size * cfg.hidden_size
-    layers = cfg.num_hidden_layers
+    count, embedding = count_parameters(cfg), cfg.vocab_size * cfg.hidden_size
+    weights, layers = active_matmul_weights(cfg), cfg.num_hidden_layers
     if cfg.num_nextn_predict_layers:
         expert = 3 * cfg.hidden_size * cfg.moe_intermediate_size
         inactive = expert * (cfg.n_routed_experts - cfg.num_experts_per_tok)
-        embedding = cfg.vocab_size * cfg.hidden_size
         # The MTP module runs a head too: the model's, or its own, which `count.mtp` has together with its embedding.
         weights += count.mtp - inactive + (embedding if cfg.mtp_shares_embedding else -embedding)
         layers += cfg.num_nextn_predict_layers

@@ -1,11 +1,14 @@
 """Parameters with named axes, from which sharding and optimizer decide what to do with them.
 
-`axes` names every axis of one layer's array. Layers stacked for a scan have further axes in front, so names count from
-the right. `contracts` names the axes that a product with the input sums over; of the rest, those in `BATCH_AXES` index
-separate matrices, and the others are outputs.
+Every weight is an `nnx.Param`, so that Flax's filters and `nnx.bridge` treat it as they treat Flax's own. Its metadata
+say what it is: `role`; `out_sharding`, the logical name of each axis, as in `nnx.with_partitioning`; `sharding_rules`,
+from which `nnx.get_partition_spec` finds the mesh axes; `contracts`, the axes that a product with the input sums over
+(of the rest, those in `BATCH_AXES` index separate matrices, and the others are outputs); `std` or `fill`, its
+initialization.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,47 +18,46 @@ from jax.core import Tracer
 from jax.typing import DTypeLike
 
 from mla_moe.config.parallelism import KernelConfig
-from mla_moe.ops.attention import default_attention_kernel
-from mla_moe.ops.grouped_matmul import default_grouped_matmul_kernel
+from mla_moe.ops.kernel_choice import default_attention_kernel, default_grouped_matmul_kernel, target_platform
 from mla_moe.parallel.expert_parallel import default_dispatch
+from mla_moe.parallel.sharding import axis_metadata
 
 BATCH_AXES = ("layers", "experts", "gate_up")
 
 
-class Matrix(nnx.Param):
-    """A weight between activations."""
-
-
-class Embedding(nnx.Param):
-    """A weight between tokens and activations: the embedding and the output head."""
-
-
-class Scale(nnx.Param):
-    """The elementwise scale of a norm."""
+Role = Literal["matrix", "embedding", "scale"]
+"""A matrix between activations; a weight between tokens and activations, which are the embedding and the output head;
+or the elementwise scale of a norm."""
 
 
 class RouterBias(nnx.Variable):
     """The router's bias of auxiliary-loss-free load balancing. It is updated from the expert load, not by gradients,
-    and has no weight decay (DeepSeek-V3, section 2.1.2)."""
+    and has no weight decay (DeepSeek-V3, section 2.1.2). In Linen it is the collection `router_bias`."""
+
+
+nnx.register_variable_name("router_bias", RouterBias)
 
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
-    """Dtypes of parameters, of computation and of logits. Router, norms, softmax and loss are float32 always."""
+    """Dtypes. Router, norms, softmax and loss are float32 always."""
 
     param: DTypeLike = jnp.float32
+    """Of parameters."""
     compute: DTypeLike = jnp.float32
-    output: DTypeLike = jnp.float32
+    """In which modules compute: their outputs have it too, whatever the dtype of the inputs."""
+    logits: DTypeLike = jnp.float32
+    """Of `Transformer`'s logits."""
 
     @classmethod
     def default(cls) -> "Precision":
         """Compute in bfloat16 on accelerators, in float32 on CPU."""
-        return cls(compute=jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        return cls(compute=jnp.float32 if target_platform() == "cpu" else jnp.bfloat16)
 
 
 def resolve_kernels(kernels: KernelConfig, platform: str | None = None) -> KernelConfig:
     """`kernels` with the defaults of `platform` (`tpu`, `gpu`, `cpu`) for names that are None. Ahead-of-time
-    compilation passes the target; by default the platform is the attached one."""
+    compilation passes the target; by default the platform is the target's (`ops.kernel_choice`)."""
     return dataclasses.replace(
         kernels,
         attention=kernels.attention or default_attention_kernel(platform),
@@ -71,37 +73,27 @@ def matrix(
     contracts: tuple[str, ...],
     std: float,
     dtype: DTypeLike,
-    kind: type[nnx.Param] = Matrix,
+    role: Role = "matrix",
 ) -> nnx.Param:
     """A parameter of shape `axes.values()`, initialised from a normal distribution."""
-    value = _normal(rngs, tuple(axes.values()), std, dtype)
-    return kind(value, axes=tuple(axes), contracts=contracts, std=std)
+    value = normal(rngs, tuple(axes.values()), std, dtype)
+    return nnx.Param(value, role=role, contracts=contracts, std=std, **axis_metadata(tuple(axes)))
 
 
-def scale(axis: str, width: int, dtype: DTypeLike) -> Scale:
-    """The scale of a norm, initialised to ones."""
-    return Scale(jnp.ones(width, dtype), axes=(axis,), contracts=())
+def scale(axis: str, width: int, dtype: DTypeLike) -> nnx.Param:
+    """The scale of a norm, initialised to 1."""
+    return nnx.Param(jnp.ones(width, dtype), role="scale", contracts=(), fill=1.0, **axis_metadata((axis,)))
 
 
-def stacked(variable: nnx.Variable, count: int, rngs: nnx.Rngs) -> nnx.Variable:
-    """An (abstract) variable of one layer, initialised for `count` layers in one array, which a scan runs over."""
-    abstract = variable.get_value()
-    shape = (count, *abstract.shape)
-    if isinstance(variable, Scale | RouterBias):
-        return variable.replace(jnp.full(shape, isinstance(variable, Scale), abstract.dtype))
-    return variable.replace(_normal(rngs, shape, variable.get_metadata("std"), abstract.dtype))
+def router_bias(num_experts: int) -> RouterBias:
+    """A router's bias, initialised to 0."""
+    return RouterBias(jnp.zeros(num_experts, jnp.float32), contracts=(), fill=0.0, **axis_metadata(("router",)))
 
 
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike) -> jax.Array:
+def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike) -> jax.Array:
     """Random numbers, from NumPy unless traced: a random kernel per shape takes 10 s to compile for a small model."""
     key = rngs.params()
     if isinstance(key, Tracer):
         return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
     random = np.random.Generator(np.random.Philox(np.asarray(jax.random.key_data(key)).tolist()))
     return jnp.asarray(np.float32(std) * random.standard_normal(shape, np.float32)).astype(dtype)
-
-
-def logical_axes(variable: nnx.Variable) -> tuple[str, ...]:
-    """The names of all axes of a parameter, `layers` first where it is stacked."""
-    axes = variable.get_metadata("axes")
-    return ("layers",) * (variable.get_value().ndim - len(axes)) + axes

@@ -9,20 +9,19 @@ follows the sequence length, not the cache capacity. `reference` computes all sc
 """
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from mla_moe.ops.attention import masked_attention
+from mla_moe.ops.blockwise_attention import SoftmaxSums, add_block, empty_sums
 from mla_moe.ops.kv_quantization import SCALE_BYTES, dequantize
 
 Form = Literal["reference", "expanded", "absorbed"]
 
 BLOCK = 256
-
-_Products = Callable[[Array], tuple[Array, Callable[[Array], Array]]]
-"""From a block's start to its scores, and the function from weights to weighted values."""
 
 
 def cached_attention(
@@ -35,19 +34,20 @@ def cached_attention(
     slots_b: Int[Array, "b"] | None,
     scale: float,
     form: Form,
+    window: int | None = None,
     constrain: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, "b T H V"]:
     """`softmax(scale · q kᵀ + mask) v`: a token at `positions` attends to its sequence slot's entries up to itself.
 
     `kv_b` is `[W_UK; W_UV]` of each head, so k = N + V. `slots_b` is the sequence slot of each batch element; None
-    means all slots in order. Positions at or beyond the cache capacity S mark padding and give arbitrary finite values.
-    `constrain` is the sharding constraint of absorbed queries and values, where heads and slots are on different axes.
+    means all slots in order. `window` is the sliding window: of these entries the last so many. Positions at or beyond
+    the cache capacity S mark padding and give arbitrary finite values. `constrain` is the sharding constraint of
+    absorbed queries and values, where heads and slots are on different axes.
     """
-    S, Z = cache_LBSW.shape[2:]
+    (B, T, H, A), (S, Z) = q_bTHA.shape, cache_LBSW.shape[2:]
     quantized = cache_LBSW.dtype == jnp.int8
     W, C = Z - SCALE_BYTES * quantized, kv_b_CHk.shape[0]
-    R = W - C
-    N = q_bTHA.shape[3] - R
+    N = A - (W - C)
     uk_CHN, uv_CHV = kv_b_CHk[:, :, :N], kv_b_CHk[:, :, N:]
     size = min(BLOCK, S)
 
@@ -58,66 +58,42 @@ def cached_attention(
             index = [jnp.asarray(i, jnp.int32) for i in (layer, slot, start, 0)]  # one dtype, with jax_enable_x64 too
             return jax.lax.dynamic_slice(cache_LBSW, index, (1, slots, size, Z))[0]
 
-        if slots_b is None:
-            entries = block(0, cache_LBSW.shape[1])
-        else:
-            entries = jax.vmap(lambda slot: block(slot, 1)[0])(slots_b)
-        return dequantize(entries, C, q_bTHA.dtype) if quantized else entries
+        entries = block(0, cache_LBSW.shape[1]) if slots_b is None else jax.vmap(lambda i: block(i, 1)[0])(slots_b)
+        return dequantize(entries, C, q_bTHA.dtype) if quantized else entries.astype(q_bTHA.dtype)
+
+    def visible(entry_s: Array) -> Array:
+        """`[b, T, s]`: which entries each query attends to."""
+        before_bTs = positions_bT[..., None] - entry_s
+        return (before_bTs >= 0) if window is None else (before_bTs >= 0) & (before_bTs < window)
 
     def expand(entries_bsW: Array) -> tuple[Array, Array]:
         kv_bsHk = jnp.einsum("bsC,CHk->bsHk", entries_bsW[..., :C], kv_b_CHk)
-        k_pe = jnp.broadcast_to(entries_bsW[:, :, None, C:], (*kv_bsHk.shape[:3], R))
+        k_pe = jnp.broadcast_to(entries_bsW[:, :, None, C:], (*kv_bsHk.shape[:3], W - C))
         return jnp.concatenate([kv_bsHk[..., :N], k_pe], axis=-1), kv_bsHk[..., N:]
 
     if form == "reference":
-        k_bSHA, v_bSHV = expand(read(0, S))
-        score_bHTS = jnp.einsum("bTHA,bSHA->bHTS", q_bTHA, k_bSHA, preferred_element_type=jnp.float32) * scale
-        mask_bTS = jnp.arange(S) <= positions_bT[..., None]
-        weight_bHTS = jax.nn.softmax(jnp.where(mask_bTS[:, None], score_bHTS, -jnp.inf), axis=-1)
-        return jnp.einsum("bHTS,bSHV->bTHV", weight_bHTS.astype(v_bSHV.dtype), v_bSHV)
-    blocks = jnp.max(jnp.where(positions_bT < S, positions_bT, 0)) // size + 1
+        return masked_attention(q_bTHA, *expand(read(0, S)), visible(jnp.arange(S)), scale)
     if form == "expanded":
-
-        def products(start: Array) -> tuple[Array, Callable[[Array], Array]]:
-            k_bsHA, v_bsHV = expand(read(start, size))
-            score_bHTs = jnp.einsum("bTHA,bsHA->bHTs", q_bTHA, k_bsHA, preferred_element_type=jnp.float32)
-            return score_bHTs, lambda w: jnp.einsum("bHTs,bsHV->bHTV", w, v_bsHV, preferred_element_type=jnp.float32)
-
-        y_bHTV = _running_softmax(products, positions_bT, blocks, size, uv_CHV.shape[1:], scale, q_bTHA.dtype)
-        return jnp.moveaxis(y_bHTV, 1, 2).astype(q_bTHA.dtype)
-
-    q_nope, q_pe = q_bTHA[..., :N], q_bTHA[..., N:]
-    q_bTHW = jnp.concatenate([jnp.einsum("bTHN,CHN->bTHC", q_nope, uk_CHN), q_pe], axis=-1)
-    q_bHTW = jnp.moveaxis(constrain(q_bTHW), 2, 1)
-
-    def products(start: Array) -> tuple[Array, Callable[[Array], Array]]:
-        entries_bsW = read(start, size)
-        score_bHTs = jnp.einsum("bHTW,bsW->bHTs", q_bHTW, entries_bsW, preferred_element_type=jnp.float32)
+        q, V, equations = q_bTHA, uv_CHV.shape[2], ("bTHA,bsHA->bHTs", "bHTs,bsHV->bHTV")
+    else:
+        q_nope, q_pe = q_bTHA[..., :N], q_bTHA[..., N:]
+        q_bTHW = jnp.concatenate([jnp.einsum("bTHN,CHN->bTHC", q_nope, uk_CHN), q_pe], axis=-1)
         # The rotary key is weighted too and dropped later: cheaper than slicing the latent out of the entries.
-        return score_bHTs, lambda w: jnp.einsum("bHTs,bsW->bHTW", w, entries_bsW, preferred_element_type=jnp.float32)
+        q, V, equations = jnp.moveaxis(constrain(q_bTHW), 2, 1), W, ("bHTW,bsW->bHTs", "bHTs,bsW->bHTW")
 
-    y_bHTW = _running_softmax(products, positions_bT, blocks, size, (q_bTHA.shape[2], W), scale, q_bTHA.dtype)
-    return jnp.einsum("bHTC,CHV->bTHV", constrain(y_bHTW[..., :C].astype(q_bTHA.dtype)), uv_CHV)
+    def body(i: Array, sums: SoftmaxSums) -> SoftmaxSums:
+        entries_bsW = read(i * size, size)
+        k, v = expand(entries_bsW) if form == "expanded" else (entries_bsW, entries_bsW)
+        score_bHTs = jnp.einsum(equations[0], q, k, preferred_element_type=jnp.float32)
+        score_bHTs = jnp.where(visible(i * size + jnp.arange(size))[:, None], score_bHTs * scale, -1e30)
+        return add_block(sums, score_bHTs, equations[1], v, q_bTHA.dtype)
 
-
-def _running_softmax(
-    products: _Products, positions_bT: Array, blocks: Array, size: int, HV: tuple[int, ...], scale: float, dtype: Any
-) -> Float[Array, "b H T V"]:
-    """Softmax-weighted values over `blocks` blocks of the cache (FlashAttention, arXiv 2205.14135), in float32."""
-    (b, T), (H, V) = positions_bT.shape, HV
-
-    def body(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        max_bHT, sum_bHT, y_bHTV = carry
-        score_bHTs, weighted_values = products(i * size)
-        mask_bTs = i * size + jnp.arange(size) <= positions_bT[..., None]
-        score_bHTs = jnp.where(mask_bTs[:, None], score_bHTs * scale, -1e30)
-        new_max_bHT = jnp.maximum(max_bHT, score_bHTs.max(axis=-1))
-        weight_bHTs = jnp.exp(score_bHTs - new_max_bHT[..., None])
-        rescale_bHT = jnp.exp(max_bHT - new_max_bHT)
-        y_bHTV = y_bHTV * rescale_bHT[..., None] + weighted_values(weight_bHTs.astype(dtype))
-        return new_max_bHT, sum_bHT * rescale_bHT + weight_bHTs.sum(axis=-1), y_bHTV
-
-    # Every query attends to position 0, so the maximum is a real score from the first block on.
-    start = jnp.full((b, H, T), -1e30), jnp.zeros((b, H, T)), jnp.zeros((b, H, T, V))
-    _, sum_bHT, y_bHTV = jax.lax.fori_loop(0, blocks, body, start)
-    return y_bHTV / sum_bHT[..., None]
+    last = jnp.max(jnp.where(positions_bT < S, positions_bT, 0)) // size
+    earliest = jnp.min(jnp.where(positions_bT < S, positions_bT, S)) - (S if window is None else window - 1)
+    first = jnp.minimum(jnp.maximum(earliest, 0) // size, last)
+    # The weights of masked entries vanish with the first real score, which every query has: that of itself.
+    _, sum_bHT, y_bHTV = jax.lax.fori_loop(first, last + 1, body, empty_sums(B, H, T, V))
+    y_bHTV /= sum_bHT[..., None]
+    if form == "expanded":
+        return jnp.moveaxis(y_bHTV, 1, 2).astype(q_bTHA.dtype)
+    return jnp.einsum("bHTC,CHV->bTHV", constrain(y_bHTV[..., :C].astype(q_bTHA.dtype)), uv_CHV)

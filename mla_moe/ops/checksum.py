@@ -34,11 +34,10 @@ def checksum_of_shard(shard: Shaped[np.ndarray, "..."], index: tuple[int | slice
     """The contribution of `shard = x[index]` to the checksum of an `x` of this shape, in NumPy. The sum over all shards
     mod 2³² is `checksum(x)`."""
     strides = (math.prod(shape[axis + 1 :]) * int(_MULTIPLIER) % 2**32 for axis in range(len(shape)))
-    terms = [
+    *outer, last = (
         np.multiply(np.arange(size, dtype=np.uint32)[i], np.uint32(stride))
         for size, i, stride in zip(shape, index, strides, strict=True)
-    ]
-    *outer, last = terms
+    )
     first = np.reshape(functools.reduce(np.add.outer, outer, np.uint32(0)), (-1, 1))
     bits = np.ascontiguousarray(shard).view(f"u{shard.itemsize}").reshape(len(first), -1)
     rows = max(_CHUNK // max(bits.shape[1], 1), 1)

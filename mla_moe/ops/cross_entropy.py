@@ -1,7 +1,7 @@
-"""Chunked cross-entropy over a large vocabulary: `[B, T, vocab]` is never materialised, forward or backward.
+"""Cross-entropy and log-probabilities over a large vocabulary, in chunks: `[B, T, vocab]` is never materialised.
 
-The gradient of softmax cross-entropy follows from the logits alone, so the forward pass of differentiation computes it
-too, chunk by chunk, and logits are computed once instead of twice.
+Inside a `shard_map` the vocabulary can be sharded over mesh axes, in order; logits are not communicated, only sums and
+maxima. `chunk` is the number of tokens of each sequence whose logits exist at the same time.
 """
 
 from functools import partial
@@ -11,11 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from mla_moe.ops.vocab_parallel import chunked, unchunked, vocab_logits
-
 
 class VocabSharding(NamedTuple):
-    """How the head and the tokens are sharded inside a `shard_map`, by mesh axes. Logits are never communicated."""
+    """How the head and the tokens are sharded inside a `shard_map`, by mesh axes."""
 
     vocab: tuple[str, ...] = ()
     """Axes over which the vocabulary is sharded."""
@@ -29,86 +27,78 @@ class VocabSharding(NamedTuple):
 UNSHARDED = VocabSharding()
 
 
+class VocabLogits(NamedTuple):
+    """Logits of a chunk of tokens, float32."""
+
+    logits_BtV: Float[Array, "B t V"]
+    """This device's shard."""
+    logsumexp_Bt: Float[Array, "B t"]
+    """Over the full vocabulary."""
+    target_logit_Bt: Float[Array, "B t"]
+    local_target_Bt: Int[Array, "B t"]
+    """The target's index in this device's shard; out of range on all devices but one."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def cross_entropy(
     h_BTD: Float[Array, "B T D"],
     head_DV: Float[Array, "d V"],
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
-    *,
     chunk: int,
     sharding: VocabSharding = UNSHARDED,
 ) -> Float[Array, ""]:
     """`Σ weights · −log softmax(h @ head)[target]` in nats, float32. Weights are constants; 0 excludes a token.
 
-    `chunk` is the number of tokens of each sequence whose logits exist at the same time. With `sharding.tokens` each
-    device returns 1/n of the sum over the n devices of that axis.
+    The gradient follows from the logits alone, so the forward pass of differentiation computes it too, chunk by chunk,
+    and logits are computed once instead of twice. With `sharding.tokens` each device returns 1/n of the sum over the n
+    devices of that axis.
     """
-    chunk = min(chunk, h_BTD.shape[1])
-    return _sum(h_BTD, head_DV, targets_BT, weights_BT.astype(jnp.float32), chunk, sharding)
+    return _cross_entropy_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk, sharding, gradients=False)[0]
 
 
-def reference(h_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array) -> Array:
-    """The same with all logits at once."""
-    logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head_DV, preferred_element_type=jnp.float32)
-    log_p_BTV = jax.nn.log_softmax(logits_BTV)
-    return -jnp.sum(weights_BT * jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0])
+def _cross_entropy_forward(
+    h_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array, chunk: int, sharding: VocabSharding,
+    gradients: bool = True,
+) -> tuple[Array, tuple[Array, Array] | None]:  # fmt: skip
+    def gather(x: Array, axis: str | None) -> Array:
+        return x if axis is None else jax.lax.all_gather(x, axis, tiled=True)
 
+    head_DV = gather(head_DV, sharding.embed)
 
-def _gather(x: Array, axis: str | None) -> Array:
-    return x if axis is None else jax.lax.all_gather(x, axis, tiled=True)
-
-
-def _fraction(axis: str | None) -> float:
-    """Of the sum that one device of the axis returns."""
-    return 1.0 if axis is None else 1 / jax.lax.axis_size(axis)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _sum(
-    h_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array, chunk: int, sharding: VocabSharding
-) -> Array:
-    head_DV = _gather(head_DV, sharding.embed)
-
-    def body(total: Array, xs: tuple[Array, ...]) -> tuple[Array, None]:
-        h_BtD, targets_Bt, weights_Bt = (_gather(x, sharding.tokens) for x in xs)
-        s = vocab_logits(h_BtD, head_DV, targets_Bt, sharding.vocab)
-        return total + jnp.sum(weights_Bt * (s.logsumexp_Bt - s.target_logit_Bt)), None
-
-    xs = tuple(chunked(x, chunk) for x in (h_BTD, targets_BT, weights_BT))
-    return jax.lax.scan(body, jnp.float32(0), xs)[0] * _fraction(sharding.tokens)
-
-
-def _sum_forward(
-    h_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array, chunk: int, sharding: VocabSharding
-) -> tuple[Array, tuple[Array, Array]]:
-    head_DV = _gather(head_DV, sharding.embed)
-
-    def body(carry: tuple[Array, Array], xs: tuple[Array, ...]) -> tuple[tuple[Array, Array], Array]:
+    def body(
+        carry: tuple[Array, Array | None], xs: tuple[Array, ...]
+    ) -> tuple[tuple[Array, Array | None], Array | None]:
         total, g_head_DV = carry
-        h_BtD, targets_Bt, weights_Bt = (_gather(x, sharding.tokens) for x in xs)
+        h_BtD, targets_Bt, weights_Bt = (gather(x, sharding.tokens) for x in xs)
         s = vocab_logits(h_BtD, head_DV, targets_Bt, sharding.vocab)
+        total += jnp.sum(weights_Bt * (s.logsumexp_Bt - s.target_logit_Bt))
+        if g_head_DV is None:
+            return (total, None), None
         p_BtV = jnp.exp(s.logits_BtV - s.logsumexp_Bt[..., None])
         g_BtV = weights_Bt[..., None] * (p_BtV - jax.nn.one_hot(s.local_target_Bt, head_DV.shape[1]))
         g_BtV = g_BtV.astype(h_BtD.dtype)
         g_head_DV += jnp.einsum("BtD,BtV->DV", h_BtD, g_BtV, preferred_element_type=jnp.float32)
-        total += jnp.sum(weights_Bt * (s.logsumexp_Bt - s.target_logit_Bt))
         g_BtD = jnp.einsum("BtV,DV->BtD", g_BtV, head_DV)
         if sharding.tokens is not None:
             g_BtD = jax.lax.psum_scatter(g_BtD, sharding.tokens, tiled=True)
         return (total, g_head_DV), g_BtD
 
-    xs = tuple(chunked(x, chunk) for x in (h_BTD, targets_BT, weights_BT))
-    start = (jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32))
+    xs = tuple(_chunked(x, chunk) for x in (h_BTD, targets_BT, weights_BT.astype(jnp.float32)))
+    start = jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32) if gradients else None
     (total, g_head_DV), g_cBtD = jax.lax.scan(body, start, xs)
+    fraction = 1.0 if sharding.tokens is None else 1 / jax.lax.axis_size(sharding.tokens)
+    if g_head_DV is None:
+        return total * fraction, None
     g_head_DV = g_head_DV.astype(head_DV.dtype)
     if sharding.embed is not None:
         g_head_DV = jax.lax.psum_scatter(g_head_DV, sharding.embed, tiled=True)
     # The barrier frees the head's float32 gradient before anything else runs.
     total, g_cBtD, g_head_DV = jax.lax.optimization_barrier((total, g_cBtD, g_head_DV))
-    return total * _fraction(sharding.tokens), (unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV)
+    return total * fraction, (_unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV)
 
 
-def _sum_backward(
+def _cross_entropy_backward(
     chunk: int, sharding: VocabSharding, residuals: tuple[Array, Array], g: Array
 ) -> tuple[Array | None, ...]:
     g_h_BTD, g_head_DV = residuals
@@ -117,4 +107,113 @@ def _sum_backward(
     return g_h_BTD * g.astype(g_h_BTD.dtype), g_head_DV * g.astype(g_head_DV.dtype), None, None
 
 
-_sum.defvjp(_sum_forward, _sum_backward)
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def token_logprobs(
+    h_BTD: Float[Array, "B T D"],
+    head_DV: Float[Array, "D V"],
+    targets_BT: Int[Array, "B T"],
+    chunk: int,
+    temperature: float = 1.0,
+    vocab_axes: tuple[str, ...] = (),
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """`log softmax(h @ head / temperature)[target]` in nats, and the entropy of that softmax, both float32.
+
+    Unlike in `cross_entropy`, a token's weight in the loss is unknown in the forward pass, so the backward pass
+    recomputes each chunk's logits; of the softmax it keeps the normaliser. The entropy is a metric: no gradient flows
+    through it. The vocabulary is sharded over `vocab_axes`.
+    """
+    return _token_logprobs_forward(h_BTD, head_DV, targets_BT, chunk, temperature, vocab_axes)[0]
+
+
+def _token_logprobs_forward(
+    h_BTD: Array, head_DV: Array, targets_BT: Array, chunk: int, temperature: float, axes: tuple[str, ...]
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    def body(xs: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+        h_BtD, targets_Bt = xs
+        s = vocab_logits(h_BtD, head_DV, targets_Bt, axes, temperature)
+        log_p_BtV = s.logits_BtV - s.logsumexp_Bt[..., None]
+        entropy_Bt = -jnp.sum(jnp.exp(log_p_BtV) * log_p_BtV, axis=-1)
+        if axes:
+            entropy_Bt = jax.lax.psum(entropy_Bt, axes)
+        return s.target_logit_Bt - s.logsumexp_Bt, entropy_Bt, s.logsumexp_Bt
+
+    out = jax.lax.map(body, (_chunked(h_BTD, chunk), _chunked(targets_BT, chunk)))
+    logprob_BT, entropy_BT, logsumexp_BT = (_unchunked(x, h_BTD.shape[1]) for x in out)
+    return (logprob_BT, entropy_BT), (h_BTD, head_DV, targets_BT, logsumexp_BT)
+
+
+def _token_logprobs_backward(
+    chunk: int, temperature: float, axes: tuple[str, ...], residuals: tuple[Array, ...], g: tuple[Array, Array]
+) -> tuple[Array, Array, None]:
+    h_BTD, head_DV, targets_BT, logsumexp_BT = residuals
+    g_BT, _ = g
+    if axes:
+        g_BT = jax.lax.psum(g_BT, axes)  # the derivative of the sums over the vocabulary
+
+    def body(g_head_DV: Array, xs: tuple[Array, ...]) -> tuple[Array, Array]:
+        h_BtD, targets_Bt, logsumexp_Bt, g_Bt = xs
+        V = head_DV.shape[1]
+        p_BtV = jnp.exp(_logits(h_BtD, head_DV, temperature) - logsumexp_Bt[..., None])
+        target_BtV = jax.nn.one_hot(_local_target(targets_Bt, V, axes), V)
+        g_BtV = (g_Bt[..., None] / temperature * (target_BtV - p_BtV)).astype(h_BtD.dtype)
+        g_head_DV += jnp.einsum("BtD,BtV->DV", h_BtD, g_BtV, preferred_element_type=jnp.float32)
+        return g_head_DV, jnp.einsum("BtV,DV->BtD", g_BtV, head_DV)
+
+    xs = tuple(_chunked(x, chunk) for x in (h_BTD, targets_BT, logsumexp_BT, g_BT))
+    g_head_DV, g_cBtD = jax.lax.scan(body, jnp.zeros(head_DV.shape, jnp.float32), xs)
+    return _unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV.astype(head_DV.dtype), None
+
+
+token_logprobs.defvjp(_token_logprobs_forward, _token_logprobs_backward)
+
+
+def reference(h_BTD: Array, head_DV: Array, targets_BT: Array, temperature: float = 1.0) -> tuple[Array, Array]:
+    """`token_logprobs` with all logits at once."""
+    logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head_DV, preferred_element_type=jnp.float32) / temperature
+    log_p_BTV = jax.nn.log_softmax(logits_BTV)
+    logprob_BT = jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0]
+    return logprob_BT, jax.lax.stop_gradient(-jnp.sum(jnp.exp(log_p_BTV) * log_p_BTV, axis=-1))
+
+
+def vocab_logits(
+    h_BtD: Array, head_DV: Array, targets_Bt: Array, axes: tuple[str, ...], temperature: float = 1.0
+) -> VocabLogits:
+    """Vocabulary-parallel softmax of a chunk of tokens; the vocabulary is sharded over `axes`."""
+    logits_BtV = _logits(h_BtD, head_DV, temperature)
+    V = head_DV.shape[1]
+    local_Bt = _local_target(targets_Bt, V, axes)
+    target_Bt = jnp.take_along_axis(logits_BtV, jnp.clip(local_Bt, 0, V - 1)[..., None], axis=-1)[..., 0]
+    if not axes:
+        return VocabLogits(logits_BtV, jax.nn.logsumexp(logits_BtV, axis=-1), target_Bt, local_Bt)
+    here_Bt = (local_Bt >= 0) & (local_Bt < V)
+    max_Bt1 = jax.lax.pmax(logits_BtV.max(axis=-1, keepdims=True), axes)
+    sum_Bt = jnp.exp(logits_BtV - max_Bt1).sum(axis=-1)
+    sum_Bt, target_Bt = jax.lax.psum((sum_Bt, jnp.where(here_Bt, target_Bt, 0)), axes)
+    return VocabLogits(logits_BtV, max_Bt1[..., 0] + jnp.log(sum_Bt), target_Bt, local_Bt)
+
+
+def _logits(h_BtD: Array, head_DV: Array, temperature: float) -> Float[Array, "B t V"]:
+    return jnp.einsum("BtD,DV->BtV", h_BtD, head_DV, preferred_element_type=jnp.float32) / temperature
+
+
+def _local_target(targets_Bt: Int[Array, "B t"], V: int, axes: tuple[str, ...]) -> Int[Array, "B t"]:
+    """The target's index in this device's shard of V tokens; out of range where another device has it."""
+    return targets_Bt - jax.lax.axis_index(axes) * V if axes else targets_Bt
+
+
+def _chunked(x: Array, chunk: int) -> Array:
+    """`[B, T, …] -> [⌈T / chunk⌉, B, chunk, …]`, padded with zeros. The batch axis is not split, so its sharding is
+    kept."""
+    B, T = x.shape[:2]
+    chunk = min(chunk, T)
+    if padding := -T % chunk:
+        x = jnp.pad(x, ((0, 0), (0, padding), *[(0, 0)] * (x.ndim - 2)))
+    return jnp.moveaxis(x.reshape(B, -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def _unchunked(x: Array, T: int) -> Array:
+    """The inverse of `_chunked`, without the padding."""
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :T]

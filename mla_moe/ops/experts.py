@@ -1,22 +1,47 @@
-"""The MLP of routed experts on one device, dropless (DeepSeekMoE), and SwiGLU, the activation of every MLP."""
+"""The MLP of routed experts on one device, dropless (DeepSeekMoE), and the gated activation of every MLP."""
 
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from mla_moe.config.errors import require
 from mla_moe.config.parallelism import GroupedMatmulKernel
-from mla_moe.ops.grouped_matmul import default_grouped_matmul_kernel, grouped_matmul
+from mla_moe.ops.grouped_matmul import grouped_matmul
+from mla_moe.ops.kernel_choice import supported_grouped_matmul_kernel
 from mla_moe.ops.permutation import permutation, permute, unpermute, weights_by_row
 
+Activation = Callable[[Array], Array]
+"""An elementwise function."""
 
-@partial(jax.checkpoint, static_argnums=1)
-def swiglu(gate_up: Float[Array, "*both"], axis: int) -> Float[Array, "*half"]:
-    """`silu(x · gate) * (x · up)` (arXiv 2002.05202), of both products concatenated along `axis`. The derivative
-    recomputes everything from `gate_up`, which is cheaper than saving the intermediate values."""
+ACTIVATIONS: Mapping[str, Activation] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": jax.nn.gelu,
+    "relu": jax.nn.relu,
+    "sigmoid": jax.nn.sigmoid,
+    "tanh": jnp.tanh,
+}
+"""By the names of `hidden_act` in transformers."""
+
+
+def find_activation(hidden_act: str | Activation) -> Activation:
+    """The function of this name, or the function itself. Raises `ConfigError` with the choices for another name."""
+    if not isinstance(hidden_act, str):
+        return hidden_act
+    fix = f"use one of {', '.join(ACTIVATIONS)}, or give a function"
+    require(hidden_act in ACTIVATIONS, "hidden_act", hidden_act, fix)
+    return ACTIVATIONS[hidden_act]
+
+
+@partial(jax.checkpoint, static_argnums=(1, 2))
+def gated(gate_up: Float[Array, "*both"], axis: int, activation: Activation = jax.nn.silu) -> Float[Array, "*half"]:
+    """`activation(x · gate) * (x · up)` (with silu SwiGLU, arXiv 2002.05202), of both products concatenated along
+    `axis`. The derivative recomputes everything from `gate_up`: cheaper than saving the intermediate values."""
     gate, up = jnp.split(gate_up, 2, axis)
-    return jax.nn.silu(gate) * up
+    return activation(gate) * up
 
 
 def experts(
@@ -28,30 +53,32 @@ def experts(
     *,
     layer: Int[Array, ""] | None = None,
     max_pairs: int | None = None,
+    activation: Activation = jax.nn.silu,
     implementation: GroupedMatmulKernel | None = None,
 ) -> Float[Array, "N D"]:
-    """`Σ_k weight_k · down_k(silu(gate_k x) · up_k x)` (DeepSeek-V3, equation 12): permute, grouped matmul, unpermute.
+    """`Σ_k weight_k · down_k(activation(gate_k x) · up_k x)` (DeepSeek-V3, equation 12), in three steps: permute,
+    grouped matmul, unpermute.
 
     A pair with the expert `E` is unassigned and adds nothing; at most `max_pairs` pairs may be assigned. Gate and up
     can be one axis. With `layer` the weights are a stack of layers, of which no slice is copied.
     """
     E, F, D = down_EFD.shape[-3:]
     group_offset = None if layer is None else layer * E
-    implementation = implementation or default_grouped_matmul_kernel()
+    implementation = supported_grouped_matmul_kernel(implementation, x_ND.dtype)
     block = block_size(experts_NK.size if max_pairs is None else max_pairs, E, implementation)
     p = permutation(experts_NK, E, block, max_pairs)
 
     def multiply(x_RD: Array, w_EDF: Array) -> Array:
         return grouped_matmul(x_RD, w_EDF, p.group_sizes_E, group_offset, block=block, implementation=implementation)
 
-    @jax.checkpoint  # to permute again, and to apply SwiGLU again, costs less than to save the results
+    @jax.checkpoint  # to permute again, and to apply the activation again, costs less than to save the results
     def gate_up(x_ND: Array, gate_up_EDgF: Array) -> Array:
         return multiply(permute(x_ND, p), gate_up_EDgF.reshape(-1, D, 2 * F))
 
     @jax.checkpoint
     def down(gate_up_R2F: Array, weight_R: Array, down_EFD: Array) -> Array:
         # Weighted before the product: so the weights' derivative does not need the product's result.
-        h_RF = swiglu(gate_up_R2F, 1).astype(weight_R.dtype) * weight_R[:, None]
+        h_RF = gated(gate_up_R2F, 1, activation).astype(weight_R.dtype) * weight_R[:, None]
         return multiply(h_RF.astype(x_ND.dtype), down_EFD.reshape(-1, F, D))
 
     return unpermute(down(gate_up(x_ND, gate_up_EDgF), weights_by_row(weights_NK, p), down_EFD), p)
@@ -59,7 +86,10 @@ def experts(
 
 def block_size(pairs: int, num_experts: int, implementation: GroupedMatmulKernel | None) -> int:
     """Rows per block: about half of an expert's mean rows, a power of two from 8 to 256; for `chunks` a quarter, up to
-    128. Small enough that padding (at most one block per expert) costs little, large enough for a fast matmul."""
+    128. Small enough that padding (at most one block per expert) costs little, large enough for a fast matmul. Kernels
+    that take groups of any size need no blocks."""
+    if implementation in ("tokamax", "ragged"):
+        return 1
     divisor, largest = (4, 128) if implementation == "chunks" else (2, 256)
     rows = max(pairs // (divisor * num_experts), 1)
     return min(max(1 << (rows.bit_length() - 1), 8), largest)

@@ -1,13 +1,14 @@
 """Grouped matmul: `y[r] = x[r] @ w[expert of r]`, with rows sorted by expert.
 
-One function, four implementations:
+One function, five implementations:
 - `reference`: every expert on every row, masked. The oracle of the tests; E times the work.
 - `blocks`, `chunks`: a batched matmul over blocks of rows, one expert per block, in plain XLA. `blocks` computes all
-  blocks at once: GPU. `chunks` computes a few per iteration of a loop, so that their rows and matrices fit the CPU's
-  cache, and skips the unused end of the buffer, up to a third of it: CPU.
+  blocks at once: GPU without tokamax. `chunks` computes a few per iteration of a loop, so that their rows and matrices
+  fit the CPU's cache, and skips the unused end of the buffer, up to a third of it: CPU.
 - `ragged`: `jax.lax.ragged_dot`. XLA has a TPU kernel for it, but expands the weights' gradient to `reference`'s work;
   on other platforms it expands everything.
 - `megablox`: JAX's Pallas kernels for TPU, without extra work in either direction.
+- `tokamax`: tokamax's kernels for NVIDIA GPUs (`ops.tokamax_kernels`).
 """
 
 import functools
@@ -20,14 +21,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from mla_moe.config.parallelism import GroupedMatmulKernel
+from mla_moe.ops.kernel_choice import supported_grouped_matmul_kernel
 
 BLOCKS_PER_CHUNK = 8
-
-
-def default_grouped_matmul_kernel(platform: str | None = None) -> GroupedMatmulKernel:
-    """The implementation for `platform` (`tpu`, `gpu`, `cpu`; by default the attached one) that does no masked work."""
-    platform = platform or jax.default_backend()
-    return "megablox" if platform == "tpu" else "chunks" if platform == "cpu" else "blocks"
 
 
 def grouped_matmul(
@@ -44,29 +40,29 @@ def grouped_matmul(
     `group_sizes_E` and R are multiples of `block`; raises `ValueError` if R is not. Rows behind the last group give
     arbitrary values. With `group_offset` the groups use E of the G matrices, from that index on.
     """
-    if implementation is None:
-        implementation = default_grouped_matmul_kernel()
-    if implementation == "megablox":
-        return _megablox(x_RD, w_GDF, _pad_group_sizes(group_sizes_E, group_offset, len(w_GDF)), block)
+    implementation = supported_grouped_matmul_kernel(implementation, x_RD.dtype)
+    if implementation in ("megablox", "tokamax"):
+        sizes_G = group_sizes_E
+        if group_offset is not None:
+            empty_G = jnp.zeros(len(w_GDF), group_sizes_E.dtype)
+            sizes_G = jax.lax.dynamic_update_slice(empty_G, group_sizes_E, (group_offset,))
+        if implementation == "megablox":
+            return _megablox(x_RD, w_GDF, sizes_G, block)
+        from mla_moe.ops.tokamax_kernels import ragged_dot
+
+        return ragged_dot(x_RD, w_GDF, sizes_G)
     if implementation in ("blocks", "chunks"):
         if x_RD.shape[0] % block:
             raise ValueError(f"rows = {x_RD.shape[0]}: must be a multiple of block = {block}")
         num_blocks = x_RD.shape[0] // block
-        expert_b = _expert_of_block(group_sizes_E, block, num_blocks)
-        chunk = min(BLOCKS_PER_CHUNK, num_blocks) if implementation == "chunks" else num_blocks
+        end_E = jnp.cumsum(group_sizes_E) // block
+        expert_b = jnp.minimum(jnp.searchsorted(end_E, jnp.arange(num_blocks), side="right"), len(end_E) - 1)
         expert_b = expert_b if group_offset is None else expert_b + group_offset
+        chunk = min(BLOCKS_PER_CHUNK, num_blocks) if implementation == "chunks" else num_blocks
         return _by_block(x_RD, w_GDF, expert_b, group_sizes_E.sum() // block, chunk)
-    w_EDF = w_GDF
     if group_offset is not None:
-        w_EDF = jax.lax.dynamic_slice_in_dim(w_GDF, group_offset, len(group_sizes_E))
-    return (_reference if implementation == "reference" else jax.lax.ragged_dot)(x_RD, w_EDF, group_sizes_E)
-
-
-def _pad_group_sizes(group_sizes_E: Array, group_offset: Array | None, groups: int) -> Array:
-    """The sizes of all groups; those outside the E groups from `group_offset` on are empty."""
-    if group_offset is None:
-        return group_sizes_E
-    return jax.lax.dynamic_update_slice(jnp.zeros(groups, group_sizes_E.dtype), group_sizes_E, (group_offset,))
+        w_GDF = jax.lax.dynamic_slice_in_dim(w_GDF, group_offset, len(group_sizes_E))
+    return (_reference if implementation == "reference" else jax.lax.ragged_dot)(x_RD, w_GDF, group_sizes_E)
 
 
 def _reference(x_RD: Array, w_EDF: Array, group_sizes_E: Array) -> Array:
@@ -91,12 +87,6 @@ def _megablox(x_RD: Array, w_EDF: Array, group_sizes_E: Array, block: int) -> Ar
 def _tiling(rows: int) -> Callable[[int, int, int], tuple[int, int, int]]:
     """A function of each product's sizes, which differ between forward and backward."""
     return lambda _, depth, width: (rows, min(depth, 1024), min(width, 1024))
-
-
-def _expert_of_block(group_sizes_E: Array, block: int, num_blocks: int) -> Array:
-    end_E = jnp.cumsum(group_sizes_E) // block
-    expert_b = jnp.searchsorted(end_E, jnp.arange(num_blocks), side="right")
-    return jnp.minimum(expert_b, len(group_sizes_E) - 1)
 
 
 def _over_chunks(body: Callable[..., Array], chunk: int, used: Array, num_blocks: int, carry: Array) -> Array:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
+from mla_moe.ops.experts import Activation
 from mla_moe.ops.permutation import permutation, permute, unpermute, weights_by_row
 
 MAX_MEAN_ROWS = 2
@@ -26,8 +27,9 @@ def selected_experts(
     weights_NK: Float[Array, "N K"],
     gate_up_ED2F: Num[Array, "E D 2 F"],
     down_EFD: Num[Array, "E F D"],
+    activation: Activation = jax.nn.silu,
 ) -> Float[Array, "N D"]:
-    """`Σ_k weight_k · down_k(silu(gate_k x) · up_k x)` over each token's experts. The weights may be those of
+    """`Σ_k weight_k · down_k(activation(gate_k x) · up_k x)` over each token's experts. The weights may be those of
     `pack_bfloat16`."""
     E, D, _, F = gate_up_ED2F.shape
     gate_up_EDf = gate_up_ED2F.reshape(E, D, 2 * F)
@@ -37,13 +39,19 @@ def selected_experts(
 
         def mlp(x_mD: Array) -> Array:
             h_mf = x_mD @ gate_up_Df
-            return jnp.matmul(jax.nn.silu(h_mf[:, :F]) * h_mf[:, F:], down_FD, preferred_element_type=jnp.float32)
+            return jnp.matmul(activation(h_mf[:, :F]) * h_mf[:, F:], down_FD, preferred_element_type=jnp.float32)
 
         return mlp
 
+    if x_ND.shape[0] == 1:
+        return _one_token(expert, x_ND, experts_NK, weights_NK).astype(x_ND.dtype)
     few = experts_NK.size <= MAX_MEAN_ROWS * E
-    implementation = _one_token if x_ND.shape[0] == 1 else _by_row if few else _by_block
-    return implementation(expert, x_ND, experts_NK, weights_NK, E).astype(x_ND.dtype)
+    mean_rows = max(experts_NK.size // E, 1)
+    block = 1 if few else min(max(1 << (mean_rows.bit_length() - 1), 8), 32)
+    p = permutation(experts_NK, E, block)
+    x_RD = permute(x_ND, p)
+    y_RD = _by_row(expert, x_RD, p.group_sizes_E) if few else _by_block(expert, x_RD, p.group_sizes_E, block)
+    return unpermute(y_RD * weights_by_row(weights_NK, p)[:, None], p).astype(x_ND.dtype)
 
 
 def pack_bfloat16(weight: Float[Array, "*axes"]) -> Num[Array, "*axes"]:
@@ -58,18 +66,16 @@ def _unpack(weight: Array) -> Array:
     return jax.lax.bitcast_convert_type(weight.astype(jnp.uint32) << 16, jnp.float32)
 
 
-def _one_token(expert: Expert, x_1D: Array, experts_1K: Array, weights_1K: Array, E: int) -> Array:
+def _one_token(expert: Expert, x_1D: Array, experts_1K: Array, weights_1K: Array) -> Array:
     def add(k: Array, y_1D: Array) -> Array:
         return y_1D + expert(experts_1K[0, k])(x_1D) * weights_1K[0, k]
 
     return jax.lax.fori_loop(0, experts_1K.shape[1], add, jnp.zeros(x_1D.shape, jnp.float32))
 
 
-def _by_row(expert: Expert, x_ND: Array, experts_NK: Array, weights_NK: Array, E: int) -> Array:
+def _by_row(expert: Expert, x_RD: Array, group_sizes_E: Array) -> Array:
     """Loop over selected experts, and over the rows of each: an expert's weights are converted once."""
-    p = permutation(experts_NK, E, block=1)
-    x_RD = permute(x_ND, p)
-    end_E, used_E = jnp.cumsum(p.group_sizes_E), jnp.argsort(p.group_sizes_E == 0)
+    end_E, used_E = jnp.cumsum(group_sizes_E), jnp.argsort(group_sizes_E == 0)
 
     def one_expert(i: Array, y_RD: Array) -> Array:
         e = used_E[i]
@@ -79,24 +85,18 @@ def _by_row(expert: Expert, x_ND: Array, experts_NK: Array, weights_NK: Array, E
             x_1D = jax.lax.dynamic_slice_in_dim(x_RD, r, 1)
             return jax.lax.dynamic_update_slice_in_dim(y_RD, mlp(x_1D), r, 0)
 
-        return jax.lax.fori_loop(end_E[e] - p.group_sizes_E[e], end_E[e], one_row, y_RD)
+        return jax.lax.fori_loop(end_E[e] - group_sizes_E[e], end_E[e], one_row, y_RD)
 
-    y_RD = jax.lax.fori_loop(0, (p.group_sizes_E > 0).sum(), one_expert, jnp.zeros(x_RD.shape, jnp.float32))
-    return unpermute(y_RD * weights_by_row(weights_NK, p)[:, None], p)
+    return jax.lax.fori_loop(0, (group_sizes_E > 0).sum(), one_expert, jnp.zeros(x_RD.shape, jnp.float32))
 
 
-def _by_block(expert: Expert, x_ND: Array, experts_NK: Array, weights_NK: Array, E: int) -> Array:
+def _by_block(expert: Expert, x_RD: Array, group_sizes_E: Array, block: int) -> Array:
     """Loop over blocks of expert-sorted rows, one expert per block."""
-    mean_rows = max(experts_NK.size // E, 1)
-    block = min(max(1 << (mean_rows.bit_length() - 1), 8), 32)
-    p = permutation(experts_NK, E, block)
-    x_RD = permute(x_ND, p)
-    end_E = jnp.cumsum(p.group_sizes_E) // block
+    end_E = jnp.cumsum(group_sizes_E) // block
 
     def one_block(i: Array, y_RD: Array) -> Array:
         e = jnp.searchsorted(end_E, i, side="right")
         x_mD = jax.lax.dynamic_slice_in_dim(x_RD, i * block, block)
         return jax.lax.dynamic_update_slice_in_dim(y_RD, expert(e)(x_mD), i * block, 0)
 
-    y_RD = jax.lax.fori_loop(0, end_E[-1], one_block, jnp.zeros(x_RD.shape, jnp.float32))
-    return unpermute(y_RD * weights_by_row(weights_NK, p)[:, None], p)
+    return jax.lax.fori_loop(0, end_E[-1], one_block, jnp.zeros(x_RD.shape, jnp.float32))

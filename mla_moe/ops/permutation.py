@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from mla_moe.ops.kernel_choice import target_platform
+
 MAX_PAIRS_AT_ONCE = 2048
 """Up to this many pairs, as in a decode step, `[N, K, D]` is materialised."""
 
@@ -112,8 +114,11 @@ unpermute.defvjp(_unpermute_forward, _unpermute_backward)
 
 def _sum_rows(y_RD: Array, p: Permutation) -> Array:
     """Sum each token's rows, one k at a time: `[N, K, D]` is not materialised. If most pairs are unassigned, the few
-    rows are scatter-added to their tokens instead."""
+    rows are scatter-added to their tokens instead. XLA:GPU fuses all K gathers and their sum into one kernel."""
     N, K = p.row_NK.shape
+    if target_platform() == "gpu":
+        gathered = (y_RD.at[p.row_NK[:, k]].get(mode="fill", fill_value=0).astype(jnp.float32) for k in range(K))
+        return sum(gathered, jnp.float32(0)).astype(y_RD.dtype)
     total = jnp.zeros((N, y_RD.shape[1]), jnp.float32)
     if 2 * len(y_RD) < N * K:
         token_R = jnp.where(p.filled_R, p.token_R, N)

@@ -21,21 +21,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_moe.config import ModelConfig
+from mla_moe.config import KernelConfig, MoEConfig
 from mla_moe.config.parallelism import DispatchKernel, GroupedMatmulKernel
-from mla_moe.ops.experts import experts
+from mla_moe.ops.experts import Activation, experts, find_activation
+from mla_moe.ops.kernel_choice import target_platform
 from mla_moe.ops.permutation import exclusive_cumsum
+from mla_moe.parallel.mesh import physical_axes
 
 
 def default_dispatch(platform: str | None = None) -> DispatchKernel:
     """`ragged` sends tokens only, `all_to_all` sends padded buffers: XLA:CPU has no `ragged_all_to_all` (jax issue
     34755)."""
-    return "ragged" if (platform or jax.default_backend()) in ("tpu", "gpu", "cuda") else "all_to_all"
+    return "ragged" if (platform or target_platform()) in ("tpu", "gpu", "cuda") else "all_to_all"
 
 
-PAIRS_PER_CHUNK = 21_000
+PAIRS_PER_CHUNK, PAIRS_PER_CHUNK_GPU = 32_000, 50_000
 """About as many (token, expert) pairs of a device make a chunk of `ragged` dispatch: enough for whole matmul tiles of
-each of DeepSeek-V3's experts, with buffers of a few GB."""
+each of DeepSeek-V3's experts, with buffers of a few GB. On a GPU more: every chunk reads the experts' weights and adds
+to their gradients."""
 
 
 class DispatchPlan(NamedTuple):
@@ -56,6 +59,9 @@ class DispatchPlan(NamedTuple):
     """Tokens that a device can send to another in all chunks; the rest is dropped at capacity. None: dropless."""
     dispatch: DispatchKernel
     grouped_matmul: GroupedMatmulKernel | None
+    activation: Activation
+    axis: str = "expert"
+    """The mesh axis of expert parallelism, by its name in the mesh."""
 
     @property
     def max_pairs(self) -> int:
@@ -63,22 +69,20 @@ class DispatchPlan(NamedTuple):
         return self.devices * (self.min_pairs * self.chunk_capacity + self.max_local_experts - self.min_pairs)
 
 
-def dispatch_plan(
-    cfg: ModelConfig, tokens: int, devices: int, *, capacity_factor: float | None,
-    dispatch: DispatchKernel | None, grouped_matmul: GroupedMatmulKernel | None,
-) -> DispatchPlan:  # fmt: skip
+def dispatch_plan(cfg: MoEConfig, tokens: int, devices: int, kernels: KernelConfig) -> DispatchPlan:
     """Sizes for `tokens` tokens per device, such that a chunk's worst case is close to that of an even routing.
 
     A chunk of `ragged` dispatch is full when it has enough pairs for the experts, a chunk of `all_to_all` when its
     buffers are full of tokens, each of which may have `max_local_experts` pairs. `capacity_factor` times the tokens of
     an even routing is what a device can send to another device; None is dropless.
     """
-    dispatch = dispatch or default_dispatch()
+    dispatch, capacity_factor = kernels.dispatch or default_dispatch(), kernels.capacity_factor
     even_tokens = tokens * expected_device_fraction(cfg, devices)
-    max_local_experts = min(cfg.num_experts_per_tok, cfg.n_routed_experts // devices)
+    max_local_experts = min(cfg.num_experts_per_tok, cfg.num_experts // devices)
     if dispatch == "ragged":
         min_pairs, slack, even_load = 1, 1.25, tokens * cfg.num_experts_per_tok / devices
-        num_chunks = max(round(tokens * cfg.num_experts_per_tok / PAIRS_PER_CHUNK), 1)
+        pairs_per_chunk = PAIRS_PER_CHUNK_GPU if target_platform() == "gpu" else PAIRS_PER_CHUNK
+        num_chunks = max(round(tokens * cfg.num_experts_per_tok / pairs_per_chunk), 1)
     else:
         # Three standard deviations of a random routing, so that it rarely takes one more chunk.
         min_pairs, slack, even_load = max_local_experts, min(1 + 3 / math.sqrt(max(even_tokens, 1)), 1.25), even_tokens
@@ -87,17 +91,16 @@ def dispatch_plan(
     chunk_capacity = min(math.ceil(slack * even_load / num_chunks), tokens)
     device_capacity = None if capacity_factor is None else math.ceil(capacity_factor * even_tokens)
     return DispatchPlan(
-        cfg.n_routed_experts, devices, max_local_experts, chunk_capacity, min_pairs, num_chunks, device_capacity,
-        dispatch, grouped_matmul,
+        cfg.num_experts, devices, max_local_experts, chunk_capacity, min_pairs, num_chunks, device_capacity,
+        dispatch, kernels.grouped_matmul, find_activation(cfg.hidden_act), *physical_axes("expert"),
     )  # fmt: skip
 
 
-def expected_device_fraction(cfg: ModelConfig, devices: int) -> float:
+def expected_device_fraction(cfg: MoEConfig, devices: int) -> float:
     """The fraction of tokens that are sent to a given device, if all experts within the selected groups are equally
     likely. Times `devices` it is the mean number of devices per token: 5.3 of 8 for DeepSeek-V3 without groups, 3.6
-    with its node-limited routing (4 of 8 groups; arXiv 2412.19437, section 2.1.2).
-    """
-    E, K, G = cfg.n_routed_experts, cfg.num_experts_per_tok, cfg.n_group
+    with its node-limited routing (4 of 8 groups; arXiv 2412.19437, section 2.1.2)."""
+    E, K, G = cfg.num_experts, cfg.num_experts_per_tok, cfg.n_group
     topk_group, local_experts = cfg.topk_group, E // devices
     selectable, group_size = E // G * topk_group, E // G
 
@@ -132,11 +135,11 @@ class DispatchRoutes(NamedTuple):
 NO_CHUNK = 1 << 30
 
 
-def dispatch_routes(experts_nK: Int[Array, "n K"], plan: DispatchPlan, axis: str) -> DispatchRoutes:
-    """All-gather the experts that the router selected over mesh axis `axis`, and order the tokens by destination."""
+def dispatch_routes(experts_nK: Int[Array, "n K"], plan: DispatchPlan) -> DispatchRoutes:
+    """All-gather the experts that the router selected, and order the tokens by destination."""
     local_experts = plan.num_experts // plan.devices
-    this = jax.lax.axis_index(axis)
-    experts_PnK = jax.lax.all_gather(experts_nK, axis)
+    this = jax.lax.axis_index(plan.axis)
+    experts_PnK = jax.lax.all_gather(experts_nK, plan.axis)
     device_PnK = experts_PnK // local_experts
     # Loads from every device P to every device Q, pairs of this device's tokens by destination, and those received.
     pairs_PnQ = (device_PnK[..., None] == jnp.arange(plan.devices)).sum(axis=2, dtype=jnp.int32)
@@ -181,87 +184,100 @@ def expert_parallel_experts(
     gate_up_eD2F: Float[Array, "e D 2 F"],
     down_eFD: Float[Array, "e F D"],
     plan: DispatchPlan,
-    axis: str,
 ) -> tuple[Float[Array, "n D"], Int[Array, ""]]:
-    """`ops.experts.experts` of this device's tokens over the experts of all devices of mesh axis `axis`, and the number
-    of pairs that were dropped at capacity. `experts_nK` number all experts; the weights are those of this device."""
-    routes = dispatch_routes(experts_nK, plan, axis)
-    inputs = x_nD, weights_nK, gate_up_eD2F, down_eFD
-    return _dispatch_compute_combine(inputs, routes, plan, axis), routes.dropped
+    """`ops.experts.experts` of this device's tokens over the experts of all devices, and the number of pairs that were
+    dropped at capacity. `experts_nK` number all experts; the weights are those of this device."""
+    routes = dispatch_routes(experts_nK, plan)
+    gate_up_eDF = gate_up_eD2F.reshape(*gate_up_eD2F.shape[:2], -1)  # here, and not for each chunk
+    return _dispatch_compute_combine((x_nD, weights_nK, gate_up_eDF, down_eFD), routes, plan), routes.dropped
 
 
 Inputs = tuple[Array, Array, Array, Array]
-"""The differentiable arguments: `x_nD`, `weights_nK`, `gate_up_eD2F` and `down_eFD`."""
+"""The differentiable arguments: `x_nD`, `weights_nK`, `gate_up_eDF` and `down_eFD`."""
+Residuals = tuple[Inputs, DispatchRoutes]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dispatch_compute_combine(inputs: Inputs, routes: DispatchRoutes, plan: DispatchPlan, axis: str) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _dispatch_compute_combine(inputs: Inputs, routes: DispatchRoutes, plan: DispatchPlan) -> Array:
     x_nD, weights_nK, *expert_weights = inputs
-    weights_PnK = jax.lax.all_gather(weights_nK, axis)
+    weights_PnK = jax.lax.all_gather(weights_nK, plan.axis)
 
-    def body(chunk: "_Chunk", received: tuple[Array, ...], y_nD: Array) -> Array:
-        y_MD = chunk.run_experts(*received, chunk.gather_received(weights_PnK), *expert_weights)
-        return chunk.combine(y_nD, y_MD)
+    def body(chunk: "_Chunk", received: tuple[Array, ...], sums: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        return chunk.run_experts(*received, chunk.gather_received(weights_PnK), *expert_weights), sums
 
-    y_nD = _over_chunks(body, (x_nD,), jnp.zeros(x_nD.shape, jnp.float32), routes, plan, axis)
+    y_nD, _ = _over_chunks(body, (x_nD,), (), routes, plan)
     return y_nD.astype(x_nD.dtype)
 
 
+Body = Callable[["_Chunk", tuple[Array, ...], Any], tuple[Array, Any]]
+
+
 def _over_chunks(
-    body: Callable[["_Chunk", tuple[Array, ...], Any], Any],
-    inputs: tuple[Array, ...], carry: Any, routes: DispatchRoutes, plan: DispatchPlan, axis: str,
-) -> Any:  # fmt: skip
-    """`carry = body(chunk, received, carry)` for each chunk, where `received` are the dispatched `inputs`.
+    body: Body, inputs: tuple[Array, ...], sums: Any, routes: DispatchRoutes, plan: DispatchPlan
+) -> tuple[Float[Array, "n D"], Any]:
+    """For each chunk `outputs, sums = body(chunk, received, sums)`, where `received` are the dispatched `inputs`.
+    Returns the combined outputs in float32, and the last sums.
 
-    With `ragged` the next chunk is dispatched before the experts run on the current one, so that the program order
-    allows an asynchronous collective to overlap them. (After the last chunk an empty one is dispatched.) In the
-    program that XLA:TPU compiles today `ragged_all_to_all` is a blocking collective: nothing overlaps.
+    With `ragged` the next chunk is dispatched and the outputs of the one before are returned while the experts run, so
+    that asynchronous collectives overlap them (`docs/decisions/overlap.md`). So there is one more exchange in either
+    direction than chunks, which is empty.
     """
+    n, D = inputs[0].shape
+    rows = tuple(x_nD.reshape(n, *_row_shape(D)) for x_nD in inputs)
+    total_nrd = jnp.zeros(rows[0].shape, jnp.float32)
 
-    def dispatch(chunk: _Chunk) -> tuple[Array, ...]:
-        return tuple(map(chunk.dispatch, inputs))
+    def sequential(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
+        total_nrd, sums = state
+        chunk = _Chunk(index, routes, plan)
+        outputs_MD, sums = body(chunk, chunk.dispatch(rows), sums)
+        return chunk.combine(total_nrd, chunk.send_back(outputs_MD)), sums
 
-    def sequential(index: Array, carry: Any) -> Any:
-        chunk = _Chunk(index, routes, plan, axis)
-        return body(chunk, dispatch(chunk), carry)
-
-    def pipelined(index: Array, state: tuple[tuple[Array, ...], Any]) -> tuple[tuple[Array, ...], Any]:
-        received, carry = state
-        following = dispatch(_Chunk(index + 1, routes, plan, axis))
-        return following, body(_Chunk(index, routes, plan, axis), received, carry)
+    def pipelined(index: Array, state: tuple[tuple[Array, ...], Array, Array, Any]) -> Any:
+        received, outputs_MD, total_nrd, sums = state
+        before = _Chunk(index - 1, routes, plan)
+        following = _Chunk(index + 1, routes, plan).dispatch(rows)
+        returned_Pcrd = before.send_back(outputs_MD)
+        outputs_MD, sums = body(_Chunk(index, routes, plan), received, sums)
+        return following, outputs_MD, before.combine(total_nrd, returned_Pcrd), sums
 
     if plan.dispatch != "ragged":
-        return jax.lax.fori_loop(0, routes.num_chunks, sequential, carry)
-    first = dispatch(_Chunk(0, routes, plan, axis))
-    return jax.lax.fori_loop(0, routes.num_chunks, pipelined, (first, carry))[1]
+        total_nrd, sums = jax.lax.fori_loop(0, routes.num_chunks, sequential, (total_nrd, sums))
+        return total_nrd.reshape(n, D), sums
+    none_MD = jnp.zeros((plan.devices * plan.chunk_capacity, D), inputs[0].dtype)
+    first = _Chunk(0, routes, plan).dispatch(rows), none_MD, total_nrd, sums
+    _, outputs_MD, total_nrd, sums = jax.lax.fori_loop(0, routes.num_chunks, pipelined, first)
+    last = _Chunk(routes.num_chunks - 1, routes, plan)
+    return last.combine(total_nrd, last.send_back(outputs_MD)).reshape(n, D), sums
 
 
-def _forward(
-    inputs: Inputs, routes: DispatchRoutes, plan: DispatchPlan, axis: str
-) -> tuple[Array, tuple[Inputs, DispatchRoutes]]:
-    return _dispatch_compute_combine(inputs, routes, plan, axis), (inputs, routes)
+def _row_shape(width: int) -> tuple[int, int]:
+    """The shape `r d` of a token's row while it is sent: XLA:TPU exchanges rows of two or more subrows as they are in
+    memory, and copies arrays of two axes into such a layout, and back."""
+    return (2, width // 2) if width % 2 == 0 else (1, width)
 
 
-def _backward(
-    plan: DispatchPlan, axis: str, residuals: tuple[Inputs, DispatchRoutes], g_nD: Array
-) -> tuple[tuple[Array, ...], None]:
+def _forward(inputs: Inputs, routes: DispatchRoutes, plan: DispatchPlan) -> tuple[Array, Residuals]:
+    return _dispatch_compute_combine(inputs, routes, plan), (inputs, routes)
+
+
+def _backward(plan: DispatchPlan, residuals: Residuals, g_nD: Array) -> tuple[tuple[Array, ...], None]:
     inputs, routes = residuals
     x_nD, weights_nK, *expert_weights = inputs
-    weights_PnK = jax.lax.all_gather(weights_nK, axis)
+    weights_PnK = jax.lax.all_gather(weights_nK, plan.axis)
 
-    def body(chunk: _Chunk, received: tuple[Array, ...], sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        g_x_nD, g_weights_PnK, *g_experts = sums
+    def body(chunk: _Chunk, received: tuple[Array, ...], sums: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
+        g_weights_PnK, *g_experts = sums
         x_MD, g_MD = received
         _, vjp = jax.vjp(chunk.run_experts, x_MD, chunk.gather_received(weights_PnK), *expert_weights)
         g_x_MD, g_weights_MK, *g_chunk = vjp(g_MD)
         g_experts = [total + g for total, g in zip(g_experts, g_chunk, strict=True)]
-        return chunk.combine(g_x_nD, g_x_MD), chunk.scatter_received(g_weights_PnK, g_weights_MK), *g_experts
+        return g_x_MD, (chunk.scatter_received(g_weights_PnK, g_weights_MK), *g_experts)
 
     # The experts' gradients are as large as the experts, so they stay in the compute dtype, in which they are
     # reduce-scattered afterwards. The other sums are in float32.
-    zeros = *(jnp.zeros(x.shape, jnp.float32) for x in (x_nD, weights_PnK)), *map(jnp.zeros_like, expert_weights)
-    g_x_nD, g_weights_PnK, *g_experts = _over_chunks(body, (x_nD, g_nD), zeros, routes, plan, axis)
-    grads = g_x_nD, jax.lax.psum_scatter(g_weights_PnK, axis), *g_experts
+    zeros = jnp.zeros(weights_PnK.shape, jnp.float32), *map(jnp.zeros_like, expert_weights)
+    g_x_nD, (g_weights_PnK, *g_experts) = _over_chunks(body, (x_nD, g_nD), zeros, routes, plan)
+    grads = g_x_nD, jax.lax.psum_scatter(g_weights_PnK, plan.axis), *g_experts
     return tuple(g.astype(x.dtype) for g, x in zip(grads, inputs, strict=True)), None
 
 
@@ -271,8 +287,8 @@ _dispatch_compute_combine.defvjp(_forward, _backward)
 class _Chunk:
     """One chunk: c = `chunk_capacity` token positions to and from every device, M = P · c positions in all."""
 
-    def __init__(self, index: Int[Array, ""] | int, routes: DispatchRoutes, plan: DispatchPlan, axis: str):
-        self.routes, self.plan, self.axis = routes, plan, axis
+    def __init__(self, index: Int[Array, ""] | int, routes: DispatchRoutes, plan: DispatchPlan):
+        self.routes, self.plan = routes, plan
         self.sent_Pc, self.send_token_Pc = self._select(routes.send_chunk_Pn, routes.send_token_Pn, index)
         self.received_Pc, self.recv_token_Pc = self._select(routes.recv_chunk_Pn, routes.recv_token_Pn, index)
 
@@ -285,21 +301,27 @@ class _Chunk:
         clipped_Pc = jnp.minimum(position_Pc, token_Pn.shape[1] - 1)
         return position_Pc < end_P[:, None], jnp.take_along_axis(token_Pn, clipped_Pc, axis=1)
 
-    def dispatch(self, x_nD: Float[Array, "n D"]) -> Float[Array, "M D"]:
-        """Send tokens to their experts' devices. Returns the received tokens, zeros at unfilled positions."""
-        x_PcD = jnp.where(self.sent_Pc[..., None], x_nD[self.send_token_Pc], 0)
-        return self._all_to_all(x_PcD, self.sent_Pc, self.received_Pc).reshape(-1, x_nD.shape[1])
+    def dispatch(self, inputs: tuple[Float[Array, "n r d"], ...]) -> tuple[Float[Array, "M D"], ...]:
+        """Send tokens to their experts' devices, all inputs in one exchange. Returns the received tokens, zeros at
+        unfilled positions."""
+        x_Pcrd = jnp.concatenate([x_nrd[self.send_token_Pc] for x_nrd in inputs], axis=2)
+        received_Pcrd = self._all_to_all(x_Pcrd, self.sent_Pc, self.received_Pc)
+        parts = jnp.split(received_Pcrd, len(inputs), axis=2)
+        return tuple(part_Pcrd.reshape(self.received_Pc.size, -1) for part_Pcrd in parts)
 
-    def combine(self, y_nD: Float[Array, "n D"], y_MD: Float[Array, "M D"]) -> Float[Array, "n D"]:
-        """Send the experts' outputs back, and add those of this device's tokens to `y_nD`."""
-        y_PcD = y_MD.reshape(*self.received_Pc.shape, -1)
-        returned_PcD = self._all_to_all(y_PcD, self.received_Pc, self.sent_Pc)
-        token_Pc = jnp.where(self.sent_Pc, self.send_token_Pc, len(y_nD))
+    def send_back(self, y_MD: Float[Array, "M D"]) -> Float[Array, "P c r d"]:
+        """Return the experts' outputs to the devices that the tokens came from."""
+        y_Pcrd = y_MD.reshape(*self.received_Pc.shape, *_row_shape(y_MD.shape[1]))
+        return self._all_to_all(y_Pcrd, self.received_Pc, self.sent_Pc)
 
-        def add(p: Array, y_nD: Array) -> Array:  # one device at a time: all outputs in float32 would be large
-            return y_nD.at[token_Pc[p]].add(returned_PcD[p].astype(y_nD.dtype), mode="drop")
+    def combine(self, y_nrd: Float[Array, "n r d"], returned_Pcrd: Float[Array, "P c r d"]) -> Float[Array, "n r d"]:
+        """Add the returned outputs of this device's tokens to `y_nrd`."""
+        token_Pc = jnp.where(self.sent_Pc, self.send_token_Pc, len(y_nrd))
 
-        return jax.lax.fori_loop(0, len(returned_PcD), add, y_nD)
+        def add(p: Array, y_nrd: Array) -> Array:  # one device at a time: all outputs in float32 would be large
+            return y_nrd.at[token_Pc[p]].add(returned_Pcrd[p].astype(y_nrd.dtype), mode="drop")
+
+        return jax.lax.fori_loop(0, len(returned_Pcrd), add, y_nrd)
 
     def gather_received(self, x_PnK: Array) -> Array:
         """The rows of an array over all devices' tokens that belong to the received tokens, `[M, K]`."""
@@ -311,30 +333,32 @@ class _Chunk:
         token_Pc = jnp.where(self.received_Pc, self.recv_token_Pc, n)
         return total_PnK.at[jnp.arange(P)[:, None], token_Pc].add(x_MK.reshape(P, -1, K), mode="drop")
 
-    def run_experts(self, x_MD: Array, weights_MK: Array, gate_up_eD2F: Array, down_eFD: Array) -> Float[Array, "M D"]:
+    def run_experts(self, x_MD: Array, weights_MK: Array, gate_up_eDF: Array, down_eFD: Array) -> Float[Array, "M D"]:
         """This device's experts on the received tokens."""
         local_expert_MK = self.gather_received(self.routes.local_expert_PnK)
         experts_MK = jnp.where(self.received_Pc.reshape(-1, 1), local_expert_MK, len(down_eFD))
         return experts(
-            x_MD, experts_MK, weights_MK, gate_up_eD2F, down_eFD,
-            max_pairs=self.plan.max_pairs, implementation=self.plan.grouped_matmul,
+            x_MD, experts_MK, weights_MK, gate_up_eDF, down_eFD, max_pairs=self.plan.max_pairs,
+            activation=self.plan.activation, implementation=self.plan.grouped_matmul,
         )  # fmt: skip
 
     def _all_to_all(
-        self, x_PcD: Float[Array, "P c D"], sent_Pc: Bool[Array, "P c"], received_Pc: Bool[Array, "P c"]
-    ) -> Float[Array, "P c D"]:
-        """Send `x_PcD[p]` to device p; the result's p-th entry is what device p sent to this one."""
+        self, x_Pcrd: Float[Array, "P c r d"], sent_Pc: Bool[Array, "P c"], received_Pc: Bool[Array, "P c"]
+    ) -> Float[Array, "P c r d"]:
+        """Send the filled positions of `x_Pcrd[p]` to device p; the result's p-th entry is what device p sent to this
+        one, zeros at unfilled positions."""
         if self.plan.dispatch == "all_to_all":
-            return jax.lax.all_to_all(x_PcD, self.axis, split_axis=0, concat_axis=0)
-        P, c, D = x_PcD.shape
+            x_Pcrd = jnp.where(sent_Pc[..., None, None], x_Pcrd, 0)
+            return jax.lax.all_to_all(x_Pcrd, self.plan.axis, split_axis=0, concat_axis=0)
+        P, c, *row = x_Pcrd.shape
         start_P = jnp.arange(P, dtype=jnp.int32) * c
-        received_MD = jax.lax.ragged_all_to_all(
-            x_PcD.reshape(P * c, D),
-            jnp.zeros((P * c, D), x_PcD.dtype),
+        received_Mrd = jax.lax.ragged_all_to_all(
+            x_Pcrd.reshape(P * c, *row),
+            jnp.zeros((P * c, *row), x_Pcrd.dtype),
             input_offsets=start_P,
             send_sizes=sent_Pc.sum(axis=1, dtype=jnp.int32),
-            output_offsets=jnp.full(P, jax.lax.axis_index(self.axis) * c, jnp.int32),
+            output_offsets=jnp.full(P, jax.lax.axis_index(self.plan.axis) * c, jnp.int32),
             recv_sizes=received_Pc.sum(axis=1, dtype=jnp.int32),
-            axis_name=self.axis,
+            axis_name=self.plan.axis,
         )
-        return received_MD.reshape(P, c, D)
+        return received_Mrd.reshape(P, c, *row)

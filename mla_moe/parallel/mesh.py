@@ -1,14 +1,21 @@
 """The device mesh: its axes, how it is built, and the mesh under which the present code is traced."""
 
+import dataclasses
+import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import jax
+import numpy as np
+from flax import nnx
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mla_moe.config import ConfigError, MeshConfig
+from mla_moe.config import MeshConfig, require
 
 MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
 
@@ -18,31 +25,35 @@ TOKEN_AXES = ("data", "fsdp", "expert", "context")
 """The mesh axes over which tokens are sharded."""
 
 
-def make_mesh(sizes: MeshConfig, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
+def make_mesh(sizes: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Build a mesh over `devices` (by default all). Slices, which only a slow network connects, are laid out along
     `data`. Raises `ConfigError` if the sizes do not multiply to the number of devices, or if the number of slices does
-    not divide `data`.
-    """
+    not divide `data`."""
     devices = jax.devices() if devices is None else devices
-    shape = [getattr(sizes, axis) for axis in MESH_AXES]
-    given = math.prod(size for size in shape if size != -1)
-    if -1 in shape and len(devices) % given == 0:
-        shape[shape.index(-1)] = len(devices) // given
-    if math.prod(shape) != len(devices):
-        wanted = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, shape, strict=True))
-        raise ConfigError("mesh", wanted, f"the sizes must multiply to the number of devices, {len(devices)}")
-    axis_types = (AxisType.Auto,) * len(MESH_AXES)
+    shape = mesh_shape(sizes, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-        return jax.sharding.Mesh(grid, MESH_AXES, axis_types=axis_types)
-    data, *inner = shape
-    if data % slices:
-        raise ConfigError("mesh.data", data, f"must be a multiple of the {slices} slices, which are laid out along it")
-    across_slices = (slices, *(1 for _ in inner))
-    within_slice = data // slices, *inner
-    grid = mesh_utils.create_hybrid_device_mesh(within_slice, across_slices, devices, allow_split_physical_axes=True)
-    return jax.sharding.Mesh(grid, MESH_AXES, axis_types=axis_types)
+    else:
+        data, *inner = shape
+        fix = f"must be a multiple of the {slices} slices, which are laid out along it"
+        require(data % slices == 0, "mesh.data", data, fix)
+        within, across = (data // slices, *inner), (slices, *(1 for _ in inner))
+        grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def mesh_shape(sizes: MeshConfig, devices: int) -> list[int]:
+    """The size of each of `MESH_AXES` on so many devices; -1 takes those that the others leave. Raises `ConfigError` if
+    the sizes do not multiply to their number."""
+    shape = [getattr(sizes, axis) for axis in MESH_AXES]
+    given = math.prod(size for size in shape if size != -1)
+    if -1 in shape and devices % given == 0:
+        shape[shape.index(-1)] = devices // given
+    wanted = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, shape, strict=True))
+    fix = f"the sizes must multiply to the number of devices, {devices}"
+    require(math.prod(shape) == devices, "mesh", wanted, fix)
+    return shape
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
@@ -50,38 +61,120 @@ def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else entry or ()
 
 
-def token_mesh(shape: Sequence[int]) -> jax.sharding.AbstractMesh | None:
-    """The current mesh (`jax.set_mesh`) if tokens `[B, T, …]` of this shape can be sharded over it evenly.
+def spec_entry(axes: Sequence[str]) -> str | tuple[str, ...] | None:
+    """The entry of a `PartitionSpec` for these mesh axes, the inverse of `mesh_axes`."""
+    return tuple(axes) if len(axes) > 1 else axes[0] if axes else None
 
-    None otherwise: then XLA's partitioner chooses the sharding of such tokens.
+
+_axis_names = jax.make_user_context(tuple((axis, axis) for axis in MESH_AXES))
+"""Pairs of an axis of this package and its name in the caller's mesh. It is part of the key of `jax.jit`'s cache."""
+
+
+def use_mesh_axes(axes: Mapping[str, str] | None = None, /, **more: str) -> AbstractContextManager[None]:
+    """Name the axes of a mesh of your own: `with jax.set_mesh(mesh), use_mesh_axes(dp="fsdp", tp="tensor"):`, from its
+    names to those of `MESH_AXES`. An axis that is not named here keeps its meaning if it has one of these names; any
+    other is left to XLA. Raises `ConfigError` for an axis that is not of `MESH_AXES`, and for one that is named twice.
     """
+    given = {**(axes or {}), **more}
+    for theirs, ours in given.items():
+        require(ours in MESH_AXES, f"use_mesh_axes.{theirs}", ours, f"the axes are {', '.join(MESH_AXES)}")
+    names = {axis: axis for axis in MESH_AXES if axis not in given} | {ours: theirs for theirs, ours in given.items()}
+    fix = "two axes of a mesh cannot have the same meaning"
+    require(len(set(given.values())) == len(given), "use_mesh_axes", list(given.values()), fix)
+    return _axis_names(tuple(names.items()))
+
+
+def physical_axes(axes: str | Sequence[str], mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:
+    """The names in the mesh, by default the current one, of axes of this package, without those that it lacks; other
+    names are the mesh's own. With no mesh at all, the names that `use_mesh_axes` gives."""
+    mesh, names = mesh or jax.sharding.get_abstract_mesh(), dict(_axis_names.value)
+    wanted = mesh_axes(axes if isinstance(axes, str) else tuple(axes))
+    found = (names.get(axis, axis) for axis in wanted if axis in names or axis not in MESH_AXES)
+    return tuple(name for name in found if mesh.empty or name in mesh.shape)
+
+
+def physical_spec(spec: P, mesh: Mesh | AbstractMesh | None = None) -> P:
+    """A `PartitionSpec` of this package's axes by the names of the mesh."""
+    return P(*(spec_entry(physical_axes(mesh_axes(entry), mesh)) for entry in spec))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshView:
+    """A mesh by the axis names of this package: `shape` has each of `MESH_AXES`, of size 1 where the mesh has none."""
+
+    mesh: Mesh | AbstractMesh
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return {axis: math.prod(self.mesh.shape[a] for a in physical_axes(axis, self.mesh)) for axis in MESH_AXES}
+
+    def sharding(self, spec: P) -> NamedSharding:
+        """The sharding by a spec of this package's axes."""
+        return NamedSharding(self.mesh, physical_spec(spec, self.mesh))
+
+
+def token_mesh(shape: Sequence[int]) -> MeshView | None:
+    """The current mesh (`jax.set_mesh`) if tokens `[B, T, …]` of this shape can be sharded over it evenly. None
+    otherwise: then XLA's partitioner chooses the sharding of such tokens."""
     mesh = current_mesh()
     if mesh is None:
         return None
-    batch_shards = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
-    return mesh if shape[0] % batch_shards == 0 and shape[1] % mesh.shape[BATCH_SPEC[1]] == 0 else None
+    return mesh if shape[0] % batch_shards() == 0 and shape[1] % mesh.shape[BATCH_SPEC[1]] == 0 else None
 
 
-def current_mesh() -> jax.sharding.AbstractMesh | None:
-    """The mesh set by `jax.set_mesh`. None for a single device, for a mesh of other axes, and inside a `shard_map`,
-    where every array is a local shard already."""
+def batch_shards() -> int:
+    """Over how many devices the current mesh shards sequences; 1 without one."""
+    mesh = current_mesh()
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
+
+
+def current_mesh() -> MeshView | None:
+    """The mesh set by `jax.set_mesh`. None for a single device, for a mesh of other axes only, and inside a
+    `shard_map`, where every array is a local shard already."""
     mesh = jax.sharding.get_abstract_mesh()
-    if not set(MESH_AXES) <= set(mesh.axis_names) or mesh.size == 1:
+    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
         return None
-    return mesh if all(kind == AxisType.Auto for kind in mesh.axis_types) else None
+    return MeshView(mesh) if physical_axes(MESH_AXES, mesh) else None
 
 
-def require_auto_axes(x: jax.Array) -> None:
-    """Raise `ConfigError` for an array sharded over mesh axes of type Explicit: this package leaves sharding to XLA."""
-    sharded = any(entry is not None for entry in jax.typeof(x).sharding.spec)
-    fix = "its axes must be left to XLA: jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * len(names))"
-    if sharded:
-        raise ConfigError("mesh", "of AxisType.Explicit", fix)
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def dividing_axes(
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh, size: int, axes: Sequence[str]
-) -> tuple[str, ...]:
+def under_auto_axes(outputs: Callable[[P], Any]) -> Callable[[Method], Method]:
+    """For a method of a module: under mesh axes of type Explicit, which are JAX's default, run it with the same axes of
+    type Auto, so that only its inputs and outputs have their sharding in their types. `outputs` gives the specs of the
+    outputs, as a prefix of their tree, from the spec of the method's first argument."""
+
+    def decorate(method: Method) -> Method:
+        signature = inspect.signature(method)
+
+        @wraps(method)
+        def run(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            if not jax.sharding.get_abstract_mesh().explicit_axes:
+                return method(self, *args, **kwargs)
+            _, first, *_ = signature.bind(self, *args, **kwargs).arguments.values()
+            graph, state = nnx.split(self)
+            streams = [name for name, value in kwargs.items() if isinstance(value, nnx.Rngs)]
+            fix = "under Explicit mesh axes give a key of the stream, such as rngs.dropout()"
+            require(not streams, ", ".join(streams), "nnx.Rngs", fix)  # a copy would repeat its random numbers
+            leaves, tree = jax.tree.flatten((state, args, kwargs))
+            arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array | np.ndarray)]
+
+            def with_auto_axes(*arrays: jax.Array) -> Any:
+                given = iter(arrays)
+                filled = [next(given) if isinstance(leaf, jax.Array | np.ndarray) else leaf for leaf in leaves]
+                state, args, kwargs = tree.unflatten(filled)
+                return method(nnx.merge(graph, state), *args, **kwargs)
+
+            spec = jax.typeof(jax.tree.leaves(first)[0]).sharding.spec
+            return jax.sharding.auto_axes(with_auto_axes, out_sharding=outputs(spec))(*arrays)
+
+        return cast(Method, run)
+
+    return decorate
+
+
+def dividing_axes(mesh: Mesh | AbstractMesh | MeshView, size: int, axes: Sequence[str]) -> tuple[str, ...]:
     """Those of the mesh axes, taken in order, whose product of sizes divides `size`."""
     chosen: list[str] = []
     for axis in axes:

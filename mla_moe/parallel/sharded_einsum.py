@@ -6,16 +6,15 @@ after the other. XLA's partitioner alone does both over all axes at once, and on
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from mla_moe.parallel.mesh import BATCH_SPEC, mesh_axes, token_mesh
-from mla_moe.parallel.sharding import TRAINING_RULES, all_gather_weight, partition_spec
+from mla_moe.parallel.collectives import psum, shard_map
+from mla_moe.parallel.mesh import BATCH_SPEC, MeshView, mesh_axes, token_mesh
+from mla_moe.parallel.sharding import TRAINING_RULES, all_gather_weight, logical_axes, partition_spec
 
 Einsum = Callable[[str, Array, nnx.Param, DTypeLike], Array]
 """`plain_einsum` or `sharded_einsum`."""
@@ -30,7 +29,7 @@ COMPUTE_SHARDED_AXES = ("heads", "hidden", "expert_hidden")
 """Logical axes of activations within a layer that may stay sharded over `tensor` (tensor parallelism)."""
 
 
-def weight_spec(weight: nnx.Param, mesh: AbstractMesh) -> P:
+def weight_spec(weight: nnx.Param, mesh: MeshView) -> P:
     """The sharding that a layer's weight has when its all-gather starts.
 
     It follows the model's sharding rules (`nn.abstract_model`; by default `TRAINING_RULES`), except that `tensor` is
@@ -39,10 +38,10 @@ def weight_spec(weight: nnx.Param, mesh: AbstractMesh) -> P:
     """
     rules = dict(weight.get_metadata("rules", TRAINING_RULES))
     for axis, rule in rules.items():
-        stays = axis in COMPUTE_SHARDED_AXES and (rule or "").startswith("tensor")
-        others = (other for other in (rule or "").split("+") if other != "tensor")
-        rules[axis] = "+".join(("tensor", *others) if stays else others)
-    return partition_spec(weight.get_metadata("axes"), weight.shape, mesh, rules)
+        stays = axis in COMPUTE_SHARDED_AXES and mesh_axes(rule)[:1] == ("tensor",)
+        others = tuple(other for other in mesh_axes(rule) if other != "tensor")
+        rules[axis] = ("tensor", *others) if stays else others
+    return partition_spec(logical_axes(weight), weight.shape, mesh, rules)
 
 
 def sharded_einsum(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLike) -> Array:
@@ -60,8 +59,7 @@ def sharded_einsum(equation: str, x: Array, weight: nnx.Param, dtype: DTypeLike)
 
     def local(x: Array, weight: Array) -> Array:
         y = jnp.einsum(equation, x, all_gather_weight(weight, spec))
-        return y if sharded <= set(y_letters) else jax.lax.psum(y, "tensor")
+        return y if sharded <= set(y_letters) else psum(y, "tensor")
 
-    in_specs = activation_spec(x_letters), spec
-    run = jax.shard_map(local, in_specs=in_specs, out_specs=activation_spec(y_letters), check_vma=False)
+    run = shard_map(local, (activation_spec(x_letters), spec), activation_spec(y_letters))
     return run(x, weight[...].astype(dtype))

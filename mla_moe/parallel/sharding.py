@@ -1,80 +1,171 @@
 """The table of sharding rules, from a parameter's logical axes to mesh axes, and sharding constraints.
 
-Parameters name their logical axes (`nn.param.matrix`). `partition_spec` and this table decide which mesh axes each of
-them is sharded over, as Flax's `logical_axis_rules` do in MaxText.
+Parameters name their logical axes in Flax's metadata `out_sharding` (`nn.param`). `partition_spec` and this table
+decide which mesh axes each of them is sharded over, as Flax's `logical_axis_rules` do in MaxText.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
+from flax import nnx
+from flax.core.spmd import get_logical_axis_rules
+from flax.nnx.bridge.variables import NNXMeta
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mla_moe.config import ConfigError, Recipe
-from mla_moe.parallel.mesh import BATCH_SPEC, MESH_AXES, current_mesh, dividing_axes, mesh_axes, token_mesh
+from mla_moe.config import Recipe, require
+from mla_moe.parallel.collectives import all_gather
+from mla_moe.parallel.mesh import (
+    BATCH_SPEC,
+    MESH_AXES,
+    MeshView,
+    current_mesh,
+    dividing_axes,
+    mesh_axes,
+    physical_axes,
+    spec_entry,
+    token_mesh,
+)
 
-ShardingRules = Mapping[str, str | None]
+ShardingRules = Mapping[str, str | tuple[str, ...] | None]
+"""The mesh axes of each logical axis; one that is not listed, or has None, is replicated."""
 
 TRAINING_RULES: ShardingRules = {
-    # logical axis of a parameter -> mesh axes, joined by +; an axis that is not listed is replicated
-    "embed": "fsdp+expert",  # fsdp alone for the experts' weights, which are sharded over expert already
+    "embed": ("fsdp", "expert"),  # fsdp alone for the experts' weights, which are sharded over expert already
     "q_latent": "fsdp",
     "kv_latent": "fsdp",
-    "mtp_in": "fsdp+expert",
+    "mtp_in": ("fsdp", "expert"),
     "experts": "expert",
-    "heads": "tensor+expert",
-    "hidden": "tensor+expert",
-    "expert_hidden": "tensor+fsdp",  # fsdp where `embed` does not use it, which is in the experts' second matrix
+    "heads": ("tensor", "expert"),
+    "hidden": ("tensor", "expert"),
+    "expert_hidden": ("tensor", "fsdp"),  # fsdp where `embed` does not use it, which is in the experts' second matrix
     "vocab": "tensor",
+    **dict.fromkeys(("layers", "gate_up", "router", "qk", "kv", "v")),
 }
+"""The default rules (`mla_moe.sharding_rules`). Of several axes of an array the first takes a mesh axis."""
 
 DECODE_RULES: ShardingRules = {
     # A decode step has few tokens and reads all weights: weights stay where they are, and activations are moved.
     "experts": "expert",
-    "heads": "expert+tensor",
-    "hidden": "expert+tensor",
+    "heads": ("expert", "tensor"),
+    "hidden": ("expert", "tensor"),
     "expert_hidden": "tensor",
-    "vocab": "expert+tensor",
+    "vocab": ("expert", "tensor"),
 }
-
-LOGICAL_AXES = (*TRAINING_RULES, "layers", "gate_up", "router", "qk", "kv", "v")
 
 
 def rules_with_overrides(overrides: Sequence[str]) -> ShardingRules:
     """`TRAINING_RULES` with a recipe's `mesh.rules` applied. Raises `ConfigError` for an axis that is not known."""
     table = dict(TRAINING_RULES)
     for override in overrides:
-        axis, equals, mesh_axes = override.partition("=")
-        unknown = set(mesh_axes.split("+")) - set(MESH_AXES) if mesh_axes else ()
-        if not equals or axis not in LOGICAL_AXES or unknown:
-            known = f"axes are {', '.join(LOGICAL_AXES)}; mesh axes are {', '.join(MESH_AXES)}"
-            raise ConfigError("mesh.rules", override, f"write axis=mesh_axis, or axis= for replicated; {known}")
-        if axis == "experts":
-            fix = "experts are always sharded over expert, along which tokens are dispatched; drop this rule"
-            raise ConfigError("mesh.rules", override, fix)
-        table[axis] = mesh_axes or None
+        axis, equals, joined = override.partition("=")
+        chosen = tuple(joined.split("+")) if joined else ()
+        known = axis in TRAINING_RULES and set(chosen) <= set(MESH_AXES)
+        names = f"axes are {', '.join(TRAINING_RULES)}; mesh axes are {', '.join(MESH_AXES)}"
+        fix = f"write axis=mesh_axis, or axis= for replicated; {names}"
+        require(bool(equals) and known, "mesh.rules", override, fix)
+        fix = "experts are always sharded over expert, along which tokens are dispatched; drop this rule"
+        require(axis != "experts", "mesh.rules", override, fix)
+        table[axis] = chosen or None
     return table
 
 
 def partition_spec(
     axes: Sequence[str],
     shape: Sequence[int],
-    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh,
+    mesh: Mesh | AbstractMesh | MeshView,
     rules: ShardingRules = TRAINING_RULES,
 ) -> P:
     """The sharding of an array with these logical axes. A mesh axis is used at most once, and only where it divides."""
-    free = set(mesh.axis_names)
+    used: set[str] = set()
     entries: list[str | tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
-        chosen: list[str] = []
-        for mesh_axis in (rules.get(axis) or "").split("+"):
-            shards = math.prod(mesh.shape[other] for other in chosen)
-            if mesh_axis in free and size % (shards * mesh.shape[mesh_axis]) == 0:
-                chosen.append(mesh_axis)
-                free.remove(mesh_axis)
-        entries.append(tuple(chosen) if len(chosen) > 1 else chosen[0] if chosen else None)
+        rule = dict.fromkeys(mesh_axes(rules.get(axis)))
+        chosen = dividing_axes(mesh, size, [name for name in rule if name in mesh.shape and name not in used])
+        used.update(chosen)
+        entries.append(spec_entry(chosen))
     return P(*entries)
+
+
+def logical_axes(variable: nnx.Variable) -> tuple[Any, ...]:
+    """The names of all axes of a variable. Inside a scan over stacked layers the array has one axis less than names,
+    and layers that were stacked without Flax's metadata have one more, the first, so names count from the right."""
+    names, ndim = tuple(variable.get_metadata("out_sharding")), variable.get_value().ndim
+    return ("layers",) * (ndim - len(names)) + names[max(len(names) - ndim, 0) :]
+
+
+class WeightRules(tuple):
+    """One weight's metadata `sharding_rules`, from which `nnx.get_partition_spec` takes the mesh axes of its logical
+    axes: pairs of both.
+
+    They are defaults: rules of `nnx.logical_axis_rules` win, where Flax would refuse two rules for one name. Within
+    `use_mesh_axes` they name the axes of that mesh.
+    """
+
+    def __iter__(self) -> Iterator[tuple[str, str | tuple[str, ...] | None]]:
+        given = {name for name, _ in get_logical_axis_rules()}
+        return ((axis, spec_entry(physical_axes(chosen))) for axis, chosen in super().__iter__() if axis not in given)
+
+
+def weight_rules(axes: Sequence[str], rules: ShardingRules = TRAINING_RULES) -> WeightRules:
+    """The rules for a weight with these logical axes, of which the first takes a mesh axis that more could have."""
+    used: set[str] = set()
+    pairs = []
+    for axis in ("layers", *axes):
+        chosen = tuple(name for name in mesh_axes(rules.get(axis)) if name not in used)
+        used.update(chosen)
+        pairs.append((axis, chosen))
+    return WeightRules(pairs)
+
+
+def axis_metadata(axes: tuple[str, ...]) -> dict[str, Any]:
+    """Flax's sharding metadata of a weight with these logical axes. Creating the weight needs no mesh."""
+    return {"out_sharding": axes, "sharding_rules": weight_rules(axes), "eager_sharding": False}
+
+
+def set_sharding_rules(model: nnx.Module, rules: ShardingRules) -> None:
+    """Make the model follow other rules than `TRAINING_RULES`: its metadata, and what its modules all-gather."""
+    for _, variable in nnx.iter_graph(model):
+        if isinstance(variable, nnx.Variable) and isinstance(
+            variable.get_metadata("sharding_rules", None), WeightRules
+        ):
+            axes = variable.get_metadata("out_sharding")
+            variable.set_metadata(rules=tuple(rules.items()), sharding_rules=weight_rules(axes, rules))
+
+
+def is_weight(node: Any) -> bool:
+    """Whether a node of a tree is an array with Flax's metadata, of NNX or, through the bridge, of Linen."""
+    return isinstance(node, nnx.Variable | NNXMeta)
+
+
+def named_shardings(model: Any, mesh: Mesh, rules: ShardingRules | None = None) -> Any:
+    """The `NamedSharding` of each array of a model, for `jax.device_put(nnx.state(model), …)` and `out_shardings`.
+
+    `model` is a module, of this package or with its modules inside, an `nnx.Optimizer`, a state, or another tree of
+    Flax's variables; the result has the tree of `nnx.state(model)`, or of `model` if it is not a module. The names in
+    the metadata `out_sharding` are looked up in `rules`, then in `nnx.logical_axis_rules`, then in `sharding_rules` (or
+    in the rules of `set_sharding_rules`); a name found in none of them is a mesh axis, or replicated. Rules name axes
+    of the mesh, or those of `MESH_AXES`, to which `use_mesh_axes` gives the mesh's names. A mesh axis is used once per
+    array, by the first dimension that it divides; arrays without metadata are replicated.
+    """
+    given = {**dict(get_logical_axis_rules()), **(rules or {})}
+
+    def sharding(node: Any) -> Any:
+        if not is_weight(node):
+            return NamedSharding(mesh, P())
+        variable = node.to_nnx_variable() if isinstance(node, NNXMeta) else node
+        array, spec = variable.get_value(), P()
+        if variable.get_metadata("out_sharding", None):
+            names, table = logical_axes(variable), {**dict(variable.get_metadata("rules", TRAINING_RULES)), **given}
+            entries = (physical_axes(mesh_axes(table[n]), mesh) if n in table else mesh_axes(n) for n in names)
+            axes = {str(i): entry for i, entry in enumerate(entries)}
+            spec = partition_spec(tuple(axes), array.shape, mesh, axes)
+        found = NamedSharding(mesh, spec)
+        return node.replace(value=found) if isinstance(node, NNXMeta) else node.replace(found)
+
+    return jax.tree.map(sharding, nnx.state(model) if isinstance(model, nnx.Pytree) else model, is_leaf=is_weight)
 
 
 def all_gather_weight(weight: jax.Array, spec: P, keep_sharded: Sequence[str] = ("tensor",)) -> jax.Array:
@@ -88,12 +179,12 @@ def all_gather_weight(weight: jax.Array, spec: P, keep_sharded: Sequence[str] = 
             if axis not in keep_sharded:
                 leading, trailing = weight.shape[: dimension + 1], weight.shape[dimension + 1 :]
                 flat = weight.reshape(*leading, -1) if dimension and trailing else weight
-                flat = jax.lax.all_gather(flat, axis, axis=dimension, tiled=True)
+                flat = all_gather(flat, axis, axis=dimension)
                 weight = flat.reshape(*flat.shape[: dimension + 1], *trailing)
     return weight
 
 
-def vocab_axes(mesh: jax.sharding.AbstractMesh, size: int, candidates: Sequence[str]) -> tuple[str, ...]:
+def vocab_axes(mesh: MeshView, size: int, candidates: Sequence[str]) -> tuple[str, ...]:
     """The mesh axes over which the output head's `size` columns are sharded when logits are computed."""
     return tuple(axis for axis in dividing_axes(mesh, size, candidates) if mesh.shape[axis] > 1)
 
@@ -101,7 +192,7 @@ def vocab_axes(mesh: jax.sharding.AbstractMesh, size: int, candidates: Sequence[
 def constrain_activations(x: jax.Array) -> jax.Array:
     """Constrain activations `[B, T, …]` of training to the sharding of tokens, if there is a mesh."""
     mesh = token_mesh(x.shape)
-    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, BATCH_SPEC))
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, mesh.sharding(BATCH_SPEC))
 
 
 def constrain_slots(x: jax.Array) -> jax.Array:
@@ -129,10 +220,15 @@ def _constrain(x: jax.Array, *candidates: Sequence[str]) -> jax.Array:
     if mesh is None:
         return x
     entries = (dividing_axes(mesh, size, axes) for size, axes in zip(x.shape, candidates, strict=False))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*entries)))
+    return jax.lax.with_sharding_constraint(x, mesh.sharding(P(*entries)))
 
 
-def check_divisible(recipe: Recipe, mesh: jax.sharding.Mesh) -> None:
+def bytes_per_device(tree: Any) -> float:
+    """Bytes of a tree of sharded arrays on one device; the arrays may be abstract."""
+    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)))
+
+
+def check_divisible(recipe: Recipe, mesh: Mesh) -> None:
     """Raise `ConfigError` for a batch size, a length or a model width that the mesh does not divide."""
     batch_shards = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
     context, tensor, expert = (mesh.shape[axis] for axis in ("context", "tensor", "expert"))
@@ -140,10 +236,11 @@ def check_divisible(recipe: Recipe, mesh: jax.sharding.Mesh) -> None:
     microbatch, over_context = "sequences of a microbatch over mesh data x fsdp x expert", "tokens over mesh.context"
     checks = []
     if rl.steps > 0:
-        what = "packed sequences of a microbatch over mesh data x fsdp x expert"
-        checks += [("rl.micro_batch_size", rl.micro_batch_size, batch_shards, what)]
+        checks += [("rl.micro_batch_size", rl.micro_batch_size, batch_shards, f"packed {microbatch}")]
         checks += [("rl.packed_length", rl.packed_row_length, context, over_context)]
-    stages = [("training", recipe.training)] * (recipe.training.steps > 0) + [("sft", recipe.sft)] * recipe.fine_tunes
+    training, sft, dpo = recipe.training, recipe.sft, recipe.dpo
+    active = {"training": training.steps > 0, "sft": recipe.fine_tunes, "dpo": dpo.active}
+    stages = [(name, stage) for (name, runs), stage in zip(active.items(), (training, sft, dpo), strict=True) if runs]
     for name, stage in stages:
         size = stage.batch_size // stage.gradient_accumulation_steps
         checks += [(f"{name}.batch_size", size, batch_shards, microbatch)]
@@ -154,5 +251,4 @@ def check_divisible(recipe: Recipe, mesh: jax.sharding.Mesh) -> None:
         ("model.n_routed_experts", model.n_routed_experts, expert, "experts over mesh.expert"),
     ]
     for field, value, shards, what in checks:
-        if value % shards:
-            raise ConfigError(field, value, f"must be a multiple of {shards}: {what}")
+        require(value % shards == 0, field, value, f"must be a multiple of {shards}: {what}")

@@ -39,8 +39,9 @@ def compile_to_buffers(traced: Traced, platform: str) -> CompiledProgram:
 
 
 def _compile_for_tpu(traced: Traced) -> CompiledProgram:
-    """XLA:TPU dumps the buffer assignment, then generates code for every fusion, which takes nine tenths of its time
-    and changes nothing in the plan. No option stops it there; an unknown custom call makes code generation fail."""
+    """XLA:TPU dumps the buffer assignment, then generates code for every fusion, which takes long (nine tenths of its
+    time, where no code for SparseCores comes before) and changes nothing in the plan. No option stops it there; an
+    unknown custom call makes code generation fail."""
     lowered = traced.lower(lowering_platforms=("tpu",))
     with tempfile.TemporaryDirectory() as folder, unknown_custom_call(lowered.compiler_ir()):
         try:
@@ -90,8 +91,7 @@ def _read_dump(folder: Path) -> CompiledProgram:
 
 
 def memory_bytes(compiled: Compiled) -> tuple[float, float]:
-    """Bytes of arguments and of temporaries by `memory_analysis`. Results that do not reuse a donated argument's memory
-    count as temporaries."""
+    """Bytes of arguments and of temporaries by `memory_analysis`, and of results that reuse no donated argument."""
     memory: Any = compiled.memory_analysis()
     temp = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     return float(memory.argument_size_in_bytes), float(temp)

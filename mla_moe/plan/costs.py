@@ -34,25 +34,43 @@ def collective_traffic(
     ragged all-to-all that an even routing fills."""
     by_kind: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
     for c in collectives:
-        sent = c.sent * (dispatch_fill if c.kind == "ragged-all-to-all" else 1)
-        if len(c.group) < 2 or not sent:
-            continue
-        accelerator = topology.accelerator
-        seconds = 0.0 if accelerator is None else sent / bandwidth(c, mesh, topology, accelerator)
-        axes = group_axes(c.group, mesh) + ", between slices" * (count_slices(c.group, mesh) > 1)
-        by_kind.setdefault((axes, c.kind), []).append((c.runs, sent, seconds))
-    found = [
-        CollectiveTraffic(
-            axes,
-            kind,
-            sum(runs for runs, _, _ in items),
-            sum(runs * sent for runs, sent, _ in items),
-            max(sent for _, sent, _ in items),
-            sum(runs * seconds for runs, _, seconds in items),
-        )
-        for (axes, kind), items in by_kind.items()
-    ]
+        sent = bytes_sent(c, dispatch_fill)
+        if sent:
+            seconds = collective_seconds(c, mesh, topology, dispatch_fill)
+            by_kind.setdefault((traffic_axes(c, mesh), c.kind), []).append((c.runs, sent, seconds))
+    found = []
+    for (axes, kind), items in by_kind.items():
+        count, total = sum(runs for runs, _, _ in items), sum(runs * sent for runs, sent, _ in items)
+        largest, seconds = max(sent for _, sent, _ in items), sum(runs * seconds for runs, _, seconds in items)
+        found.append(CollectiveTraffic(axes, kind, count, total, largest, seconds))
     return sorted(found, key=lambda t: -t.bytes)
+
+
+def bytes_sent(c: Collective, dispatch_fill: float) -> float:
+    """Bytes that a device sends in one run, 0 for a group of one device."""
+    return c.sent * (dispatch_fill if c.kind == "ragged-all-to-all" else 1) if len(c.group) > 1 else 0.0
+
+
+def collective_seconds(c: Collective, mesh: Mesh, topology: Topology, dispatch_fill: float) -> float:
+    """Seconds of one run, alone on its links; 0 on CPU."""
+    sent, device = bytes_sent(c, dispatch_fill), topology.accelerator
+    return sent / bandwidth(c, mesh, topology, device) if sent and device is not None else 0.0
+
+
+def traffic_axes(c: Collective, mesh: Mesh) -> str:
+    """The mesh axes of a collective, joined by ×, and whether it spans slices."""
+    return group_axes(c.group, mesh) + ", between slices" * (count_slices(c.group, mesh) > 1)
+
+
+def links(c: Collective, mesh: Mesh, topology: Topology) -> tuple[str, ...]:
+    """The links that a collective occupies: dimensions of a TPU's torus, a GPU's NVLinks, or the network."""
+    devices = [mesh.devices.flat[i] for i in c.group]
+    if count_slices(c.group, mesh) > 1:
+        return ("network",)
+    if topology.platform != "tpu":
+        return ("NVLink",) if len({d.process_index for d in devices}) == 1 else ("network",)
+    extents = zip("xyz", zip(*(d.coords for d in devices), strict=True), strict=False)
+    return tuple(name for name, along in extents if len(set(along)) > 1) or ("chip",)
 
 
 def group_axes(group: tuple[int, ...], mesh: Mesh) -> str:
@@ -66,19 +84,15 @@ def count_slices(group: tuple[int, ...], mesh: Mesh) -> int:
 
 
 def bandwidth(c: Collective, mesh: Mesh, topology: Topology, accelerator: Accelerator) -> float:
-    """Bytes/s at which a device of the group can send.
-
-    On a TPU's torus a ring uses both links of every dimension along which the group extends. An all-to-all crosses a
-    quarter of a dimension on average, in either direction, so that the longest dimension bounds its time.
-    """
+    """Bytes/s at which a device of the group can send. On a TPU's torus a ring uses both links of every dimension along
+    which the group extends. An all-to-all crosses a quarter of a dimension on average, in either direction, so that the
+    longest dimension bounds its time."""
     devices = [mesh.devices.flat[i] for i in c.group]
     if count_slices(c.group, mesh) > 1:
         return accelerator.network
     if topology.platform != "tpu":
-        one_host = len({d.process_index for d in devices}) == 1
-        return accelerator.link if one_host else accelerator.network
-    extents = [len(set(along)) for along in zip(*(d.coords for d in devices), strict=True)]
-    extents = [n for n in extents if n > 1]
+        return accelerator.link if len({d.process_index for d in devices}) == 1 else accelerator.network
+    extents = [n for along in zip(*(d.coords for d in devices), strict=True) if (n := len(set(along))) > 1]
     if not extents:  # the two devices of a TPU7x chip, joined by six times a link, of which `link` is half
         return 12 * accelerator.link
     if "all-to-all" in c.kind:

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr
 from jax.interpreters import partial_eval
 
+FlopsByKind = defaultdict[str, float]
+
 
 @dataclass(frozen=True)
 class ExpectedRouting:
@@ -27,21 +29,25 @@ class ExpectedRouting:
     """Experts of a device that at least one token selected; None takes all."""
     key_blocks: float = 1.0
     """Blocks of keys per block of queries, where attention loops over them."""
+    dispatch_fill: float = 1.0
+    """The fraction of the token dispatch's buffers that is filled."""
+
+    def loop_trips(self, scope: str) -> float:
+        """Trip count of a while loop of the compiled program, from JAX's name of it."""
+        return self.num_chunks if "experts" in scope else self.key_blocks if "attend" in scope else 1.0
 
 
 def count_flops(
-    closed: ClosedJaxpr, devices: int = 1, expected: ExpectedRouting = ExpectedRouting()
+    jaxpr: ClosedJaxpr, devices: int = 1, expected: ExpectedRouting = ExpectedRouting()
 ) -> dict[str, float]:
     """FLOPs of one device by kind: `matmul`, and `attention` and `experts` of Pallas kernels. Raises
     `NotImplementedError` for a kernel without a formula."""
-    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    total: dict[str, float] = defaultdict(float)
-    _count(jaxpr, 1 / devices, False, expected, total)
-    return dict(total)
+    live, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    return dict(_count(live, 1 / devices, False, expected, defaultdict(float)))
 
 
-def _count(jaxpr: Any, runs: float, in_loop: bool, expected: ExpectedRouting, total: dict[str, float]) -> None:
-    """Add the FLOPs of a jaxpr that runs so often to `total`."""
+def _count(jaxpr: Any, runs: float, in_loop: bool, expected: ExpectedRouting, total: FlopsByKind) -> FlopsByKind:
+    """Add the FLOPs of a jaxpr that runs so often to `total`, and return it."""
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name == "dot_general":
@@ -54,49 +60,43 @@ def _count(jaxpr: Any, runs: float, in_loop: bool, expected: ExpectedRouting, to
         elif name == "pallas_call":
             kind, flops = _kernel_flops(eqn, expected)
             total[kind] += runs * flops
+        elif name in ("jit", "pjit") and (found := _tokamax_flops(eqn, expected)) is not None:
+            kind, flops = found
+            total[kind] += runs * flops
         elif name == "scan":
-            length = eqn.params["length"]
-            _count(eqn.params["jaxpr"].jaxpr, runs * length, True, expected, total)
+            _count(eqn.params["jaxpr"].jaxpr, runs * eqn.params["length"], True, expected, total)
         elif name == "while":
             body = eqn.params["body_jaxpr"].jaxpr
             _count(body, runs * _expected_trips(body, in_loop, expected), in_loop, expected, total)
         elif name == "cond":
-            branches: list[dict[str, float]] = []
-            for branch in eqn.params["branches"]:
-                branches.append(defaultdict(float))
-                _count(branch.jaxpr, runs, in_loop, expected, branches[-1])
-            for kind, flops in max(branches, key=lambda counted: sum(counted.values())).items():
+            branches = [branch.jaxpr for branch in eqn.params["branches"]]
+            counted = [_count(branch, runs, in_loop, expected, defaultdict(float)) for branch in branches]
+            for kind, flops in max(counted, key=lambda flops: sum(flops.values())).items():
                 total[kind] += flops
         elif name == "shard_map":
-            mesh = eqn.params["mesh"]
-            _count(eqn.params["jaxpr"], runs * mesh.size, in_loop, expected, total)
+            _count(eqn.params["jaxpr"], runs * eqn.params["mesh"].size, in_loop, expected, total)
         else:
             for inner in _inner_jaxpr(eqn):
                 _count(inner, runs, in_loop, expected, total)
+    return total
 
 
-def _inner_jaxpr(eqn: Any) -> Iterator[Any]:
+def _inner_jaxpr(eqn: Any) -> list[Any]:
     """The function that a call, a checkpoint or a custom derivative runs, if there is one."""
-    for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        if key in eqn.params:
-            inner = eqn.params[key]
-            yield inner.jaxpr if hasattr(inner, "jaxpr") else inner
-            return
+    found = [eqn.params[key] for key in ("jaxpr", "call_jaxpr", "fun_jaxpr") if key in eqn.params]
+    return [getattr(inner, "jaxpr", inner) for inner in found[:1]]
 
 
 def _expected_trips(body: Any, in_loop: bool, expected: ExpectedRouting) -> float:
-    """Trips of a while loop, which has no static trip count. It is recognised by its body: token dispatch has an
-    all-to-all; within a layer, attention has an exponential, a grouped matmul on CPU loops over blocks of rows; the
-    outermost loop runs decode steps, of which one is counted."""
+    """Trips of a while loop, recognised by its body: token dispatch has an all-to-all; within a layer, attention has an
+    exponential, a grouped matmul on CPU loops over blocks of rows; of decode steps, the outermost loop, one counts."""
     names = set(_primitive_names(body))
     if any("all_to_all" in name for name in names):
         return expected.num_chunks
     if not in_loop:
         return 1.0
-    if "exp" in names or expected.expert_rows is None:
-        return expected.key_blocks
     product = next((eqn for eqn in body.eqns if eqn.primitive.name == "dot_general"), None)
-    if product is None:
+    if "exp" in names or expected.expert_rows is None or product is None:
         return expected.key_blocks
     return expected.expert_rows / math.prod(product.invars[0].aval.shape[:2])
 
@@ -108,21 +108,47 @@ def _primitive_names(jaxpr: Any) -> Iterator[str]:
             yield from _primitive_names(inner)
 
 
+def tokamax_flops(
+    function: str, operands: list[tuple[int, ...]], results: int, expected: ExpectedRouting
+) -> tuple[str, float] | None:
+    """Kind and FLOPs of a jitted function of `ops.tokamax_kernels`, by its name, or of one of its kernels, from the
+    shapes of its operands and the number of its results. None for any other function."""
+    if function in ("_ragged_dot", "_ragged_dot_gradient"):
+        (rows, depth), (*_, width) = operands[:2]
+        return "experts", 2 * (expected.expert_rows or rows) * depth * width
+    if function not in ("_flash_attention", "_flash_attention_gradient"):
+        return None
+    (B, T, H, A), (_, S, _, _), (*_, V) = operands[:3]
+    depth = A + V
+    if function == "_flash_attention_gradient":
+        # The gradient of q, that of k and v, or all three, each part with scores and the weights' gradient of its own.
+        depth = {1: 2 * A + V, 2: 2 * A + 2 * V}.get(results, 4 * A + 3 * V)
+    return "attention", 2 * B * H * T * (S + 128) / 2 * depth  # causal, in tiles of 128 queries and keys
+
+
+def _tokamax_flops(eqn: Any, expected: ExpectedRouting) -> tuple[str, float] | None:
+    return tokamax_flops(eqn.params["name"], [v.aval.shape for v in eqn.invars], len(eqn.outvars), expected)
+
+
 def _kernel_flops(eqn: Any, expected: ExpectedRouting) -> tuple[str, float]:
-    """Kind and FLOPs of a Pallas kernel."""
-    name = str(eqn.params.get("name") or "")
-    shapes = [v.aval.shape for v in eqn.invars if hasattr(v.aval, "shape")]
+    arrays = [(v.aval.shape, jnp.issubdtype(v.aval.dtype, jnp.floating)) for v in eqn.invars]
+    estimate = eqn.params.get("cost_estimate")
+    return kernel_flops(str(eqn.params.get("name") or ""), arrays, estimate and estimate.flops, expected)
+
+
+def kernel_flops(
+    name: str, operands: list[tuple[tuple[int, ...], bool]], estimate: float | None, expected: ExpectedRouting
+) -> tuple[str, float]:
+    """Kind and FLOPs of a Pallas kernel, from the shapes of its operands (and whether each has a floating dtype) and
+    its own estimate for full buffers. Raises `NotImplementedError` for a kernel without a formula."""
     if name.startswith("splash_mha"):
-        floats = [v.aval for v in eqn.invars if jnp.issubdtype(v.aval.dtype, jnp.floating)]
-        q, _, v = [x.shape for x in floats if len(x.shape) > 2][:3]  # a single sequence has no batch axis
-        *batch, T, A = q
-        V = v[-1]
+        q, _, v = [shape for shape, floating in operands if floating and len(shape) > 2][:3]
+        (*batch, T, A), V = q, v[-1]  # a single sequence has no batch axis
         # Forward: scores and values. Backward: scores again, and the gradients of the weights, of q, k and v.
         depth = 3 * A + 2 * V if "dkv" in name else A + V
         block = next((size for size in (512, 256, 128) if T % size == 0), T)
         return "attention", 2 * math.prod(batch) * T * (T + block) / 2 * depth
-    estimate = eqn.params.get("cost_estimate")
     if estimate is None:
         raise NotImplementedError(f"no formula for the kernel {name!r}")
-    rows = next(shape for shape in shapes if len(shape) == 2)[0]
-    return "experts", estimate.flops * (expected.expert_rows or rows) / rows
+    rows = next(shape[0] for shape, _ in operands if len(shape) == 2)
+    return "experts", estimate * (expected.expert_rows or rows) / rows

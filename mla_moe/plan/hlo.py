@@ -7,10 +7,12 @@ whose condition compares with a constant by that trip count, any other loop by w
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
+
+from mla_moe.plan.source_lines import SourceLines
 
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2}
 _BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -21,7 +23,7 @@ _COLLECTIVES = (
 )  # fmt: skip
 _FREE = (  # instructions without memory traffic of their own
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id", "replica-id",
-    "while", "conditional", "call", "opt-barrier", "async-update",
+    "while", "conditional", "call", "opt-barrier", "async-start", "async-update",
 )  # fmt: skip
 _MESH_GROUP = re.compile(
     r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
@@ -31,7 +33,10 @@ _BETWEEN_SLICES = re.compile(
     r'_xla_megascale_target="\{([\d,]+)\}x\{(\d+):(\d+)\}",_xla_megascale_transfer_type="(\w+)"'
 )
 """A transfer between slices over the hosts' network: the slices, and the first and last device of each."""
-_ONE_TO_ONE = {"ONE_TO_ONE": "collective-permute"}
+
+_FUSIONS = "fusion", "fusion-start"  # the second is asynchronous: XLA:GPU copies slices so
+_CONTINUATION = re.compile(r'"async_collective_fusion_config":\{"flag_start":"\d')
+"""A collective that XLA:TPU started in another fusion, and repeats in every fusion that continues it."""
 
 
 @dataclass
@@ -44,13 +49,7 @@ class HloInstruction:
 
     @cached_property
     def operands(self) -> list[str]:
-        depth, end = 1, len(self.rest)
-        for i, letter in enumerate(self.rest):
-            depth += (letter in "([{") - (letter in ")]}")
-            if depth == 0:
-                end = i
-                break
-        return re.findall(r"%([\w.\-#]+)", self.rest[:end])
+        return re.findall(r"%([\w.\-#]+)", ",".join(_list_elements(self.rest)))
 
     @cached_property
     def scope(self) -> str:
@@ -58,17 +57,23 @@ class HloInstruction:
         found = re.search(r'op_name="([^"]*)"', self.rest)
         return found.group(1) if found else ""
 
-    def called(self, attribute: str) -> list[str]:
-        """The computations that an attribute names."""
-        found = re.search(attribute + r"=\{?((?:%[\w.\-]+(?:, )?)+)", self.rest)
-        return re.findall(r"%([\w.\-]+)", found.group(1)) if found else []
+    @cached_property
+    def thread(self) -> str:
+        """The engine that executes an asynchronous computation, empty for the device's own."""
+        found = re.search(r'async_execution_thread="(\w+)"', self.rest)
+        return found.group(1) if found else ""
+
+    def called(self, attributes: str) -> list[str]:
+        """The computations that some attributes (a regular expression) name."""
+        found = re.findall(rf"(?:{attributes})=\{{?((?:%[\w.\-]+(?:, )?)+)", self.rest)
+        return re.findall(r"%([\w.\-]+)", " ".join(found))
 
 
 @dataclass
 class HloComputation:
     name: str
     instructions: dict[str, HloInstruction] = field(default_factory=dict)
-    root: HloInstruction | None = None
+    root: HloInstruction = field(init=False)
 
     @property
     def parameters(self) -> dict[int, str]:
@@ -87,33 +92,28 @@ class Collective:
     size: float
     """Bytes of the full array on one device: after an all-gather, before a reduce-scatter, or exchanged."""
     runs: float
-    scope: str
 
     @property
     def sent(self) -> float:
         """Bytes that a device sends in one run by the usual algorithms (ring, or directly)."""
-        n = len(self.group)
-        fraction = (n - 1) / n if n > 1 else 0.0
-        passes = 2 if self.kind == "all-reduce" else 1
-        return self.size if self.kind == "collective-permute" else self.size * fraction * passes
+        if self.kind == "collective-permute":
+            return self.size
+        n = max(len(self.group), 1)
+        return self.size * ((n - 1) / n) * (2 if self.kind == "all-reduce" else 1)
 
 
 class HloModule:
-    """Parses the text that `compiled.as_text()` returns.
-
-    `loop_trips` gives the expected trip count of a loop without a known one, from its scope. `active_experts` is the
-    number of matrices that a grouped matmul over experts reads; None stands for all.
-    """
+    """Parses the text that `compiled.as_text()` returns. `loop_trips` gives the expected trip count of a loop without a
+    known one, from its scope. `active_experts` is the number of matrices that a grouped matmul over experts reads; None
+    stands for all."""
 
     def __init__(
         self, text: str, loop_trips: Callable[[str], float] = lambda scope: 1.0, active_experts: float | None = None
     ):
         self.computations: dict[str, HloComputation] = {}
         self.entry = ""
+        self._lines = SourceLines(text)
         self._loop_trips, self._active_experts = loop_trips, active_experts
-        self._parse(text)
-
-    def _parse(self, text: str) -> None:
         current = None
         for line in text.splitlines():
             if line.endswith("{") and (line.startswith("%") or line.startswith("ENTRY")):
@@ -130,26 +130,25 @@ class HloModule:
                 if line.lstrip().startswith("ROOT"):
                     current.root = instruction
 
-    def executions(self) -> Iterator[tuple[HloComputation, float, bool]]:
-        """Every computation that runs, how often, and whether inside a fusion."""
-        yield from self._walk(self.entry, 1.0, False)
-
-    def _walk(self, name: str, runs: float, fused: bool) -> Iterator[tuple[HloComputation, float, bool]]:
-        computation = self.computations[name]
+    def executions(
+        self, name: str | None = None, runs: float = 1.0, fused: bool = False
+    ) -> Iterator[tuple[HloComputation, float, bool]]:
+        """Every computation that runs, by default from the entry on, how often, and whether inside a fusion."""
+        computation = self.computations[name or self.entry]
         yield computation, runs, fused
         for instruction in computation.instructions.values():
             if instruction.opcode == "while":
                 trips = self.trip_count(computation, instruction)
-                yield from self._walk(instruction.called("body")[0], runs * trips, fused)
-            elif instruction.opcode == "conditional":
-                branches = instruction.called("branch_computations")
-                branches = branches or instruction.called("true_computation") + instruction.called("false_computation")
-                longest = max(branches, key=lambda branch: len(self.computations[branch].instructions))
-                yield from self._walk(longest, runs, fused)
-            elif instruction.opcode in ("fusion", "call", "async-start"):
-                to_apply = instruction.called("to_apply")[:1] if instruction.opcode == "call" else []
-                for callee in instruction.called("calls") + to_apply:
-                    yield from self._walk(callee, runs, fused or instruction.opcode == "fusion")
+                yield from self.executions(instruction.called("body")[0], runs * trips, fused)
+            elif instruction.opcode in ("conditional", "call", *_FUSIONS, "async-start"):
+                yield from self.executions(self.callee(instruction), runs, fused or instruction.opcode in _FUSIONS)
+
+    def callee(self, instruction: HloInstruction) -> str:
+        """The computation that an instruction runs; of a conditional's branches the longest."""
+        if instruction.opcode != "conditional":
+            return instruction.called("calls|to_apply" if instruction.opcode == "call" else "calls")[0]
+        branches = instruction.called("branch_computations|true_computation|false_computation")
+        return max(branches, key=lambda branch: len(self.computations[branch].instructions))
 
     def trip_count(self, caller: HloComputation, loop: HloInstruction) -> float:
         """How often a while loop runs."""
@@ -157,60 +156,68 @@ class HloModule:
             return float(known.group(1))
         condition = self.computations[loop.called("condition")[0]]
         test = condition.root
-        operands = test.operands if test is not None else []
-        limits = [_constant(condition.instructions.get(name)) for name in operands]
-        if test is not None and test.opcode == "fusion":  # the operands of the comparison are those of the fusion
+        operands = [condition.instructions.get(name) for name in test.operands]
+        limits = [_constant(operand) for operand in operands]
+        if test.opcode == "fusion":  # the operands of the comparison are those of the fusion
             test = self.computations[test.called("calls")[0]].root
         else:
-            limits += [self._loop_carried(caller, loop, condition, name) for name in operands][1:]
+            limits += [_loop_carried(caller, loop, operand) for operand in operands[1:]]
         known_limits = [limit for limit in limits if limit is not None]
-        if test is not None and test.opcode == "compare" and known_limits and "direction=LT" in test.rest:
+        if test.opcode == "compare" and known_limits and "direction=LT" in test.rest:
             return float(max(known_limits))
         return self._loop_trips(loop.scope)
 
-    def _loop_carried(
-        self, caller: HloComputation, loop: HloInstruction, condition: HloComputation, name: str
-    ) -> int | None:
-        """A limit that the loop carries and that is a constant outside of it."""
-        element = condition.instructions.get(name)
-        if element is None or element.opcode != "get-tuple-element":
-            return None
-        index = re.search(r"index=(\d+)", element.rest)
-        start = caller.instructions.get(loop.operands[0])
-        if index is None or start is None or start.opcode != "tuple":
-            return None
-        return _constant(caller.instructions.get(start.operands[int(index.group(1))]))
+    def source(self, instruction: HloInstruction) -> str:
+        """`file.py:line` of the innermost line outside of installed packages that an instruction was compiled from, or
+        of its computation's first one that has a line; empty if unknown."""
+        pending, seen = [instruction], 0
+        while pending and seen < 50:
+            found, seen = pending.pop(0), seen + 1
+            if line := self._lines.line(found.rest):
+                return line
+            for callee in found.called("calls"):
+                pending += self.computations[callee].instructions.values()
+        return ""
 
     def collectives(self) -> list[Collective]:
-        found = []
-        for computation, runs, fused in self.executions():
-            scatters = fused and any(i.opcode == "dynamic-slice" for i in computation.instructions.values())
-            for instruction in computation.instructions.values():
-                kind, result = instruction.opcode.removesuffix("-start"), _result_type(instruction)
-                if kind == "recv" and (between := _BETWEEN_SLICES.search(instruction.rest)):
-                    slices, first, last, kind = between.groups()
-                    kind, result = _ONE_TO_ONE.get(kind, kind.lower().replace("_", "-")), _tuple_types(result)[0]
-                    devices = int(last) - int(first) + 1
-                    group = tuple(devices * i for i in range(slices.count(",") + 1))
-                elif kind in _COLLECTIVES:
-                    group = first_group(instruction.rest)
-                else:
-                    continue
-                size = sum(array_bytes(match) for match in _ARRAY.finditer(result))
-                if kind == "reduce-scatter":
-                    size *= len(group)
-                if kind == "all-reduce" and scatters:
-                    kind = "reduce-scatter"  # XLA:TPU writes it as an all-reduce fused with a dynamic-slice
-                found.append(Collective(kind, group, size, runs, instruction.scope))
-        return found
+        return [
+            replace(collective, runs=runs)
+            for computation, runs, fused in self.executions()
+            for instruction in computation.instructions.values()
+            if (collective := self.collective(computation, instruction, fused)) is not None
+        ]
+
+    def collective(
+        self, computation: HloComputation, instruction: HloInstruction, fused: bool = False
+    ) -> Collective | None:
+        """One run of a collective, if the instruction is one or starts one."""
+        kind, result = instruction.opcode.removesuffix("-start"), _result_type(instruction)
+        if kind == "recv" and (between := _BETWEEN_SLICES.search(instruction.rest)):
+            slices, first, last, kind = between.groups()
+            kind = "collective-permute" if kind == "ONE_TO_ONE" else kind.lower().replace("_", "-")
+            result = _tuple_types(result)[0]
+            devices = int(last) - int(first) + 1
+            group = tuple(devices * i for i in range(slices.count(",") + 1))
+        elif kind in _COLLECTIVES and not _CONTINUATION.search(instruction.rest):
+            group = first_group(instruction.rest)
+        else:
+            return None
+        size = sum(array_bytes(match) for match in _ARRAY.finditer(result))
+        if kind == "reduce-scatter":
+            size *= len(group)
+        if kind == "all-reduce" and fused:
+            # XLA:TPU writes a reduce-scatter as an all-reduce fused with a dynamic-slice.
+            scatters = any(i.opcode == "dynamic-slice" for i in computation.instructions.values())
+            kind = "reduce-scatter" if scatters else kind
+        return Collective(kind, group, size, 1.0)
 
     def memory_traffic(self) -> float:
         """Bytes between a device's HBM and its cores: operands and results of every fusion, each once."""
-        total = 0.0
-        for computation, runs, fused in self.executions():
-            if not fused:
-                total += runs * sum(self._traffic(computation, i) for i in computation.instructions.values())
-        return total
+        return sum(
+            runs * sum(self.traffic(computation, i) for i in computation.instructions.values())
+            for computation, runs, fused in self.executions()
+            if not fused
+        )
 
     def _bytes_read(self, inner: HloComputation, name: str) -> float:
         """Bytes of a parameter that a fusion reads: only the slices, if it is only sliced (in nested fusions too)."""
@@ -222,25 +229,27 @@ class HloModule:
             elif user.opcode == "fusion":
                 nested = self.computations[user.called("calls")[0]]
                 total += self._bytes_read(nested, nested.parameters[user.operands.index(name)])
+            elif user.opcode == "bitcast":
+                total += self._bytes_read(inner, user.name)
             else:
                 return math.inf
         return total if users else math.inf
 
-    def _traffic(self, computation: HloComputation, instruction: HloInstruction) -> float:
+    def traffic(self, computation: HloComputation, instruction: HloInstruction) -> float:
+        """Bytes between HBM and the cores for one run of an instruction, without those of computations it calls."""
         if instruction.opcode in _FREE or instruction.opcode.endswith("-done"):
             return 0.0
-        inner = self.computations[called[0]] if (called := instruction.called("calls")) else None
-        if inner is not None and instruction.opcode == "fusion":
-            return self._fusion_traffic(computation, instruction, inner)
-        out = hbm_bytes(_result_type(instruction))
         operands = [computation.instructions.get(name) for name in instruction.operands]
+        if instruction.opcode in _FUSIONS:
+            return self._fusion_traffic(instruction, operands)
+        out = hbm_bytes(_result_type(instruction))
         sizes = [hbm_bytes(o.type) * self._active_fraction(instruction, o) for o in operands if o]
         if instruction.opcode in ("dynamic-slice", "slice", "gather"):
             return 2 * out
         if instruction.opcode == "dynamic-update-slice":
             return 2 * sizes[1] if len(sizes) > 1 else 0.0
         if instruction.opcode == "copy-start":
-            return sum(sizes) + sum(hbm_bytes(element) for element in _tuple_types(instruction.type)[:1])
+            return sum(sizes) + hbm_bytes(_tuple_types(instruction.type)[0])
         return out + sum(sizes)
 
     def _active_fraction(self, instruction: HloInstruction, operand: HloInstruction) -> float:
@@ -249,26 +258,22 @@ class HloModule:
         grouped = instruction.opcode == "custom-call" and "experts" in instruction.scope
         return min(self._active_experts / int(stack.group(1)), 1.0) if self._active_experts and grouped and stack else 1
 
-    def _fusion_traffic(self, computation: HloComputation, fusion: HloInstruction, inner: HloComputation) -> float:
+    def _fusion_traffic(self, fusion: HloInstruction, operands: list[HloInstruction | None]) -> float:
         """Operands and result, but only the slices of an operand that is sliced or updated in place."""
-        total = 0.0
+        inner = self.computations[fusion.called("calls")[0]]
+        sizes = [hbm_bytes(o.type) if o else 0.0 for o in operands]
         if any(i.opcode == "scatter" for i in inner.instructions.values()):  # in place: the rows that it adds to
-            sizes = [hbm_bytes(o.type) for n in fusion.operands if (o := computation.instructions.get(n)) is not None]
             return 3 * (sum(sizes) - max(sizes, default=0.0))
-        in_place = inner.root is not None and inner.root.opcode in ("dynamic-update-slice", "bitcast", "tuple")
+        in_place = inner.root.opcode in ("dynamic-update-slice", "bitcast", "tuple")
         updates = [i for i in inner.instructions.values() if i.opcode == "dynamic-update-slice"] if in_place else []
-        updated = {_source(inner, update.operands[0]) for update in updates}
-        for number, name in inner.parameters.items():
-            operand = computation.instructions.get(fusion.operands[number])
-            if operand is None or name in updated:
-                continue
-            total += min(self._bytes_read(inner, name), hbm_bytes(operand.type))
-        written = sum(
-            hbm_bytes(inner.instructions[update.operands[1]].type)
-            for update in updates
-            if update.operands[1] in inner.instructions
-        )
-        return total + (written if updates else hbm_bytes(fusion.type))
+        updated = {_source(inner, update.operands[0]) for update in updates} | (passed := _passed_on(inner))
+        read = ((name, sizes[number]) for number, name in inner.parameters.items() if name not in updated)
+        total = sum(min(self._bytes_read(inner, name), size) for name, size in read)
+        written = [inner.instructions[update.operands[1]] for update in updates] or [inner.root]
+        if passed:
+            results = inner.root.operands if inner.root.opcode == "tuple" else [inner.root.name]
+            written = [inner.instructions[name] for name in results if name not in passed]
+        return total + sum(hbm_bytes(i.type) for i in written)
 
 
 def _result_type(instruction: HloInstruction) -> str:
@@ -293,9 +298,8 @@ def first_group(rest: str) -> tuple[int, ...]:
         return int(pairs.group(1)), int(pairs.group(2))
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return tuple(int(n) for n in listed.group(1).split(","))
-    if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
-        ids = _iota(iota.group(3), iota.group(4)).reshape(int(iota.group(1)), int(iota.group(2)))
-        return tuple(ids[0].tolist())
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):
+        return tuple(_iota(iota.group(2), iota.group(3))[: int(iota.group(1))].tolist())
     mesh = _MESH_GROUP.search(rest)
     if mesh is None:
         return ()
@@ -319,6 +323,25 @@ def _constant(instruction: HloInstruction | None) -> int | None:
     return int(found.group(1)) if found else None
 
 
+def _loop_carried(caller: HloComputation, loop: HloInstruction, element: HloInstruction | None) -> int | None:
+    """A limit, an element of the loop's state, that is a constant outside of it."""
+    start = caller.instructions.get(loop.operands[0])
+    if element is None or element.opcode != "get-tuple-element" or start is None or start.opcode != "tuple":
+        return None
+    index = int(re.findall(r"index=(\d+)", element.rest)[0])
+    return _constant(caller.instructions.get(start.operands[index]))
+
+
+def _passed_on(inner: HloComputation) -> set[str]:
+    """Values of a collective that a fusion continues: their traffic counts where it is started."""
+    found = [i for i in inner.instructions.values() if _CONTINUATION.search(i.rest) or "AsyncCollectiveDone" in i.rest]
+    names = {i.name for i in found} | {name for i in found for name in i.operands}
+    if found and inner.root.opcode == "tuple":  # the array that it fills
+        names |= {name for name in inner.root.operands if inner.instructions[name].opcode == "parameter"}
+    users = (i for i in inner.instructions.values() if i.opcode == "get-tuple-element" and i.operands[0] in names)
+    return names | {i.name for i in users}
+
+
 def _source(inner: HloComputation, name: str) -> str:
     """The array that a chain of bitcasts, copies and converts starts from."""
     instruction = inner.instructions.get(name)
@@ -340,9 +363,16 @@ def _add_tuple_element(computation: HloComputation, name: str) -> None:
 
 def _tuple_types(type_: str) -> list[str]:
     """The element types of a tuple type."""
+    return _list_elements(re.sub(r"/\*.*?\*/", "", type_)[1:])
+
+
+def _list_elements(text: str) -> list[str]:
+    """The elements of a list whose opening bracket stands before `text`."""
     elements, depth = [""], 0
-    for letter in re.sub(r"/\*.*?\*/", "", type_)[1:-1]:
+    for letter in text:
         depth += (letter in "([{") - (letter in ")]}")
+        if depth < 0:
+            break
         if letter == "," and depth == 0:
             elements.append("")
         else:

@@ -6,7 +6,6 @@ import resource
 import sys
 import textwrap
 import time
-from functools import partial
 from typing import Any
 
 import jax
@@ -15,8 +14,9 @@ from mla_moe.config import ConfigError, Recipe
 from mla_moe.plan import stages
 from mla_moe.plan.compiler import compile_to_buffers
 from mla_moe.plan.costs import CollectiveTraffic, collective_traffic
-from mla_moe.plan.flops import ExpectedRouting, count_flops
+from mla_moe.plan.flops import count_flops
 from mla_moe.plan.hlo import HloModule
+from mla_moe.plan.schedule import Simulation, Stall, simulate
 from mla_moe.plan.stages import DecodeOptions
 from mla_moe.plan.topology import Topology
 
@@ -33,8 +33,7 @@ class Plan:
     """HBM that a program may use; None for a CPU."""
     argument_bytes: float
     temp_bytes: float
-    """Besides the arguments, whose memory donated results reuse. If the compiler refuses the program: what it would
-    need, where the compiler reports that."""
+    """Besides the arguments, whose memory donated results reuse. Of a refused program: as the compiler reports it."""
     resident: dict[str, float]
     """Bytes of other arrays in memory while the program runs, by purpose."""
     sampling_bytes: float
@@ -56,6 +55,15 @@ class Plan:
     """The longest of the three: the lower bound, if they overlap fully. Without overlap it is their sum."""
     mfu: float | None
     """Useful FLOPs of `step_seconds` as a fraction of the peak."""
+    simulated_step_seconds: float | None
+    """The forecast: the compiled schedule simulated, products at an assumed fraction of the peak (`plan.schedule`)."""
+    simulated_mfu: float | None
+    simulated_mfu_at_peak: float | None
+    """The same, with products at the peak."""
+    exposed_communication_seconds: dict[str, Any]
+    """Seconds of `simulated_step_seconds` in which a device waits for collectives: `total`, `by_kind`, `by_axes`."""
+    stalls: list[Stall]
+    """The largest waits, with the source lines that made them."""
     tokens: int
     """Tokens of one run, over all devices."""
     compile_seconds: float
@@ -73,64 +81,58 @@ class Plan:
         return self.refusal is None and (self.capacity_bytes is None or self.bytes <= self.capacity_bytes)
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"fits": self.fits}
+        return dataclasses.asdict(self) | {"fits": self.fits, "stalls": [stall._asdict() for stall in self.stalls]}
 
 
 def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", options: DecodeOptions | None = None) -> Plan:
     """Compile `stage` (`train`, `rl` or `decode`, with its options) of a recipe. Raises `ConfigError` for a mesh that
     the topology or the recipe cannot be sharded over."""
-    program = stages.trace(recipe, topology, stage, options)
+    with jax.default_device(topology.devices[0]):  # kernels are chosen for it (`ops.kernel_choice`)
+        if stage == "decode":
+            program = stages.decode(recipe, topology, options or DecodeOptions())
+        else:
+            program = {"train": stages.train, "rl": stages.rl}[stage](recipe, topology)
     flops = count_flops(program.traced.jaxpr, program.mesh.size, program.expected)
     start = time.perf_counter()
     refusal, text, argument_bytes, temp_bytes = None, "", 0.0, 0.0
     try:
-        text, argument_bytes, temp_bytes = compile_to_buffers(program.traced, topology.platform)
+        with jax.default_device(topology.devices[0]):
+            text, argument_bytes, temp_bytes = compile_to_buffers(program.traced, topology.platform)
     except jax.errors.JaxRuntimeError as error:
         refusal, argument_bytes, temp_bytes = _parse_refusal(str(error), program.memory, topology)
     seconds = time.perf_counter() - start
     expected = program.expected
-    hlo = HloModule(text, partial(_loop_trips, expected), expected.active_experts) if text else None
-    traffic = collective_traffic(hlo.collectives() if hlo else (), program.mesh, topology, program.dispatch_fill)
+    hlo = HloModule(text, expected.loop_trips, expected.active_experts) if text else None
+    traffic = collective_traffic(hlo.collectives() if hlo else (), program.mesh, topology, expected.dispatch_fill)
     memory_traffic = hlo.memory_traffic() if hlo else 0.0
     device, total = topology.accelerator, sum(flops.values())
-    times = None
+    times, step = (None, None, None), None
+    forecast, at_peak = Simulation(), Simulation()
     if device is not None:
         times = total / device.flops, memory_traffic / device.hbm_bandwidth, sum(t.seconds for t in traffic)
-    step = None if times is None or refusal else max(times)
+        step = None if refusal else max(times)
+        if hlo is not None:
+            forecast = simulate(hlo, program.mesh, topology, expected)
+            at_peak = simulate(hlo, program.mesh, topology, expected, at_peak=True)
+
+    def mfu(seconds: float | None) -> float | None:
+        return program.useful_flops / (seconds * device.flops) if seconds and device else None
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return Plan(
-        stage=stage,
-        topology=topology.name,
-        devices=program.mesh.size,
-        mesh=dict(program.mesh.shape),
-        capacity_bytes=None if device is None else device.hbm_bytes,
-        argument_bytes=argument_bytes,
-        temp_bytes=temp_bytes,
-        resident=program.resident,
-        sampling_bytes=program.sampling_bytes,
-        memory=program.memory,
-        flops=total,
-        flops_by_kind=flops,
-        useful_flops_share=program.useful_flops / total,
+        stage=stage, topology=topology.name, devices=program.mesh.size, mesh=dict(program.mesh.shape),
+        capacity_bytes=None if device is None else device.hbm_bytes, argument_bytes=argument_bytes,
+        temp_bytes=temp_bytes, resident=program.resident, sampling_bytes=program.sampling_bytes, memory=program.memory,
+        flops=total, flops_by_kind=flops, useful_flops_share=program.useful_flops / total,
         useful_or_recomputed_flops_share=(program.useful_flops + program.recomputed_flops) / total,
-        collectives=traffic,
-        memory_traffic_bytes=memory_traffic,
-        compute_seconds=times and times[0],
-        memory_seconds=times and times[1],
-        network_seconds=times and times[2],
-        step_seconds=step,
-        mfu=program.useful_flops / (step * device.flops) if step and device else None,
-        tokens=program.tokens,
-        compile_seconds=seconds,
-        compile_memory_bytes=_peak_memory(),
+        collectives=traffic, memory_traffic_bytes=memory_traffic, compute_seconds=times[0], memory_seconds=times[1],
+        network_seconds=times[2], step_seconds=step,
+        mfu=mfu(step), simulated_step_seconds=forecast.step_seconds or None, simulated_mfu=mfu(forecast.step_seconds),
+        simulated_mfu_at_peak=mfu(at_peak.step_seconds), exposed_communication_seconds=forecast.exposed_communication,
+        stalls=forecast.stalls, tokens=program.tokens,
+        compile_seconds=seconds, compile_memory_bytes=float(peak * (1 if sys.platform == "darwin" else 1024)),
         refusal=refusal,
-    )
-
-
-def _loop_trips(expected: ExpectedRouting, scope: str) -> float:
-    """Expected trip count of a while loop, from JAX's name of it."""
-    if "experts" in scope:
-        return expected.num_chunks
-    return expected.key_blocks if "attend" in scope else 1.0
+    )  # fmt: skip
 
 
 def _parse_refusal(error: str, memory: dict[str, float], topology: Topology) -> tuple[str, float, float]:
@@ -143,8 +145,3 @@ def _parse_refusal(error: str, memory: dict[str, float], topology: Topology) -> 
     used = float(found.group(1)) * 1024.0 ** (1 + "KMGT".index(found.group(2)))
     argument_bytes = sum(size for kind, size in memory.items() if kind not in stages.TEMPORARIES)
     return error.splitlines()[0], argument_bytes, max(used - argument_bytes, 0.0)
-
-
-def _peak_memory() -> float:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

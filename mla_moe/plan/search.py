@@ -1,30 +1,31 @@
 """Search over meshes, rematerialisation and gradient accumulation for one topology. Plans are cached on disk."""
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import mla_moe
 from mla_moe.config import ConfigError, MeshConfig, Recipe
 from mla_moe.plan.costs import CollectiveTraffic
 from mla_moe.plan.plan import Plan, make_plan
+from mla_moe.plan.schedule import Stall
 from mla_moe.plan.stages import DecodeOptions
 from mla_moe.plan.topology import Topology
+from mla_moe.training.metrics import write_atomically
 
 MICROBATCH_SIZES = (1, 2, 4, 8)
 """Sequences of a device in one microbatch that are tried; gradient accumulation keeps the batch size."""
 
 
 def variants(recipe: Recipe, devices: int) -> Iterator[Recipe]:
-    """The recipe with other meshes, rematerialisation and numbers of gradient accumulation steps.
-
-    `expert` takes powers of two, `fsdp` the remaining devices; `data`, `tensor` and `context` stay as in the recipe.
-    """
+    """The recipe with other meshes, rematerialisation and numbers of gradient accumulation steps. `expert` takes powers
+    of two, `fsdp` the remaining devices; `data`, `tensor` and `context` stay as in the recipe."""
     fixed = {axis: max(getattr(recipe.mesh, axis), 1) for axis in ("data", "tensor", "context")}
     free = devices // (fixed["data"] * fixed["tensor"] * fixed["context"])
     experts = [1 << power for power in range(10) if free % (1 << power) == 0]
@@ -40,7 +41,7 @@ def variants(recipe: Recipe, devices: int) -> Iterator[Recipe]:
 
 
 def search(recipe: Recipe, topology: Topology, log: Callable[[str], None]) -> list[tuple[Recipe, Plan]]:
-    """Plan all variants: first those that fit, by estimated step time, then the others by the memory they need."""
+    """Plan all variants: first those that fit, by simulated step time, then the others by the memory they need."""
     found = []
     for variant in variants(recipe, len(topology.devices)):
         try:
@@ -50,11 +51,11 @@ def search(recipe: Recipe, topology: Topology, log: Callable[[str], None]) -> li
             continue
         log(f"{flags_of(variant)}: {'fits' if plan.fits else 'does not fit'}")
         found.append((variant, plan))
-    return sorted(found, key=lambda pair: _order(pair[1]))
-
-
-def _order(plan: Plan) -> tuple[bool, float]:
-    return not plan.fits, (plan.step_seconds or 0.0) if plan.fits else plan.bytes
+    fitting = [pair for pair in found if pair[1].fits]
+    others = [pair for pair in found if not pair[1].fits]
+    return sorted(fitting, key=lambda pair: pair[1].simulated_step_seconds or 0.0) + sorted(
+        others, key=lambda pair: pair[1].bytes
+    )
 
 
 def flags_of(recipe: Recipe) -> str:
@@ -65,23 +66,23 @@ def flags_of(recipe: Recipe) -> str:
 
 
 def cached_plan(recipe: Recipe, topology: Topology, stage: str, options: DecodeOptions | None = None) -> Plan:
-    """`make_plan`, cached under `~/.cache/mla_moe` by recipe, topology, stage, versions of JAX and this package's
-    source."""
+    """`make_plan`, cached in `~/.cache/mla_moe` by recipe, topology, stage, the versions of JAX
+    and of the compilers, and this package's source."""
+    sources = sorted(Path(mla_moe.__file__).parent.rglob("*.py"))
+    checksum = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
     key = [recipe.to_json(), topology.name, str(len(topology.devices)), stage]
-    key += [json.dumps(options if stage == "decode" else None), _source_checksum()]
-    key += [f"{package} {version(package)}" for package in ("jax", "jaxlib", "flax")]
+    key += [json.dumps(options if stage == "decode" else None), checksum]
+    for package in ("jax", "jaxlib", "flax", "libtpu", "jax-cuda13-plugin", "tokamax"):
+        with contextlib.suppress(PackageNotFoundError):
+            key.append(f"{package} {version(package)}")
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     file = home / "mla_moe" / "plans" / f"{name}.json"
-    if file.exists():
+    with contextlib.suppress(FileNotFoundError, ValueError, TypeError, KeyError):  # or it is compiled again
         values = json.loads(file.read_text())
-        return Plan(**values | {"collectives": [CollectiveTraffic(**t) for t in values["collectives"]]})
+        collectives = [CollectiveTraffic(**t) for t in values["collectives"]]
+        return Plan(**values | {"collectives": collectives, "stalls": [Stall(*stall) for stall in values["stalls"]]})
     plan = make_plan(recipe, topology, stage, options)
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dataclasses.asdict(plan)))
+    write_atomically(file, json.dumps(dataclasses.asdict(plan)))
     return plan
-
-
-def _source_checksum() -> str:
-    files = sorted(Path(mla_moe.__file__).parent.rglob("*.py"))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

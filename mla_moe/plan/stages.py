@@ -11,24 +11,24 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Traced
 
 from mla_moe.config import ModelConfig, Recipe, require
-from mla_moe.inference.decode import ProgramOptions
-from mla_moe.inference.input_batch import InputBatch
-from mla_moe.inference.model_runner import decode as decode_program
+from mla_moe.inference.decode import ProgramOptions, empty_batch
+from mla_moe.inference.programs import decode as decode_program
 from mla_moe.inference.weights import ModelGraph, decode_sharding, inference_layout
 from mla_moe.nn.abstract_model import AbstractModel
 from mla_moe.nn.kv_cache import cache_shape, cache_sharding, round_up_capacity
-from mla_moe.nn.model_costs import count_parameters, train_flops_per_token
-from mla_moe.nn.param import Precision, resolve_kernels
+from mla_moe.nn.model_costs import active_matmul_weights, train_flops_per_token
+from mla_moe.nn.param import resolve_kernels
 from mla_moe.ops import attention, cached_attention
 from mla_moe.ops.experts import block_size
 from mla_moe.parallel.expert_parallel import dispatch_plan, expected_device_fraction
 from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
-from mla_moe.parallel.sharding import check_divisible, rules_with_overrides
+from mla_moe.parallel.sharding import bytes_per_device, check_divisible
 from mla_moe.plan.flops import ExpectedRouting
 from mla_moe.plan.topology import Topology
-from mla_moe.rl.learner_programs import LearnerPrograms
+from mla_moe.rl.learner import Learner
 from mla_moe.rl.objectives import kl_coefficient
 from mla_moe.training.optimizer import make_optimizer
+from mla_moe.training.run_context import make_abstract_model
 from mla_moe.training.step import abstract_state, make_train_step
 
 TEMPORARIES = ("gradients", "layer inputs")
@@ -36,25 +36,18 @@ TEMPORARIES = ("gradients", "layer inputs")
 
 
 class StageProgram(NamedTuple):
-    """A traced program, and what is known of it without compiling. Bytes and FLOPs are those of one device."""
+    """A traced program, and what is known of it without compiling, of one device and as in `Plan`."""
 
     traced: Traced
     mesh: Mesh
     memory: dict[str, float]
-    """Bytes of large arguments and temporaries, by purpose."""
     useful_flops: float
-    """FLOPs of the model's mathematics."""
     recomputed_flops: float
     """FLOPs that the backward pass repeats by rematerialisation."""
     expected: ExpectedRouting
-    dispatch_fill: float
-    """The fraction of the token dispatch's buffers that an even routing fills."""
     tokens: int
-    """Tokens of one run, over all devices."""
     resident: dict[str, float]
-    """Bytes of other arrays in memory while the program runs, by purpose."""
     sampling_bytes: float
-    """Bytes while completions are sampled; 0 for a stage without sampling."""
 
 
 class DecodeOptions(NamedTuple):
@@ -65,19 +58,11 @@ class DecodeOptions(NamedTuple):
     int8_kv_cache: bool = False
 
 
-def trace(recipe: Recipe, topology: Topology, stage: str, options: DecodeOptions | None = None) -> StageProgram:
-    """`stage` is `train`, `rl` or `decode`; only the last has options."""
-    if stage == "decode":
-        return decode(recipe, topology, options or DecodeOptions())
-    return {"train": train, "rl": rl}[stage](recipe, topology)
-
-
 def train(recipe: Recipe, topology: Topology) -> StageProgram:
     """The training step of `training.step`, as `train.py` runs it."""
     mesh = make_mesh(recipe.mesh, topology.devices)
     check_divisible(recipe, mesh)
-    training, cfg = recipe.training, recipe.model
-    abstract_model = make_abstract_model(recipe, mesh)
+    training, abstract_model = recipe.training, make_abstract_model(recipe, mesh)
     tx = make_optimizer(recipe.optimizer, training.steps, abstract_model)
     state = abstract_state(abstract_model, tx, mesh)
     shape = training.batch_size, training.sequence_length
@@ -85,14 +70,14 @@ def train(recipe: Recipe, topology: Topology) -> StageProgram:
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), tokens)
     traced = make_train_step(abstract_model, tx, training, mesh).trace(state, batch)
 
-    memory = {
-        "parameters": bytes_of(state.params) + bytes_of(state.biases),
-        "optimizer": bytes_of(state.optimizer),
-        "batch": bytes_of(batch),
-        "gradients": bytes_of(state.params),
+    memory = {"parameters": bytes_per_device([state.params, state.biases])}
+    memory |= {
+        "optimizer": bytes_per_device(state.optimizer),
+        "batch": bytes_per_device(batch),
+        "gradients": bytes_per_device(state.params),
     }
-    accumulation_steps = training.gradient_accumulation_steps
-    return _gradient_program(traced, recipe, abstract_model, cfg, mesh, shape, accumulation_steps, memory)
+    count = training.gradient_accumulation_steps
+    return _gradient_program(traced, recipe, abstract_model, recipe.model, mesh, shape, count, memory)
 
 
 def rl(recipe: Recipe, topology: Topology) -> StageProgram:
@@ -115,25 +100,21 @@ def rl(recipe: Recipe, topology: Topology) -> StageProgram:
     if settings.routing_replay and cfg.num_moe_layers:
         selected = *shape, cfg.num_moe_layers, cfg.num_experts_per_tok
         microbatch["replay"] = jax.ShapeDtypeStruct(selected, jnp.int16, sharding=sharding)
-    programs = LearnerPrograms(abstract_model, tx, recipe, mesh)
-    sums = programs.abstract_sums(state, microbatch)
-    traced = programs.accumulate.trace(state.params, state.biases, microbatch, sums)
+    learner = Learner(abstract_model, tx, recipe, mesh)
+    sums = learner.zeros.eval_shape(state.params, state.biases, microbatch)
+    traced = learner.accumulate.trace(state.params, state.biases, microbatch, sums)
 
-    parameters = bytes_of(state.params) + bytes_of(state.biases)
-    memory = {
-        "parameters": parameters,
-        "batch": bytes_of(microbatch),
-        "accumulated gradients": bytes_of(sums.gradient),
-        "gradients": bytes_of(state.params),
-    }
+    parameters = bytes_per_device([state.params, state.biases])
+    memory = {"parameters": parameters, "batch": bytes_per_device(microbatch)}
+    memory |= {"accumulated gradients": bytes_per_device(sums.gradient), "gradients": bytes_per_device(state.params)}
     max_model_len = settings.max_prompt_tokens + settings.max_new_tokens
     weights, cache = sampler_arrays(recipe, abstract_model, mesh, settings.max_num_seqs, max_model_len)
-    resident = {"optimizer": bytes_of(state.optimizer), "sampler's KV cache": bytes_of(cache)}
+    resident = {"optimizer": bytes_per_device(state.optimizer), "sampler's KV cache": bytes_per_device(cache)}
     if kl_coefficient(settings):
-        resident["reference"] = bytes_of(state.params)
+        resident["reference"] = bytes_per_device(state.params)
     trained = replace(cfg, num_nextn_predict_layers=0)
     program = _gradient_program(traced, recipe, abstract_model, trained, mesh, shape, 1, memory)
-    sampling_bytes = parameters + sum(resident.values()) + bytes_of(weights)
+    sampling_bytes = parameters + sum(resident.values()) + bytes_per_device(weights)
     return program._replace(resident=resident, sampling_bytes=sampling_bytes)
 
 
@@ -149,15 +130,13 @@ def _gradient_program(
     if full:
         itemsize = jnp.dtype(abstract_model.precision.compute).itemsize
         memory = memory | {"layer inputs": float(cfg.num_hidden_layers * local_tokens * cfg.hidden_size * itemsize)}
-    expected, dispatch_fill = even_routing(recipe, mesh, local_tokens)
-    expected = replace(expected, key_blocks=length / attention.block_size(length) / 2)  # on and below the diagonal
+    key_blocks = length / attention.block_size(length) / 2  # on and below the diagonal
+    expected = replace(even_routing(recipe, mesh, local_tokens), key_blocks=key_blocks)
     # The backward pass computes the attention scores again, and with full rematerialisation each layer's forward pass.
     layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
     width = cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
     recomputed = layers * width * (length + 1) * tokens / devices + ((useful - head) / 3 if full else 0.0)
-    return StageProgram(
-        traced, mesh, memory, useful, recomputed, expected, dispatch_fill, tokens, resident={}, sampling_bytes=0.0
-    )
+    return StageProgram(traced, mesh, memory, useful, recomputed, expected, tokens, {}, 0.0)
 
 
 def decode(recipe: Recipe, topology: Topology, options: DecodeOptions) -> StageProgram:
@@ -171,28 +150,25 @@ def decode(recipe: Recipe, topology: Topology, options: DecodeOptions) -> StageP
     abstract_model = make_abstract_model(recipe, mesh)
     state, cache = sampler_arrays(recipe, abstract_model, mesh, batch, context, int8_kv_cache)
     replicated = NamedSharding(mesh, PartitionSpec())
-    slots = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), InputBatch(batch).decode_state()
-    )
+    slots = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated), empty_batch(batch))
     steps = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         graph = ModelGraph(abstract_model.graph)
-        program_options = ProgramOptions(cache_sharding=cache_sharding(mesh, batch))
+        program_options = ProgramOptions(mesh=mesh)
         traced = decode_program.trace(graph, state, cache, slots, steps, False, program_options)
-    weights = count_parameters(cfg).active - cfg.vocab_size * cfg.hidden_size
+    weights = active_matmul_weights(cfg)
     width = 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
     useful = batch / mesh.size * (2 * weights + 2 * cfg.num_hidden_layers * cfg.num_attention_heads * width * context)
-    memory = {"parameters": bytes_of(state), "KV cache": bytes_of(cache)}
+    memory = {"parameters": bytes_per_device(state), "KV cache": bytes_per_device(cache)}
     # The devices along `expert` have the same tokens; a few experts are selected by no token.
     local_batch, K = batch // (mesh.shape["data"] * mesh.shape["fsdp"]), cfg.num_experts_per_tok
-    e = experts_per_device(cfg, mesh)
+    e = cfg.n_routed_experts // mesh.shape["expert"]
     active = e * (1 - (1 - K / cfg.n_routed_experts) ** local_batch)
     kernel = resolve_kernels(recipe.kernels, mesh.devices.flat[0].platform).grouped_matmul
     block = block_size(local_batch * min(K, e), e, kernel)
     rows = active * block * math.ceil(local_batch * K / cfg.n_routed_experts / block)
-    key_blocks = cache.shape[2] / cached_attention.BLOCK
-    expected = ExpectedRouting(key_blocks=key_blocks, expert_rows=rows, active_experts=active)
-    return StageProgram(traced, mesh, memory, useful, 0.0, expected, 1.0, batch, resident={}, sampling_bytes=0.0)
+    expected = ExpectedRouting(1.0, rows, active, key_blocks=cache.shape[2] / cached_attention.BLOCK)
+    return StageProgram(traced, mesh, memory, useful, 0.0, expected, batch, {}, 0.0)
 
 
 def sampler_arrays(
@@ -208,46 +184,20 @@ def sampler_arrays(
     state = nnx.from_flat_state([(tuple(path.split("/")), abstract(v)) for path, v in abstract_model.variables.items()])
     dtype, capacity = jnp.int8 if int8_kv_cache else compute, round_up_capacity(context)
     sharding = cache_sharding(mesh, slots)
-    return state, cache_shape(cfg, slots, capacity, dtype, layers=cfg.num_hidden_layers, sharding=sharding)
+    return state, cache_shape(cfg.attention, slots, capacity, dtype, layers=cfg.num_hidden_layers, sharding=sharding)
 
 
-def experts_per_device(cfg: ModelConfig, mesh: Mesh) -> int:
-    return cfg.n_routed_experts // mesh.shape["expert"]
-
-
-def make_abstract_model(recipe: Recipe, mesh: Mesh) -> AbstractModel:
-    """The recipe's model with the kernels and dtypes of the mesh's platform."""
-    platform = mesh.devices.flat[0].platform
-    compute_dtype = recipe.training.compute_dtype
-    auto = "float32" if platform == "cpu" else "bfloat16"
-    return AbstractModel(
-        recipe.model,
-        precision=Precision(compute=jnp.dtype(auto if compute_dtype == "auto" else compute_dtype)),
-        kernels=resolve_kernels(recipe.kernels, platform),
-        remat=recipe.training.remat,
-        rules=rules_with_overrides(recipe.mesh.rules),
-    )
-
-
-def even_routing(recipe: Recipe, mesh: Mesh, tokens: int) -> tuple[ExpectedRouting, float]:
-    """The experts' work for `tokens` tokens per device, and the fraction of the dispatch buffers that is filled."""
+def even_routing(recipe: Recipe, mesh: Mesh, tokens: int) -> ExpectedRouting:
+    """The experts' work and the token dispatch for `tokens` tokens per device."""
     cfg, devices = recipe.model, mesh.shape["expert"]
     kernels = resolve_kernels(recipe.kernels, mesh.devices.flat[0].platform)
-    local_experts, pairs = experts_per_device(cfg, mesh), tokens * cfg.num_experts_per_tok
+    local_experts, pairs = cfg.n_routed_experts // devices, tokens * cfg.num_experts_per_tok
     if devices == 1:
         block = block_size(pairs, local_experts, kernels.grouped_matmul)
-        return ExpectedRouting(expert_rows=pairs + local_experts * (block - 1) / 2), 1.0
-    plan = dispatch_plan(
-        cfg, tokens, devices, capacity_factor=kernels.capacity_factor, dispatch=kernels.dispatch,
-        grouped_matmul=kernels.grouped_matmul,
-    )  # fmt: skip
+        return ExpectedRouting(expert_rows=pairs + local_experts * (block - 1) / 2)
+    plan = dispatch_plan(cfg.moe, tokens, devices, kernels)
     block = block_size(plan.max_pairs, local_experts, kernels.grouped_matmul)
     rows = pairs / plan.num_chunks + local_experts * (block - 1) / 2
-    fill = tokens * expected_device_fraction(cfg, devices) / (plan.num_chunks * plan.chunk_capacity)
-    return ExpectedRouting(plan.num_chunks, rows), fill
-
-
-def bytes_of(tree: Any) -> float:
-    """Bytes of a tree of sharded arrays on one device."""
-    leaves = jax.tree.leaves(tree)
-    return float(sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves))
+    exchanges = plan.num_chunks + (plan.dispatch == "ragged")  # and an empty one, see `_over_chunks`
+    fill = tokens * expected_device_fraction(cfg.moe, devices) / (exchanges * plan.chunk_capacity)
+    return ExpectedRouting(plan.num_chunks, rows, dispatch_fill=fill)

@@ -22,12 +22,12 @@ def before_and_after(stage: StageRecord) -> str:
     pairs = [(row, by_step[last][prompt]) for prompt, row in by_step[first].items() if prompt in by_step[last]]
     if not pairs:
         return ""
-    before, after = ([_is_correct(pair[i]) for pair in pairs] for i in (0, 1))
-    gained = sum(new and not old for old, new in zip(before, after, strict=True))
-    lost = sum(old and not new for old, new in zip(before, after, strict=True))
+    correct = [(_is_correct(old), _is_correct(new)) for old, new in pairs]
+    before, after = map(sum, zip(*correct, strict=True))
+    gained, lost = correct.count((False, True)), correct.count((True, False))
     shown = f" The first {COMPLETIONS_SHOWN}:" if len(pairs) > COMPLETIONS_SHOWN else ""
     note = (
-        f"Of {len(pairs):,} prompts, {sum(before):,} were answered correctly before and {sum(after):,} after: "
+        f"Of {len(pairs):,} prompts, {before:,} were answered correctly before and {after:,} after: "
         f"{gained:,} became correct, {lost:,} became incorrect.{shown}"
     )
     head = "".join(

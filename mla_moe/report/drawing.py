@@ -23,6 +23,10 @@ STYLE: dict[Any, Any] = {
 _NO_METADATA = ("Creator", "Date", "Format", "Type")
 
 
+Panel = Callable[[StageRecord], str]
+"""The HTML of a plot; empty if its data are missing."""
+
+
 class Line(NamedTuple):
     """A metric as a curve over the steps."""
 
@@ -34,9 +38,7 @@ class Line(NamedTuple):
     alone is hollow, so that several are visible at one point."""
 
 
-def curves(
-    title: str, *lines: Line, scale: Literal["linear", "fraction", "log"] = "linear"
-) -> Callable[[StageRecord], str]:
+def curves(title: str, *lines: Line, scale: Literal["linear", "fraction", "log"] = "linear") -> Panel:
     """A panel with those of the metrics that the stage recorded. The scale `fraction` runs from 0 to 1."""
     return lambda stage: draw_curves(stage, title, lines, scale)
 
@@ -63,6 +65,8 @@ def draw_curves(stage: StageRecord, title: str, lines: tuple[Line, ...], scale: 
                 steps, values, line.style, color=line.color, label=line.label,
                 markersize=5, markeredgewidth=1.4, markerfacecolor=inside,
             )  # fmt: skip
+    if len({step for steps, _ in series.values() for step in steps}) == 1:
+        axes.set_xlim(left=0)  # a single evaluation, at the end
     if len(series) > 1:
         axes.legend(fontsize=9)
     return card(title, figure)

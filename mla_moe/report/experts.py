@@ -42,8 +42,7 @@ def load_before_and_after(stage: StageRecord) -> str:
     """The load of every expert in every layer, at the first and the last recorded step."""
     if len(stage.loads) < 2:
         return ""
-    first, last = stage.loads[0], stage.loads[-1]
-    model = stage.recipe.get("model")
+    first, last, model = stage.loads[0], stage.loads[-1], stage.recipe.get("model")
     norm, cards = _norm(np.array([first["load"], last["load"]])), []
     for row in (first, last):
         load_LE = np.array(row["load"])

@@ -1,25 +1,26 @@
 """The page: one section per stage, with headlines, panels and completions."""
 
-import html
+import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 
-from mla_moe.config import ConfigError
-from mla_moe.config.migrations import migrate_recipe
-from mla_moe.report import headlines, panels, rl
+from mla_moe.config import load_recipe, require
+from mla_moe.config.errors import require_local
+from mla_moe.report import panels, rl
 from mla_moe.report.completions import before_and_after, pre, samples_section, text
 from mla_moe.report.drawing import STYLE
 from mla_moe.report.stage_record import Row, StageRecord
-from mla_moe.training.metrics import read_rows
+from mla_moe.training.metrics import read_rows, write_atomically
+from mla_moe.training.run_directory import read_summary
 
 STAGE_TITLES = {
     "pretrain": "Pretraining",
     "sft": "Supervised fine-tuning",
+    "dpo": "Preference optimization",
     "rl": "Reinforcement learning",
     "rejection": "Rejection sampling and fine-tuning",
 }
@@ -27,57 +28,42 @@ STAGE_TITLES = {
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run directory and return its path. Raises `ConfigError` if there is no run."""
+    require_local("run_dir", run_dir)
     run_dir = Path(run_dir)
-    if not run_dir.is_dir():
-        raise ConfigError("run_dir", str(run_dir), "no such directory; give the directory of a run")
-    if not (rows := read_rows(run_dir / "metrics.jsonl")):
-        raise ConfigError("run_dir", str(run_dir), "has no metrics.jsonl with rows; train at least one step there")
-    recipe, loads = migrate_recipe(_read_json(run_dir / "recipe.json")), read_rows(run_dir / "expert_load.jsonl")
-    samples = read_rows(run_dir / "samples.jsonl")
-    names = list(dict.fromkeys(row["stage"] for row in rows))
+    require(run_dir.is_dir(), "run_dir", str(run_dir), "no such directory; give the directory of a run")
+    rows, fix = read_rows(run_dir / "metrics.jsonl"), "has no metrics.jsonl with rows; train at least one step there"
+    require(len(rows) > 0, "run_dir", str(run_dir), fix)
+    path = run_dir / "recipe.json"
+    recipe = dataclasses.asdict(load_recipe(path)) if path.exists() else {}
+    loads, samples = read_rows(run_dir / "expert_load.jsonl"), read_rows(run_dir / "samples.jsonl")
+    names = dict.fromkeys(row["stage"] for row in rows)
+    shapes = {(row["stage"], len(row["load"]), len(row["load"][0])) for row in loads}
+    fix = "has rows of several models; move the rows of others away"
+    require(len(shapes) == len({stage for stage, *_ in shapes}), "run_dir", f"{run_dir}/expert_load.jsonl", fix)
     stages = [StageRecord(name, recipe, *(_of(name, some) for some in (rows, loads, samples))) for name in names]
     with matplotlib.rc_context(STYLE):
-        sections = [
-            summary_section(_read_json(run_dir / "summary.json")),
-            *map(stage_section, stages),
-            samples_section(samples),
-            recipe_section(recipe),
-        ]
-    path, temporary = run_dir / "report.html", run_dir / "report.html.tmp"
-    page = PAGE.format(title=html.escape(run_dir.resolve().name), body="".join(sections))
-    temporary.write_text(page, "utf-8", "replace")
-    os.replace(temporary, path)
-    return path
+        sections = map(stage_section, stages)
+        body = summary_section(read_summary(run_dir)) + "".join(sections) + samples_section(samples)
+    if recipe:
+        body += f"<details><summary>Recipe</summary>{pre(json.dumps(recipe, indent=2, ensure_ascii=False))}</details>"
+    page = PAGE.format(title=text(run_dir.resolve().name), body=body)
+    write_atomically(run_dir / "report.html", page.encode("utf-8", "replace").decode())
+    return run_dir / "report.html"
 
 
 def stage_section(stage: StageRecord) -> str:
-    found = filter(None, (headline(stage) for headline in (*rl.HEADLINES, *headlines.HEADLINES)))
-    figures = "".join(
-        f"<div><dt>{name}</dt><dd>{figure}<small>{note}</small></dd></div>" for name, figure, note in found
-    )
+    found = filter(None, (headline(stage) for headline in (*rl.HEADLINES, *panels.HEADLINES)))
+    box = "<div><dt>{}</dt><dd>{}<small>{}</small></dd></div>"
+    figures = "".join(box.format(*headline) for headline in found)
     title = text(STAGE_TITLES.get(stage.name, stage.name))
     plots = "".join(panel(stage) for panel in (*(rl.PANELS if stage.name == "rl" else ()), *panels.PANELS))
-    return (
-        f'<h2>{title}</h2><dl class="headlines">{figures}</dl><div class="panels">{plots}</div>'
-        f"{before_and_after(stage)}"
-    )
+    parts = f'<h2>{title}</h2><dl class="headlines">{figures}</dl><div class="panels">{plots}</div>'
+    return parts + before_and_after(stage)
 
 
 def summary_section(summary: Mapping[str, Any]) -> str:
     rows = "".join(f"<tr><th>{text(name)}</th><td>{text(value)}</td></tr>" for name, value in summary.items())
     return f'<table class="summary">{rows}</table>' if rows else ""
-
-
-def recipe_section(recipe: Row) -> str:
-    written = json.dumps(recipe, indent=2, ensure_ascii=False)
-    return f"<details><summary>Recipe</summary>{pre(written)}</details>" if recipe else ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text("utf-8")) if path.exists() else {}
-    except ValueError as error:
-        raise ConfigError("run_dir", str(path), f"is not JSON ({error}); restore or remove it") from None
 
 
 def _of(stage: str, rows: Sequence[Row]) -> list[Row]:
@@ -120,9 +106,8 @@ svg text {{ font-family: system-ui, sans-serif !important }}
 .wide {{ grid-column: 1 / -1 }}
 .scale {{ max-width: 420px; margin: .25rem 0 .75rem }}
 .maps {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(max(150px, 22%), 1fr)); gap: .75rem }}
-.maps figcaption {{ font-weight: normal; font-size: .85rem }}
 .pair {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); gap: .75rem 2rem }}
-.pair figcaption {{ font-weight: normal; font-size: .85rem }}
+:is(.maps, .pair) figcaption {{ font-weight: normal; font-size: .85rem }}
 .samples, .completions {{ width: 100%; table-layout: fixed }}
 .completions th:nth-child(1) {{ width: 20% }} .completions th:nth-child(2) {{ width: 12% }}
 .completions pre {{ max-height: 20rem; overflow-y: auto }}

@@ -1,58 +1,49 @@
 """Headlines and panels of the RL stage."""
 
-from collections.abc import Callable
-
 import numpy as np
 
-from mla_moe.report.drawing import ACCENT, BLUE, GREEN, VIOLET, Line, card, curves, draw_curves, plot
+from mla_moe.report.drawing import ACCENT, BLUE, GREEN, VIOLET, Line, Panel, card, curves, draw_curves, plot
 from mla_moe.report.experts import load_before_and_after
-from mla_moe.report.headlines import Headline, problem_count
+from mla_moe.report.panels import Headline, problem_count
 from mla_moe.report.stage_record import Row, StageRecord
 
 _BINS = 8
-"""Maximum number of bins of prompts, by length."""
+"""Maximum number of bins of prompts, by length, given by their left edges."""
 
 
-def before_after(
-    name: str, key: str, note: str | Callable[[float, float], str], spec: str = ".1%"
-) -> Callable[[StageRecord], Headline | None]:
-    """The first and the last value of a metric, formatted with `spec`."""
+def before_after(name: str, key: str, note: str, spec: str = ".1%") -> Headline:
+    """The first and the last value of a metric, formatted with `spec`. `{growth}` in the note is their ratio."""
 
-    def headline(stage: StageRecord) -> Headline | None:
+    def headline(stage: StageRecord) -> tuple[str, str, str] | None:
         values = stage.finite(key)
         if len(values) < 2:
             return None
         first, last = values[0], values[-1]
         before = f"{first:{spec}}".removesuffix("%")
         figure = f'<span class="from">{before} &rarr;</span> {last:{spec}}'
-        return name, figure, note if isinstance(note, str) else note(first, last)
+        return name, figure, note.format(growth=f", {last / first:.2f}&times; as long" if first else "")
 
     return headline
 
 
-def _growth(first: float, last: float) -> str:
-    times = f", {last / first:.2f}&times; as long" if first else ""
-    return f"tokens, sampled{times}"
-
-
-def truncated(stage: StageRecord) -> Headline | None:
+def truncated(stage: StageRecord) -> tuple[str, str, str] | None:
     fraction = stage.finite("truncated")
     return ("Truncated", f"{fraction.mean():.2%}", "of the completions, at max_new_tokens") if fraction.any() else None
 
 
-def _verifier_keys(kind: str) -> tuple[str, str]:
-    return f"verifier/{kind}", f"eval/verifier/{kind}"
+def _verifier(what: str, note: str, key: str) -> Headline:
+    return problem_count(f"Verifier {what}", note, f"verifier/{key}", f"eval/verifier/{key}")
 
 
-HEADLINES: tuple[Callable[[StageRecord], Headline | None], ...] = (
+HEADLINES: tuple[Headline, ...] = (
     before_after("Accuracy", "eval/accuracy", "held-out, greedy"),
     before_after("Accuracy, prefilled", "eval/forced_accuracy", "with &lt;think&gt;; held-out, greedy"),
     before_after("Format rate", "eval/format_rate", "held-out, greedy"),
-    before_after("Completion length", "eval/response_length", _growth, ",.0f"),
-    problem_count("Verifier raised", "completions with reward 0", *_verifier_keys("raised")),
-    problem_count("Verifier timed out", "completions with reward 0", *_verifier_keys("hung")),
-    problem_count("Verifier not finite", "NaN or infinite; reward 0", *_verifier_keys("not_finite")),
-    problem_count("Verifier died", "with its process; reward 0", *_verifier_keys("died")),
+    before_after("Completion length", "eval/response_length", "tokens, sampled{growth}", ",.0f"),
+    _verifier("raised", "completions with reward 0", "raised"),
+    _verifier("timed out", "completions with reward 0", "hung"),
+    _verifier("not finite", "or no number, or too large; reward 0", "not_finite"),
+    _verifier("died", "with its process; reward 0", "died"),
     truncated,
     problem_count("Prompts too long", "skipped", "prompts_too_long"),
     problem_count("Filtered groups", "all completions correct, or all incorrect", "filtered_groups"),
@@ -80,8 +71,7 @@ def kl_from_reference(stage: StageRecord) -> str:
 
 
 def seconds(stage: StageRecord) -> str:
-    """Seconds per step. The first step includes compilation: if it would dwarf the others, the axis is cut and it is
-    given in the title."""
+    """Seconds per step. If the first, which includes compilation, would dwarf the others, it is only in the title."""
     (steps, total), (sampled_steps, sampling) = stage.series("step_seconds"), stage.series("sample_seconds")
     if not np.array_equal(steps, sampled_steps) or not np.isfinite(total).any():
         return ""
@@ -103,7 +93,10 @@ def length_by_prompt(stage: StageRecord) -> str:
         return ""
     figure, axes = plot(xlabel="characters of the prompt")
     axes.set_ylabel("tokens of the completion")
-    edges = _edges([len(row["prompt"]) for row in rows])
+    lengths = [len(row["prompt"]) for row in rows]
+    edges = np.unique(lengths)
+    if len(edges) > _BINS:  # bins of about equal size instead of one per length
+        edges = np.unique(np.quantile(lengths, np.linspace(0, 1, _BINS, endpoint=False)))
     for step, color, when in ((steps[0], ACCENT, "before"), (steps[-1], BLUE, "after")):
         for kind, style, note in (("greedy", "o-", ""), ("forced", "^:", ", prefilled")):
             chosen = [row for row in rows if row["step"] == step and row["kind"] == kind]
@@ -111,14 +104,6 @@ def length_by_prompt(stage: StageRecord) -> str:
                 axes.plot(*_means(chosen, edges), style, color=color, markersize=4.5, label=f"{when}{note}")
     axes.legend(fontsize=9)
     return card("Completion length by prompt length", figure)
-
-
-def _edges(lengths: list[int]) -> np.ndarray:
-    """Left edges of the bins of prompt lengths: one per length or, if there are many, bins of about equal size."""
-    different = np.unique(lengths)
-    if len(different) <= _BINS:
-        return different
-    return np.unique(np.quantile(lengths, np.linspace(0, 1, _BINS, endpoint=False)))
 
 
 def _means(rows: list[Row], edges: np.ndarray) -> tuple[list[float], list[float]]:
@@ -129,20 +114,16 @@ def _means(rows: list[Row], edges: np.ndarray) -> tuple[list[float], list[float]
     return [mean[0] for mean in means], [mean[1] for mean in means]
 
 
-PANELS: tuple[Callable[[StageRecord], str], ...] = (
+PANELS: tuple[Panel, ...] = (
     reward,
     curves(
-        "Accuracy and format rate",
-        Line("accuracy", "accuracy"),
-        Line("format_rate", "format", GREEN),
+        "Accuracy and format rate", Line("accuracy", "accuracy"), Line("format_rate", "format", GREEN),
         Line("eval/accuracy", "accuracy, held-out", BLUE, "o"),
         Line("eval/forced_accuracy", "accuracy, prefilled with <think>", ACCENT, "^"),
-        Line("eval/format_rate", "format, held-out", GREEN, "s"),
-        scale="fraction",
+        Line("eval/format_rate", "format, held-out", GREEN, "s"), scale="fraction",
     ),
     curves(
-        "Completion length in tokens",
-        Line("response_length", "training"),
+        "Completion length in tokens", Line("response_length", "training"),
         Line("eval/response_length", "held-out, sampled", ACCENT, "o"),
         Line("eval/greedy_length", "held-out, greedy", GREEN, "s"),
     ),
@@ -152,11 +133,9 @@ PANELS: tuple[Callable[[StageRecord], str], ...] = (
     curves("Entropy", Line("entropy")),
     curves("Fraction of tokens clipped", Line("clip_ratio/low", "below"), Line("clip_ratio/high", "above", ACCENT)),
     curves(
-        "Difference of log-probabilities, sampler and trainer",
-        Line("sampler_logprob_diff", "mean"),
-        Line("sampler_logprob_diff_max", "largest", ACCENT),
-        scale="log",
+        "Difference of log-probabilities, sampler and trainer", Line("sampler_logprob_diff", "mean"),
+        Line("sampler_logprob_diff_max", "largest", ACCENT), scale="log",
     ),
     seconds,
     load_before_and_after,
-)
+)  # fmt: skip

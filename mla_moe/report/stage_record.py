@@ -21,10 +21,11 @@ class StageRecord:
     """From `samples.jsonl`."""
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of a metric. A null becomes NaN, which leaves a gap in the curve."""
+        """Steps and values of a metric. A null becomes NaN, which leaves a gap in the curve, and so does a value beyond
+        all that a model computes, from which the range of an axis cannot be computed."""
         pairs = [(row["step"], row[key]) for row in self.rows if key in row]
         steps, values = np.array(pairs, np.float64).reshape(-1, 2).T
-        return steps, values
+        return steps, np.where(np.abs(values) < 1e20, values, np.nan)
 
     def finite(self, key: str) -> np.ndarray:
         values = self.series(key)[1]

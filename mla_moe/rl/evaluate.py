@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_moe.data.arithmetic import Split
-from mla_moe.rl.rewards import BUILT_IN_COMPONENTS, parse_completion
+from mla_moe.rl.rewards import BUILT_IN_COMPONENTS
 from mla_moe.rl.rollout import Rollout, ScoredCompletion
 
 
@@ -19,11 +19,13 @@ class Evaluation(NamedTuple):
     """Greedy, prefilled with `<think>`. Its metrics and samples are called `forced`."""
     sampled: Sequence[Sequence[ScoredCompletion]]
     """k completions per prompt at the recipe's temperature; may be empty."""
+    votes: Sequence[Sequence[int | None]]
+    """For each of those, a number that equal answers of a prompt share; None without an answer (`Reward.votes`)."""
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the evaluation. `pass@1` is the fraction of sampled completions that are correct, `pass@k` that of
-        prompts with a correct completion among k, `majority@k` that of prompts whose most frequent answer is correct.
-        Lengths are in tokens. `verifier/KIND` counts failed verifier calls."""
+        prompts with a correct completion among k, `majority@k` that of prompts whose most frequent answer is correct;
+        equal answers vote together. Lengths are in tokens. `verifier/KIND` counts failed verifier calls."""
         metrics = {
             "eval/accuracy": _mean(map(_correct, self.greedy)),
             "eval/forced_accuracy": _mean(map(_correct, self.prefilled)),
@@ -39,11 +41,15 @@ class Evaluation(NamedTuple):
             metrics |= {
                 "eval/pass@1": _mean(map(_correct, samples)),
                 f"eval/pass@{k}": _mean(any(map(_correct, group)) for group in self.sampled),
-                f"eval/majority@{k}": _mean(map(_majority_correct, self.sampled)),
+                f"eval/majority@{k}": _mean(map(_majority_correct, self.sampled, self.votes)),
                 "eval/sampled_format_rate": _mean(c.score.components["format"] for c in samples),
                 "eval/response_length": _mean(c.length for c in samples),
             }
         return metrics
+
+    def found_by(self) -> dict[str, int]:
+        """Number of greedy completions by the format in which their answer was found (`rl.answers.parse_answer`)."""
+        return dict(collections.Counter(completion.score.answer.found_by for completion in self.greedy).most_common())
 
     def sample_rows(self, step: int) -> list[dict[str, Any]]:
         """Rows of `samples.jsonl`: the greedy completions, without and with the prefill."""
@@ -85,7 +91,8 @@ def evaluate(
         return rollout.generate(prompts, count, seed=seed, temperature=temperature, prefill_think=prefill, progress=log)
 
     greedy, prefilled = ([one for (one,) in generate(kind, 1, 0.0)] for kind in ("greedy", "prefilled"))
-    return Evaluation(greedy, prefilled, generate("sampled", num_samples) if num_samples else [])
+    sampled = generate("sampled", num_samples) if num_samples else []
+    return Evaluation(greedy, prefilled, sampled, rollout.votes(sampled))
 
 
 _LABELS = (
@@ -112,21 +119,22 @@ def table(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     failed = {key: value for key, value in metrics.items() if key.startswith("eval/verifier/")}
     failures = [(f"verifier: {key.removeprefix('eval/verifier/')}", f"{value:g}") for key, value in failed.items()]
     too_long = metrics.get("prompts_too_long", 0)
-    return [*known, *at_k, *failures, *([("prompts too long", f"{too_long:g}")] if too_long else [])]
+    return [
+        *known,
+        *at_k,
+        *failures,
+        *([("prompts too long", f"{too_long:g}")] if too_long else []),
+    ]
 
 
 def _correct(completion: ScoredCompletion) -> float:
     return float(completion.score.components["accuracy"] == 1)
 
 
-def _majority_correct(completions: Sequence[ScoredCompletion]) -> float:
+def _majority_correct(completions: Sequence[ScoredCompletion], votes: Sequence[int | None]) -> float:
     """Whether the most frequent answer is correct; in a tie, the one that comes first."""
-    answers = {completion: parse_completion(completion.text)[1] for completion in completions}
-    counts = collections.Counter(answer for answer in answers.values() if answer is not None)
-    if not counts:
-        return 0.0
-    majority = counts.most_common(1)[0][0]
-    return next(_correct(completion) for completion, answer in answers.items() if answer == majority)
+    counts = collections.Counter(vote for vote in votes if vote is not None)
+    return _correct(completions[votes.index(counts.most_common(1)[0][0])]) if counts else 0.0
 
 
 def _mean(values: Iterable[float]) -> float:

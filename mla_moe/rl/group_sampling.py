@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -20,19 +21,23 @@ class GroupBatch:
     next_prompt: int
     """Number of the first training prompt of the next step."""
     filtered: int
-    """Groups that dynamic sampling dropped because all their completions had the same reward."""
+    """Groups without a signal, because all their completions have the same reward: dropped by dynamic sampling, or else
+    in the batch with advantages of 0."""
+    uniform: Mapping[str, int]
+    """All sampled groups without a signal, by cause: all_truncated, all_correct, all_wrong or equal_rewards."""
     prompts_too_long: int
     """Prompts skipped because of `rl.max_prompt_tokens`."""
-
-    @property
-    def tokens(self) -> int:
-        return sum(completion.length for group in self.completions for completion in group)
+    sample_seconds: float = math.nan
+    """Duration of the rollout, if measured."""
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the step. Lengths are in tokens; the components of the reward are unweighted."""
         completions = [completion for group in self.completions for completion in group]
-        names = completions[0].score.components
-        components = {name: _mean(completion.score.components[name] for completion in completions) for name in names}
+        values: dict[str, list[float]] = {}  # a reward function may not apply to every completion
+        for completion in completions:
+            for name, value in completion.score.components.items():
+                values.setdefault(name, []).append(value)
+        components = {name: _mean(found) for name, found in values.items()}
         failures = collections.Counter(failure.kind for c in completions for failure in c.score.failures)
         return {
             "reward": float(self.reward_GS.mean()),
@@ -43,14 +48,18 @@ class GroupBatch:
             "response_length": _mean(completion.length for completion in completions),
             "truncated": _mean(completion.truncated for completion in completions),
             "filtered_groups": self.filtered,
+            **{f"no_signal/{cause}": count for cause, count in self.uniform.items()},
             "prompts_too_long": self.prompts_too_long,
             **{f"verifier/{kind}": count for kind, count in failures.items()},
         }
 
+    @property
+    def has_signal(self) -> bool:
+        """Whether the step can change the policy by more than the KL: some group has different rewards."""
+        return bool((self.reward_GS != self.reward_GS[:, :1]).any())
 
-def sample_groups(
-    rollout: Rollout, rl: RLConfig, seed: int, start: int, progress: Callable[[str], None] = lambda text: None
-) -> GroupBatch:
+
+def sample_groups(rollout: Rollout, rl: RLConfig, seed: int, start: int, progress: Callable[[str], None]) -> GroupBatch:
     """Sample the groups of a step, from training prompt number `start` on.
 
     DAPO's dynamic sampling (arXiv 2503.14476, section 3.2) filters groups without a difference in reward and samples
@@ -69,14 +78,28 @@ def sample_groups(
             (kept if keep else uniform).append(group)
         if len(kept) == rl.prompts_per_step:
             break
-    missing = rl.prompts_per_step - len(kept)
+    missing, too_long = rl.prompts_per_step - len(kept), rollout.prompts_too_long - too_long_before
     chosen = [*kept, *uniform[:missing]]
-    reward_GS = np.array([[_reward(completion, rl) for completion in group] for group in chosen])
-    return GroupBatch(chosen, reward_GS, start, len(uniform) - missing, rollout.prompts_too_long - too_long_before)
+    reward_GS = np.array([_rewards(group, rl) for group in chosen])
+    if rl.objective != "dapo":
+        uniform = [group for group, reward_S in zip(chosen, reward_GS, strict=True) if not is_informative(reward_S)]
+    filtered = len(uniform) - missing
+    judged = rollout.reward.has_accuracy
+    causes = collections.Counter(_cause(group) if judged else "equal_rewards" for group in uniform)
+    return GroupBatch(chosen, reward_GS, start, filtered, causes, too_long)
 
 
-def _reward(completion: ScoredCompletion, rl: RLConfig) -> float:
-    return completion.score.total + overlong_penalty(completion.length, rl.max_new_tokens, rl.overlong_buffer)
+def _rewards(group: Sequence[ScoredCompletion], rl: RLConfig) -> list[float]:
+    limits = rl.max_new_tokens, rl.overlong_buffer
+    return [completion.score.total + overlong_penalty(completion.length, *limits) for completion in group]
+
+
+def _cause(group: Sequence[ScoredCompletion]) -> str:
+    """Why a group has no signal."""
+    correct = {completion.score.components["accuracy"] for completion in group}
+    if all(completion.truncated for completion in group):
+        return "all_truncated"
+    return {(1.0,): "all_correct", (0.0,): "all_wrong"}.get(tuple(correct), "equal_rewards")
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -4,62 +4,85 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Int
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
 
-from mla_moe.nn.abstract_model import Arrays
+from mla_moe.config import Recipe
+from mla_moe.nn.abstract_model import AbstractModel, Arrays
+from mla_moe.nn.moe import RouterStats
+from mla_moe.parallel.compiler_options import mesh_compiler_options
 from mla_moe.rl import objectives
 from mla_moe.rl.group_sampling import GroupBatch
-from mla_moe.rl.learner_programs import LearnerPrograms, Microbatch
+from mla_moe.rl.objectives import ObjectiveSums, TokenInputs
 from mla_moe.rl.packing import PackedSequences, microbatches, pack_completions
-from mla_moe.training.run_context import RunContext
-from mla_moe.training.step import TrainState
+from mla_moe.training.run_context import put_batch
+from mla_moe.training.step import TrainState, state_shardings, update_state
+
+Microbatch = dict[str, jax.Array]
+"""`rl.micro_batch_size` packed sequences of a minibatch on the devices, with the arrays that `TokenInputs` names."""
 
 
-class LearnerOutput(NamedTuple):
-    """Metrics of a step's updates, over completion tokens, and the tokens per expert."""
+class GradientSums(NamedTuple):
+    """Accumulated over the microbatches of a minibatch."""
 
-    metrics: dict[str, float]
-    load_LE: Int[np.ndarray, "L E"]
+    gradient: Arrays
+    sums: ObjectiveSums
+    load_LE: Int[Array, "L E"]
+    """Tokens per expert."""
+    dropped: Int[Array, ""]
+    """(Token, expert) pairs dropped at capacity."""
 
 
 class Learner:
     """Gradient accumulation over microbatches of `rl.micro_batch_size` packed sequences: the activations of one
-    microbatch exist at a time."""
+    microbatch exist at a time. All microbatches have one shape, so each of the compiled programs compiles once, at any
+    number and length of completions."""
 
-    def __init__(self, context: RunContext, tx: optax.GradientTransformation):
-        self.context, self.tx, self.rl = context, tx, context.recipe.rl
-        self.programs = LearnerPrograms(context.abstract_model, tx, context.recipe, context.mesh)
+    def __init__(self, abstract_model: AbstractModel, tx: optax.GradientTransformation, recipe: Recipe, mesh: Mesh):
+        self.abstract_model, self.tx, self.mesh = abstract_model, tx, mesh
+        self.rl, self.loss_chunk = recipe.rl, recipe.training.loss_chunk
+        self.num_completions = self.rl.prompts_per_step * self.rl.group_size // self.rl.minibatches
+        of_model = abstract_model.shardings(mesh)
+        options = mesh_compiler_options(mesh, abstract_model.kernels)
+        replicated: Any = NamedSharding(mesh, P())  # for what the host reads
+        # Each gradient is sharded like its parameter (reduce-scattered).
+        gradient: Any = {path: of_model[path] for path in abstract_model.param_paths}
+        sums = GradientSums(gradient, replicated, replicated, replicated)
+        state = state_shardings(abstract_model, tx, mesh)
+        self.logprobs = jax.jit(self._logprobs, compiler_options=options)
+        self.zeros = jax.jit(self._zeros, out_shardings=sums)
+        self.accumulate = jax.jit(self._accumulate, donate_argnums=3, out_shardings=sums, compiler_options=options)
+        self.apply_gradients = jax.jit(self._apply_gradients, donate_argnums=0, out_shardings=(state, replicated))
 
     def update_policy(
         self, state: TrainState, reference: Arrays, groups: GroupBatch
-    ) -> tuple[TrainState, LearnerOutput]:
+    ) -> tuple[TrainState, dict[str, Any]]:
         """One update per minibatch of groups. `reference`: parameters of the reference policy. Donates the state."""
-        count = self.rl.minibatches
-        minibatches = [self._minibatch(groups, slice(first, None, count)) for first in range(count)]
+        count, size = self.rl.minibatches, self.rl.micro_batch_size
+        packed = [self.pack(groups, slice(first, None, count)) for first in range(count)]
+        minibatches = [[put_batch(batch, size, self.mesh) for batch in microbatches(one, size)] for one in packed]
         for microbatch in (microbatch for minibatch in minibatches for microbatch in minibatch):
             # With one minibatch the current policy is the old one: its log-probabilities come with the gradient.
             if self.rl.minibatches > 1:
-                microbatch["old_logprob_BT"] = self.programs.logprobs(state.params, state.biases, microbatch)
+                microbatch["old_logprob_BT"] = self.logprobs(state.params, state.biases, microbatch)
             if objectives.kl_coefficient(self.rl):
-                microbatch["reference_logprob_BT"] = self.programs.logprobs(reference, state.biases, microbatch)
+                microbatch["reference_logprob_BT"] = self.logprobs(reference, state.biases, microbatch)
         updates = []
         for minibatch in minibatches:
-            state, metrics = self.update_minibatch(state, minibatch)
+            total = self.zeros(state.params, state.biases, minibatch[0])
+            for microbatch in minibatch:
+                total = self.accumulate(state.params, state.biases, microbatch, total)
+            state, metrics = self.apply_gradients(state, total)
             updates.append(metrics)
         return state, learner_metrics(jax.device_get(updates))
 
-    def update_minibatch(self, state: TrainState, minibatch: Sequence[Microbatch]) -> tuple[TrainState, dict[str, Any]]:
-        """Accumulate the gradients of the microbatches, then apply the optimizer once. Donates the state."""
-        total = self.programs.zeros(state.params, state.biases, minibatch[0])
-        for microbatch in minibatch:
-            total = self.programs.accumulate(state.params, state.biases, microbatch, total)
-        return self.programs.apply_gradients(state, total)
-
     def pack(self, groups: GroupBatch, which: slice = slice(None)) -> PackedSequences:
         """Packed sequences of some groups, with the advantage and the loss weight of each token."""
-        completions = [completion.sampled for group in groups.completions[which] for completion in group]
+        completions = [scored.completion for group in groups.completions[which] for scored in group]
         packed = pack_completions(completions, self.rl.packed_row_length, self.rl.micro_batch_size)
         advantage_N = objectives.advantages(groups.reward_GS[which], self.rl.objective).ravel()
         weight_N = objectives.token_weights(self.rl, np.array([len(c.tokens) for c in completions]))
@@ -67,13 +90,53 @@ class Learner:
         packed["weight_BT"] = objectives.per_token(weight_N, packed["completion_BT"])
         return packed
 
-    def _minibatch(self, groups: GroupBatch, which: slice) -> list[Microbatch]:
-        size = self.rl.micro_batch_size
-        return [self.context.put(microbatch, size) for microbatch in microbatches(self.pack(groups, which), size)]
+    def _token_logprobs(
+        self, params: Arrays, biases: Arrays, microbatch: Microbatch
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], RouterStats | None]:
+        """Log-probability of each target at the sampling temperature, entropy, and statistics of the routers."""
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            model = self.abstract_model.merge(params | biases)
+            replay = microbatch["replay"].astype(jnp.int32) if "replay" in microbatch else None
+            inputs = (microbatch[name] for name in ("tokens", "segment_ids", "positions"))
+            h_BTD, stats = model.hidden(*inputs, replay)
+            chunk, temperature = self.loss_chunk, self.rl.temperature
+            return *model.token_logprobs(h_BTD, microbatch["targets"], chunk=chunk, temperature=temperature), stats
+
+    def _logprobs(self, params: Arrays, biases: Arrays, microbatch: Microbatch) -> Float[Array, "B T"]:
+        return self._token_logprobs(params, biases, microbatch)[0]
+
+    def _gradient_sums(self, params: Arrays, biases: Arrays, microbatch: Microbatch) -> GradientSums:
+        def loss(params: Arrays) -> tuple[Array, tuple[ObjectiveSums, RouterStats | None]]:
+            logprob_BT, entropy_BT, stats = self._token_logprobs(params, biases, microbatch)
+            tokens = TokenInputs(**{name: microbatch[name] for name in TokenInputs._fields if name in microbatch})
+            sums = objectives.objective_sums(logprob_BT, entropy_BT, tokens, self.rl, self.num_completions)
+            return sums.loss, (sums, stats)
+
+        gradient, (sums, stats) = jax.grad(loss, has_aux=True)(params)
+        if stats is None:
+            return GradientSums(gradient, sums, jnp.zeros((0, 0), jnp.int32), jnp.int32(0))
+        return GradientSums(gradient, sums, stats.load_E, stats.dropped.sum())
+
+    def _zeros(self, params: Arrays, biases: Arrays, microbatch: Microbatch) -> GradientSums:
+        shapes = jax.eval_shape(self._gradient_sums, params, biases, microbatch)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def _accumulate(self, params: Arrays, biases: Arrays, microbatch: Microbatch, before: GradientSums) -> GradientSums:
+        """Donates the sums."""
+        new = self._gradient_sums(params, biases, microbatch)
+        added = jax.tree.map(jnp.add, before, new)
+        return added._replace(sums=objectives.add_sums(before.sums, new.sums))
+
+    def _apply_gradients(self, state: TrainState, total: GradientSums) -> tuple[TrainState, dict[str, Any]]:
+        """Donates the state."""
+        gradient, sums, load_LE, dropped = total
+        bias_update_rate = self.rl.router_bias_update_rate
+        state, metrics = update_state(state, self.tx, gradient, sums.loss, load_LE, bias_update_rate, mtp=False)
+        return state, metrics | {"sums": sums, "load_LE": load_LE, "dropped": dropped}
 
 
-def learner_metrics(updates: Sequence[dict[str, Any]]) -> LearnerOutput:
-    """From the metrics of each update, as `LearnerPrograms.apply_gradients` returns them, to those of the step."""
+def learner_metrics(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Metrics of a step, over completion tokens, and its `load_LE`, from what `apply_gradients` returns per update."""
     sums = [update["sums"] for update in updates]
     tokens = sum(int(s.tokens) for s in sums)
 
@@ -81,7 +144,7 @@ def learner_metrics(updates: Sequence[dict[str, Any]]) -> LearnerOutput:
         return sum(float(getattr(s, name)) for s in sums) / max(tokens, 1)
 
     load_LE = np.sum([update["load_LE"] for update in updates], axis=0)
-    metrics = {
+    metrics: dict[str, Any] = {
         "loss": float(np.mean([s.loss for s in sums])),
         "grad_norm": float(np.mean([update["grad_norm"] for update in updates])),
         "skipped": sum(int(update["skipped"]) for update in updates),
@@ -98,4 +161,4 @@ def learner_metrics(updates: Sequence[dict[str, Any]]) -> LearnerOutput:
     if load_LE.size:
         metrics["moe/load_max"] = float((load_LE.max(axis=1) / np.maximum(load_LE.mean(axis=1), 1e-9)).max())
         metrics["moe/dropped"] = sum(int(update["dropped"]) for update in updates)
-    return LearnerOutput(metrics, load_LE)
+    return metrics | {"load_LE": load_LE}

@@ -20,9 +20,6 @@ from jaxtyping import Array, Float, Int
 
 from mla_moe.config import RLConfig
 
-EPS = 1e-6
-"""Added to the standard deviation of a group's rewards."""
-
 CLIP_RATIO = {"grpo": (0.2, 0.2), "dr_grpo": (0.2, 0.2), "dapo": (0.2, 0.28), "gspo": (3e-4, 4e-4)}
 """Published clip ratios, low and high."""
 
@@ -37,7 +34,7 @@ def advantages(reward_GS: Float[np.ndarray, "G S"], objective: str) -> Float[np.
     reward_GS = np.asarray(reward_GS, np.float64)
     differ_G1 = np.ptp(reward_GS, axis=1, keepdims=True) > 0
     centered_GS = np.where(differ_G1, reward_GS - reward_GS.mean(axis=1, keepdims=True), 0.0)
-    return centered_GS if objective == "dr_grpo" else centered_GS / (reward_GS.std(axis=1, keepdims=True) + EPS)
+    return centered_GS if objective == "dr_grpo" else centered_GS / (reward_GS.std(axis=1, keepdims=True) + 1e-6)
 
 
 def is_informative(rewards: Sequence[float] | np.ndarray) -> bool:

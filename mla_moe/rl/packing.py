@@ -1,9 +1,10 @@
 """Sequence packing: several prompts with their completions in one packed sequence, each a segment of its own."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
+
+from mla_moe.inference.request import Completion
 
 PackedSequences = dict[str, np.ndarray]
 """`tokens`, `targets`, `segment_ids`, `positions`, `completion_BT` int32 and `sampler_logprob_BT` float32, each [B, T],
@@ -14,22 +15,7 @@ prompts and padding; `replay` is −1 for padding.
 """
 
 
-class SampledCompletion(NamedTuple):
-    """Token ids of a prompt and its completion, as the engine returned them."""
-
-    prompt: Sequence[int]
-    tokens: Sequence[int]
-    logprobs: Sequence[float]
-    experts_TlK: np.ndarray | None
-    """Routed experts of all tokens, prompt first, except the last."""
-
-    @property
-    def size(self) -> int:
-        """Positions in a packed sequence: the last token is only a target."""
-        return len(self.prompt) + len(self.tokens) - 1
-
-
-def pack_completions(completions: Sequence[SampledCompletion], length: int, multiple: int) -> PackedSequences:
+def pack_completions(completions: Sequence[Completion], length: int, multiple: int) -> PackedSequences:
     """Packed sequences of `length` tokens, padded to a multiple of `multiple` sequences.
 
     First-fit decreasing: the longest first, each in the first sequence with room. Only the number of packed sequences
@@ -37,8 +23,9 @@ def pack_completions(completions: Sequence[SampledCompletion], length: int, mult
     """
     free: list[int] = []
     start_of: list[tuple[int, int]] = [(0, 0)] * len(completions)
-    for index in sorted(range(len(completions)), key=lambda i: -completions[i].size):
-        size = completions[index].size
+    sizes = [len(one.request.prompt) + len(one.tokens) - 1 for one in completions]  # the last token is only a target
+    for index in sorted(range(len(completions)), key=lambda i: -sizes[i]):
+        size = sizes[index]
         row = next((r for r, left in enumerate(free) if left >= size), len(free))
         if row == len(free):
             free.append(length)
@@ -54,12 +41,13 @@ def pack_completions(completions: Sequence[SampledCompletion], length: int, mult
     if experts is not None:
         packed["replay"] = np.full((*shape, *experts.shape[1:]), -1, np.int16)
     segments = np.zeros(count, np.int32)
-    for index, (sampled, (row, start)) in enumerate(zip(completions, start_of, strict=True)):
-        token_ids, stop = [*sampled.prompt, *sampled.tokens], start + sampled.size
-        span, new = slice(start, stop), slice(start + len(sampled.prompt) - 1, stop)
+    for index, (sampled, size, (row, start)) in enumerate(zip(completions, sizes, start_of, strict=True)):
+        prompt, stop = sampled.request.prompt, start + size
+        span, new = slice(start, stop), slice(start + len(prompt) - 1, stop)
+        token_ids = [*prompt, *sampled.tokens]
         segments[row] += 1
         packed["tokens"][row, span], packed["targets"][row, span] = token_ids[:-1], token_ids[1:]
-        packed["segment_ids"][row, span], packed["positions"][row, span] = segments[row], np.arange(sampled.size)
+        packed["segment_ids"][row, span], packed["positions"][row, span] = segments[row], np.arange(size)
         packed["completion_BT"][row, new], packed["sampler_logprob_BT"][row, new] = index, sampled.logprobs
         if sampled.experts_TlK is not None:
             packed["replay"][row, span] = sampled.experts_TlK

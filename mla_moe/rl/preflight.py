@@ -2,18 +2,24 @@
 
 from collections.abc import Collection
 
-from mla_moe.config import Recipe
+from mla_moe.config import Recipe, require
 from mla_moe.data.sources import find_files
 from mla_moe.rl.rewards import Reward
-from mla_moe.rl.tasks import open_task, require_enough_examples
+from mla_moe.rl.tasks import open_task
 
 
 def preflight(recipe: Recipe, started: Collection[str]) -> None:
     """Raises `ConfigError` if files, the task or the reward of a stage that has not `started` cannot be opened."""
-    if recipe.sft.steps and "sft" not in started:
-        for pattern in recipe.sft.data:
-            find_files(pattern, "sft.data")
+    for section in (recipe.sft, recipe.dpo):
+        if section.active and section.section not in started:
+            for name in ("data", "heldout"):
+                for pattern in getattr(section, name):
+                    find_files(pattern, f"{section.section}.{name}")
     if (recipe.rl.steps and "rl" not in started) or (recipe.rejection.steps and "rejection" not in started):
         task = open_task(recipe.task)
-        require_enough_examples(task, recipe.rl.eval_split, "rl.eval_prompts", recipe.rl.eval_prompts)
-        Reward(recipe.task, task, workers=1).close()
+        counts = {split: task.count(split) for split in ("train", recipe.rl.eval_split)}
+        for split, count in counts.items():
+            fix = f"has no {split} question: add lines, or name a file of held-out questions with task.heldout"
+            require(count != 0, "task.name", recipe.task.name, fix)
+        with Reward(recipe.task, task, workers=1) as reward:
+            reward.check([task.example("train", number) for number in range(2)])

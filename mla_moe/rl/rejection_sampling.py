@@ -5,7 +5,7 @@ import dataclasses
 import json
 import random
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,7 @@ from jax.experimental import multihost_utils
 from mla_moe.checkpoint.reader import load_arrays, open_checkpoint
 from mla_moe.config import Recipe, RejectionConfig, require
 from mla_moe.rl.evaluate import evaluate
-from mla_moe.rl.rewards import Reward
-from mla_moe.rl.rollout import Rollout, ScoredCompletion
-from mla_moe.rl.tasks import open_task
+from mla_moe.rl.rollout import ScoredCompletion, open_rollout
 from mla_moe.training.console import Console
 from mla_moe.training.initialization import starting_checkpoint
 from mla_moe.training.metrics import read_rows
@@ -48,7 +46,7 @@ def train_rejection(recipe: Recipe, run_dir: Path, console: Console) -> None:
     if not path.exists():
         examples = _select(context, _sample(context))
         if jax.process_index() == 0:
-            write_atomically(path, "".join(map(_line, examples)))
+            write_atomically(path, map(_line, examples))
             (run_dir / PARTIAL_FILE).unlink()
         multihost_utils.sync_global_devices(FILE)  # other processes read it too
     RejectionTrainer(STAGE, context, recipe.rejection.steps, (str(path),), start).train()
@@ -58,92 +56,80 @@ class RejectionTrainer(SFTTrainer):
     """SFT that is evaluated on held-out prompts, as RL is."""
 
     def evaluate(self, number: int, state: TrainState, writer: Writer) -> dict[str, float]:
-        context, recipe = self.context, self.context.recipe
-        task, rl = open_task(recipe.task), recipe.rl
-        with Reward(recipe.task, task, log=context.console.print) as reward:
-            rollout = Rollout(rl, recipe.task.template, task, reward, context.chat_tokenizer)
+        context, rl = self.context, self.context.recipe.rl
+        with open_rollout(context, rl) as rollout:
             rollout.load_weights(context.abstract_model.merge(state.params | state.biases))
-            scores = evaluate(rollout, rl.eval_split, rl.eval_prompts, rl.eval_samples, recipe.seed + 1).metrics()
+            seed = context.recipe.seed + 1
+            scores = evaluate(rollout, rl.eval_split, rl.eval_prompts, rl.eval_samples, seed).metrics()
         accuracy, form = scores["eval/accuracy"], scores["eval/format_rate"]
         context.console.print(f"held-out prompts: {accuracy:.1%} correct answers, {form:.1%} correct format")
         return scores
 
 
-@dataclasses.dataclass
-class RejectionSamples:
-    """Completions of a chunk of prompts, or of all."""
+def _sample(context: RunContext) -> list[dict[str, Any]]:
+    """Completions of all prompts, including those that an earlier start saved with the same settings.
 
-    prompts: int
-    completions: int
-    next: int
-    """Number of the next training prompt."""
-    correct: dict[str, dict[str, int]]
-    """For each question its distinct correct completions in the correct format, with their lengths in tokens."""
-
-    def add(self, chunk: "RejectionSamples") -> None:
-        self.prompts += chunk.prompts
-        self.completions += chunk.completions
-        self.next = chunk.next
-        for question, texts in chunk.correct.items():  # an earlier chunk may have the same question
-            self.correct[question] = self.correct.get(question, {}) | texts
-
-
-def _sample(context: RunContext) -> RejectionSamples:
-    """Completions of all prompts, including those that an earlier start saved with the same settings."""
+    Each row of `rejection.parts.jsonl` has as `correct` a question with its distinct correct completions in the correct
+    format and their lengths in tokens. The last row of a chunk also has the numbers of the chunk's `prompts` and
+    `completions`, and of the `next` training prompt.
+    """
     recipe, rejection, path = context.recipe, context.recipe.rejection, context.run_dir / PARTIAL_FILE
-    rl = dataclasses.replace(recipe.rl, routing_replay=False)
+    rl, seed, samples = dataclasses.replace(recipe.rl, routing_replay=False), recipe.seed, rejection.samples
     source = open_checkpoint(starting_checkpoint(STAGE, recipe, context.run_dir))
     model = context.abstract_model.merge(load_arrays(source, context.abstract_model, context.mesh))
-    task = open_task(recipe.task)
-    settings = [task.fingerprint, recipe.seed, rejection.samples, *map(dataclasses.asdict, (recipe.task, rl))]
-    key = zlib.crc32(json.dumps(settings).encode())
-    rows = [row for row in read_rows(path) if row["key"] == key]
-    samples = RejectionSamples(0, 0, 0, {})
-    for row in rows:
-        samples.add(RejectionSamples(**{name: value for name, value in row.items() if name != "key"}))
-    multihost_utils.sync_global_devices(PARTIAL_FILE)  # all processes have read the file
-    if jax.process_index() == 0:  # drop rows with other settings, and a last line that was cut short by a kill
-        write_atomically(path, "".join(map(_line, rows)))
-    with (
-        PreemptionSignals() as signals,
-        Reward(recipe.task, task, log=context.console.print) as reward,
-        context.console.progress(STAGE, rejection.prompts, samples.prompts) as progress,
-    ):
-        rollout = Rollout(rl, recipe.task.template, task, reward, context.chat_tokenizer)
+    with open_rollout(context, rl) as rollout:
+        sections = map(dataclasses.asdict, (recipe.task, rl))
+        key = zlib.crc32(json.dumps([rollout.task.fingerprint, seed, samples, *sections]).encode())
+        rows = [row for row in read_rows(path) if row.get("key") == key]
+        while rows and "next" not in rows[-1]:  # of a chunk that a kill left incomplete
+            rows.pop()
+        multihost_utils.sync_global_devices(PARTIAL_FILE)  # all processes have read the file
+        if jax.process_index() == 0:  # drop rows with other settings, and a last line that was cut short by a kill
+            write_atomically(path, map(_line, rows))
+        done, number = sum(row.get("prompts", 0) for row in rows), rows[-1]["next"] if rows else 0
         rollout.load_weights(model)
-        while samples.prompts < rejection.prompts:
-            count, first = min(PROMPTS_PER_CHUNK, rejection.prompts - samples.prompts), samples.next * rejection.samples
-            prompts, next_prompt = rollout.prompts("train", samples.next, count)
-            groups = rollout.generate(
-                prompts, rejection.samples, seed=recipe.seed, first_index=first, progress=progress.status
-            )
-            chunk = RejectionSamples(len(prompts), sum(map(len, groups)), next_prompt, {})
-            for group in groups:
-                correct = {completion.text: completion.length for completion in group if _is_correct(completion)}
-                question = group[0].prompt.example.question
-                chunk.correct[question] = chunk.correct.get(question, {}) | correct
-            if jax.process_index() == 0:
-                with path.open("a", encoding="utf-8") as file:
-                    file.write(_line({"key": key} | dataclasses.asdict(chunk)))
-            samples.add(chunk)
-            progress.update(samples.prompts, {})
-            if signals.stop(samples.prompts):
-                done = f"stopped after {samples.prompts} of {rejection.prompts} prompts by {signals.name}"
-                raise InterruptedRun(f"{done}; completions saved")
-    return samples
+        with PreemptionSignals() as signals, context.console.progress(STAGE, rejection.prompts, done) as progress:
+            while done < rejection.prompts:
+                first, count = number * samples, min(PROMPTS_PER_CHUNK, rejection.prompts - done)
+                prompts, number = rollout.prompts("train", number, count)
+                groups = rollout.generate(prompts, samples, seed=seed, first_index=first, progress=progress.status)
+                counts = {"prompts": len(prompts), "completions": sum(map(len, groups)), "next": number}
+                correct = [{one.text: one.length for one in group if _is_correct(one)} for group in groups]
+                questions = (prompt.example.question for prompt in prompts)
+                found = _merge(zip(questions, correct, strict=True))
+                chunk = [{"key": key, "correct": {question: texts}} for question, texts in found.items()]
+                chunk[-1] |= counts
+                rows += chunk
+                if jax.process_index() == 0:
+                    with path.open("a", encoding="utf-8") as file:
+                        file.writelines(map(_line, chunk))
+                done += len(prompts)
+                progress.update(done, {})
+                if signals.stop(done):
+                    stopped = f"stopped after {done} of {rejection.prompts} prompts by {signals.name}"
+                    raise InterruptedRun(f"{stopped}; completions saved")
+    return rows
 
 
-def _select(context: RunContext, samples: RejectionSamples) -> list[dict[str, str]]:
+def _merge(found: Iterable[tuple[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """Completions by question, which may occur several times."""
+    merged: dict[str, dict[str, int]] = {}
+    for question, texts in found:
+        merged[question] = merged.get(question, {}) | texts
+    return merged
+
+
+def _select(context: RunContext, rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """SFT examples from the correct completions, question by question."""
-    rejection, correct, seed = context.recipe.rejection, samples.correct, context.recipe.seed
+    rejection, seed = context.recipe.rejection, context.recipe.seed
+    correct = _merge(item for row in rows for item in row["correct"].items())
+    completions = sum(row.get("completions", 0) for row in rows)
     chosen = {question: choose(texts, rejection, f"{seed} {question}") for question, texts in correct.items()}
     examples = [{"question": question, "completion": text} for question, texts in chosen.items() for text in texts]
-    fix = (
-        f"none of {samples.completions} completions is correct and in the correct format; sample more, or train longer"
-    )
+    fix = f"none of {completions} completions is correct and in the correct format; sample more, or train longer"
     require(len(examples) > 0, "rejection.prompts", rejection.prompts, fix)
     distinct, solved = sum(map(len, correct.values())), sum(map(bool, correct.values()))
-    text = f"{len(examples):,} kept of {distinct:,} distinct correct ones among {samples.completions:,}"
+    text = f"{len(examples):,} kept of {distinct:,} distinct correct ones among {completions:,}"
     context.console.print(f"completions: {text}; {solved:,} of {len(correct):,} prompts have one")
     if jax.process_index() == 0:
         add_summary(context.run_dir, {"sampled completions": text})

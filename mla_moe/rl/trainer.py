@@ -6,24 +6,27 @@ A step, with the `rl.*` flags that control it:
    completions for each of `prompts_per_step` prompts: at most `max_new_tokens` tokens each, at `temperature`,
    `max_num_seqs` sequences at a time. Prompts of more than `max_prompt_tokens` tokens are skipped. With `objective
    dapo`, groups whose rewards are all equal are filtered and replaced by groups of other prompts (dynamic sampling), in
-   up to `max_resample_rounds` rounds.
-2. Reward (`rl/rewards.py`): format, accuracy and a function of the user, weighted by the `task.*` flags. A completion
-   that ends within `overlong_buffer` tokens of `max_new_tokens` gets a penalty that rises to 1.
+   up to `max_resample_rounds` rounds; after those, filtered groups fill the batch.
+2. Reward (`rl/rewards.py`): format, accuracy and the functions of the user, with the weights `task.format_weight`,
+   `task.accuracy_weight` and `task.reward_weights`. A call may take `task.timeout` seconds. A linear penalty, 0 to 1
+   over the last `overlong_buffer` tokens before `max_new_tokens`, is subtracted.
 3. Advantage (`rl/objectives.py`): the reward minus the mean of its group, divided by the group's standard deviation;
    `dr_grpo` does not divide.
-4. Update (`rl/learner.py`). The groups are split into `minibatches`, with one update of `optimizer` for each. Gradients
-   accumulate over microbatches of `micro_batch_size` packed sequences of `packed_length` tokens. `objective` selects
-   the loss. `clip_ratio_low` and `clip_ratio_high` clip the ratio of new to old probability. `kl_coef` is the weight of
-   the KL to the reference policy, which becomes the current policy every `ref_sync_steps` steps. `tis_clip` bounds the
-   weights of truncated importance sampling (TIS), which correct for the sampler's probabilities.
-   `off_policy_mask_threshold` masks completions with a negative advantage that have become much less likely.
-   `routing_replay` sends each token to the experts that the sampler selected, and `router_bias_update_rate` updates the
-   router biases.
+4. Update (`rl/learner.py`). The groups are split into `minibatches`, with one update of `optimizer` for each: one epoch
+   per rollout. Gradients accumulate over microbatches of `micro_batch_size` packed sequences (of all devices together)
+   of `packed_length` tokens. `objective` selects the loss. The ratio of the new probability of a token to the old one,
+   which the trainer computes before the first update, is clipped at 1 − `clip_ratio_low` and 1 + `clip_ratio_high`.
+   `kl_coef` is the weight of the KL to the reference policy, which is replaced by a copy of the current policy every
+   `ref_sync_steps` steps (0: never); `dapo` has no KL. Truncated importance sampling (TIS) weights each token by the
+   ratio of the trainer's to the sampler's probability, at most `tis_clip`. `off_policy_mask_threshold` masks
+   completions with a negative advantage whose mean log(old / new probability) per token is above it. `routing_replay`
+   sends each token to the experts that the sampler selected. `router_bias_update_rate` is the step size of the router
+   biases.
 5. Evaluation (`rl/evaluate.py`) before the first step, every `eval_every` steps and at the end, on the first
-   `eval_prompts` prompts of `eval_split`: greedy, greedy with the completion prefilled with `<think>`, and
-   `eval_samples` samples per prompt for pass@k and majority@k.
+   `eval_prompts` prompts of `eval_split` (validation or test): greedy, greedy with the completion prefilled with
+   `<think>`, and `eval_samples` samples per prompt for pass@k and majority@k.
 
-There are `steps` such steps. The loop, with checkpoints and logging, is `training.trainer.Trainer`.
+There are `steps` such steps; 0 skips RL. The loop, with checkpoints and logging, is `training.trainer.Trainer`.
 """
 
 import dataclasses
@@ -40,21 +43,19 @@ import numpy as np
 import optax
 
 from mla_moe.checkpoint.manager import DataPosition
-from mla_moe.config import Recipe, TaskConfig, require
+from mla_moe.config import Recipe, require
 from mla_moe.nn.abstract_model import Arrays
 from mla_moe.nn.transformer import Transformer
 from mla_moe.rl.evaluate import evaluate
 from mla_moe.rl.group_sampling import GroupBatch, sample_groups
 from mla_moe.rl.learner import Learner
 from mla_moe.rl.objectives import kl_coefficient
-from mla_moe.rl.rewards import Reward
-from mla_moe.rl.rollout import Rollout
-from mla_moe.rl.tasks import open_task
+from mla_moe.rl.rollout import Rollout, open_rollout
+from mla_moe.text.round_trip import lost_fraction
 from mla_moe.training.console import Console, duration
 from mla_moe.training.initialization import starting_checkpoint, state_from_checkpoint
 from mla_moe.training.metrics import read_rows
 from mla_moe.training.run_context import RunContext
-from mla_moe.training.run_directory import add_summary
 from mla_moe.training.step import TrainState
 from mla_moe.training.trainer import StepMetrics, Trainer, Writer
 
@@ -65,10 +66,8 @@ def train_rl(recipe: Recipe, run_dir: Path, console: Console) -> None:
     """Train to `recipe.rl.steps`, from the newest checkpoint if there is one, else from the last earlier stage of this
     run or from `init_from`. Raises as `Trainer.train` does."""
     context = RunContext.create(recipe, run_dir, console)
-    task = open_task(recipe.task)
-    with Reward(recipe.task, task, log=console.print) as reward:
-        rollout = Rollout(recipe.rl, recipe.task.template, task, reward, context.chat_tokenizer)
-        RLTrainer(context, rollout, PromptPosition(recipe.task, task.fingerprint)).train()
+    with open_rollout(context, recipe.rl) as rollout:
+        RLTrainer(context, rollout).train()
 
 
 class RLState(NamedTuple):
@@ -82,21 +81,12 @@ class RLState(NamedTuple):
     reference: Arrays
     """Parameters of the reference policy for the KL; empty without a KL term."""
 
-    @property
-    def train_state(self) -> TrainState:
-        return TrainState(self.step, self.params, self.biases, self.optimizer)
-
-
-class RolloutBatch(NamedTuple):
-    groups: GroupBatch
-    sample_seconds: float
-
 
 class PromptPosition:
     """Position in the training prompts, which checkpoints store."""
 
-    def __init__(self, task: TaskConfig, fingerprint: int):
-        """`fingerprint` identifies the prompts, to detect others on resume."""
+    def __init__(self, task: str, fingerprint: int):
+        """`fingerprint` identifies the prompts of the task, to detect others on resume."""
         self._task, self._fingerprint, self.next = task, fingerprint, 0
 
     def states(self) -> Mapping[int, str]:
@@ -106,92 +96,92 @@ class PromptPosition:
         """Raises `ConfigError` if the prompts are not those of the checkpoint."""
         state = json.loads(read(0))
         fix = "has other prompts than at the start of the run; restore them, or start another run"
-        require(state["questions"] == self._fingerprint, "task.name", self._task.name, fix)
+        require(state["questions"] == self._fingerprint, "task.name", self._task, fix)
         self.next = state["next"]
 
 
-class RLTrainer(Trainer[RLState, RolloutBatch]):
+class RLTrainer(Trainer[RLState, GroupBatch]):
     metrics_one_step_late = False  # the learner returns them on the host
     evaluates_first = True
 
-    def __init__(self, context: RunContext, rollout: Rollout, prompts: PromptPosition):
-        self.rl, self.rollout, self._prompts = context.recipe.rl, rollout, prompts
+    def __init__(self, context: RunContext, rollout: Rollout):
+        self.rl, self.rollout = context.recipe.rl, rollout
+        self._prompts = PromptPosition(context.recipe.task.name, rollout.task.fingerprint)
         self.updates_per_step = self.rl.minibatches
-        # The mean loss of advantages is near 0 at any quality of the policy, so it has no spikes to detect.
+        # The mean policy-gradient loss is near 0 at any quality of the policy, so it has no spikes to detect.
         loop = {"steps": self.rl.steps, "eval_every": self.rl.eval_every, "log_every": 1}
         training = dataclasses.replace(context.recipe.training, **loop, loss_spike_threshold=None)
         super().__init__(STAGE, context, training, self.rl.optimizer)
+        self.expert_load_every = 1
 
-    @property
+    @cached_property
     def abstract_state(self) -> RLState:
         state = self.abstract_train_state
         return RLState(*state, reference=state.params if kl_coefficient(self.rl) else {})
 
     def initial_state(self, position: DataPosition) -> tuple[RLState, int | None]:
-        context, recipe = self.context, self.context.recipe
-        path = starting_checkpoint(STAGE, recipe, context.run_dir)
-        state = state_from_checkpoint(path, recipe, context.abstract_model, self.tx, context.mesh)
-        context.console.print(f"started from {path}")
+        path = starting_checkpoint(STAGE, self.context.recipe, self.context.run_dir)
+        state = state_from_checkpoint(path, self.context, self.tx)
+        self.context.console.print(f"started from {path}")
         return RLState(*state, reference=_copy(state.params) if kl_coefficient(self.rl) else {}), None
 
     @property
     def position(self) -> PromptPosition:
         return self._prompts
 
-    @cached_property
-    def learner(self) -> Learner:
-        return Learner(self.context, self.tx)
+    def prepare(self) -> None:
+        self.learner = Learner(self.context.abstract_model, self.tx, self.context.recipe, self.context.mesh)
 
     def model(self, state: RLState) -> Transformer:
         return self.context.abstract_model.merge(state.params | state.biases)
 
-    def next_batch(self, state: RLState, status: Callable[[str], None]) -> RolloutBatch:
+    def next_batch(self, state: RLState, status: Callable[[str], None]) -> GroupBatch:
         """Sample and score a group of completions for each of the next prompts, with the current weights."""
         start = time.monotonic()
         self.rollout.load_weights(self.model(state))
         groups = sample_groups(self.rollout, self.rl, self.context.recipe.seed, self._prompts.next, status)
         self._prompts.next = groups.next_prompt
         self.rollout.drop_weights()
-        return RolloutBatch(groups, time.monotonic() - start)
+        return dataclasses.replace(groups, sample_seconds=time.monotonic() - start)
 
-    def step(self, number: int, state: RLState, batch: RolloutBatch) -> tuple[RLState, dict[str, Any]]:
+    def step(self, number: int, state: RLState, batch: GroupBatch) -> tuple[RLState, dict[str, Any]]:
         """Update the policy on each minibatch of groups, and sync the reference policy when it is due."""
-        updated, output = self.learner.update_policy(state.train_state, state.reference, batch.groups)
+        if not batch.has_signal:
+            causes = ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in batch.uniform.items())
+            why = f"in every group all rewards are equal ({causes})"
+            if batch.prompts_too_long:
+                limit = f"longer than rl.max_prompt_tokens = {self.rl.max_prompt_tokens}"
+                why += f"; {batch.prompts_too_long} prompts skipped: {limit} (longest {self.rollout.longest_prompt})"
+            self.context.console.print(f"step {number} has no signal: {why}")
+        updated, metrics = self.learner.update_policy(TrainState(*state[:-1]), state.reference, batch)
         state = RLState(*updated, reference=state.reference)
         if kl_coefficient(self.rl) and self.rl.ref_sync_steps and number % self.rl.ref_sync_steps == 0:
             state = state._replace(reference=_copy(state.params))
-        return state, output.metrics | {"load_LE": output.load_LE}
+        return state, metrics
 
-    def row(
-        self, number: int, values: dict[str, Any], load_LE: np.ndarray, batch: RolloutBatch, seconds: float
-    ) -> dict[str, float]:
-        timing = {
-            "lr": self.learning_rate(number),
-            "tokens_per_s": batch.groups.tokens / seconds,
-            "sample_seconds": batch.sample_seconds,
-            "step_seconds": seconds,
-        }
-        return batch.groups.metrics() | values | timing
+    def row(self, number: int, values: dict[str, Any], batch: GroupBatch, seconds: float) -> dict[str, float]:
+        del values["load_LE"]
+        tokens = sum(completion.length for group in batch.completions for completion in group)
+        row = batch.metrics() | values | {"lr": self.learning_rate(number), "tokens_per_s": tokens / seconds}
+        return row | {"sample_seconds": batch.sample_seconds, "step_seconds": seconds}
 
-    def batch_arrays(self, batch: RolloutBatch) -> Mapping[str, np.ndarray]:
-        return self.learner.pack(batch.groups)
-
-    @property
-    def expert_load_every(self) -> int:
-        return 1
+    def batch_arrays(self, batch: GroupBatch) -> Mapping[str, np.ndarray]:
+        return self.learner.pack(batch)
 
     def describe(self) -> list[tuple[str, str]]:
         task, rl = self.context.recipe.task, self.rl
         self.rollout.prompts("train", 0, 1)  # raises for prompts that cannot be used
         self.rollout.prompts(rl.eval_split, 0, rl.eval_prompts)
+        questions = [self.rollout.task.example("train", number).question for number in range(64)]
+        limit = self.context.recipe.data.max_lost_bytes_fraction
+        lost = lost_fraction(self.context.tokenizer, questions, "the questions of task.name", limit)
         kl = f"KL coefficient {kl_coefficient(rl):g}" if kl_coefficient(rl) else "no KL"
-        completions = (
-            f"{rl.prompts_per_step * rl.group_size}: {rl.group_size} for each of {rl.prompts_per_step} prompts"
-        )
+        prompts, count = rl.prompts_per_step, rl.prompts_per_step * rl.group_size
         return [
             ("task", " ".join((task.name, *task.options))),
             ("objective", f"{rl.objective}, {kl}, {rl.minibatches} updates per step"),
-            ("completions per step", completions),
+            ("completions per step", f"{count}: {rl.group_size} for each of {prompts} prompts"),
+            ("lost by the tokenizer", f"{lost:.2%} of the bytes of a sample"),
         ]
 
     def evaluate(self, number: int, state: RLState, writer: Writer) -> dict[str, float]:
@@ -213,8 +203,7 @@ class RLTrainer(Trainer[RLState, RolloutBatch]):
         first, last = evaluations[0], evaluations[-1]
         table = {name: f"{first[key]:{form}} -> {last[key]:{form}}" for name, key, form in _SHOWN if key in first}
         table |= {"time in RL steps": duration(self.seconds)}
-        add_summary(self.context.run_dir, table)
-        self.context.console.result_table("held-out prompts, before and after", list(table.items()))
+        self.context.write_result("held-out prompts, before and after", table)
 
 
 _SHOWN = (

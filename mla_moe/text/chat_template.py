@@ -1,10 +1,10 @@
-"""Chat template of a checkpoint: renders conversations as transformers does, without tools or documents."""
+"""Chat template of a checkpoint: renders conversations as transformers does, without documents."""
 
 import datetime
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2.ext
 import jinja2.nodes
@@ -12,11 +12,14 @@ import jinja2.parser
 import jinja2.sandbox
 
 from mla_moe.config import ConfigError
-from mla_moe.text.tokenizer import Message
+
+if TYPE_CHECKING:
+    from mla_moe.text.tokenizer import Message
 
 
-def chat_template(source: str, special: Mapping[str, str]) -> Callable[[Sequence[Message]], str]:
-    """A function that renders a conversation with the generation prompt at the end.
+def chat_template(source: str, special: Mapping[str, str]) -> Callable[..., str]:
+    """A function `(messages, tools=None, generation=True, **options)` that renders a conversation, by default with the
+    generation prompt at the end. Options are further variables of the template, such as `enable_thinking`.
 
     `source` is the Jinja template. `special` maps `bos_token` and the like to their text. The function raises
     `ConfigError` where the template fails.
@@ -31,13 +34,15 @@ def chat_template(source: str, special: Mapping[str, str]) -> Callable[[Sequence
         lambda: environment.from_string(source, functions)
     )  # compiled at first use, so that an invalid template fails chats only
 
-    def render(messages: Sequence[Message]) -> str:
+    def render(
+        messages: Sequence["Message"], tools: Sequence[Any] | None = None, generation: bool = True, **options: Any
+    ) -> str:
+        variables = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": generation}
         try:
-            return template().render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
-            )
+            return template().render(**variables, **special, **options)
         except Exception as error:  # a template is a program and can raise anything
-            raise ConfigError("messages", "", f"the chat template cannot render them: {error}") from None
+            why = str(error) or type(error).__name__
+            raise ConfigError("messages", "", f"the chat template cannot render them: {why}") from None
 
     return render
 

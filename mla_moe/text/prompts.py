@@ -16,13 +16,14 @@ def render_prompt(template: str, question: str, tokenizer: ChatTokenizer) -> lis
     """The token ids of a prompt, with bos in front.
 
     `template` is `r1_zero`, `chat` (the tokenizer's chat template, which adds its own special tokens), or a text that
-    contains `{question}`; other braces in it are plain text. Raises `ConfigError` on `task.template` for `chat` if the
-    tokenizer has no chat template.
+    contains `{question}`; special tokens in it are encoded as such, and other braces are plain text. Raises
+    `ConfigError` on `task.template` for `chat` if the tokenizer has no chat template.
     """
     if template == "chat":
         try:
             return tokenizer.encode_chat([{"role": "user", "content": question}])
         except ConfigError as error:
             raise ConfigError("task.template", template, error.message) from None
-    text = R1_ZERO_TEMPLATE if template == "r1_zero" else template
-    return tokenizer.encode(text.replace("{question}", question))
+    if template == "r1_zero":
+        return tokenizer.encode(R1_ZERO_TEMPLATE.replace("{question}", question))
+    return tokenizer.encode_template(template, question)

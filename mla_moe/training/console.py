@@ -1,12 +1,13 @@
 """Console output of a run: tables, single lines, and progress as a bar or, in a log file, as lines."""
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
-from typing import Literal, Self
 
 import rich.console
 import rich.progress
+from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -26,25 +27,31 @@ class Console:
         """Print a line, above the progress bar if there is one. It is not truncated, and brackets are not markup."""
         self._rich.print(message, markup=False, soft_wrap=True)
 
-    def startup_table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+    def startup_table(self, title: str, rows: Sequence[tuple[str, str]], justify: JustifyMethod = "left") -> None:
         """Print the settings of a stage: names and values under a title."""
-        self._rich.print(_two_columns(title, rows, value_justify="left"))
+        bold = Text(title, style="bold")
+        table = Table(title=bold, title_justify="left", box=None, show_header=False, padding=(0, 2))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(justify=justify, overflow="fold")
+        for name, value in rows:
+            table.add_row(Text(name), Text(value))
+        self._rich.print(table)
 
     def result_table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """Print results: names, and values aligned at the right."""
-        self._rich.print(_two_columns(title, rows, value_justify="right"))
+        self.startup_table(title, rows, justify="right")
 
     def progress(self, stage: str, total: int, start: int = 0) -> "Progress":
         """Progress of a stage of `total` steps, `start` of which are done already. Use it as a context manager."""
         return Progress(self._rich, stage, total, start)
 
 
-class Progress:
+class Progress(contextlib.ExitStack[None]):
     """A progress bar on a terminal; elsewhere, and in CI, a line every `LOG_SECONDS` and for the last step."""
 
     def __init__(self, console: rich.console.Console, stage: str, total: int, start: int):
-        self._console, self._total, self._start = console, total, start
-        self._start_time = monotonic()
+        super().__init__()
+        self._console, self._total, self._start_time = console, total, monotonic()
         self._first: tuple[int, float] | None = None
         self._last_line = -LOG_SECONDS
         self._bar = None
@@ -57,15 +64,7 @@ class Progress:
                 expand=True,
             )
             self._task = self._bar.add_task("compiling", total=total, completed=start)
-
-    def __enter__(self) -> Self:
-        if self._bar is not None:
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+            self.enter_context(self._bar)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """Display that `step` steps are done, with the metrics of the last one, as in `metrics.jsonl`."""
@@ -93,15 +92,15 @@ class Progress:
 
 def log_line(step: int, total: int, metrics: Mapping[str, float], left: float | None) -> str:
     """`step   120/400  loss 3.214  lr 2.2e-04  12.3k tok/s  load 1.31  left 1:05`, in at most `WIDTH` columns."""
-    texts = [f"step {step:{max(5, len(str(total)))}d}/{total}", *_format_metrics(metrics)]
-    return _fit(texts, [] if left is None else [f"left {duration(left)}"], WIDTH)
+    ending = [] if left is None else [f"left {duration(left)}"]
+    return _fit(f"step {step:{max(5, len(str(total)))}d}/{total}", metrics, ending, WIDTH)
 
 
 def bar_text(step: int, total: int, metrics: Mapping[str, float], elapsed: float, left: float | None) -> str:
     """The same for a bar: without the learning rate, and with the elapsed time."""
     shown = {name: value for name, value in metrics.items() if name != "lr"}
     times = [duration(elapsed)] if left is None else [f"{duration(elapsed)}<{duration(left)}"]
-    return _fit([f"{step}/{total}", *_format_metrics(shown)], times, WIDTH - 20)
+    return _fit(f"{step}/{total}", shown, times, WIDTH - 20)
 
 
 def si(number: float) -> str:
@@ -137,13 +136,9 @@ _FORMATS: tuple[tuple[str, Callable[[float], str]], ...] = (
 """Metrics displayed while running, in this order. Skipped updates and dropped tokens appear only if there are any."""
 
 
-def _format_metrics(metrics: Mapping[str, float]) -> list[str]:
-    texts = (show(metrics[name]) for name, show in _FORMATS if name in metrics)
-    return [text for text in texts if text]
-
-
-def _fit(texts: list[str], ending: list[str], width: int) -> str:
-    """Join with two spaces, without the last texts that do not fit before the ending."""
+def _fit(start: str, metrics: Mapping[str, float], ending: list[str], width: int) -> str:
+    """Join with two spaces, without the last metrics that do not fit before the ending."""
+    texts = [start, *filter(None, (show(metrics[name]) for name, show in _FORMATS if name in metrics))]
     while len(texts) > 1 and len("  ".join(texts + ending)) > width:
         texts = texts[:-1]
     return "  ".join(texts + ending)
@@ -157,12 +152,3 @@ def _prefixed(number: float, base: float, units: Sequence[str]) -> str:
         return f"{number:.3g}{units[0]}" if abs(number) < 999.5 else f"{number:.0f}{units[0]}"
     decimals = 2 if abs(number) < 9.995 else 1 if abs(number) < 99.95 else 0
     return f"{number:.{decimals}f}{units[power]}"
-
-
-def _two_columns(title: str, rows: Sequence[tuple[str, str]], value_justify: Literal["left", "right"]) -> Table:
-    table = Table(title=Text(title, style="bold"), title_justify="left", box=None, show_header=False, padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(justify=value_justify, overflow="fold")
-    for name, value in rows:
-        table.add_row(Text(name), Text(value))
-    return table

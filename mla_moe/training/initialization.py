@@ -4,72 +4,66 @@ import dataclasses
 from pathlib import Path
 
 import optax
-from jax.sharding import Mesh
 
 from mla_moe.checkpoint.manager import DataPosition, restore_step
 from mla_moe.checkpoint.reader import load_arrays, open_checkpoint
-from mla_moe.config import ConfigError, ModelConfig, Recipe
-from mla_moe.config.resume import leaves
-from mla_moe.nn.abstract_model import AbstractModel
+from mla_moe.config import ConfigError, ModelConfig, Recipe, load_recipe, require
+from mla_moe.config.resume import STAGES, leaves
+from mla_moe.training.run_context import RunContext
 from mla_moe.training.step import TrainState, abstract_state, init_state
 
 
-def initial_state(
-    recipe: Recipe, abstract_model: AbstractModel, tx: optax.GradientTransformation, mesh: Mesh, position: DataPosition
-) -> TrainState:
+def initial_state(context: RunContext, tx: optax.GradientTransformation, position: DataPosition) -> TrainState:
     """The first state of pretraining, from `recipe.init_from` and `recipe.init_parts`, sharded over the mesh.
 
     A full state restores the `position` in the data too. Raises `ConfigError` for a checkpoint of another model, and
     for the full state of a run with other data or another optimizer.
     """
+    recipe = context.recipe
     if recipe.init_from is None:
-        return init_state(abstract_model, tx, recipe.seed, mesh)
+        return init_state(context.abstract_model, tx, recipe.seed, context.mesh)
     if recipe.init_parts == "params":
-        return state_from_checkpoint(recipe.init_from, recipe, abstract_model, tx, mesh)
+        return state_from_checkpoint(recipe.init_from, context, tx)
     stage = Path(recipe.init_from) / "checkpoints" / "pretrain"
     source = open_checkpoint(stage if stage.is_dir() else recipe.init_from)
     _check_model(source.cfg, recipe.model, recipe.init_from)
     if (run := source.full_state_run) is None:
         fix = f"{recipe.init_from} has parameters only; set init_parts = 'params'"
         raise ConfigError("init_parts", "full_state", fix)
-    if source.directory.resolve().parent.name != "pretrain":
-        fix = f"{source.directory} is of a later stage; set init_parts = 'params'"
-        raise ConfigError("init_parts", "full_state", fix)
-    other = leaves(Recipe.from_json((run / "recipe.json").read_text()))
+    fix = f"{source.directory} is of a later stage; set init_parts = 'params'"
+    require(source.directory.resolve().parent.name == "pretrain", "init_parts", "full_state", fix)
+    other = leaves(load_recipe(run / "recipe.json"))
     for name, leaf in leaves(recipe).items():
         if leaf.equal_for_full_state and leaf.value != other[name].value:
             fix = f"{recipe.init_from} had {other[name].value!r}; keep that value, or set init_parts = 'params'"
             raise ConfigError(name, leaf.value, fix)
-    state = restore_step(source.directory, abstract_state(abstract_model, tx, mesh), position)
-    if int(state.step) >= recipe.training.steps:
-        fix = f"{recipe.init_from} has done {state.step} already; set more steps"
-        raise ConfigError("training.steps", recipe.training.steps, fix)
+    state = restore_step(source.directory, abstract_state(context.abstract_model, tx, context.mesh), position)
+    fix = f"{recipe.init_from} has done {state.step} already; set more steps"
+    require(int(state.step) < recipe.training.steps, "training.steps", recipe.training.steps, fix)
     return state
 
 
 def starting_checkpoint(stage: str, recipe: Recipe, run_dir: Path) -> Path:
     """The checkpoint from which a stage after pretraining starts: that of the last earlier stage in the run, else
     `recipe.init_from`. Raises `ConfigError` if there is neither."""
-    steps = {"pretrain": recipe.training.steps, "sft": recipe.sft.steps, "rl": recipe.rl.steps, "rejection": 0}
-    order = list(steps)
-    for earlier in reversed(order[: order.index(stage)]):
-        if steps[earlier]:
+    active = {"pretrain": recipe.training.steps, "sft": recipe.sft.active, "dpo": recipe.dpo.active}
+    active["rl"] = recipe.rl.steps
+    for earlier in reversed(STAGES[: STAGES.index(stage)]):
+        if active[earlier]:
             return run_dir / "checkpoints" / earlier
     if recipe.init_from is None:
         raise ConfigError("init_from", None, f"name a checkpoint for {stage} to start from, or set training.steps")
     return Path(recipe.init_from)
 
 
-def state_from_checkpoint(
-    path: str | Path, recipe: Recipe, abstract_model: AbstractModel, tx: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def state_from_checkpoint(path: str | Path, context: RunContext, tx: optax.GradientTransformation) -> TrainState:
     """A state of step 0 with a checkpoint's parameters and router biases, and a new optimizer state.
 
     Raises `ConfigError` for a checkpoint of another model.
     """
-    source = open_checkpoint(path)
-    _check_model(source.cfg, recipe.model, str(path))
-    return init_state(abstract_model, tx, recipe.seed, mesh, load_arrays(source, abstract_model, mesh))
+    source, abstract_model, mesh = open_checkpoint(path), context.abstract_model, context.mesh
+    _check_model(source.cfg, context.recipe.model, str(path))
+    return init_state(abstract_model, tx, context.recipe.seed, mesh, load_arrays(source, abstract_model, mesh))
 
 
 def _check_model(theirs: ModelConfig, ours: ModelConfig, path: str) -> None:

@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -34,11 +33,10 @@ class LossMonitor:
         """`start` is the restored step, up to which earlier losses are read from `metrics.jsonl`."""
         self._training, self._run_dir, self._stage = training, run_dir, stage
         self._consecutive_skipped = 0
-        rows = read_rows(run_dir / "metrics.jsonl") if training.loss_spike_threshold is not None and start else []
-        losses = (
-            row["loss"] for row in rows if row["stage"] == stage and row["step"] <= (start or 0) and "loss" in row
-        )
-        self._losses = deque((loss for loss in losses if loss is not None), maxlen=WINDOW)
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        if start and training.loss_spike_threshold is not None:
+            rows = (row for row in read_rows(run_dir / "metrics.jsonl", stage) if row["step"] <= start)
+            self._losses.extend(row["loss"] for row in rows if row.get("loss") is not None)
 
     def check(self, step: int, row: Mapping[str, float], batch: Callable[[], Mapping[str, np.ndarray]]) -> None:
         """Count the step's `skipped` updates and compare its `loss`; `batch` returns the arrays of its batch.
@@ -50,8 +48,7 @@ class LossMonitor:
         self._consecutive_skipped = self._consecutive_skipped + int(row["skipped"]) if row["skipped"] else 0
         if self._consecutive_skipped >= self._training.max_skipped_steps:
             path = self._run_dir / f"skipped_{self._stage}_{step}.{jax.process_index()}.npz"
-            arrays: Any = dict(batch())
-            np.savez(path, **arrays)
+            np.savez(path, **batch())  # ty: ignore[invalid-argument-type]
             raise TrainingHaltedError(
                 f"loss or gradient was not finite in {self._consecutive_skipped} updates in a row "
                 f"(training.max_skipped_steps), up to step {step}, whose batch is saved in {path}; lower the learning "

@@ -2,7 +2,7 @@
 
 import abc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -11,14 +11,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
-from jax.stages import Compiled
+from jax.stages import Wrapped
 
-from mla_moe.data import Batch, Batches, PromptCompletionDataset, SkipMalformed, process_rows, stream_count
+from mla_moe.data import Batch, Batches, PreferenceDataset, SFTDataset, SkipMalformed, process_rows, stream_count
+from mla_moe.nn.abstract_model import Arrays
 from mla_moe.nn.model_costs import train_flops_per_token
 from mla_moe.parallel.accelerators import peak_flops
 from mla_moe.parallel.mesh import BATCH_SPEC
+from mla_moe.text.isolated import text_worker
 from mla_moe.training.console import bytes_
-from mla_moe.training.step import TrainState, make_train_step
+from mla_moe.training.profiling import write_program
+from mla_moe.training.run_context import put_batch
+from mla_moe.training.step import TrainState, make_eval_step, make_train_step
 from mla_moe.training.trainer import Trainer
 
 
@@ -27,50 +31,92 @@ class NextTokenTrainer(Trainer[TrainState, Batch]):
 
     features: ClassVar[tuple[str, ...]] = ("tokens", "targets", "segment_ids", "positions")
     """Arrays of a batch, each int32 [batch_size, sequence_length]."""
+    _temporaries: Mapping[str, float] = {}  # known once the step is compiled
 
     @property
     @abc.abstractmethod
-    def dataset(self) -> SkipMalformed | PromptCompletionDataset:
-        """The documents or the prompt-completion examples."""
+    def dataset(self) -> SkipMalformed | SFTDataset | PreferenceDataset:
+        """The documents or the examples."""
 
     @abc.abstractmethod
     def open_stream(self, **options: int) -> grain.DatasetIterator[Batch]:
         """One of several streams of batches, with the options of `data.train_batches`."""
 
-    @property
-    def abstract_state(self) -> TrainState:
-        return self.abstract_train_state
-
     @cached_property
     def position(self) -> Batches:
         """This process's packed sequences of each global batch: those on its devices."""
-        (size, length), seed = self._batch_shape, self.context.recipe.seed
-        streams = stream_count(self.context.recipe.data.streams, size, len(self.dataset))
-        options = {"batch_size": size // streams, "sequence_length": length, "seed": seed, "shards": streams}
+        recipe, (size, length) = self.context.recipe, self._abstract_batch.shape
+        streams = stream_count(recipe.data.streams, size, len(self.dataset))
+        options = {"batch_size": size // streams, "sequence_length": length, "seed": recipe.seed, "shards": streams}
 
         def open_stream(number: int) -> grain.DatasetIterator[Batch]:
             return self.open_stream(shard=number, **options)
 
-        indices = self._batch_sharding.addressable_devices_indices_map(self._batch_shape)
+        indices = self._abstract_batch.sharding.addressable_devices_indices_map((size, length))
         return Batches(open_stream, process_rows(indices.values(), size), size, streams, self.dataset.fingerprint)
+
+    def make_step(self) -> Wrapped:
+        """The jitted step `(state, *constants, batch) -> (state, metrics)`, which donates the state."""
+        return make_train_step(self.context.abstract_model, self.tx, self.training, self.context.mesh)
+
+    @property
+    def constants(self) -> tuple[Arrays, ...]:
+        """Arrays that the step takes between the state and the batch."""
+        return ()
+
+    @property
+    def flops_per_token(self) -> float:
+        """Model FLOPs of a step per token."""
+        return train_flops_per_token(self.context.recipe.model, self.training.sequence_length)
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Packed sequences of a batch of an evaluation: those of a microbatch."""
+        return self.training.batch_size // self.training.gradient_accumulation_steps
+
+    @cached_property
+    def _nats_step(self) -> Callable[[TrainState, dict[str, jax.Array]], jax.Array]:
+        return make_eval_step(self.context.abstract_model, self.training.loss_chunk, self.context.mesh)
+
+    def nats(self, state: TrainState, batches: Sequence[Batch]) -> float:
+        """The summed next-token cross-entropy of held-out batches."""
+        put = (put_batch(batch, len(batch["tokens"]), self.context.mesh) for batch in batches)
+        return sum(float(self._nats_step(state, batch)) for batch in put)
 
     def next_batch(self, state: TrainState, status: Callable[[str], None]) -> Batch:
         return next(self.position)
 
     def prepare(self) -> None:
+        text_worker().end()  # it has encoded the examples: its tokenizer takes up to 0.3 GB
         self.position.prepare()  # reads the first batch in the background while the step compiles
-        _ = self._compiled_step, self._peak_flops, self._flops_per_token
+        start, context = time.monotonic(), self.context
+        batch = dict.fromkeys(self.features, self._abstract_batch)
+        lowered = self.make_step().lower(self.abstract_state, *self.constants, batch)
+        self._compiled_step = lowered.compile()
+        if context.recipe.profile.hlo and jax.process_index() == 0:
+            write_program(self.profile_directory, "train_step", lowered, self._compiled_step)
+        memory = self._compiled_step.memory_analysis()
+        self._temporaries = {"temporaries": memory.temp_size_in_bytes} if memory else {}
+        temporaries = "".join(f", {bytes_(size)} of {name} per device" for name, size in self._temporaries.items())
+        context.console.print(f"compiled in {time.monotonic() - start:.1f} s{temporaries}")
+        self._flops_per_token = self.flops_per_token  # now, not in each step: counting them traces the model
+        device = jax.devices()[0]
+        # Of all devices: the denominator of MFU. Virtual CPU devices share one peak.
+        self._peak_flops = (peak_flops(device) or 0.0) * (1 if device.platform == "cpu" else jax.device_count())
+
+    def memory_per_device(self) -> dict[str, float]:
+        return super().memory_per_device() | dict(self._temporaries)
 
     def close(self) -> None:
         self.position.close()
 
     def step(self, number: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        return self._compiled_step(state, self.context.put(batch, self.training.batch_size, self.position.rows.start))
+        return self._compiled_step(
+            state, *self.constants, put_batch(batch, self.training.batch_size, self.context.mesh)
+        )
 
-    def row(
-        self, number: int, values: dict[str, Any], load_LE: np.ndarray, batch: Batch, seconds: float
-    ) -> dict[str, float]:
-        tokens = int(values.pop("tokens"))
+    def row(self, number: int, values: dict[str, Any], batch: Batch, seconds: float) -> dict[str, float]:
+        tokens, load_LE = int(values.pop("tokens")), values.pop("load_LE")
         row = {"loss": values.pop("loss"), "lr": self.learning_rate(number), "tokens_per_s": tokens / seconds}
         if self._peak_flops:
             row["mfu"] = row["tokens_per_s"] * self._flops_per_token / self._peak_flops
@@ -79,39 +125,14 @@ class NextTokenTrainer(Trainer[TrainState, Batch]):
             row["moe/load_max"] = float((load_LE.max(axis=1) / np.maximum(load_LE.mean(axis=1), 1e-9)).max())
             row["moe/dropped"] = values["dropped"]
         if not self.context.recipe.model.num_nextn_predict_layers:
-            del row["mtp_loss"]
+            row.pop("mtp_loss", None)
         return {name: float(value) for name, value in row.items()}
 
     def batch_arrays(self, batch: Batch) -> Mapping[str, np.ndarray]:
         return batch
 
     @property
-    def _batch_shape(self) -> tuple[int, int]:
-        return self.training.batch_size, self.training.sequence_length
-
-    @property
-    def _batch_sharding(self) -> NamedSharding:
-        return NamedSharding(self.context.mesh, BATCH_SPEC)
-
-    @cached_property
-    def _compiled_step(self) -> Compiled:
-        abstract = jax.ShapeDtypeStruct(self._batch_shape, jnp.int32, sharding=self._batch_sharding)
-        start = time.monotonic()
-        step = make_train_step(self.context.abstract_model, self.tx, self.training, self.context.mesh)
-        compiled = step.lower(self.abstract_state, dict.fromkeys(self.features, abstract)).compile()
-        memory = compiled.memory_analysis()
-        temporaries = f", {bytes_(memory.temp_size_in_bytes)} of temporaries per device" if memory else ""
-        self.context.console.print(f"compiled in {time.monotonic() - start:.1f} s{temporaries}")
-        return compiled
-
-    @cached_property
-    def _flops_per_token(self) -> float:
-        """Cached, because counting parameters traces the model's construction."""
-        return train_flops_per_token(self.context.recipe.model, self.training.sequence_length)
-
-    @cached_property
-    def _peak_flops(self) -> float | None:
-        """Peak FLOP/s of all devices, the denominator of MFU. Virtual CPU devices share one peak."""
-        device = jax.devices()[0]
-        peak = peak_flops(device)
-        return peak and peak * (1 if device.platform == "cpu" else jax.device_count())
+    def _abstract_batch(self) -> jax.ShapeDtypeStruct:
+        """Of each of the `features`."""
+        shape = self.training.batch_size, self.training.sequence_length
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.context.mesh, BATCH_SPEC))

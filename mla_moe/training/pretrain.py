@@ -1,27 +1,36 @@
 """Pretraining: next-token prediction on text, with held-out evaluation and sampled continuations at the end."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import grain
-import jax
 import jax.numpy as jnp
-from jax import Array
 
 from mla_moe.checkpoint.manager import DataPosition
 from mla_moe.config import Recipe, require
-from mla_moe.data import Batch, SkipMalformed, gzip_bits_per_byte, heldout_batches, train_batches
+from mla_moe.data import (
+    Batch,
+    EvalText,
+    SkipMalformed,
+    bits_per_byte,
+    eval_text,
+    gzip_bits_per_byte,
+    sample_documents,
+    train_batches,
+)
 from mla_moe.inference.generate import generate
 from mla_moe.nn.model_costs import kv_cache_bytes_per_token, mha_kv_cache_bytes_per_token, train_flops_per_token
+from mla_moe.text.round_trip import lost_fraction
 from mla_moe.training.console import Console, bytes_, duration, si
 from mla_moe.training.initialization import initial_state
 from mla_moe.training.next_token import NextTokenTrainer
 from mla_moe.training.run_context import RunContext, open_split
-from mla_moe.training.run_directory import add_summary
-from mla_moe.training.step import TrainState, make_eval_step
+from mla_moe.training.step import TrainState
 from mla_moe.training.trainer import StepMetrics, Writer
+
+_HELDOUT_BYTES = 2 << 30
 
 
 def pretrain(recipe: Recipe, run_dir: Path, console: Console) -> None:
@@ -40,76 +49,109 @@ class PretrainTrainer(NextTokenTrainer):
 
     def initial_state(self, position: DataPosition) -> tuple[TrainState, int | None]:
         context, init_from = self.context, self.context.recipe.init_from
-        state = initial_state(context.recipe, context.abstract_model, self.tx, context.mesh, position)
+        state = initial_state(context, self.tx, position)
         step = int(state.step) or None
         if init_from:
             context.console.print(f"started from {init_from}" + (f", step {step}" if step else ""))
         return state, step
 
     def open_stream(self, **options: int) -> grain.DatasetIterator[Batch]:
-        return train_batches(self.context.recipe.data, self.dataset, self.context.tokenizer, **options)
+        data, dataset = self.context.recipe.data, self.dataset
+        return train_batches(data, dataset, self.context.tokenizer, ranges=dataset.ranges, **options)
 
     @cached_property
-    def _heldout(self) -> tuple[list[Batch], int, float] | None:
-        """Held-out batches, their size in bytes, and the bits per byte of gzip -9 for the same text."""
+    def _train_samples(self) -> dict[str, list[str]]:
+        """A sample of the training text of each source."""
+        samples = {name: sample_documents(self.dataset, found) for name, found in self.dataset.ranges.items()}
+        return {name: texts for name, texts in samples.items() if texts}
+
+    @cached_property
+    def _heldout(self) -> tuple[dict[str, EvalText], float]:
+        """The held-out text of each source, and the bits per byte of gzip -9 for all of it."""
         if not self.context.recipe.data.heldout:
-            return None
+            return {}, math.nan
         text = open_split(self.context.recipe, "heldout")
-        micro_batch_size = self.training.batch_size // self.training.gradient_accumulation_steps
-        batches, size = heldout_batches(
-            text, self.context.tokenizer, batch_size=micro_batch_size, sequence_length=self.training.sequence_length
-        )
-        return batches, size, gzip_bits_per_byte(text)
+        note = f"has {bytes_(text.nbytes)}, all of which is in memory and evaluated each time; name smaller files"
+        require(text.nbytes <= _HELDOUT_BYTES, "data.heldout", self.context.recipe.data.heldout, note)
+        if text.nbytes > _HELDOUT_BYTES // 16:
+            self.context.console.print(f"data.heldout {note}")
+        if both := sorted(text.files & self.dataset.files):
+            note = f"data.heldout: {len(both)} of its files are training text too, {both[0]} among them"
+            self.context.console.print(f"{note}; a loss on them says nothing about other text")
+        sources = {name: [text[index] for index in found] for name, found in text.ranges.items()}
+        batches = {name: self._batches(documents) for name, documents in sources.items() if any(documents)}
+        return batches, gzip_bits_per_byte(text)
+
+    @cached_property
+    def _eval_texts(self) -> dict[str, EvalText]:
+        """By source: the held-out text, and with several sources the samples of the training text, so that the losses
+        of the same kind of text can be compared. The training loss is that of the mixture."""
+        several = len(self.dataset.ranges) > 1 or len(self._heldout[0]) > 1
+        samples = self._train_samples if several else {}
+        return {name: self._batches(documents) for name, documents in samples.items()} | self._heldout[0]
+
+    def _batches(self, documents: Sequence[str]) -> EvalText:
+        size, length = self.eval_batch_size, self.training.sequence_length
+        return eval_text(documents, self.context.tokenizer, batch_size=size, sequence_length=length)
 
     def describe(self) -> list[tuple[str, str]]:
         cfg, training = self.context.recipe.model, self.training
         item = jnp.dtype(self.context.abstract_model.precision.compute).itemsize
         mla, mha = kv_cache_bytes_per_token(cfg, item), mha_kv_cache_bytes_per_token(cfg, item)
         flops = train_flops_per_token(cfg, training.sequence_length)
-        heldout, sample = self._heldout, self.context.recipe.sample
+        (heldout, gzip_bits), sample = self._heldout, self.context.recipe.sample
         room = cfg.max_position_embeddings - max(map(len, self._prompts), default=0)
+        fits = not sample.prompts or sample.max_new_tokens <= room
         fix = f"after the longest of sample.prompts the model has {room} positions"
-        require(
-            not sample.prompts or sample.max_new_tokens <= room, "sample.max_new_tokens", sample.max_new_tokens, fix
-        )
-        text = f"{bytes_(heldout[1])}; gzip -9 needs {heldout[2]:.3f} bits per byte" if heldout else "none"
+        require(fits, "sample.max_new_tokens", sample.max_new_tokens, fix)
+        size = bytes_(sum(text.size for text in heldout.values()))
+        text = f"{size}; gzip -9 needs {gzip_bits:.3f} bits per byte" if heldout else "none"
+        limit, samples = self.context.recipe.data.max_lost_bytes_fraction, self._train_samples.items()
+        lost = [lost_fraction(self.context.tokenizer, texts, name, limit) for name, texts in samples]
         tokens = f"{training.batch_size * training.sequence_length:,} in {training.batch_size} packed sequences"
         return [
             ("KV cache per token", f"{bytes_(mla)}; multi-head attention {bytes_(mha)} ({mha / mla:.1f} x)"),
             ("FLOPs per token", f"{si(flops)} to train on {training.sequence_length} tokens"),
             ("tokens per step", tokens),
             ("held-out text", text),
+            ("lost by the tokenizer", f"{max(lost, default=0):.2%} of the bytes of a sample"),
         ]
 
-    @cached_property
-    def _eval_step(self) -> Callable[[TrainState, dict[str, Array]], Array]:
-        return make_eval_step(self.context.abstract_model, self.training.loss_chunk, self.context.mesh)
-
     def evaluate(self, number: int, state: TrainState, writer: Writer) -> dict[str, float]:
-        """Loss and bits per byte of the held-out text, and the bits per byte of gzip -9."""
-        if self._heldout is None:
-            return {}
-        batches, size, gzip_bits = self._heldout
-        nats = sum(float(self._eval_step(state, self.context.put(batch, len(batch["tokens"])))) for batch in batches)
-        tokens = sum(int((batch["segment_ids"] != 0).sum()) for batch in batches)
-        bits = nats / math.log(2) / size
-        return {"eval/loss": nats / tokens, "eval/bits_per_byte": bits, "eval/gzip_bits_per_byte": gzip_bits}
+        """Loss and bits per byte of the held-out text, and the bits per byte of gzip -9; with several sources, the loss
+        of each, and with several held-out ones the bits per byte of each."""
+        (heldout, gzip_bits), texts = self._heldout, self._eval_texts
+        nats = {name: self.nats(state, text.batches) for name, text in texts.items()}
+        tokens = {name: sum(int((b["segment_ids"] != 0).sum()) for b in text.batches) for name, text in texts.items()}
+        scores = {f"eval/loss/{name}": nats[name] / tokens[name] for name in texts if len(texts) > 1}
+        if not heldout:
+            return scores
+        total = sum(nats[name] for name in heldout)
+        if len(heldout) > 1:
+            each = {name: bits_per_byte(nats[name], [text]) for name, text in heldout.items()}
+            scores |= {f"eval/bits_per_byte/{name}": bits for name, bits in each.items()}
+        return {
+            "eval/loss": total / sum(tokens[name] for name in heldout),
+            "eval/bits_per_byte": bits_per_byte(total, heldout.values()),
+            "eval/gzip_bits_per_byte": gzip_bits,
+            **scores,
+        }
 
     def finish(self, state: TrainState, scores: Mapping[str, float], metrics: StepMetrics, writer: Writer) -> None:
         """Sample continuations of `sample.prompts`, and write a summary for the report and the console."""
         samples = self._sample(state)
         writer.append_samples({"step": self.training.steps, **sample} for sample in samples)
         rows = {"steps": f"{self.training.steps}", "train loss": f"{metrics.loss:.3f} nats per token"}
-        if scores:
+        if "eval/bits_per_byte" in scores:
             bits, gzip_bits = scores["eval/bits_per_byte"], scores["eval/gzip_bits_per_byte"]
             rows |= {"held-out bits per byte": f"{bits:.3f}", "gzip -9 of the same files": f"{gzip_bits:.3f}"}
         if self.dataset.malformed:
             rows |= {"malformed records": f"{self.dataset.malformed} skipped"}
-        rows |= {"max load ratio, last tenth": f"{metrics.max_load_ratio_last_tenth:.2f}"}
-        rows |= {"time in steps": duration(self.seconds)}
-        if jax.process_index() == 0:
-            add_summary(self.context.run_dir, rows)
-        self.context.console.result_table("result", list(rows.items()))
+        if self.dataset.empty:
+            rows |= {"empty documents": f"{self.dataset.empty} skipped"}
+        rows["max load ratio, last tenth"] = f"{metrics.max_load_ratio_last_tenth:.2f}"
+        rows["time in steps"] = duration(self.seconds)
+        self.context.write_result("result", rows)
         for sample in samples:
             self.context.console.print(f"\n--- {sample['prompt']!r}\n{sample['prompt']}{sample['completion']}")
 

@@ -4,15 +4,17 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import jax
 from jax.experimental import multihost_utils
 
-from mla_moe.config import ConfigError, Recipe, require
-from mla_moe.config.resume import leaves
-from mla_moe.training.metrics import read_rows
+from mla_moe.checkpoint.manager import CheckpointManager
+from mla_moe.config import ConfigError, Recipe, load_recipe, require
+from mla_moe.config.files import read_json_object
+from mla_moe.config.resume import STAGES, leaves
+from mla_moe.training.metrics import read_rows, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -21,15 +23,18 @@ def open_run_directory(recipe: Recipe) -> Path:
     """Create the run's directory, or open it to resume the run in it, and write `recipe.json`.
 
     Raises `ConfigError` if the directory has a run with another value of a field that a run keeps (`config.resume`),
-    and while another process trains in it.
+    files with the names of a run's that are no run's, and while another process trains in it.
     """
+    require(recipe.run_dir != "", "run_dir", "", "name a directory; the run's files would be mixed with those here")
     run_dir = Path(recipe.run_dir)
     path, stages = run_dir / "recipe.json", started_stages(run_dir)
+    read_summary(run_dir)  # now, rather than when the first stage has finished
     # Orbax reads the directory's name as a glob pattern when it commits a checkpoint, and would not find it.
     odd = set("*?[") & set(os.path.abspath(run_dir))
     require(not odd, "run_dir", recipe.run_dir, f"checkpoints cannot be written below a name with {' '.join(odd)}")
-    if path.exists() and stages:  # a start that failed leaves no rows
-        old, new = leaves(Recipe.from_json(path.read_text())), leaves(recipe)
+    former = load_recipe(path) if path.exists() else None
+    if former and stages:  # a start that failed leaves no rows
+        old, new = leaves(former), leaves(recipe)
         for name in old | new:  # fields of an optional section may be in one of them only
             before, after = (side[name].value if name in side else None for side in (old, new))
             if before != after and not (new | old)[name].may_change(stages):
@@ -42,7 +47,7 @@ def open_run_directory(recipe: Recipe) -> Path:
     if jax.process_index() == 0:
         _lock(run_dir)
         write_atomically(path, recipe.to_json())
-        if not stages and recipe.data.tokenizer.startswith("bpe:"):
+        if former and not stages and recipe.data.tokenizer.startswith("bpe:"):
             (run_dir / "tokenizer.json").unlink(missing_ok=True)  # of a start that failed, perhaps on other text
     multihost_utils.sync_global_devices("run_dir")
     return run_dir
@@ -54,6 +59,30 @@ def started_stages(run_dir: Path) -> set[str]:
     return stages | ({"rejection"} if (run_dir / "rejection.jsonl").exists() else set())
 
 
+def later_stage_has_checkpoint(run_dir: Path, stage: str) -> bool:
+    """Whether a stage after this one resumes from its own checkpoint, and so needs none of this stage."""
+    folders = (run_dir / "checkpoints" / later for later in STAGES[STAGES.index(stage) + 1 :])
+    return any(path.name.isdecimal() for folder in folders for path in folder.glob("*"))
+
+
+def rewind(checkpoints: CheckpointManager, run_dir: Path, step: int, log: Callable[[str], None]) -> None:
+    """Rename the checkpoints after `step`, so that the stage resumes from it. `resume_step.json` remembers the step:
+    the same command again, as of a launcher that restarts it, resumes from the newest checkpoint that is left. Raises
+    `ConfigError` if the step has no checkpoint."""
+    path = run_dir / "resume_step.json"
+    if path.exists() and read_json_object(path, "run_dir").get("step") == step:
+        log(f"rewound to step {step} before ({path}); resuming from the newest checkpoint")
+        return
+    saved = ", ".join(map(str, checkpoints.steps)) or "none"
+    require(
+        step in checkpoints.steps, "resume_step", step, f"the last stage has no such checkpoint; there are: {saved}"
+    )
+    checkpoints.rewind(step)
+    if jax.process_index() == 0:
+        write_atomically(path, json.dumps({"step": step}) + "\n")
+    multihost_utils.sync_global_devices("rewound")  # no process reads the file before all have decided
+
+
 def _lock(run_dir: Path) -> None:
     """Hold a lock until the process ends: two processes in one directory would overwrite each other's files."""
     lock = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT)
@@ -63,20 +92,22 @@ def _lock(run_dir: Path) -> None:
         message = "another process trains there; end it, or give another directory"
         raise ConfigError("run_dir", str(run_dir), message) from None
     except OSError as error:
-        logger.warning(
-            "%s: the file system has no locks (%s); do not start a second process there", run_dir, error.strerror
-        )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a reader, also after a kill, finds either the old or the new one."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        message = "%s: the file system has no locks (%s); do not start a second process there"
+        logger.warning(message, run_dir, error.strerror)
 
 
 def add_summary(run_dir: Path, rows: Mapping[str, str]) -> None:
     """Add names and formatted values to `summary.json`, the first table of the report."""
+    write_atomically(run_dir / "summary.json", json.dumps(read_summary(run_dir) | dict(rows), indent=2) + "\n")
+
+
+def read_summary(run_dir: Path) -> dict[str, str]:
+    """The names and formatted values in `summary.json`; empty if there is none. Raises `ConfigError` for another file
+    of that name."""
     path = run_dir / "summary.json"
-    before = json.loads(path.read_text()) if path.exists() else {}
-    write_atomically(path, json.dumps(before | dict(rows), indent=2) + "\n")
+    if not path.exists():
+        return {}
+    summary = read_json_object(path, "run_dir")
+    ok = all(isinstance(value, str) for value in summary.values())
+    require(ok, "run_dir", str(path), "is no summary of a run, which has texts by name; restore or remove it")
+    return summary

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,11 @@ from jaxtyping import Array
 from mla_moe.config import TrainingConfig
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
 from mla_moe.nn.loss import Batch, LossCounts, LossSums, loss_counts
+from mla_moe.parallel.compiler_options import mesh_compiler_options
 from mla_moe.parallel.mesh import BATCH_SPEC
+
+Sums = TypeVar("Sums")
+"""A gradient, and sums over the tokens of a microbatch."""
 
 
 class TrainState(NamedTuple):
@@ -37,43 +41,36 @@ def init_state(
 ) -> TrainState:
     """The state of step 0, sharded over the mesh: newly initialised, or with the parameters `arrays`, which it
     donates."""
-    init = jax.jit(
-        partial(_initial_state, abstract_model, tx),
-        out_shardings=state_shardings(abstract_model, tx, mesh),
-        donate_argnums=0,
-    )
+    shardings = state_shardings(abstract_model, tx, mesh)
+    init = jax.jit(partial(_initial_state, abstract_model, tx), out_shardings=shardings, donate_argnums=0)
     return init(abstract_model.init(seed, mesh) if arrays is None else arrays)
 
 
 def abstract_state(abstract_model: AbstractModel, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a `TrainState`, into which a checkpoint is restored."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        _state_shapes(abstract_model, tx),
-        state_shardings(abstract_model, tx, mesh),
-    )
+    """Shapes, dtypes and shardings of a `TrainState`, into which a checkpoint is restored.
+
+    An optimizer moment is sharded as its parameter, by whose path its last key is named; counters are replicated.
+    """
+    shardings = abstract_model.shardings(mesh)
+
+    def abstract(keys: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = shardings.get(getattr(keys[-1], "key", None), NamedSharding(mesh, P()))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    arrays = {path: variable.get_value() for path, variable in abstract_model.variables.items()}
+    shapes = jax.eval_shape(partial(_initial_state, abstract_model, tx), arrays)
+    return jax.tree_util.tree_map_with_path(abstract, shapes)
 
 
 def state_shardings(abstract_model: AbstractModel, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """Shardings of a `TrainState`: an optimizer moment is sharded as its parameter, by whose path its last key is
-    named; counters are replicated."""
-    shardings = abstract_model.shardings(mesh)
-
-    def sharding(keys: tuple[Any, ...], _: Any) -> NamedSharding:
-        return shardings.get(getattr(keys[-1], "key", None), NamedSharding(mesh, P()))
-
-    return jax.tree_util.tree_map_with_path(sharding, _state_shapes(abstract_model, tx))
+    """Shardings of a `TrainState`, one for each array."""
+    return jax.tree.map(lambda x: x.sharding, abstract_state(abstract_model, tx, mesh))
 
 
 def _initial_state(abstract_model: AbstractModel, tx: optax.GradientTransformation, arrays: Arrays) -> TrainState:
     params = {path: arrays[path] for path in abstract_model.param_paths}
     biases = {path: arrays[path] for path in abstract_model.bias_paths}
     return TrainState(jnp.int32(0), params, biases, tx.init(params))
-
-
-def _state_shapes(abstract_model: AbstractModel, tx: optax.GradientTransformation) -> TrainState:
-    arrays = {path: variable.get_value() for path, variable in abstract_model.variables.items()}
-    return jax.eval_shape(partial(_initial_state, abstract_model, tx), arrays)
 
 
 def make_train_step(
@@ -86,42 +83,30 @@ def make_train_step(
     """
     with_mtp = abstract_model.cfg.num_nextn_predict_layers > 0 and training.mtp_loss_weight > 0
     freeze_step = round(training.steps * (1 - training.router_bias_freeze_fraction))
-    num_microbatches = training.gradient_accumulation_steps
+    count = training.gradient_accumulation_steps
 
     @partial(
         jax.jit,
         donate_argnums=0,
         out_shardings=(state_shardings(abstract_model, tx, mesh), NamedSharding(mesh, P())),  # metrics are replicated
-        compiler_options=compiler_options(mesh),
+        compiler_options=mesh_compiler_options(mesh, abstract_model.kernels),
     )
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH_SPEC))
-        grads, sums, counts = accumulate_gradients(state.params, state.biases, batch)
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(grad_norm) & jnp.isfinite(sums.nats)
-        old = (state.params, state.biases, state.optimizer)
-        # `where` on each array, in the memory that is donated: `cond` would hold a second copy of the full state.
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), update(state, grads, sums), old)
-        metrics = _metrics(sums, counts, grad_norm) | {"skipped": 1 - finite.astype(jnp.int32)}
-        return TrainState(state.step + 1, *new), metrics
-
-    def accumulate_gradients(params: Arrays, biases: Arrays, batch: Batch) -> tuple[Arrays, LossSums, LossCounts]:
-        """Gradient accumulation: only one microbatch has activations in memory at a time."""
         counts = loss_counts(batch)
-        microbatches = jax.tree.map(lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), batch)
-        if num_microbatches == 1:
-            return *gradient(params, biases, batch, counts), counts
+        grads, sums = accumulate_gradients(partial(gradient, state.params, state.biases, counts), batch, count)
+        bias_update_rate = jnp.where(state.step < freeze_step, training.router_bias_update_rate, 0.0)
+        state, metrics = update_state(state, tx, grads, sums.nats, sums.load_LE, bias_update_rate, mtp=with_mtp)
+        return state, metrics | {
+            "loss": sums.nats / jnp.maximum(counts.targets, 1),
+            "tokens": counts.tokens_without_padding,
+            "load_LE": sums.load_LE,
+            "aux_loss": sums.aux_loss / (counts.sequences * max(sums.load_LE.shape[0], 1)),
+            "dropped": sums.dropped,
+            "mtp_loss": sums.mtp_nats / jnp.maximum(counts.mtp_targets, 1),
+        }
 
-        def add(total: tuple[Arrays, LossSums], microbatch: Batch) -> tuple[tuple[Arrays, LossSums], None]:
-            return jax.tree.map(jnp.add, total, gradient(params, biases, microbatch, counts)), None
-
-        first = jax.tree.map(lambda x: x[0], microbatches)
-        shapes = jax.eval_shape(gradient, params, biases, first, counts)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (grads, sums), _ = jax.lax.scan(add, zeros, microbatches)
-        return grads, sums, counts
-
-    def loss(params: Arrays, biases: Arrays, microbatch: Batch, counts: LossCounts) -> tuple[Array, LossSums]:
+    def loss(params: Arrays, biases: Arrays, counts: LossCounts, microbatch: Batch) -> tuple[Array, LossSums]:
         """A microbatch's part of the loss, normalised by the counts of the full batch."""
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             model = abstract_model.merge(params | biases)
@@ -132,36 +117,44 @@ def make_train_step(
         return total, sums
 
     gradient = jax.grad(loss, has_aux=True)
-
-    def update(state: TrainState, grads: Arrays, sums: LossSums) -> tuple[Arrays, Arrays, optax.OptState]:
-        """Optimizer update and router bias update."""
-        updates, optimizer = tx.update(grads, state.optimizer, state.params)
-        update_rate = jnp.where(state.step < freeze_step, training.router_bias_update_rate, 0.0)
-        params = apply_updates(state.params, updates, mtp=with_mtp)
-        return params, update_router_biases(state.biases, sums.load_LE, update_rate), optimizer
-
     return train_step
 
 
-def compiler_options(mesh: Mesh) -> dict[str, bool | str] | None:
-    """XLA options for every program that runs all layers.
+def accumulate_gradients(gradient: Callable[[Batch], Sums], batch: Batch, count: int) -> Sums:
+    """Gradient accumulation: the sum of what `gradient` returns for each of `count` microbatches. Only one has
+    activations in memory at a time."""
+    if count == 1:
+        return gradient(batch)
+    microbatches = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)
 
-    TPU: by default XLA casts the weights of all layers to bfloat16 before the scan over them, and holds both copies;
-    without this propagation it casts a layer's weights when it uses them. CPU: Eigen in place of YNNPACK, whose batched
-    matmuls, those of attention, are slower by a third.
+    def add(total: Sums, microbatch: Batch) -> tuple[Sums, None]:
+        return jax.tree.map(jnp.add, total, gradient(microbatch)), None
+
+    shapes = jax.eval_shape(gradient, jax.tree.map(lambda x: x[0], microbatches))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, microbatches)[0]
+
+
+def update_state(
+    state: TrainState, tx: optax.GradientTransformation, grads: Arrays, loss: Array, load_LE: Array,
+    bias_update_rate: Array | float, *, mtp: bool,
+) -> tuple[TrainState, dict[str, Array]]:  # fmt: skip
+    """Optimizer update and router bias update, and the metrics `grad_norm` and `skipped`.
+
+    If the loss or the gradient norm is not finite, only the step number changes, and `skipped` is 1. Without `mtp` the
+    MTP module stays unchanged, because its loss was not computed: weight decay alone would shrink it.
     """
-    options: dict[str, dict[str, bool | str]] = {
-        "tpu": {"xla_jf_bf16_propagation": False},
-        "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
-    }
-    return options.get(mesh.devices.flat[0].platform)
-
-
-def apply_updates(params: Arrays, updates: optax.Updates, *, mtp: bool) -> Arrays:
-    """`optax.apply_updates`, but the MTP module stays unchanged if its loss was not computed: weight decay alone would
-    shrink it."""
-    new: Any = optax.apply_updates(params, updates)
-    return new if mtp else new | {path: old for path, old in params.items() if path.startswith("mtp/")}
+    grad_norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(grad_norm) & jnp.isfinite(loss)
+    updates, optimizer = tx.update(grads, state.optimizer, state.params)
+    params: Any = optax.apply_updates(state.params, updates)
+    if not mtp:
+        params |= {path: old for path, old in state.params.items() if path.startswith("mtp/")}
+    new = params, update_router_biases(state.biases, load_LE, bias_update_rate), optimizer
+    # `where` on each array, in the memory that is donated: `cond` would hold a second copy of the full state.
+    kept = state.params, state.biases, state.optimizer
+    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, kept)
+    return TrainState(state.step + 1, *new), {"grad_norm": grad_norm, "skipped": 1 - finite.astype(jnp.int32)}
 
 
 def update_router_biases(biases: Arrays, load_LE: Array, update_rate: Array | float) -> Arrays:
@@ -178,21 +171,13 @@ def update_router_biases(biases: Arrays, load_LE: Array, update_rate: Array | fl
 def make_eval_step(abstract_model: AbstractModel, chunk: int, mesh: Mesh) -> Callable[[TrainState, Batch], Array]:
     """The jitted evaluation `(state, batch) -> nats`, the summed next-token cross-entropy of a batch."""
 
-    @partial(jax.jit, out_shardings=NamedSharding(mesh, P()))
+    @partial(
+        jax.jit,
+        out_shardings=NamedSharding(mesh, P()),
+        compiler_options=mesh_compiler_options(mesh, abstract_model.kernels),
+    )
     def eval_step(state: TrainState, batch: Batch) -> Array:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return abstract_model.merge(state.params | state.biases).loss_sums(batch, chunk=chunk, mtp=False).nats
 
     return eval_step
-
-
-def _metrics(sums: LossSums, counts: LossCounts, grad_norm: Array) -> dict[str, Array]:
-    return {
-        "loss": sums.nats / jnp.maximum(counts.targets, 1),
-        "grad_norm": grad_norm,
-        "tokens": counts.tokens_without_padding,
-        "load_LE": sums.load_LE,
-        "aux_loss": sums.aux_loss / (counts.sequences * max(sums.load_LE.shape[0], 1)),
-        "dropped": sums.dropped,
-        "mtp_loss": sums.mtp_nats / jnp.maximum(counts.mtp_targets, 1),
-    }

@@ -18,13 +18,19 @@ import optax
 
 from mla_moe.checkpoint.manager import CheckpointManager, DataPosition, FixedPosition
 from mla_moe.config import OptimizerConfig, TrainingConfig
+from mla_moe.parallel.sharding import bytes_per_device
+from mla_moe.training.checkpoint_schedule import CheckpointSchedule
 from mla_moe.training.console import Progress
 from mla_moe.training.loss_monitor import LossMonitor, LossSpikeError, TrainingHaltedError
 from mla_moe.training.metrics import MetricsWriter, NullWriter, read_rows, seconds_in_steps
 from mla_moe.training.optimizer import learning_rate, make_optimizer
 from mla_moe.training.preemption import InterruptedRun, PreemptionSignals
+from mla_moe.training.profiling import StepTracer, explain_out_of_memory
 from mla_moe.training.run_context import RunContext
+from mla_moe.training.run_directory import later_stage_has_checkpoint, rewind
 from mla_moe.training.step import TrainState, abstract_state
+from mla_moe.training.trackers import Trackers
+from mla_moe.training.watchdog import Watchdog
 
 MAX_REWINDS = 3
 """Rewinds to the same checkpoint after loss spikes, before the run halts."""
@@ -40,20 +46,24 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
 
     metrics_one_step_late: ClassVar[bool] = True
     """Fetch the metrics of a step after the next step is dispatched, so that the device does not wait for the host."""
-    evaluates_first: ClassVar[bool] = False
+    evaluates_first: bool = False
     """Also evaluate before the first step, as step 0."""
 
     updates_per_step: int = 1
-    """Optimizer updates per step."""
+    """Optimizer updates per step. A stage with others sets them before `super().__init__()`, which reads them."""
 
     def __init__(self, name: str, context: RunContext, training: TrainingConfig, optimizer: OptimizerConfig):
         """`name` is the stage's name in metrics and checkpoints. `training` gives steps, logging and evaluation."""
         self.name, self.context, self.training, self._optimizer = name, context, training, optimizer
+        self.expert_load_every = max(1, training.steps // 200)
+        """Steps between rows of `expert_load.jsonl`: a heat map of at most 400 rows for the whole run."""
+        self.profile_directory = context.run_dir / "profile" / name
+        self._schedule = learning_rate(optimizer.schedule, training.steps * self.updates_per_step)
 
-    @property
-    @abc.abstractmethod
-    def abstract_state(self) -> State:
-        """Shapes, dtypes and shardings of the state, into which a checkpoint is restored."""
+    @cached_property
+    def abstract_state(self) -> Any:
+        """Shapes, dtypes and shardings of the state, into which a checkpoint is restored: by default a `TrainState`."""
+        return self.abstract_train_state
 
     @abc.abstractmethod
     def initial_state(self, position: DataPosition) -> tuple[State, int | None]:
@@ -75,9 +85,7 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
         empty for a dense model."""
 
     @abc.abstractmethod
-    def row(
-        self, number: int, values: dict[str, Any], load_LE: np.ndarray, batch: BatchT, seconds: float
-    ) -> dict[str, float]:
+    def row(self, number: int, values: dict[str, Any], batch: BatchT, seconds: float) -> dict[str, float]:
         """A row of `metrics.jsonl` from the metrics of a step, fetched to the host, and the step's duration."""
 
     @abc.abstractmethod
@@ -102,6 +110,12 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
     def close(self) -> None:
         """Close the data."""
 
+    def memory_per_device(self) -> dict[str, float]:
+        """Bytes of a device that the stage needs, as far as they are known, by the names of `mla-moe plan`."""
+        parts = self.abstract_state._asdict()
+        named = {"parameters": [parts.pop("params"), parts.pop("biases")]} | parts
+        return {name: size for name, part in named.items() if (size := bytes_per_device(part)) and name != "step"}
+
     @cached_property
     def tx(self) -> optax.GradientTransformation:
         updates = self.training.steps * self.updates_per_step
@@ -111,18 +125,9 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
     def abstract_train_state(self) -> TrainState:
         return abstract_state(self.context.abstract_model, self.tx, self.context.mesh)
 
-    @cached_property
-    def _schedule(self) -> optax.Schedule:
-        return learning_rate(self._optimizer.schedule, self.training.steps * self.updates_per_step)
-
     def learning_rate(self, number: int) -> float:
         """The learning rate of the last update of a step."""
         return float(np.asarray(self._schedule(number * self.updates_per_step - 1)))
-
-    @property
-    def expert_load_every(self) -> int:
-        """Steps between rows of `expert_load.jsonl`: a heat map of at most 400 rows for the whole run."""
-        return max(1, self.training.steps // 200)
 
     @property
     def seconds(self) -> float:
@@ -135,10 +140,19 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
 
         After a loss spike it rewinds to the newest checkpoint and skips the batches since. Raises `ConfigError` before
         anything compiles, `InterruptedRun` after a signal, when the state is saved, `TrainingHaltedError` for repeated
-        non-finite updates or loss spikes, and `CheckpointSaveError`.
+        non-finite updates or loss spikes and where the memory of a device does not suffice, and `CheckpointSaveError`.
         """
         context, log = self.context, self.context.console.print
-        with CheckpointManager(context.run_dir, self.name, context.recipe.checkpoint) as checkpoints:
+        recipe_path = context.run_dir / "recipe.json"
+        with (
+            explain_out_of_memory(self.profile_directory, recipe_path, self.memory_per_device),
+            CheckpointManager(context.run_dir, self.name, context.recipe.checkpoint) as checkpoints,
+        ):
+            is_needed = not later_stage_has_checkpoint(context.run_dir, self.name)
+            if is_needed and context.recipe.resume_step is not None:
+                rewind(checkpoints, context.run_dir, context.recipe.resume_step, log)
+            if checkpoints.latest == self.training.steps and is_needed:  # restored to see that it is not damaged
+                checkpoints.restore(self.abstract_state, FixedPosition(), log)
             if checkpoints.latest == self.training.steps:
                 log(f"{self.name}: all {self.training.steps} steps are done already")
                 return
@@ -170,41 +184,60 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
         self.context.console.print(f"resumed from the checkpoint of step {checkpoints.latest}")
         return state, checkpoints.latest
 
+    def _writer(self, start: int | None) -> Writer:
+        if jax.process_index():
+            return NullWriter()
+        recipe, run_dir = self.context.recipe, self.context.run_dir
+        return MetricsWriter(run_dir, start, self.name, Trackers(recipe, run_dir))
+
     def _train(self, state: State, checkpoints: CheckpointManager, start: int | None, rewound: int) -> None:
         """The steps after `start`."""
         context, training = self.context, self.training
         first, last = start or 0, training.steps
+        stacks = f"stacks_{self.name}.{jax.process_index()}.txt"
         with (
             PreemptionSignals() as signals,
-            MetricsWriter(context.run_dir, start, self.name) if jax.process_index() == 0 else NullWriter() as writer,
+            self._writer(start) as writer,
             context.console.progress(self.name, last, first) as progress,
+            StepTracer(context.recipe.profile, self.profile_directory, context.console.print) as tracer,
+            Watchdog(training.max_step_minutes, context.run_dir / stacks) as watchdog,
         ):
             if rewound:
                 writer.write(first + 1, {"rewound": rewound})
             if start is None and self.evaluates_first:
+                watchdog.progress(f"the evaluation before step 1 of {self.name}")
                 writer.write(0, self.evaluate(0, state, writer))
             monitor = LossMonitor(training, context.run_dir, self.name, start)
             metrics = StepMetrics(self, writer, progress, monitor)
+            schedule = CheckpointSchedule(context.recipe.checkpoint, first)
             for number in range(first + 1, last + 1):
-                batch = self.next_batch(state, progress.status)
-                state, values = self.step(number, state, batch)
+                watchdog.progress(f"step {number} of {self.name}")
+                with tracer.step(number):
+                    batch = self.next_batch(state, progress.status)
+                    state, values = self.step(number, state, batch)
                 metrics.record(number, values, batch)
                 if not self.metrics_one_step_late:
                     metrics.flush()
+                tracer.stop_after(number, metrics.flush)
                 is_last = number == last
                 if is_last or (training.eval_every and number % training.eval_every == 0):
                     metrics.flush()
+                    watchdog.progress(f"the evaluation after step {number} of {self.name}")
                     scores = self.evaluate(number, state, writer)
                     if scores:
                         writer.write(number, scores)
                     metrics.restart_clock()
                 if is_last:
                     self.finish(state, scores, metrics, writer)
-                if is_last or number % context.recipe.checkpoint.every == 0 or signals.stop(number):
+                is_due, is_stopped = schedule.is_due(number), signals.stop(number)
+                if is_last or is_due or is_stopped:
                     metrics.flush()
+                    watchdog.progress(f"the checkpoint of step {number} of {self.name}")
                     checkpoints.save(number, state, self.position, context.abstract_model)
+                    schedule.saved(number)
                     metrics.restart_clock()
-                if signals.stop(number):
+                    is_stopped = signals.stop(number)  # also by a signal during the save
+                if is_stopped:
                     raise InterruptedRun(f"stopped at step {number} by {signals.name}; state saved")
 
 
@@ -236,8 +269,8 @@ class StepMetrics:
         values = dict(zip(metrics, jax.device_get(list(metrics.values())), strict=True))  # keeps the order of keys
         now = time.monotonic()
         seconds, self._since = now - self._since, now
-        load_LE = values.pop("load_LE")
-        row = trainer.row(number, values, load_LE, batch, seconds)
+        load_LE = values["load_LE"]
+        row = trainer.row(number, values, batch, seconds)
         self.loss = row["loss"]
         if "moe/load_max" in row:
             self._max_load_ratios.append(row["moe/load_max"])

@@ -11,15 +11,26 @@ from hypothesis import strategies as st
 
 from mla_moe import ConfigError
 from mla_moe.config import TaskConfig
-from mla_moe.data import PromptCompletionDataset, PromptCompletionEncoding, open_documents
+from mla_moe.data import ChatEncoding, ChatRecords, SFTDataset, open_documents
 from mla_moe.rl.tasks import open_task
+from mla_moe.training.metrics import MetricsWriter, read_rows
+from mla_moe.training.run_directory import read_summary
 
-from .json_values import VALUES
+from .json_values import VALUES, changed
 
 FIELDS = st.sampled_from(["text", "question", "completion", "answer"])
 LINES = st.binary(max_size=60) | st.dictionaries(FIELDS, VALUES).map(lambda value: json.dumps(value).encode())
 DEEP = st.integers(1, 10**5).map(lambda depth: b"[" * depth)
 FILES = st.lists(LINES | DEEP, max_size=5).map(b"\n".join)
+ROWS = {
+    "metrics.jsonl": {"step": 1, "stage": "rl", "loss": 0.5, "eval/accuracy": None},
+    "expert_load.jsonl": {"step": 1, "stage": "rl", "load": [[0.5, 1.5], [1.0, 1.0]]},
+    "samples.jsonl": {
+        "step": 1, "stage": "rl", "kind": "greedy", "prompt": "1+1", "completion": "2", "answer": "2",
+        "length": 3, "accuracy": 1.0,
+    },
+    "summary.json": {"time in RL steps": "1:00"},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +58,14 @@ def test_any_file_of_text_or_lines(folder, content, kind):
 def test_any_pairs(folder, content):
     path = folder / "pairs.jsonl"
     path.write_bytes(content)
-    coding = PromptCompletionEncoding(lambda q: [1, *q.encode()], lambda text: list(text.encode()), 0, 16)
+
+    def render(conversations):
+        texts = ["".join(str(m["content"]) for m in one.messages).encode() for one in conversations]
+        return [[([1, *text], [(1, len(text) + 1)])] if text else "empty" for text in texts]
+
+    coding = ChatEncoding(lambda q: [1, *q.encode()], lambda text: list(text.encode()), 0, render, True)
     with contextlib.suppress(ConfigError):
-        pairs = PromptCompletionDataset([str(path)], "sft.data", coding, 1.0)
+        pairs = SFTDataset(ChatRecords([str(path)], "sft.data", coding, 1.0), 16)
         assert all(0 < len(pair["tokens"]) <= 16 for pair in pairs)
 
 
@@ -59,6 +75,25 @@ def test_any_questions(folder, content):
     path.write_bytes(content)
     with contextlib.suppress(ConfigError):
         open_task(TaskConfig(name=str(path)))
+
+
+@given(st.sampled_from(sorted(ROWS)), st.data())
+def test_any_file_of_a_run(folder, name, data):
+    """Rows that are read have the types that the report and a resumed run need; what is written can be read again."""
+    row = ROWS[name]
+    lines = st.lists(changed(row).map(lambda value: json.dumps(value).encode()) | LINES, max_size=3).map(b"\n".join)
+    (folder / name).write_bytes(data.draw(lines | DEEP | st.just(json.dumps(row).encode())))
+    with contextlib.suppress(ConfigError):
+        if name == "summary.json":
+            assert all(isinstance(value, str) for value in read_summary(folder).values())
+            return
+        rows = read_rows(folder / name)
+        assert all(type(row["step"]) is int and isinstance(row["stage"], str) for row in rows)
+        with MetricsWriter(folder, 10**9, "rl") as writer:
+            writer.write(2, {"loss": 1.0})
+        assert read_rows(folder / name)[: len(rows)] == rows
+    for file in folder.glob("*.jsonl"):
+        file.unlink()
 
 
 @pytest.fixture(scope="module")

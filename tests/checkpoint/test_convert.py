@@ -18,7 +18,7 @@ from mla_moe.checkpoint.fp8 import E4M3, QUANTIZATION_CONFIG, is_quantized
 from mla_moe.checkpoint.hf_mapping import tensor_mappings
 from mla_moe.checkpoint.pretrained import load_pretrained, save_pretrained
 from mla_moe.checkpoint.safetensors_reader import SafetensorsReader
-from mla_moe.nn.abstract_model import AbstractModel, model_arrays
+from mla_moe.nn.abstract_model import model_arrays
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WEIGHT = "model.layers.0.self_attn.o_proj.weight"
@@ -48,6 +48,31 @@ def saved_fp8(wide, tmp_path_factory):
 def fp8_directory(saved_fp8, tmp_path):
     """A checkpoint with FP8 blocks, in several files."""
     return shutil.copytree(saved_fp8, tmp_path / "fp8")
+
+
+def test_hidden_files_and_byte_order_marks_make_no_difference(tmp_path):
+    source, golden = tmp_path / "source", GOLDEN / "v3"
+    source.mkdir()
+    shutil.copyfile(golden / "model.safetensors", source / "part-1.safetensors")
+    (source / "config.json").write_bytes(b"\xef\xbb\xbf" + (golden / "config.json").read_bytes())
+    for name in (".DS_Store", "._part-1.safetensors", "._config.json", "._README.md"):
+        (source / name).write_bytes(b"\0\5\26\7")
+    convert(source, tmp_path / "out")
+    assert tensors(tmp_path / "out") == tensors(golden)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("inside", ["hf/sub", "hf/a/b", "link/sub", "hf/../hf/sub"])
+def test_nothing_is_written_into_the_source(tmp_path, inside):
+    shutil.copytree(GOLDEN / "v3", tmp_path / "hf")
+    (tmp_path / "link").symlink_to("hf")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigError, match=r"path = .* is inside .*hf"):
+        convert(tmp_path / "hf", tmp_path / inside)
+    for existing in ("hf", "link", "."):
+        with pytest.raises(ConfigError, match="exists already"):
+            convert(GOLDEN / "v3", tmp_path / existing)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_by_default_nothing_changes(tmp_path):
@@ -80,7 +105,7 @@ def test_dtype_is_changed_and_restored(tmp_path):
 def test_the_tensors_that_released_checkpoints_quantize_are_quantized(fp8_directory, wide):
     reader = SafetensorsReader(fp8_directory)
     assert {name for name in reader.stored if reader[name].dtype == E4M3} == {
-        mapping.name for mapping in tensor_mappings(AbstractModel(wide.cfg)) if is_quantized(mapping.name)
+        mapping.name for mapping in tensor_mappings(wide.cfg) if is_quantized(mapping.name)
     }
     assert reader["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"].shape == (2, 2)
     config = json.loads((fp8_directory / "config.json").read_text())
@@ -161,9 +186,9 @@ def tensor_names(file):
 
 
 def write(file, given):
-    from mla_moe.checkpoint.safetensors_writer import TensorEntry, _write_file
+    from mla_moe.checkpoint.safetensors_writer import TensorEntry, write_file
 
-    _write_file(file, [TensorEntry(n, x.dtype, x.shape, lambda x=x: [x]) for n, x in given.items()], lambda _: None)
+    write_file(file, [TensorEntry(n, x.dtype, x.shape, lambda x=x: [x]) for n, x in given.items()], lambda _: None)
 
 
 def file_of(directory, name):
@@ -212,7 +237,7 @@ def test_a_link_to_a_file_outside_the_directory_is_an_error(tmp_path, to, monkey
     shutil.copytree(GOLDEN / "v3", tmp_path / "source")
     (tmp_path / "secret").write_text("password")
     (tmp_path / "source" / "tokenizer.json").symlink_to(tmp_path / "secret")
-    monkeypatch.setattr("mla_moe.checkpoint.orbax_layout.OrbaxWriter.write", None)
+    monkeypatch.setattr("orbax.checkpoint.Checkpointer", None)
     with pytest.raises(ConfigError, match="out of the directory"):
         convert(tmp_path / "source", tmp_path / "out", to=to)
     assert not (tmp_path / "out").exists()

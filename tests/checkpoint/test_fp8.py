@@ -90,3 +90,10 @@ def test_only_projections_are_quantized():
     no = ["mlp.gate", "eh_proj", "input_layernorm", "self_attn.kv_a_layernorm", "shared_head.head", "embed_tokens"]
     assert all(fp8.is_quantized(f"{layer}.{name}.weight") for name in yes)
     assert not any(fp8.is_quantized(f"{layer}.{name}.weight") for name in no)
+
+
+def test_other_quantization_is_refused_by_its_name():
+    nvfp4 = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+    for config in ({"quantization_config": nvfp4}, {"text_config": {"quantization_config": nvfp4}}):
+        with pytest.raises(ConfigError, match=r"nvfp4-pack-quantized.*write bfloat16"):
+            fp8.block_shape(config)

@@ -77,9 +77,11 @@ def test_mtp_logits_equal_transformers():
     np.testing.assert_allclose(mtp_logits, expected["plain/mtp_logits"], atol=2e-5, rtol=0)
 
 
-def test_gradients_equal_pytorch():
-    model, expected = load_pretrained(GOLDEN / "v3", dtype=jnp.float32), np.load(GOLDEN / "v3" / "expected.npz")
-    expected_grads = dict(np.load(GOLDEN / "v3" / "gradients.npz"))
+@pytest.mark.parametrize("name", ["v3", pytest.param("tied", marks=pytest.mark.slow)])
+def test_gradients_equal_pytorch(name):
+    """Also where the head is the embedding: its gradient is the sum of both uses."""
+    model, expected = load_pretrained(GOLDEN / name, dtype=jnp.float32), np.load(GOLDEN / name / "expected.npz")
+    expected_grads = dict(np.load(GOLDEN / name / "gradients.npz"))
     tokens = jnp.asarray(expected["plain/tokens"])
     B, T = tokens.shape
     batch = {
@@ -88,16 +90,18 @@ def test_gradients_equal_pytorch():
         "segment_ids": jnp.ones((B, T - 1), jnp.int32),
         "positions": jnp.tile(jnp.arange(T - 1), (B, 1)),
     }
-    abstract_model = AbstractModel(model.cfg)
+    abstract_model, mtp = AbstractModel(model.cfg), bool(model.cfg.num_nextn_predict_layers)
 
     def loss(arrays):
-        s = abstract_model.merge(arrays).loss_sums(batch, chunk=5, mtp=True)
-        return s.nats / (B * (T - 1)) + 0.3 * s.mtp_nats / (B * (T - 2))
+        model = abstract_model.merge(arrays)
+        s = model.loss_sums(batch, chunk=5, mtp=mtp)
+        return s.nats / (B * (T - 1)) + 0.3 * s.mtp_nats / (B * (T - 2)), model(tokens)
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(model_arrays(model))
+    (value, logits), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(model_arrays(model))
+    np.testing.assert_allclose(logits, expected["plain/logits"], atol=2e-5, rtol=0)
     assert float(value) == pytest.approx(float(expected_grads.pop("loss")), rel=1e-6)
     compared = set()
-    for piece in tensor_mappings(abstract_model):
+    for piece in tensor_mappings(model.cfg):
         if piece.name in expected_grads:
             compared.add(piece.name)
             grad = piece.to_hf_tensor(np.asarray(grads[piece.path][piece.index]))

@@ -1,6 +1,7 @@
 """Conversion to the Orbax layout and back, and damaged checkpoints."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from flax import nnx
 
 from mla_moe import ConfigError, Transformer
 from mla_moe.checkpoint.convert import convert
+from mla_moe.checkpoint.hf_checkpoint import HFCheckpoint
 from mla_moe.checkpoint.orbax_layout import run_directory
 from mla_moe.checkpoint.pretrained import load_pretrained, save_pretrained
 from mla_moe.checkpoint.reader import open_checkpoint
@@ -157,10 +159,15 @@ def test_damaged_checkpoints_are_rejected(converted, damage, message, tmp_path):
 
 
 def test_a_failed_conversion_leaves_no_files(tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError("no space left on device")
+    reads = itertools.count()
+    read = HFCheckpoint.read_rows
 
-    monkeypatch.setattr("mla_moe.checkpoint.orbax_layout.OrbaxWriter.write", full)
+    def full(*arguments):
+        if next(reads) == 3:  # in the middle, while writes are pending
+            raise OSError("no space left on device")
+        return read(*arguments)
+
+    monkeypatch.setattr(HFCheckpoint, "read_rows", full)
     with pytest.raises(OSError, match="no space"):
         convert(GOLDEN / "v3", tmp_path / "out", to="orbax")
     assert list(tmp_path.iterdir()) == []

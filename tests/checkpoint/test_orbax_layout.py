@@ -1,6 +1,7 @@
 """The assumptions about Orbax's file layout in `orbax_layout`, one by one, against the installed Orbax."""
 
 import json
+import os
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -36,22 +37,38 @@ def step(request, tmp_path_factory):
         state=ocp.PyTreeCheckpointHandler(use_ocdbt=False), model=ocp.JsonCheckpointHandler()
     )
     with ocp.Checkpointer(handlers) as checkpointer:
-        for number in (3, 2):
+        for number in (1, 2):
             items = ocp.args.Composite(state=ocp.args.PyTreeSave(STATE), model=model)
             checkpointer.save(directory / str(number), items, custom_metadata=VERSION)
     return directory / "2"
 
 
-def test_items_are_directories_and_the_commit_is_a_file_with_its_time(step):
+def test_items_are_directories_and_the_commit_is_a_file(step):
     moved = "Orbax moved it; change find_step"
     for item in ("state", "model"):
         assert (step / item).is_dir(), f"an item is no longer a directory of its name, {item}: {moved}"
     commit = step / "_CHECKPOINT_METADATA"
     assert commit.is_file(), f"a complete step has no _CHECKPOINT_METADATA: {moved}"
-    time = json.loads(commit.read_text()).get("commit_timestamp_nsecs")
-    assert isinstance(time, int), f"_CHECKPOINT_METADATA has no integer commit_timestamp_nsecs: {moved}"
-    assert time > 0, f"commit_timestamp_nsecs is not set at the commit: {moved}"
-    assert find_step(step.parent) == step, f"the step that was saved last does not have the latest time: {moved}"
+
+
+@pytest.mark.parametrize(
+    ("saved", "newest"),
+    [
+        (["rejection/1", "rl/20", "sft/300", "pretrain/4000"], "rejection/1"),
+        (["rl/100", "rl/20", "rl/9"], "rl/100"),
+        (["rl/4", "rl/9.damaged", "rl/²", "rl.old/7", "kept/8", "pretrain/6"], "rl/4"),
+    ],
+)
+def test_the_newest_checkpoint_is_the_last_step_of_the_last_stage_whatever_the_clock_said(tmp_path, saved, newest):
+    for time, name in enumerate(saved):  # the earlier in the list, the older by any clock
+        commit = tmp_path / "checkpoints" / name / "_CHECKPOINT_METADATA"
+        commit.parent.mkdir(parents=True)
+        commit.write_text(json.dumps({"commit_timestamp_nsecs": time}))
+        for path in (commit, commit.parent, commit.parent.parent):
+            os.utime(path, (time, time))
+    assert find_step(tmp_path) == tmp_path / "checkpoints" / newest
+    stage = (tmp_path / "checkpoints" / newest).parent
+    assert find_step(stage) == tmp_path / "checkpoints" / newest
 
 
 def test_the_commit_has_the_custom_metadata(step):

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from mla_moe.nn.abstract_model import AbstractModel, model_arrays
 from mla_moe.parallel.mesh import make_mesh
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-CASES = ["v2_greedy", "v2_group_limited", "v3", "k2", "moonlight"]
+CASES = ["v2_greedy", "v2_group_limited", "v3", "k2", "moonlight", "tied"]
 
 
 def tensors(directory):
@@ -55,10 +56,9 @@ def test_save_then_load_is_lossless(cfg, v2_cfg, tmp_path):
 
 
 def test_each_element_is_mapped_once(cfg):
-    abstract_model = AbstractModel(cfg)
-    count = {path: np.zeros(v.get_value().shape, int) for path, v in abstract_model.variables.items()}
-    names = [mapping.name for mapping in tensor_mappings(abstract_model)]
-    for mapping in tensor_mappings(abstract_model):
+    count = {path: np.zeros(v.get_value().shape, int) for path, v in AbstractModel(cfg).variables.items()}
+    names = [mapping.name for mapping in tensor_mappings(cfg)]
+    for mapping in tensor_mappings(cfg):
         count[mapping.path][mapping.index] += 1
     assert len(names) == len(set(names))
     for path, c in count.items():
@@ -108,6 +108,18 @@ def test_experts_of_two_dtypes_are_promoted_to_a_common_one(broken):
     assert down.dtype == jnp.float32
     for e, name in enumerate(names):
         np.testing.assert_array_equal(down[0, e], given[name].astype(np.float32).T)
+
+
+def test_a_repeated_embedding_is_accepted_as_the_tied_head_and_another_head_is_not(tmp_path):
+    reader = SafetensorsReader(GOLDEN / "tied")
+    given = {name: np.array(reader[name]) for name in reader.stored}
+    assert "lm_head.weight" not in given
+    shutil.copy(GOLDEN / "tied" / "config.json", tmp_path)
+    save_file(given | {"lm_head.weight": given["model.embed_tokens.weight"]}, tmp_path / "model.safetensors")
+    assert "head" not in model_arrays(load_pretrained(tmp_path))
+    save_file(given | {"lm_head.weight": given["model.embed_tokens.weight"] * 2}, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight': differs from model\.embed"):
+        load_pretrained(tmp_path)
 
 
 @pytest.mark.slow
@@ -236,6 +248,32 @@ def remove(name):
     return lambda directory: (directory / name).unlink()
 
 
+def replace(name, create):
+    """Something that is no file instead of one."""
+
+    def damage(directory):
+        (directory / name).unlink(missing_ok=True)
+        create(directory / name)
+
+    return damage
+
+
+def index_that_is_a_pipe(directory):
+    index_to("")(directory)
+    replace(INDEX, os.mkfifo)(directory)
+
+
+def index_of_a_directory(directory):
+    (directory / "model.safetensors").unlink()
+    (directory / "more.safetensors").mkdir()
+
+
+def sparse(path):
+    with path.open("wb") as file:
+        file.truncate(10**11)
+
+
+INDEX = "model.safetensors.index.json"
 NORM = "model.norm.weight"
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
 NOTHING = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
@@ -253,7 +291,7 @@ DAMAGED = {
     "nested too deeply": (overwrite((10**6).to_bytes(8, "little") + b"[" * 10**6), "not JSON"),
     "other quantization": (
         lambda d: configure(d, quantization_config={"quant_method": "compressed-tensors"}),
-        "only 'fp8' is read",
+        "write bfloat16 with compressed-tensors",
     ),
     "overlap": (update(NORM, data_offsets=[0, 48]), "overlaps"),
     "truncated": (truncate, "truncated"),
@@ -266,6 +304,15 @@ DAMAGED = {
     "index is not an object": (index_that_is_a_list, "JSON object"),
     "no files": (remove("model.safetensors"), "holds no .safetensors file"),
     "no config": (remove("config.json"), "no such file"),
+    "config is a pipe": (replace("config.json", os.mkfifo), "config.json.* is not a regular file"),
+    "config is a device": (replace("config.json", lambda path: path.symlink_to("/dev/zero")), "is not a regular file"),
+    "config is a loop of links": (replace("config.json", lambda path: path.symlink_to(path)), "is not a regular file"),
+    "config is 100 GB": (replace("config.json", sparse), "is larger than 32 MB"),
+    "index is a pipe": (index_that_is_a_pipe, "index.json.* is not a regular file"),
+    "a directory for a file": (index_of_a_directory, "more.safetensors.* is not a file"),
+    "a million dimensions": (update(NORM, shape=[2**62] * 10**6), "needs a dtype, a shape"),
+    "a billion layers": (lambda d: configure(d, num_hidden_layers=10**9), "names .* tensors or more, and the files"),
+    "a billion experts": (lambda d: configure(d, n_routed_experts=2**30), "names .* tensors or more, and the files"),
 }
 
 

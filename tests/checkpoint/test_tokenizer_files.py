@@ -62,6 +62,36 @@ def test_the_tokenizer_of_the_recipe_is_copied_as_tokenizer_json(run, toks, tmp_
     assert (config["bos_token_id"], config["eos_token_id"]) == (0, 1)
 
 
+def test_a_tokenizer_as_large_as_training_takes_is_copied(run, toks, tmp_path):
+    with (toks / "my-bpe.json").open("a") as file:
+        file.write(" " * ((33 << 20) - file.tell()))
+    set_tokenizer(run, toks / "my-bpe.json")
+    convert(run, tmp_path / "out")
+    assert (tmp_path / "out" / "tokenizer.json").stat().st_size == 33 << 20
+
+
+def test_of_the_folder_of_a_tokenizer_only_its_own_files_are_copied(run, toks, tmp_path):
+    own = {"tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"}
+    others = {"tokenizer_secret.json", "tokenizers.md", "vocab.txt", "vocabulary.py", "merges.txt", "LICENSE", "a.json"}
+    for name in own | others:
+        (toks / name).write_text("{}")
+    set_tokenizer(run, toks / "my-bpe.json")
+    convert(run, tmp_path / "out")
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    } | own
+
+
+def test_a_file_that_is_no_tokenizer_is_not_copied_as_one(run, tmp_path):
+    (tmp_path / "account.json").write_text('{"password": "secret"}')
+    set_tokenizer(run, tmp_path / "account.json")
+    with pytest.raises(ConfigError, match=r"account.json': is not a tokenizer.json"):
+        convert(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("export", [convert, save_like])
 def test_byte_tokens_have_ids_and_no_tokenizer_file(run, tmp_path, export):
     (run / "tokenizer.json").write_text("{}")

@@ -85,6 +85,28 @@ def test_errors_are_one_line(capsys, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (["convert", "gs://b/x", "out"], "checkpoint"),
+        (["convert", str(GOLDEN / "v3"), "gs://b/x"], "path"),
+        (["convert", str(GOLDEN / "v3"), "gs://b/x", "--to", "orbax"], "path"),
+        (["generate", "gs://b/x", "--prompt", "a"], "checkpoint"),
+        (["serve", "gs://b/x"], "checkpoint"),
+        (["eval", "gs://b/x", "--task", "arithmetic"], "checkpoint"),
+        (["inspect", "gs://b/x"], "model"),
+        (["plan", "gs://b/x", "--topology", "cpu"], "recipe"),
+        (["report", "gs://b/x"], "run_dir"),
+        (["train", "gs://b/x"], "recipe"),
+    ],
+)
+def test_a_url_is_refused_by_name(arguments, field, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {field} = 'gs://b/x': is a URL; only files of this host")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def untrained(cfg, tmp_path_factory):
     """A randomly initialised model without a tokenizer."""
@@ -98,13 +120,14 @@ LIMITS = ("--split", "validation", "--prompts", "6", "--samples", "2", "--seed",
 
 
 def test_eval_prints_the_metrics_of_evaluate(untrained, capsys):
-    settings = TaskConfig(template="{question}=", options=("least=2", "most=2"))
+    settings = TaskConfig(template="{question}=", options=("least=2", "most=2"), answer_format="auto")
     task = open_task(settings)
     rl = RLConfig(max_prompt_tokens=16, max_new_tokens=8, max_num_seqs=8, routing_replay=False)
     with Reward(settings, task) as reward:
         rollout = Rollout(rl, settings.template, task, reward, load_chat_tokenizer(untrained, ByteTokenizer()))
         rollout.load_weights(mla_moe.load_pretrained(untrained))
-        expected = evaluate(rollout, "validation", 6, 2, 3).metrics()
+        result = evaluate(rollout, "validation", 6, 2, 3)
+    expected = result.metrics() | {"answer_format": "auto", "found_by": result.found_by()}
 
     flags = ("--options", "least=2", "most=2", "--template", "{question}=")
     flags += ("--max-prompt-tokens", "16", "--max-new-tokens", "8")
@@ -120,7 +143,9 @@ def test_eval_takes_task_template_and_limits_from_the_run(untrained, tmp_path, c
     step = tmp_path / "checkpoints" / "rl" / "1"
     step.parent.mkdir(parents=True)
     convert(untrained, step, to="orbax")
-    task = TaskConfig(template="{question}?", options=("least=1", "most=1"), reward_function="no.such.module:reward")
+    task = TaskConfig(
+        template="{question}?", options=("least=1", "most=1"), reward_functions=("no.such.module:reward",)
+    )
     recipe = Recipe(run_dir="", task=task, rl=RLConfig(max_prompt_tokens=12, max_new_tokens=6))
     (tmp_path / "recipe.json").write_text(recipe.to_json())
     assert main(["eval", str(tmp_path), *LIMITS]) == 0
@@ -129,6 +154,7 @@ def test_eval_takes_task_template_and_limits_from_the_run(untrained, tmp_path, c
         ["held-out", "prompts"],
         ["task", "arithmetic"],
         ["validation", "prompts"],
+        ["answer", "format"],
         ["correct", "(greedy)"],
         ["prefilled", "with"],
         ["correct", "format"],
@@ -139,6 +165,18 @@ def test_eval_takes_task_template_and_limits_from_the_run(untrained, tmp_path, c
         ["correct", "in"],
         ["correct", "majority"],
     ]
+
+
+def test_eval_uses_every_line_of_a_test_file_and_fits_the_model(untrained, tmp_path, capsys):
+    """Without a flag for the split or for lengths."""
+    pytest.importorskip("math_verify", reason="pip install 'mla_moe[rl]'")
+    file = tmp_path / "test.jsonl"
+    file.write_text("".join(f'{{"question": "{i}", "answer": "{i}"}}\n' for i in range(7)))
+    flags = ("--template", "{question}", "--samples", "0", "--max-num-seqs", "8", "--max-new-tokens", "5")
+    assert main(["eval", str(untrained), "--task", str(file), *flags, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["split"], printed["prompts"], printed["answer_format"]) == ("all", 7, "auto")
+    assert sum(printed["found_by"].values()) == 7
 
 
 def test_eval_counts_prompts_that_are_too_long(untrained, capsys):
@@ -154,7 +192,12 @@ def test_invalid_eval_flags_are_one_line(untrained, capsys):
     for arguments, field in (
         (["--prompts", "2"], "task"),
         (["--task", "arithmetik"], "task.name"),
-        (["--task", "arithmetic"], "max_prompt_tokens + max_new_tokens"),
+        (["--task", "arithmetic", "--max-new-tokens", "100000"], "max_new_tokens"),
+        (["--task", "arithmetic", "--max-new-tokens", "0"], "max_new_tokens"),
+        (["--task", "arithmetic", "--max-prompt-tokens", "-3"], "max_prompt_tokens"),
+        (["--task", "arithmetic", "--max-prompt-tokens", "100", "--max-new-tokens", "100"], "max_new_tokens"),
+        (["--task", "arithmetic", "--split", "all"], "split"),
+        (["--task", "arithmetic", "--answer-format", "tags"], "task.answer_format"),
         (["--task", "arithmetic", "--prompts", "0"], "prompts"),
         (["--task", "arithmetic", "--temperature", "0"], "rl.temperature"),
     ):
@@ -175,3 +218,10 @@ def test_invalid_eval_flags_are_one_line(untrained, capsys):
 def test_a_renamed_flag_is_one_line_with_the_new_name(arguments, old, new, capsys):
     assert main(arguments) == 2
     assert capsys.readouterr().err == f"{old}: renamed; use {new}\n"
+
+
+@pytest.mark.parametrize("value", ["-x", "-x y", "- item", "--chat it", "---", "-1", "-é"])
+def test_a_value_may_begin_with_a_dash(value, capsys, tmp_path):
+    """The prompt is taken, so that the error is about the checkpoint."""
+    assert main(["generate", str(tmp_path / "none"), "--prompt", value, "--stop", value]) == 2
+    assert capsys.readouterr().err.startswith("error: checkpoint = ")

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -22,6 +23,11 @@ from mla_moe.nn.model_costs import (
         ("deepseek-v3", 671_026_419_200, 11_610_068_224),
         ("moonlight-16b-a3b", 15_960_110_208, 0),
         ("kimi-k2", 1_026_408_232_448, 0),
+        ("glm-4.7-flash", 29_943_393_920, 643_706_176),
+        ("a.x-k1", 518_983_052_288, 0),
+        ("mistral-small-4", 118_972_826_624, 0),
+        ("kimi-k2.5", 1_026_408_232_448, 0),
+        ("youtu-llm-2b", 1_961_560_064, 0),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name, total, mtp):
@@ -29,8 +35,15 @@ def test_presets_have_the_published_number_of_parameters(name, total, mtp):
     assert (count.total, count.mtp) == (total, mtp)
 
 
-def test_active_parameters_of_v3_are_the_published_37_billion():
-    assert count_parameters(preset("deepseek-v3")).active == pytest.approx(37.5e9, rel=0.01)
+@pytest.mark.parametrize(("name", "active"), [("deepseek-v3", 37.5e9), ("a.x-k1", 33e9), ("mistral-small-4", 6.5e9)])
+def test_active_parameters_are_the_published_ones(name, active):
+    assert count_parameters(preset(name)).active == pytest.approx(active, rel=0.025)
+
+
+def test_a_tied_head_is_counted_once_as_a_parameter_and_as_work(cfg):
+    tied, head = dataclasses.replace(cfg, tie_word_embeddings=True), cfg.vocab_size * cfg.hidden_size
+    assert count_parameters(cfg).total - count_parameters(tied).total == head
+    assert train_flops_per_token(tied, 64) == train_flops_per_token(cfg, 64)
 
 
 def test_cache_bytes_of_the_presets():
@@ -73,7 +86,7 @@ def test_rope_parameters_of_newer_files_are_read():
         ({"hidden_size": 0}, "hidden_size"),
         ({"kv_lora_rank": -1}, "kv_lora_rank"),
         ({"num_nextn_predict_layers": 2}, "num_nextn_predict_layers"),
-        ({"scoring_func": "softmax"}, "scoring_func"),
+        ({"scoring_func": "softmax"}, "norm_topk_prob"),
         ({"topk_method": "group_limited"}, "topk_method"),
     ],
 )
@@ -90,7 +103,7 @@ YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096
     ("change", "field"),
     [
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings"),
+        ({"tie_word_embeddings": "yes"}, "config.json.tie_word_embeddings"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.original_max_position_embeddings"),
         ({"vocab_size": None}, "config.json.vocab_size"),
@@ -98,16 +111,17 @@ YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096
         ({"vocab_size": "many"}, "config.json.vocab_size"),
         ({"model_type": "deepseek_v32"}, "model_type"),
         ({"routed_scaling_factor": None}, "config.json.routed_scaling_factor"),
-        ({"n_group": None}, "config.json.n_group"),
-        ({"topk_group": None}, "config.json.topk_group"),
+        ({"n_group": None}, "topk_group"),  # one group of all experts, of which four are not selected
         ({"rope_scaling": YARN | {"truncate": False}}, "rope_scaling.truncate"),
+        ({"rope_scaling": YARN | {"mscale": math.inf}}, "rope_scaling.mscale"),
+        ({"rope_scaling": YARN | {"mscale_all_dim": 1e9}}, "rope_scaling.mscale_all_dim"),
         (
             {"rope_parameters": {"partial_rotary_factor": 0.5}, "rope_scaling": None},
             "rope_scaling.partial_rotary_factor",
         ),
         (
             {"rope_scaling": {"type": "yarn", "factor": "4", "original_max_position_embeddings": 3}},
-            "config.json.rope_scaling.factor",
+            "rope_scaling.factor",
         ),
     ],
 )

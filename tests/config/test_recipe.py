@@ -37,6 +37,11 @@ def test_json_round_trip():
         ("model", 3, "an object"),
         ("model.vocab_size", None, "must be of type int"),
         ("optimizer.schedule.peak_lr", -1.0, "positive"),
+        ("data.max_lost_bytes_fraction", 1.0, "less than 1"),
+        ("run_dir", "gs://bucket/run", "is a URL"),
+        ("init_from", "hf://org/model", "is a URL"),
+        ("data.tokenizer", "s3://bucket/tokenizer.json", "is a URL"),
+        ("task.name", "https://host/a.jsonl", "is a URL"),
     ],
 )
 def test_errors_name_the_field(path, value, message):
@@ -49,6 +54,15 @@ def test_errors_name_the_field(path, value, message):
     with pytest.raises(ConfigError, match=message) as error:
         Recipe.from_json(json.dumps(recipe))
     assert path in error.value.field
+
+
+@pytest.mark.parametrize("suffix", [".json", ".py"])
+def test_a_byte_order_mark_is_no_text(suffix, tmp_path):
+    code = "from mla_moe.config import Recipe\nrecipe = Recipe(run_dir='runs/x')\n"
+    text = RECIPE.to_json() if suffix == ".json" else code
+    path = tmp_path / f"recipe{suffix}"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_recipe(path).run_dir == "runs/x"
 
 
 def test_missing_field_and_malformed_json():

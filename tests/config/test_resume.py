@@ -8,9 +8,11 @@ LEAVES = leaves(Recipe("x"))
 """By dotted name; `model.rope_scaling` is None here."""
 
 FREE = (
-    "run_dir mesh. checkpoint. sample. kernels.attention kernels.grouped_matmul kernels.dispatch data.prefetch "
-    "training.loss_chunk training.remat training.max_skipped_steps training.loss_spike_threshold training.log_every "
-    "training.eval_every rl.micro_batch_size rl.max_num_seqs rl.eval_every"
+    "run_dir mesh. checkpoint. sample. kernels.attention kernels.grouped_matmul kernels.dispatch "
+    "kernels.compiler_options data.prefetch data.max_lost_bytes_fraction training.loss_chunk training.remat "
+    "training.max_skipped_steps training.loss_spike_threshold training.log_every training.eval_every "
+    "rl.micro_batch_size rl.max_num_seqs rl.eval_every data.max_record_bytes training.max_step_minutes profile. "
+    "resume_step track sft.eval_every sft.eval_samples dpo.eval_every"
 )
 
 
@@ -28,16 +30,17 @@ def test_fields_that_may_change_at_any_restart():
 
 def test_sections_may_change_until_a_stage_that_uses_them_starts():
     free = changeable("pretrain", "sft", "rl", "rejection")
-    assert changeable("pretrain") == free | section("task.", "sft.", "rl.", "rejection.")
-    assert changeable("pretrain", "sft") == free | section("rl.", "rejection.")
+    assert changeable("pretrain") == free | section("task.", "sft.", "dpo.", "rl.", "rejection.")
+    assert changeable("pretrain", "sft") == free | section("dpo.", "rl.", "rejection.")
     assert changeable("rl") == free | section("rejection.")
     assert changeable("rejection") == free
 
 
 def test_fields_that_must_be_equal_to_restore_the_full_state_of_another_run():
     equal = {name for name, leaf in LEAVES.items() if leaf.equal_for_full_state}
-    assert equal == section("data.") - {"data.prefetch"} | {
-        "seed", "optimizer.name", "training.batch_size", "training.sequence_length", "model.num_nextn_predict_layers",
+    assert equal == section("data.") - {"data.prefetch", "data.max_lost_bytes_fraction", "data.max_record_bytes"} | {
+        "seed", "optimizer.name", "optimizer.freeze", "training.batch_size", "training.sequence_length",
+        "model.num_nextn_predict_layers",
     }  # fmt: skip
 
 

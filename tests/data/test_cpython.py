@@ -1,6 +1,4 @@
-import pytest
-
-from mla_moe.data import cpython, gzip_bits_per_byte, open_documents
+from mla_moe.data import cpython, open_documents
 
 TRAIN, HELDOUT = (cpython.documents(name) for name in cpython.NAMES)
 
@@ -53,9 +51,3 @@ def test_excerpts_of_longer_documents_are_dropped():
 def test_the_names_open_as_sources():
     source = open_documents(["cpython:heldout", "cpython:train"], field="data.train", text_field="text")
     assert list(source) == HELDOUT + TRAIN
-
-
-def test_gzip_is_a_mark_between_noise_and_repetition():
-    assert 1.5 < gzip_bits_per_byte(HELDOUT) < 3
-    assert gzip_bits_per_byte(["a" * 10_000]) < 0.1
-    assert gzip_bits_per_byte(["ab" * 500] * 2) == pytest.approx(gzip_bits_per_byte(["ab" * 500]))  # one by one

@@ -7,11 +7,10 @@ import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from mla_moe.config import ConfigError, DataConfig
-from mla_moe.data import heldout_batches, open_documents, train_batches
+from mla_moe.data import open_documents, train_batches
+from mla_moe.data.packing import pack_documents
 from mla_moe.text.tokenizer import ByteTokenizer
 
 BYTE = ByteTokenizer()
@@ -55,32 +54,18 @@ def windows_of(batch):
 
 
 def expected_windows(text, length):
-    ids = [BYTE.bos_id, *text.encode(), BYTE.eos_id]
+    ids = [BYTE.bos_id, *text.encode(), BYTE.eos_id] if text else []
     return [
         (tuple(ids[i : min(i + length, len(ids) - 1)]), tuple(ids[i + 1 : i + 1 + length]))
         for i in range(0, len(ids) - 1, length)
     ]
 
 
-TEXTS = st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=60), min_size=1, max_size=30)
-
-
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(TEXTS, st.integers(1, 24), st.integers(1, 5))
-def test_heldout_packing_loses_and_adds_nothing(documents, length, batch_size):
-    batches, size = heldout_batches(documents, BYTE, batch_size=batch_size, sequence_length=length)
-    found = [window for batch in batches for window in windows_of(batch)]
-    expected = [window for text in documents for window in expected_windows(text, length)]
-    assert collections.Counter(found) == collections.Counter(expected)
-    assert size == len("".join(documents).encode())
-    assert all(
-        batch[f].shape == (batch_size, length) and batch[f].dtype == np.int32 for batch in batches for f in FIELDS
-    )
-    assert all(batch["segment_ids"].any() for batch in batches)
-
-
-def test_heldout_counts_bytes_not_characters():
-    assert heldout_batches(["é", "三"], BYTE, batch_size=1, sequence_length=8)[1] == 5
+def test_empty_documents_are_not_trained_on():
+    """Of three documents two are empty. As `bos eos` they would make P(eos | bos) two thirds."""
+    with stream(["", *names(1), ""] * 40) as batches:
+        found = {window for batch in take(batches, 9) for window in windows_of(batch)}
+    assert found == set(expected_windows(*names(1), 16))
 
 
 def test_training_batches_carry_whole_epochs():
@@ -151,7 +136,7 @@ def equal(a, b):
     return all(np.array_equal(a[f], b[f]) for f in FIELDS)
 
 
-@pytest.mark.parametrize("window", [1, 32, 50])
+@pytest.mark.parametrize("window", [1, *(pytest.param(size, marks=pytest.mark.slow) for size in (32, 50))])
 def test_a_saved_place_resumes_with_the_very_next_batch(window):
     """At the start, within a shuffle window, at its end, within and at the end of what is packed at once (32 batches),
     and in a later epoch."""
@@ -214,3 +199,39 @@ def test_a_broken_document_stops_training_with_its_name(tmp_path):
 def test_more_streams_than_documents_are_refused():
     with pytest.raises(ConfigError, match="2 documents cannot feed 3 streams"):
         train_batches(DataConfig(), ["a", "b"], BYTE, batch_size=1, sequence_length=8, seed=0, shards=3)
+
+
+def test_a_long_text_is_tokenized_in_pieces(monkeypatch):
+    monkeypatch.setattr("mla_moe.data.packing._PIECE", 100)
+    text, sizes = "aß日😀" * 99, []
+
+    class Recorder(ByteTokenizer):
+        def encode(self, text, *, special=False):
+            sizes.append(len(text))
+            return super().encode(text)
+
+    packed = next(iter(pack_documents(grain.MapDataset.source([text]), Recorder(), 2000)))
+    assert sizes == [100, 100, 100, 96]
+    assert BYTE.decode(packed["tokens"]).rstrip("\0") == text
+
+
+def test_sources_have_the_share_of_their_weight():
+    """Of ten documents and of two, with three times as many sequences from the two; and a saved position resumes."""
+    source = ["a" * 40] * 10 + ["b" * 40] * 2
+    data = DataConfig(train=("a", "b"), weights=(1.0, 3.0), shuffle_buffer_size=8, prefetch=2)
+    ranges = {"a": range(10), "b": range(10, 12)}
+    with stream(source, data=data, ranges=ranges, shards=2, shard=1) as batches:
+        rows = [row for batch in take(batches, 30) for row in batch["tokens"].tolist()]
+        state, following = batches.get_state(), take(batches, 3)
+    only_a, only_b = ([row for row in rows if ord(letter) in row] for letter in "ab")
+    assert len(only_a) + len(only_b) == len(rows) == 120, "no sequence has both"
+    assert len(only_a) == pytest.approx(30, abs=4)
+    with stream(source, data=data, ranges=ranges, shards=2, shard=1) as batches:
+        batches.set_state(state)
+        for again, batch in zip(take(batches, 3), following, strict=True):
+            np.testing.assert_array_equal(again["tokens"], batch["tokens"])
+    with (
+        pytest.raises(ConfigError, match=r"data.weights = 'b': has 2 documents of its own, too few for 3 streams"),
+        stream(source, data=data, ranges=ranges, shards=3),
+    ):
+        pass

@@ -57,6 +57,7 @@ def small(recipe: Recipe) -> Recipe:
             recipe.training, steps=2 * min(recipe.training.steps, 1), **batches, remat="none", eval_every=0,
         ),
         sft=change(recipe.sft, steps=2 * min(recipe.sft.steps, 1), **batches),
+        dpo=change(recipe.dpo, steps=2 * min(recipe.dpo.steps, 1), **batches),
         rl=change(rl, steps=min(rl.steps, 1), **lengths, **sizes, **microbatch, **evaluation),
         rejection=change(recipe.rejection, steps=min(recipe.rejection.steps, 1), prompts=2, samples=2),
         sample=change(recipe.sample, prompts=()),
@@ -83,6 +84,9 @@ def world(tmp_path_factory):
     (world / "valid/some.jsonl").write_text(json.dumps({"text": TEXT[:1000]}) + "\n")
     _lines(world / "questions.jsonl", QUESTIONS)
     _lines(world / "pairs.jsonl", [{"question": q["question"], "completion": str(q["answer"])} for q in QUESTIONS])
+    chats = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    _lines(world / "chats.jsonl", [{"messages": chats}] * 60)
+    _lines(world / "preferences.jsonl", [{"prompt": "1 + 1 = ", "chosen": f"{i}", "rejected": "no"} for i in range(60)])
     for page in PAGES:
         for language, text in blocks(page):
             if language.startswith("python") and (name := re.match(r"# (\w+\.py)\n", text)):

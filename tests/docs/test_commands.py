@@ -149,10 +149,16 @@ def mla_moe(arguments, running, monkeypatch):
         train(arguments[1:], monkeypatch, lambda: cli.main(arguments))
         return
     command, flags = tyro.cli(cli.Command, prog="mla-moe", args=arguments, return_unknown_args=True)
-    assert isinstance(command, cli.Plan) or not flags
+    assert isinstance(command, cli.Plan | cli.Data | cli.Launch) or not flags
+    if isinstance(command, cli.Launch):
+        assert dataclasses.replace(command, print=True).run(flags) == 0
+        return
     if isinstance(command, cli.Plan):
         with_overrides(load_recipe(command.recipe), flags, "mla-moe plan")
         assert command.topology.partition(":")[0] in {*TPUS, *GPUS, "cpu"}
+        return
+    if isinstance(command, cli.Data):
+        command.run(flags)
         return
     if isinstance(command, cli.Serve):
         monkeypatch.setattr(openai_server, "serve", lambda app, host, port: listen(app, running))

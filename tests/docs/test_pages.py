@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+import mla_moe
+from mla_moe.config import PRESETS
+from mla_moe.config.architectures import ARCHITECTURES
 from tests.docs.conftest import PAGES, ROOT, blocks
 from tests.test_layers import LAYERS
 
@@ -61,6 +64,31 @@ def test_every_page_and_example_is_linked():
         assert any(f"examples/{example.name}" in text for text in pages.values())
 
 
+def test_the_reference_lists_exactly_the_public_names():
+    text = (ROOT / "docs" / "api" / "mla_moe.md").read_text("utf-8")
+    listed = re.findall(r"^        - (\w+)$", text, re.MULTILINE)
+    assert sorted(listed) == sorted(mla_moe.__all__), "docs/api/mla_moe.md lists mla_moe.__all__"
+    assert mla_moe.__all__ == sorted(set(mla_moe.__all__))
+    for name in mla_moe.__all__:
+        assert getattr(mla_moe, name).__doc__
+
+
+IMPORTERS = [ROOT / "docs" / f"{name}.md" for name in ("modules", "importing")]
+IMPORTERS += [
+    ROOT / "examples" / f"{name}.py"
+    for name in ("own_loop", "cached_decoding", "custom_router", "linen_moe", "explicit_mesh")
+]
+"""What shows how other code uses the package."""
+
+
+@pytest.mark.parametrize("path", IMPORTERS, ids=lambda path: path.name)
+def test_examples_for_importers_use_public_names_alone(path):
+    text = path.read_text("utf-8")
+    assert not re.findall(r"^from mla_moe\.\S+|^import mla_moe\.\S+", text, re.MULTILINE)
+    used = set(re.findall(r"\bmla_moe\.([A-Za-z_]\w*)", text)) - {"md"}
+    assert used <= set(mla_moe.__all__)
+
+
 @pytest.mark.slow
 def test_site_builds_and_its_links_resolve(tmp_path):
     """MkDocs with the API reference; `--strict` makes each warning an error."""
@@ -77,6 +105,13 @@ def test_site_builds_and_its_links_resolve(tmp_path):
             if not re.match(r"[a-z]+:", link) and not os.path.exists(os.path.normpath(target)):
                 broken.append(f"{page.relative_to(site)}: {link}")
     assert not broken
+
+
+def test_table_of_architectures_names_each_with_its_presets():
+    hook = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["on_page_markdown"]
+    table = hook((ROOT / "docs" / "architectures.md").read_text("utf-8"))
+    for name in (*ARCHITECTURES, *PRESETS):
+        assert table.count(f"`{name}`") == 1
 
 
 def test_pictures_match_the_code():

@@ -12,7 +12,7 @@ import pytest
 
 from mla_moe import ConfigError
 from mla_moe.checkpoint.convert import convert
-from mla_moe.checkpoint.manager import CheckpointManager
+from mla_moe.checkpoint.manager import CheckpointManager, FixedPosition
 from mla_moe.checkpoint.pretrained import load_pretrained
 from mla_moe.config import CheckpointConfig, MeshConfig
 from mla_moe.nn.abstract_model import AbstractModel
@@ -20,7 +20,7 @@ from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training.console import Console
 from mla_moe.training.metrics import read_rows
 from mla_moe.training.optimizer import make_optimizer
-from mla_moe.training.pretrain import pretrain
+from mla_moe.training.pretrain import PretrainTrainer, pretrain
 from mla_moe.training.run_directory import open_run_directory
 from mla_moe.training.step import abstract_state, init_state
 
@@ -120,11 +120,45 @@ def test_a_run_resumes_from_the_previous_checkpoint(recipe, tmp_path, capsys):
         return {row["step"]: row["loss"] for row in read_rows(tmp_path / "metrics.jsonl")}
 
     before, folder = start(), tmp_path / "checkpoints" / "pretrain"
-    shutil.rmtree(folder / "8")
+    flip_bit(largest(folder / "8"), random.Random(0))  # of a finished run
     truncate(folder / "6" / "digests" / "metadata", random.Random(0))
     assert start() == before
     assert "resumed from the checkpoint of step 4" in capsys.readouterr().out
-    assert {path.name for path in folder.iterdir()} >= {"6.damaged", "6", "8"}
+    assert {path.name for path in folder.iterdir()} >= {"6.damaged", "8.damaged", "6", "8"}
+
+
+def test_a_finished_stage_whose_last_checkpoint_is_damaged_is_not_done(saved, recipe, tmp_path, monkeypatch, capsys):
+    starts, run_dir = [], tmp_path / "copy"
+    monkeypatch.setattr(PretrainTrainer, "position", FixedPosition())
+    monkeypatch.setattr(PretrainTrainer, "prepare", lambda self: None)
+    monkeypatch.setattr(PretrainTrainer, "close", lambda self: None)
+    monkeypatch.setattr(PretrainTrainer, "_train", lambda self, state, checkpoints, start, _: starts.append(start))
+    settings = dataclasses.replace(recipe, run_dir="", training=dataclasses.replace(recipe.training, steps=2))
+    shutil.copytree(saved[0], run_dir)
+    pretrain(settings, run_dir, Console(enabled=True))
+    assert starts == []
+    assert "done already" in capsys.readouterr().out
+    truncate(run_dir / "checkpoints" / "pretrain" / "2" / "digests" / "metadata", random.Random(0))
+    pretrain(settings, run_dir, Console(enabled=True))
+    assert starts == [1]
+    out = capsys.readouterr().out
+    assert "pretrain/2': is damaged" in out
+    assert "done already" not in out
+    assert (run_dir / "checkpoints" / "pretrain" / "2.damaged").is_dir()
+
+
+def test_a_finished_stage_is_not_read_again_once_a_later_stage_has_a_checkpoint(saved, recipe, tmp_path, capsys):
+    run_dir = tmp_path / "copy"
+    settings = dataclasses.replace(recipe, run_dir="", training=dataclasses.replace(recipe.training, steps=2))
+    shutil.copytree(saved[0], run_dir)
+    for step in (1, 2):
+        truncate(run_dir / "checkpoints" / "pretrain" / str(step) / "digests" / "metadata", random.Random(0))
+    (run_dir / "checkpoints" / "sft" / "3.orbax-checkpoint-tmp").mkdir(parents=True)  # cut short by a kill
+    with pytest.raises(ConfigError, match="all its checkpoints are damaged"):
+        pretrain(settings, run_dir, Console(enabled=True))
+    (run_dir / "checkpoints" / "rl" / "3").mkdir(parents=True)
+    pretrain(settings, run_dir, Console(enabled=True))
+    assert "all 2 steps are done already" in capsys.readouterr().out
 
 
 def test_if_all_are_damaged_none_is_renamed(saved, tmp_path):

@@ -79,9 +79,20 @@ def shrink(path):
     write(path, GOOD[:-1])
 
 
+def replace_by_a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
 @pytest.mark.parametrize(
-    ("modify", "message"), [(delete, "is missing"), (change, "has changed"), (shrink, "has changed")]
+    ("modify", "message"),
+    [
+        (delete, "is missing"),
+        (change, "has changed"),
+        (shrink, "has changed"),
+        (replace_by_a_pipe, "has changed"),
+    ],
 )
 def test_changed_or_deleted_file_is_named(tmp_path, kind, modify, message):
     source = opened(write(tmp_path / f"a.{kind}", GOOD))
@@ -91,6 +102,7 @@ def test_changed_or_deleted_file_is_named(tmp_path, kind, modify, message):
     assert error.value.value == str(tmp_path / f"a.{kind}")
 
 
+@pytest.mark.slow
 def test_run_fails_without_its_data_and_resumes_when_they_are_restored(recipe, tmp_path, monkeypatch):
     path, prepare = write(tmp_path / "a.jsonl", GOOD), Batches.prepare
 
@@ -112,7 +124,7 @@ def test_resume_with_other_files_is_an_error(tmp_path):
 
     states = batches(write(tmp_path / "a.jsonl", GOOD)).states()
     batches(write(tmp_path / "b.jsonl", GOOD)).restore(states.__getitem__)  # the same data at another path
-    with pytest.raises(ConfigError, match=r"data = 'other files': number or sizes"):
+    with pytest.raises(ConfigError, match=r"data = 'other files': number, sizes or"):
         batches(write(tmp_path / "c.jsonl", GOOD[1:])).restore(states.__getitem__)
 
 

@@ -28,6 +28,7 @@ def losses(run_dir):
     return {row["step"]: row["loss"] for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row}
 
 
+@pytest.mark.slow
 def test_non_finite_updates_halt_the_run_and_save_the_batch(recipe, tmp_path):
     training = dataclasses.replace(recipe.training, max_skipped_steps=3)
     optimizer = OptimizerConfig("adamw", ScheduleConfig(peak_lr=1e38, warmup_fraction=0.0))

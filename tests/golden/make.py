@@ -7,9 +7,10 @@ Needs PyTorch and `transformers == 5.23.0`, which neither the package nor its te
 Each case is a directory that looks like a released checkpoint (`config.json`, `model.safetensors` in bfloat16), with
 
     expected.npz        per batch (`plain`, `long`, `padded`, `packed`): tokens, segments (0 is padding), positions,
-                        logits, and per expert layer the sorted experts of each token; `mtp_logits` of the prediction
-                        module on `plain`
-    gradients.npz       for one case: the gradient by tensor name of `CE + 0.3 · CE of the prediction module` on `plain`
+                        logits, and per expert layer the sorted experts of each token; `mtp_logits` of the MTP module
+                        on `plain`
+    gradients.npz       for two cases: the gradient by tensor name of `CE + 0.3 · CE of the MTP module`, where there
+                        is one, on `plain`
 
 Everything is computed in float32 with eager attention. Router choices are the same in float64, so that they do not hang
 on rounding.
@@ -68,6 +69,10 @@ CASES = {
         routed_scaling_factor=2.446, rope_theta=50000.0, rms_norm_eps=1e-5, max_position_embeddings=256,
         q_lora_rank=None, rope_scaling=None,
     ),
+    "tied": V3 | dict(
+        n_routed_experts=8, num_experts_per_tok=3, n_group=1, topk_group=1, routed_scaling_factor=1.5,
+        rope_scaling=None, tie_word_embeddings=True,
+    ),
 }  # fmt: skip
 
 
@@ -81,7 +86,7 @@ def randomise(module: torch.nn.Module, generator: torch.Generator) -> None:
             value = 0.6 * noise - 0.5
         elif tensor.ndim == 1:
             value = 1 + 0.3 * noise
-        elif "embed" in name:
+        elif "embed" in name and not (hasattr(module, "config") and module.config.tie_word_embeddings):
             value = noise
         else:
             value = noise * (2.0 if "gate.weight" in name else 1.0) / tensor.shape[-1] ** 0.5
@@ -104,7 +109,7 @@ def released_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def mtp_names(mtp: MtpModel, layer: int) -> dict[str, torch.Tensor]:
-    """The prediction module under its names in a released file, embedding and head repeated as there."""
+    """The MTP module under its names in a released file, embedding and head repeated as there."""
     out = {}
     for name, tensor in released_names(mtp.state_dict()).items():
         if name in ("embed_tokens.weight", "shared_head.weight"):
@@ -173,6 +178,8 @@ def make(name: str, config: dict, seed: int) -> None:
     model = transformers.AutoModelForCausalLM.from_config(auto, dtype=torch.float32)
     randomise(model, generator)
     tensors, mtp = released_names(model.state_dict()), None
+    if config["tie_word_embeddings"]:
+        del tensors["lm_head.weight"]  # as save_pretrained does
     if config["num_nextn_predict_layers"]:
         mtp = MtpModel(model, 1)
         mtp.config._attn_implementation = mtp.config._experts_implementation = "eager"
@@ -204,7 +211,7 @@ def make(name: str, config: dict, seed: int) -> None:
         expected |= {f"{kind}/{key}": value for key, value in arrays.items()}
         print(f"{name:18}{kind:8}logits std {logits.std():.2f}, experts used {len(np.unique(experts))}")
     np.savez_compressed(directory / "expected.npz", **expected)
-    if mtp:
+    if mtp or config["tie_word_embeddings"]:
         np.savez_compressed(directory / "gradients.npz", **gradients(model, mtp, config, seed))
 
 
@@ -217,10 +224,12 @@ def gradients(model, mtp, config: dict, seed: int) -> dict[str, np.ndarray]:
         return torch.nn.functional.cross_entropy(logits[:, : tokens.shape[1] - ahead].flatten(0, 1),
                                                  tokens[:, ahead:].flatten())  # fmt: skip
 
-    loss = mean_nats(logits, 1) + 0.3 * mean_nats(mtp_logits(model, mtp, hidden, batch), 2)
+    loss = mean_nats(logits, 1)
+    if mtp:
+        loss += 0.3 * mean_nats(mtp_logits(model, mtp, hidden, batch), 2)
     loss.backward()
     grads = {n: p.grad for n, p in model.named_parameters()}
-    mtp_grads = {n: p.grad for n, p in mtp.layers.named_parameters(prefix="layers")}
+    mtp_grads = {n: p.grad for n, p in mtp.layers.named_parameters(prefix="layers")} if mtp else {}
     by_name = released_names(grads)
     for name, grad in released_names(mtp_grads).items():
         name = name.removeprefix("layers.0.").removeprefix("mtp_block.").replace("post_norm", "shared_head.norm")

@@ -10,9 +10,10 @@ from flax import nnx
 
 from mla_moe import ConfigError, Transformer
 from mla_moe.config import MeshConfig
+from mla_moe.inference import engine as engine_module
 from mla_moe.inference import prefix_cache, scheduler
 from mla_moe.inference.engine import Engine
-from mla_moe.inference.request import Request
+from mla_moe.inference.request import Owner, Request
 from mla_moe.nn.abstract_model import AbstractModel, model_arrays
 from mla_moe.parallel.mesh import make_mesh
 
@@ -100,22 +101,22 @@ def test_recorded_experts_equal_one_forward_pass(model, requests):
     run(engine)
     for completion in (one, two):
         inputs = jnp.array([[*completion.request.prompt, *completion.tokens[:-1]]])
-        cache = jnp.zeros((3, 1, MAX_MODEL_LEN, 20))
-        start = jnp.zeros(1, jnp.int32)
-        _, _, experts = jax.jit(lambda m, t, c, s: m.extend(t, c, s, form="expanded"))(model, inputs, cache, start)
+        cache = model.init_cache(1, MAX_MODEL_LEN)
+        _, _, experts = jax.jit(lambda m, t, c: m.extend(t, c, form="expanded"))(model, inputs, cache)
         np.testing.assert_array_equal(np.sort(completion.experts_TlK), np.sort(np.moveaxis(experts[:, 0], 0, 1)))
 
 
 def test_completions_of_one_prompt_share_its_prefill(model, requests, monkeypatch):
+    longer = dataclasses.replace(requests[1], prompt=[*requests[1].prompt, 1, 2, 3])
+    expected = generate(make_engine(model), [longer])
     engine, batches = make_engine(model), []
-    prefill = engine.runner.prefill
-    monkeypatch.setattr(engine.runner, "prefill", lambda batch: batches.append(batch) or prefill(batch))
+    prefill = engine_module.prefill
+    monkeypatch.setattr(engine_module, "prefill", lambda *args: batches.append(args) or prefill(*args))
     group = [dataclasses.replace(requests[1], temperature=1.0, sample_index=n) for n in range(4)]
     completions = generate(engine, group)
     assert len(batches) == 4  # 29 tokens in chunks of 8, once
     assert len({tuple(c) for c in completions}) == 4
-    longer = dataclasses.replace(requests[1], prompt=[*requests[1].prompt, 1, 2, 3])
-    assert generate(engine, [longer]) == generate(make_engine(model), [longer])
+    assert generate(engine, [longer]) == expected
     assert len(batches) == 5  # the shared prefix was cached
 
 
@@ -169,6 +170,30 @@ def test_aborted_requests_free_their_slot(model, requests, alone):
     assert waiting.tokens == []
 
 
+def test_a_preempted_request_resumes_with_the_same_tokens(model, requests, alone):
+    """A client with all slots gives one to another client, which so gets its first tokens in the next step."""
+    engine = make_engine(model)
+    long = [dataclasses.replace(requests[1], max_new_tokens=18, temperature=1.0, sample_index=n) for n in range(6)]
+    expected = generate(engine, long)
+    assert engine.num_preemptions == 0
+    many = [engine.check(request) for request in long]
+    for completion in many:
+        completion.owner = Owner("a")
+        engine.enqueue(completion)
+    engine.step()
+    assert [len(c.tokens) for c in many] == [16] * 4 + [0] * 2
+    other = engine.check(requests[2])
+    other.owner = Owner("b")
+    engine.enqueue(other)
+    engine.step()
+    assert other.tokens
+    run(engine)
+    assert (other.tokens, engine.num_preemptions) == (alone[2], 1)
+    assert [c.tokens for c in many] == expected
+    assert all(len(c.logprobs) == 18 for c in many)
+    assert all(c.experts_TlK.shape[0] == len(c.request.prompt) + 17 for c in many)
+
+
 def test_new_weights_clear_the_prefix_cache(model, requests):
     engine = make_engine(model)
     before = generate(engine, requests[1:2])
@@ -178,6 +203,7 @@ def test_new_weights_clear_the_prefix_cache(model, requests):
     assert before != after == generate(make_engine(other), requests[1:2])
 
 
+@pytest.mark.slow
 def test_a_mesh_generates_the_tokens_of_one_device(model, requests, alone):
     mesh = make_mesh(MeshConfig(data=2, expert=2, tensor=2))
     abstract_model = AbstractModel(model.cfg)
@@ -185,7 +211,7 @@ def test_a_mesh_generates_the_tokens_of_one_device(model, requests, alone):
     arrays = {path: jax.device_put(array, shardings[path]) for path, array in model_arrays(model).items()}
     engine = Engine(abstract_model.merge(arrays), max_num_seqs=4, max_model_len=MAX_MODEL_LEN)
     assert generate(engine, requests) == alone
-    assert engine.runner.cache_LBSW.sharding.shard_shape(engine.runner.cache_LBSW.shape)[1] == 1
+    assert engine.cache_LBSW.sharding.shard_shape(engine.cache_LBSW.shape)[1] == 1
 
 
 def test_max_model_len_is_limited_by_max_position_embeddings(model):

@@ -11,7 +11,7 @@ from mla_moe import generate, load_pretrained
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-@pytest.mark.parametrize("case", ["v2_group_limited", "v3"])
+@pytest.mark.parametrize("case", [pytest.param("v2_group_limited", marks=pytest.mark.slow), "v3"])
 def test_greedy_tokens_are_those_of_transformers(case):
     expected = np.load(GOLDEN / case / "generate.npz")
     prompts = [p.tolist() for p in np.split(expected["prompts"], np.cumsum(expected["lengths"])[:-1])]

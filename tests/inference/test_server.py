@@ -1,8 +1,6 @@
 """The OpenAI-compatible server over real connections."""
 
 import asyncio
-import contextlib
-import dataclasses
 import gc
 import http.client
 import json
@@ -12,74 +10,15 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from flax import nnx
 
-from mla_moe import Transformer
-from mla_moe.inference.engine import Engine
 from mla_moe.inference.request import Request
-from mla_moe.text.chat_tokenizer import ChatTokenizer
 
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
 server = pytest.importorskip("mla_moe.inference.openai_server")
 
-MAX_MODEL_LEN = 64
+from mla_moe.inference import request_bodies  # noqa: E402
 
-
-def decode(ids):
-    return "".join(chr(97 + i % 26) + str(i // 26) for i in ids)
-
-
-@pytest.fixture(scope="module")
-def engine(cfg):
-    model = Transformer(dataclasses.replace(cfg, num_nextn_predict_layers=0), rngs=nnx.Rngs(0))
-    return Engine(model, max_num_seqs=4, max_model_len=MAX_MODEL_LEN, decode=decode)
-
-
-TOKENIZER = ChatTokenizer(
-    encode=lambda text: [1, *(ord(c) % 64 for c in text)],
-    encode_chat=lambda messages: [2, *(ord(c) % 64 for m in messages for c in m["content"])],
-    decode=decode,
-    stop_ids=(63,),
-)
-
-
-@contextlib.contextmanager
-def serving(app):
-    """The port on which an application listens."""
-    running = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
-    thread = threading.Thread(target=running.run)
-    thread.start()
-    while not running.started:
-        time.sleep(0.01)
-    yield running.servers[0].sockets[0].getsockname()[1]
-    running.should_exit = True
-    thread.join()
-
-
-@pytest.fixture(scope="module")
-def port(engine):
-    with serving(server.application(engine, TOKENIZER, "tiny", max_waiting=250)) as port:
-        yield port
-
-
-def call(port, path, body=None, raw=None):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    content = raw if raw is not None else None if body is None else json.dumps(body)
-    connection.request("GET" if content is None else "POST", path, content)
-    response = connection.getresponse()
-    status, value = response.status, json.loads(response.read())
-    connection.close()
-    return status, value
-
-
-def wait_until_idle(port):
-    for _ in range(1000):
-        status, health = call(port, "/health")
-        assert status == 200
-        if health["requests"] == health["running"] == 0:
-            return health
-        time.sleep(0.01)
-    raise AssertionError(health)
+from .serving import JSON, MAX_MODEL_LEN, TOKENIZER, call, exchange, serving, wait_until_idle  # noqa: E402
 
 
 @pytest.mark.slow
@@ -135,6 +74,7 @@ def test_200_concurrent_requests_get_their_own_completions(port, engine):
         ("completions", {"prompt": "a", "frequency_penalty": 1.0}, 400, "frequency_penalty"),
         ("completions", {"prompt": "a", "logprobs": 2}, 400, "logprobs"),
         ("completions", {"prompt": "a", "tools": [{}]}, 400, "tools"),
+        ("completions", {"prompt": "a", "stream_options": {"include_usage": True}}, 400, "stream_options"),
         ("chat/completions", {"messages": [], "logprobs": True, "top_logprobs": 2}, 400, "top_logprobs"),
         ("chat/completions", {"messages": []}, 400, "messages"),
         ("chat/completions", {"messages": [{"role": "user", "content": None}]}, 400, "messages[0].content"),
@@ -194,15 +134,21 @@ def test_logprobs_contain_the_text_of_their_tokens(port):
 
 
 def test_max_tokens_is_optional(port):
+    """As with OpenAI a completion then has at most 16 tokens, and a chat may fill the model's length."""
     status, response = call(port, "/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
     assert status == 200
     assert response["usage"]["total_tokens"] <= MAX_MODEL_LEN
+    for prompt in ([5], [5] * (MAX_MODEL_LEN - 1)):
+        status, response = call(port, "/v1/completions", {"prompt": prompt})
+        assert status == 200
+        assert response["usage"]["completion_tokens"] <= 16
 
 
 def test_a_body_that_does_not_arrive_times_out(port, monkeypatch):
-    monkeypatch.setattr(server, "BODY_TIMEOUT", 0.2)
+    monkeypatch.setattr(request_bodies, "BODY_TIMEOUT", 0.2)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.putrequest("POST", "/v1/completions")
+    connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", "100")
     connection.endheaders(b"{")
     assert connection.getresponse().status == 408
@@ -217,7 +163,7 @@ def test_a_request_that_times_out_is_aborted(engine, caplog):
         status, response = call(port, "/v1/completions", body)
         assert (status, response["error"]["type"]) == (504, "server_error")
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-        connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}))
+        connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), JSON)
         assert b"the answer took too long" in connection.getresponse().read()
         connection.close()
         wait_until_idle(port)
@@ -229,7 +175,7 @@ def test_a_client_that_disconnects_frees_its_slots(port):
     for stream in (True, False):
         connection = http.client.HTTPConnection("127.0.0.1", port)
         body = {"prompt": [5], "max_tokens": 60, "n": 40, "stream": stream}
-        connection.request("POST", "/v1/completions", json.dumps(body))
+        connection.request("POST", "/v1/completions", json.dumps(body), JSON)
         response = connection.getresponse() if stream else None
         assert response is None or response.read(10)
         while call(port, "/health")[1]["running"] < 4:
@@ -246,7 +192,7 @@ def test_a_stream_adds_up_to_the_full_response(port):
     usage = {"stream_options": {"include_usage": True}}
     _, full = call(port, "/v1/chat/completions", body)
     connection = http.client.HTTPConnection("127.0.0.1", port)
-    connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True} | usage))
+    connection.request("POST", "/v1/chat/completions", json.dumps(body | {"stream": True} | usage), JSON)
     with connection.getresponse() as response:
         lines = response.read().decode().split("\n\n")
     connection.close()
@@ -257,11 +203,14 @@ def test_a_stream_adds_up_to_the_full_response(port):
     assert all(event["usage"] is None for event in events)
     for index, choice in enumerate(full["choices"]):
         parts = [e["choices"][0] for e in events if e["choices"][0]["index"] == index]
+        assert [p["delta"].get("role") for p in parts] == ["assistant"] + [None] * (len(parts) - 1)
+        parts = parts[1:]
         assert "".join(p["delta"]["content"] for p in parts) == choice["message"]["content"]
         assert parts[-1]["finish_reason"] == choice["finish_reason"]
         streamed = [x for p in parts for x in p["logprobs"]["content"]]
         assert streamed == choice["logprobs"]["content"]
-    assert len(events) > 2
+    assert [event["choices"][0]["index"] for event in events[:2]] == [0, 1]  # clients list choices as they come
+    assert len(events) > 4
 
 
 def test_a_full_queue_refuses_requests(port):
@@ -269,7 +218,7 @@ def test_a_full_queue_refuses_requests(port):
     connections = []
     for _ in range(6):
         connection = http.client.HTTPConnection("127.0.0.1", port)
-        connection.request("POST", "/v1/completions", json.dumps(body))
+        connection.request("POST", "/v1/completions", json.dumps(body), JSON)
         connections.append(connection)
     responses = [connection.getresponse() for connection in connections]
     statuses = [response.status for response in responses]
@@ -289,6 +238,13 @@ def test_models_are_listed(port):
     assert (status, response["error"]["param"]) == (404, "model")
 
 
+@pytest.mark.parametrize(("method", "path", "status"), [("GET", "/v1/responses", 404), ("GET", "/v1/completions", 405)])
+def test_other_paths_and_methods_are_errors_of_the_api(port, method, path, status):
+    got, _, value = exchange(port, method, path)
+    assert got == status
+    assert json.loads(value)["error"]["type"] == "invalid_request_error"
+
+
 def test_a_forced_shutdown_waits_for_the_running_step(engine):
     """A second Ctrl-C cancels the lifespan task."""
     app = server.application(engine, TOKENIZER, "tiny", max_waiting=1)
@@ -303,8 +259,5 @@ def test_a_forced_shutdown_waits_for_the_running_step(engine):
     assert set(threading.enumerate()) == before
 
 
-def test_running_requests_do_not_delay_shutdown(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(uvicorn, "run", lambda app, **how: seen.update(how))
-    server.serve(None, "127.0.0.1", 8000)
-    assert 0 < seen["timeout_graceful_shutdown"] < 10
+def test_running_requests_do_not_delay_shutdown():
+    assert 0 < server.http_server(None, "127.0.0.1", 8000).config.timeout_graceful_shutdown < 10

@@ -39,6 +39,7 @@ def run(engine, requests):
     return completions
 
 
+@pytest.mark.slow
 def test_generates_the_tokens_of_plain_decoding_in_fewer_steps(engines):
     rng = np.random.default_rng(0)
     requests = [
@@ -63,13 +64,11 @@ def test_samples_follow_the_models_distribution(engines):
     engine, samples = engines[1], 2000
     requests = [Request([5, 9], 3, temperature=1.0, sample_index=n) for n in range(samples)]
     counts = np.bincount([c.tokens[2] for c in run(engine, requests)], minlength=64)
-    model = engines[0].runner.graph.merge(engines[0].runner.weights)
-    cache = jnp.zeros((4, 64 * 64, 4, 20))
+    model = engines[0].graph.merge(engines[0].weights)
+    cache = model.init_cache(64 * 64, 4)
     pairs = jnp.stack(jnp.meshgrid(jnp.arange(64), jnp.arange(64), indexing="ij"), axis=-1).reshape(-1, 2)
     sequences = jnp.concatenate([jnp.tile(jnp.array([5, 9]), (len(pairs), 1)), pairs], axis=1)
-    h, _, _ = jax.jit(lambda m, t, c: m.extend(t, c, jnp.zeros(len(t), jnp.int32), form="expanded"))(
-        model, sequences, cache
-    )
+    h, _, _ = jax.jit(lambda m, t, c: m.extend(t, c, form="expanded"))(model, sequences, cache)
     p = np.asarray(jax.nn.softmax(model.logits(h[:, 1:])), np.float64)  # after 9, after x, after x y
     first, second, third = p[0, 0], p[::64, 1], p[:, 2].reshape(64, 64, 64)
     expected = np.einsum("x,xy,xyz->z", first, second, third)

@@ -36,24 +36,25 @@ def expected(tmp_path, monkeypatch):
 
 
 def assert_same(actual, wanted, expected):
-    """Equal bit for bit in the environment in which version 1 ran. With another compiler or processor the order of
-    additions differs: then equal to a relative tolerance of 1e-3 or an absolute one of 1e-5."""
-    if environment() == expected["environment"]:
-        assert actual == wanted
-    elif isinstance(wanted, dict):
+    """Numbers to a relative tolerance of 1e-3 or an absolute one of 1e-5, since versions, compilers and processors add
+    in different orders. Text, which is sampled from them, in the environment in which version 1 ran."""
+    if isinstance(wanted, dict):
         assert actual.keys() == wanted.keys()
         for key in wanted:
             assert_same(actual[key], wanted[key], expected)
     elif isinstance(wanted, float):
         assert actual == pytest.approx(wanted, rel=1e-3, abs=1e-5)
-    elif not isinstance(wanted, str):
+    elif not isinstance(wanted, str) or environment() == expected["environment"]:
         assert actual == wanted
 
 
 def rows(run, stage):
     from mla_moe.training.metrics import read_rows
 
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_rows(Path(run, "metrics.jsonl"), stage)]
+    # Version 1 compressed each document alone, and counted groups without a signal only where it replaced them.
+    without = (*TIMES, "eval/gzip_bits_per_byte", "filtered_groups")
+    found = read_rows(Path(run, "metrics.jsonl"), stage)
+    return [{k: v for k, v in row.items() if k not in without and not k.startswith("no_signal/")} for row in found]
 
 
 def resume(run, *stages):
@@ -77,19 +78,21 @@ def assert_resumed(run, stage, expected):
     raw = [json.loads(line) for line in Path(run, "metrics.jsonl").read_text().splitlines()]
     versions = [row.get("format_version") for row in raw]
     assert versions == sorted(versions, key=lambda version: version or 1)
-    assert set(versions) == {None, 2}
-    assert json.loads(Path(run, "recipe.json").read_text())["format_version"] == 2
+    assert set(versions) == {None, 3}
+    assert json.loads(Path(run, "recipe.json").read_text())["format_version"] == 3
     last = wanted[-1]["step"]
     metadata = json.loads(Path(run, "checkpoints", stage, str(last), "_CHECKPOINT_METADATA").read_text())
-    assert metadata["custom_metadata"] == {"format_version": 2}
+    assert metadata["custom_metadata"] == {"format_version": 3}
 
 
+@pytest.mark.slow
 def test_pretraining_resumes_with_the_same_losses(expected, capsys):
     resume("pretrain_half", "pretrain")
     assert "resumed from the checkpoint of step 2" in capsys.readouterr().out
     assert_resumed("pretrain_half", "pretrain", expected)
 
 
+@pytest.mark.slow
 def test_rl_resumes_with_the_same_losses(expected, capsys):
     from mla_moe.report.page import write_report
     from mla_moe.training.metrics import read_rows
@@ -118,7 +121,8 @@ def test_finished_run_converts_evaluates_generates_and_reports(expected, capsys)
     assert "Reinforcement learning" in Path("finished/report.html").read_text()
     capsys.readouterr()
     assert main(["eval", "finished", "--prompts", "4", "--samples", "2", "--json"]) == 0
-    assert_same(json.loads(capsys.readouterr().out), expected["eval"], expected)
+    printed = json.loads(capsys.readouterr().out)
+    assert_same({key: printed[key] for key in expected["eval"]}, expected["eval"], expected)
     for checkpoint in ("finished", "hf"):
         assert main(["generate", checkpoint, "--prompt", "ab", "--max-new-tokens", "8"]) == 0
         assert_same(capsys.readouterr().out, expected["generate"], expected)
@@ -128,7 +132,7 @@ def test_checkpoint_of_a_newer_version_is_one_line(expected, capsys):
     from mla_moe.cli import main
 
     path = Path("finished/checkpoints/rl/2/_CHECKPOINT_METADATA")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": {"format_version": 3}}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"custom_metadata": {"format_version": 4}}))
     assert main(["generate", "finished", "--prompt", "ab"]) == 2
-    line = r"error: finished/checkpoints/rl/2/_CHECKPOINT_METADATA.format_version = 3: written by a newer mla_moe"
+    line = r"error: finished/checkpoints/rl/2/_CHECKPOINT_METADATA.format_version = 4: written by a newer mla_moe"
     assert capsys.readouterr().err.startswith(line)

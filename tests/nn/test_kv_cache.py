@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,7 @@ from flax import nnx
 from mla_moe import Transformer, preset
 from mla_moe.nn.kv_cache import (
     OUT_OF_RANGE,
-    cache_shape,
-    empty_cache,
+    init_cache,
     round_up_capacity,
     write_blocks,
     write_cache,
@@ -22,9 +22,9 @@ from mla_moe.nn.transformer import unstack_layers
 
 def test_cache_bytes_are_those_of_the_latents():
     cfg = preset("deepseek-v3")
-    cache = empty_cache(cache_shape(cfg, 2, 3, jnp.bfloat16, layers=cfg.num_hidden_layers))
-    assert cache.nbytes == 2 * 3 * 70_272 == 2 * 3 * kv_cache_bytes_per_token(cfg)
-    assert empty_cache(cache_shape(cfg, 2, 3, jnp.int8, layers=cfg.num_hidden_layers)).nbytes == 2 * 3 * 35_624
+    cache = partial(init_cache, cfg.attention, 2, 3, layers=cfg.num_hidden_layers)
+    assert cache(jnp.bfloat16).entries_LBSW.nbytes == 2 * 4 * 70_272 == 2 * 4 * kv_cache_bytes_per_token(cfg)
+    assert cache(jnp.int8).entries_LBSW.nbytes == 2 * 4 * 35_624
 
 
 def test_capacity_is_rounded_up_to_full_blocks():
@@ -34,7 +34,7 @@ def test_capacity_is_rounded_up_to_full_blocks():
 def test_write_skips_sequences_that_do_not_fit():
     cache = jnp.zeros((2, 3, 8, 2))
     slots, start = jnp.array([2, 0, 1]), jnp.array([5, 6, OUT_OF_RANGE])
-    cache = jax.jit(lambda c, n: write_cache(c, n, layer=1, slots_b=slots, start_b=start))(cache, jnp.ones((3, 3, 2)))
+    cache = jax.jit(lambda c, n: write_cache(c, n, 1, start, slots))(cache, jnp.ones((3, 3, 2)))
     expected = np.zeros((2, 3, 8, 2))
     expected[1, 2, 5:8] = 1
     np.testing.assert_array_equal(cache, expected)
@@ -44,8 +44,30 @@ def test_write_skips_sequences_that_do_not_fit():
 def test_block_writes_of_tpu_equal_the_scatter(T, S):
     cache, new = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 4, S, 5), (4, T, 5)]))
     start = jnp.array([S // 2 - 1, S - T, S - T + 1, OUT_OF_RANGE])
-    expected = write_sequences(cache, new, jnp.int32(1), jnp.arange(4), start)
+    expected = write_sequences(cache, new, jnp.int32(1), start)
     np.testing.assert_array_equal(np.asarray(jax.jit(write_blocks)(cache, new, jnp.int32(1), start)), expected)
+
+
+@pytest.mark.parametrize("T", [1, 3, 8])
+@pytest.mark.parametrize("form", [write_sequences, write_blocks])
+def test_padding_is_not_written(form, T):
+    """Also at the end of the cache, and with sequences that do not fit."""
+    cache, new = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 5, 8, 3), (5, T, 3)]))
+    start, length = jnp.array([0, 8 - 1, 3, 8 - T, OUT_OF_RANGE]), jnp.array([T, 1, 0, T, T])
+    expected = np.array(cache)
+    for b in range(4):
+        expected[1, b, start[b] : start[b] + length[b]] = new[b, : length[b]]
+    np.testing.assert_array_equal(jax.jit(form)(cache, new, jnp.int32(1), start, length), expected)
+
+
+@pytest.mark.parametrize("write", [write_sequences, write_blocks])
+def test_jax_enable_x64_changes_nothing(write):
+    """Indices are int64 then, and lengths int32."""
+    cache, new = jnp.zeros((2, 3, 8, 2)), jnp.ones((3, 4, 2))
+    start, length = jnp.array([5, 6, 0], jnp.int32), jnp.array([3, 0, 4], jnp.int32)
+    expected = jax.jit(write)(cache, new, 1, start, length)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        np.testing.assert_array_equal(jax.jit(write)(cache, new, jnp.asarray(1), start, length), expected)
 
 
 @pytest.mark.parametrize("kind", ["v3", "v2"])
@@ -55,27 +77,16 @@ def test_extend_in_chunks_equals_one_forward_pass(kind, cfg, v2_cfg):
     model = Transformer(dataclasses.replace(cfg, num_nextn_predict_layers=0), rngs=nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, cfg.vocab_size)
     expected, _ = jax.jit(lambda m, t: m.hidden(t))(model, tokens)
-    extend = jax.jit(lambda m, *args, form: m.extend(*args, form=form)[:2], static_argnames="form")
+    slots = jnp.array([2, 0])
+    extend = jax.jit(lambda m, *args, form: m.extend(*args, slots=slots, form=form)[:2], static_argnames="form")
     cases = [(model, ("expanded", "absorbed"))]
     if kind == "v3":
         cases.append((unstack_layers(model), ("absorbed", "absorbed")))
     for m, forms in cases:
-        cache = empty_cache(cache_shape(model.cfg, 3, 16, jnp.float32, layers=3))
-        slots, chunks = jnp.array([2, 0]), []
+        cache, chunks = m.init_cache(3, 16), []
         for start, form in zip((0, 6), forms, strict=True):
-            h, cache = extend(m, tokens[:, start : start + 6], cache, jnp.full(2, start), slots, form=form)
+            h, cache = extend(m, tokens[:, start : start + 6], cache, form=form)
             chunks.append(h)
         np.testing.assert_allclose(jnp.concatenate(chunks, axis=1), expected, atol=1e-5, rtol=0)
-        assert (cache[:, 1] == 0).all()
-
-
-@pytest.mark.parametrize("form", ["expanded", "absorbed"])
-def test_an_int8_cache_is_nearly_as_accurate(form, cfg):
-    model = Transformer(dataclasses.replace(cfg, num_nextn_predict_layers=0), rngs=nnx.Rngs(0))
-    tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, cfg.vocab_size)
-    extend = jax.jit(lambda m, *args: m.extend(*args, form=form)[0])
-    exact, quantized = (
-        extend(model, tokens, empty_cache(cache_shape(model.cfg, 2, 16, dtype, layers=3)), jnp.zeros(2, int))
-        for dtype in (jnp.float32, jnp.int8)
-    )
-    assert 0 < jnp.abs(quantized - exact).max() < 0.03 * jnp.abs(exact).max()
+        assert cache.length_B.tolist() == [12, 0, 12]
+        assert (cache.entries_LBSW[:, 1] == 0).all()

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from mla_moe.config import MeshConfig
 from mla_moe.nn.loss import token_logprobs
-from mla_moe.ops.token_logprobs import reference
+from mla_moe.ops.cross_entropy import reference
 from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
 
 

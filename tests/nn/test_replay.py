@@ -31,7 +31,7 @@ def test_replay_of_the_routers_choice_changes_nothing(layer):
     free, stats = moe.with_stats(x_BTD)
     own = selected(moe, x_BTD)
     for replay in (own, own.at[:, ::2].set(-1), jnp.full_like(own, -1)):
-        replayed, replayed_stats = moe.with_stats(x_BTD, replay_BTK=replay)
+        replayed, replayed_stats = moe.with_stats(x_BTD, replay=replay)
         np.testing.assert_array_equal(replayed, free)
         np.testing.assert_array_equal(replayed_stats.load_E, stats.load_E)
 
@@ -46,7 +46,7 @@ def random_experts(cfg, shape):
 def test_weights_are_the_scores_of_the_replayed_experts(layer):
     cfg, moe, x_BTD = layer
     replay = random_experts(cfg, x_BTD.shape[:2])
-    y_BTD, stats = moe.with_stats(x_BTD, replay_BTK=replay)
+    y_BTD, stats = moe.with_stats(x_BTD, replay=replay)
     np.testing.assert_array_equal(stats.load_E, np.bincount(replay.ravel(), minlength=cfg.n_routed_experts))
 
     logits = x_BTD @ moe.router.weight[...]
@@ -65,7 +65,7 @@ def test_the_router_gets_gradients_through_replayed_experts(layer):
     cfg, moe, x_BTD = layer
     replay = random_experts(cfg, x_BTD.shape[:2])
     graph, state = nnx.split(moe)
-    grads = jax.grad(lambda s: (nnx.merge(graph, s).with_stats(x_BTD, replay_BTK=replay)[0] ** 2).sum())(state)
+    grads = jax.grad(lambda s: (nnx.merge(graph, s).with_stats(x_BTD, replay=replay)[0] ** 2).sum())(state)
     assert float(jnp.abs(grads["router"]["weight"].get_value()).max()) > 1e-4
 
 

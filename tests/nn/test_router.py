@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla_moe.nn.router import sigmoid_gate, softmax_gate
+from mla_moe.config import MoEConfig
+from mla_moe.nn.router import gate
 
 
 def python_gate(cfg, logits, bias):
@@ -31,7 +32,7 @@ def test_sigmoid_gate_also_with_negative_router_biases(cfg, bias_mean, normalize
     cfg = dataclasses.replace(cfg, norm_topk_prob=normalize)
     logits = 2 * jax.random.normal(jax.random.key(0), (50, cfg.n_routed_experts))
     bias = bias_mean + 0.5 * jax.random.normal(jax.random.key(1), (cfg.n_routed_experts,))
-    routing = sigmoid_gate(cfg, logits, bias)
+    routing = gate(cfg.moe, logits, bias)
     for expected, experts, weights in zip(
         python_gate(cfg, logits, np.asarray(bias)), routing.experts_NK, routing.weights_NK, strict=True
     ):
@@ -44,7 +45,7 @@ def test_sigmoid_gate_also_with_negative_router_biases(cfg, bias_mean, normalize
 def test_the_router_bias_affects_the_selection_only(cfg):
     cfg = dataclasses.replace(cfg, n_group=1, topk_group=1, norm_topk_prob=False, routed_scaling_factor=1.0)
     logits = jnp.zeros((1, 8))
-    routing = sigmoid_gate(cfg, logits, jnp.zeros(8).at[5].set(9.0))
+    routing = gate(cfg.moe, logits, jnp.zeros(8).at[5].set(9.0))
     assert 5 in routing.experts_NK.tolist()[0]
     np.testing.assert_allclose(routing.weights_NK, 0.5)
 
@@ -53,7 +54,7 @@ def test_the_router_bias_affects_the_selection_only(cfg):
 def test_softmax_gate_greedy_and_group_limited(v2_cfg, method):
     cfg = dataclasses.replace(v2_cfg, topk_method=method, routed_scaling_factor=16.0)
     logits = jax.random.normal(jax.random.key(0), (40, 8))
-    routing = softmax_gate(cfg, logits)
+    routing = gate(cfg.moe, logits)
     for logit, experts, weights in zip(np.asarray(logits), routing.experts_NK, routing.weights_NK, strict=True):
         p = np.exp(logit) / np.exp(logit).sum()
         groups = np.argsort(-p.reshape(4, 2).max(axis=1))[:2] if method != "greedy" else range(4)
@@ -63,8 +64,21 @@ def test_softmax_gate_greedy_and_group_limited(v2_cfg, method):
         np.testing.assert_allclose(weights, 16 * p[np.asarray(experts)], rtol=1e-5)
 
 
+def test_normalized_softmax_is_that_over_the_selected_experts():
+    """As in Mixtral and Qwen-MoE; and a bias affects the selection of softmax scores too."""
+    cfg = MoEConfig(hidden_size=4, num_experts=6, num_experts_per_tok=3, scoring_func="softmax", router_bias=False)
+    logits = jax.random.normal(jax.random.key(0), (40, 6))
+    routing = gate(cfg, logits)
+    best, experts = jax.lax.top_k(logits, 3)
+    np.testing.assert_array_equal(routing.experts_NK, experts)
+    np.testing.assert_allclose(routing.weights_NK, jax.nn.softmax(best), rtol=1e-5)
+    biased = gate(cfg, logits, jnp.zeros(6).at[5].set(9.0))
+    assert (biased.experts_NK[:, 0] == 5).all()
+    np.testing.assert_allclose(biased.weights_NK.sum(axis=1), 1, rtol=1e-5)
+
+
 def test_the_router_bias_has_no_gradient(cfg):
     logits = jax.random.normal(jax.random.key(0), (5, 8))
-    grads = jax.grad(lambda x, b: sigmoid_gate(cfg, x, b).weights_NK[:, 0].sum(), argnums=(0, 1))(logits, jnp.zeros(8))
+    grads = jax.grad(lambda x, b: gate(cfg.moe, x, b).weights_NK[:, 0].sum(), argnums=(0, 1))(logits, jnp.zeros(8))
     assert jnp.abs(grads[0]).max() > 0
     assert (grads[1] == 0).all()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mla_moe.ops.experts import block_size, experts
-from mla_moe.ops.grouped_matmul import default_grouped_matmul_kernel, grouped_matmul
+from mla_moe.ops.grouped_matmul import grouped_matmul
 from mla_moe.ops.permutation import permutation, permute, unpermute, weights_by_row
 
 CASES = {
@@ -80,10 +80,6 @@ def test_each_row_is_multiplied_by_its_expert():
         np.testing.assert_allclose(y[r], x[r] @ w[e], rtol=1e-5)
 
 
-def test_the_default_kernel_depends_on_the_platform():
-    assert [default_grouped_matmul_kernel(p) for p in ("tpu", "gpu", "cpu")] == ["megablox", "blocks", "chunks"]
-
-
 def test_blocks_do_no_masked_work():
     """Twice the experts with the same rows cost at most the padding more; `reference` would cost twice as much."""
 
@@ -96,10 +92,13 @@ def test_blocks_do_no_masked_work():
     assert flops(8) < 1.2 * 2 * 1024 * 64 * 64
 
 
-@pytest.mark.parametrize(("block", "max_pairs"), [(1, 0), (4, 100), (16, 0)])
+@pytest.mark.parametrize(
+    ("block", "max_pairs", "platform"), [(1, 0, "cpu"), (4, 100, "cpu"), (16, 0, "cpu"), (1, 0, "gpu")]
+)
 @pytest.mark.parametrize("experts", ["random", "skewed", "one"])
-def test_permute_and_unpermute_give_a_weighted_sum_over_experts(block, max_pairs, experts, monkeypatch):
+def test_permute_and_unpermute_give_a_weighted_sum_over_experts(block, max_pairs, platform, experts, monkeypatch):
     monkeypatch.setattr("mla_moe.ops.permutation.MAX_PAIRS_AT_ONCE", max_pairs)
+    monkeypatch.setattr("mla_moe.ops.permutation.target_platform", lambda: platform)
     N, K, E, D = 13, 2, 5, 4
     ids = {
         "random": jax.vmap(lambda k: jax.random.permutation(k, E)[:K])(jax.random.split(jax.random.key(0), N)),
@@ -152,3 +151,41 @@ def test_the_derivative_saves_only_the_first_product_of_each_row():
     rows = len(permutation(ids, E, block_size(N * K, E, None)).token_R)
     kept = [leaf.shape for leaf in jax.tree.leaves(derivative) if leaf.shape[:1] == (rows,) and leaf.ndim > 1]
     assert kept == [(rows, 2 * F)]
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_experts_never_use_rows_behind_the_last_group(platform, monkeypatch):
+    """A kernel may leave those rows as the memory was, here NaN, in its result and in the gradient of its rows."""
+    N, K, E, D, F = 13, 2, 4, 6, 8
+    ids = jnp.where(jnp.arange(N * K).reshape(N, K) % 3 == 0, E, jnp.arange(N * K).reshape(N, K) % E)  # some unassigned
+    arguments = jax.random.normal(jax.random.key(0), (N, D)), jnp.ones((N, K))
+    arguments += jax.random.normal(jax.random.key(1), (E, D, 2, F)), jax.random.normal(jax.random.key(2), (E, F, D))
+
+    def behind(x_RD, sizes):
+        return (jnp.arange(len(x_RD)) >= sizes.sum())[:, None]
+
+    @jax.custom_vjp
+    def careless(x, w, sizes):
+        return jnp.where(behind(x, sizes), jnp.nan, grouped_matmul(x, w, sizes, block=1, implementation="reference"))
+
+    def forward(x, w, sizes):
+        return careless(x, w, sizes), (x, w, sizes)
+
+    def backward(residuals, g):
+        x, w, sizes = residuals
+        x, g = (jnp.where(behind(x, sizes), 0, a) for a in (x, g))
+        _, vjp = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, block=1, implementation="reference"), x, w)
+        g_x, g_w = vjp(g)
+        return jnp.where(behind(x, sizes), jnp.nan, g_x), g_w, None
+
+    careless.defvjp(forward, backward)
+
+    def run():
+        return jax.value_and_grad(lambda *a: jnp.sin(experts(a[0], ids, *a[1:])).sum(), (0, 1, 2, 3))(*arguments)
+
+    wanted = run()
+    monkeypatch.setattr("mla_moe.ops.permutation.target_platform", lambda: platform)
+    monkeypatch.setattr("mla_moe.ops.experts.supported_grouped_matmul_kernel", lambda *_: "ragged")  # without padding
+    monkeypatch.setattr("mla_moe.ops.experts.grouped_matmul", lambda x, w, sizes, *_, **__: careless(x, w, sizes))
+    for got, value in zip(jax.tree.leaves(run()), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(got, value, rtol=1e-4, atol=1e-5)

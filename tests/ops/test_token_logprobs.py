@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mla_moe.ops.token_logprobs import reference, token_logprobs
+from mla_moe.ops.cross_entropy import reference, token_logprobs
 
 
 def case(B, T, D, V):

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from mla_moe.config import ModelConfig
+from mla_moe.config import KernelConfig, ModelConfig
 from mla_moe.config.parallelism import DispatchKernel
 from mla_moe.ops.experts import experts, reference
 from mla_moe.parallel.expert_parallel import (
@@ -62,15 +62,15 @@ def ragged_by_padding(
     output_offsets: jax.Array, recv_sizes: jax.Array, axis_name: str,
 ) -> jax.Array:  # fmt: skip
     """`ragged_all_to_all`, which XLA:CPU lacks, by an all-to-all of padded buffers of one size."""
-    buffers = operand.reshape(len(send_sizes), -1, operand.shape[1])
+    buffers = operand.reshape(len(send_sizes), -1, *operand.shape[1:])
     sent = jnp.arange(buffers.shape[1]) < send_sizes[:, None]
-    buffers = jnp.where(sent[..., None], buffers, jnp.nan)
+    buffers = jnp.where(jnp.expand_dims(sent, range(2, buffers.ndim)), buffers, jnp.nan)
     received = jax.lax.all_to_all(buffers, axis_name, split_axis=0, concat_axis=0).reshape(operand.shape)
     return jnp.where(jnp.isnan(received), output, received)
 
 
 def make_dispatch_plan(cfg: ModelConfig, tokens: int, devices: int, dispatch: DispatchKernel) -> DispatchPlan:
-    return dispatch_plan(cfg, tokens, devices, capacity_factor=None, dispatch=dispatch, grouped_matmul=None)
+    return dispatch_plan(cfg.moe, tokens, devices, KernelConfig(dispatch=dispatch))
 
 
 @pytest.mark.parametrize("dispatch", ["all_to_all", "ragged"])
@@ -80,13 +80,13 @@ def test_chunks_have_little_more_capacity_than_an_even_routing_needs(
     tokens, devices = 1 << 16, 4
     plan = make_dispatch_plan(cfg, tokens, devices, dispatch)
     ragged, K = dispatch == "ragged", cfg.num_experts_per_tok
-    even = tokens * (K if ragged else devices * expected_device_fraction(cfg, devices))  # pairs, or tokens
+    even = tokens * (K if ragged else devices * expected_device_fraction(cfg.moe, devices))  # pairs, or tokens
     assert 1 <= plan.num_chunks * plan.devices * plan.chunk_capacity / even <= 1.3
     # A ragged chunk has a fixed number of pairs; padded buffers bound the pairs if every token brings the most.
     assert plan.num_chunks == (
         round(tokens * K / PAIRS_PER_CHUNK)
         if ragged
-        else math.ceil(devices * expected_device_fraction(cfg, devices) * plan.max_local_experts / K)
+        else math.ceil(devices * expected_device_fraction(cfg.moe, devices) * plan.max_local_experts / K)
     )
     assert plan.num_chunks > 1
     # A token is added while the chunk is not full, and may then have more pairs than are left.
@@ -109,7 +109,7 @@ def test_expert_parallel_experts_equal_those_of_one_device(
     plan = make_dispatch_plan(cfg, N // 8, devices, dispatch)
     tokens, weights = P(("data", "expert")), P("expert")
     expert_parallel = jax.shard_map(
-        lambda *args: expert_parallel_experts(*args, plan, "expert")[0],
+        lambda *args: expert_parallel_experts(*args, plan)[0],
         mesh=mesh, in_specs=(tokens, tokens, tokens, weights, weights), out_specs=tokens, check_vma=False,
     )  # fmt: skip
     args = inputs(routing)

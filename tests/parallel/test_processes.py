@@ -1,7 +1,9 @@
 """Several processes train as one: the same losses, and checkpoints from which any number of processes resumes."""
 
 import dataclasses
+import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -231,6 +233,101 @@ def test_a_cluster_is_recognised_by_its_environment() -> None:
     )
     assert in_cluster({"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"})
     assert in_cluster({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"})
+    step = {"SLURM_STEP_NODELIST": "node1", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}
+    assert not in_cluster(step), "a step of one task in a job of four"
+    assert in_cluster(step | {"SLURM_STEP_NUM_TASKS": "2"})
+    assert not in_cluster({"WORLD_SIZE": "8"})
+
+
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "node1", "SLURM_NTASKS": "4"}
+
+
+INCOMPLETE = [
+    (SLURM, ["'SLURM_NTASKS': '4'", "SLURM_PROCID"]),
+    (SLURM | {"SLURM_PROCID": "5", "SLURM_LOCALID": "0"}, ["'SLURM_PROCID': '5'", "process_id=5, num_processes=4"]),
+    ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "3"}, ["package kubernetes"]),
+    ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, ["OMPI_MCA_orte_hnp_uri"]),
+    ({"TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"}, ["t1v-1"]),
+]
+INITIALIZE = """
+import json, os, sys
+from mla_moe import ConfigError
+from mla_moe.parallel.distributed import initialize
+for environment in json.loads(sys.argv[1]):
+    os.environ.update(environment)
+    try:
+        initialize([])
+    except ConfigError as error:
+        print(error)
+    for name in environment:
+        del os.environ[name]
+"""
+USAGE = r"^distributed = \{.*give --distributed\.coordinator HOST:PORT --dis"
+
+
+def test_a_cluster_that_jax_cannot_join_is_one_line() -> None:
+    """In a process without devices: where JAX has used some, it refuses before it looks for a cluster."""
+    command = [sys.executable, "-c", INITIALIZE, json.dumps([environment for environment, _ in INCOMPLETE])]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
+    for message, (_, named) in zip(output.splitlines(), INCOMPLETE, strict=True):
+        assert re.match(USAGE, message)
+        assert "must be called before" not in message
+        assert all(text in message for text in named), message
+
+
+STEP_OF_ONE = SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+TORCHRUN, PMI = {"WORLD_SIZE": "2", "RANK": "0"}, {"PMI_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "hint"),
+    [
+        (PMI, "processes: only Open MPI"),
+        (STEP_OF_ONE | PMI, "processes: only Open MPI"),
+        (TORCHRUN, "processes: torchrun"),
+        (STEP_OF_ONE | TORCHRUN, "processes: torchrun"),
+        (SLURM | TORCHRUN, "processes: torchrun"),  # two processes, but four tasks
+    ],
+)
+def test_processes_of_a_launcher_that_jax_does_not_know_are_an_error_before_jax_is_asked(
+    environment: dict[str, str], hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jax.distributed.initialize", lambda *_, **__: pytest.fail("JAX is asked"))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=USAGE) as error:
+        initialize([])
+    assert hint in str(error.value)
+
+
+def test_explicit_processes_that_cannot_join_are_told_what_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("deadline\nexceeded")
+
+    monkeypatch.setattr("jax.distributed.initialize", fail)
+    fix = "check that all processes have the same coordinator and count, and can reach it"
+    with pytest.raises(ConfigError, match=rf"'processes': 2.*\(deadline exceeded\); {fix}$"):
+        initialize(distributed_flags("localhost:1", 2, 0))
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes"),
+    [
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "2"}, 2),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "2"} | TORCHRUN | PMI, 2),  # as many: srun sets PMI_SIZE itself
+        ({"SLURM_NTASKS": "4", "TPU_WORKER_HOSTNAMES": "t1v-0,t1v-1"}, None),  # an allocation, but not a step
+        (STEP_OF_ONE | {"OMPI_COMM_WORLD_SIZE": "2"} | PMI, None),
+    ],
+)
+def test_the_number_of_processes_is_that_of_the_slurm_step(
+    environment: dict[str, str], processes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined: list[Any] = []
+    monkeypatch.setattr("jax.distributed.initialize", lambda *args, **_: joined.append(args))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    initialize([])
+    assert joined == [(None, processes, None)]
 
 
 def test_distributed_flags_are_given_all_or_none() -> None:

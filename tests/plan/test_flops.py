@@ -74,3 +74,27 @@ def test_grouped_matmuls_count_the_expected_rows(expert_rows: float | None) -> N
     assert counted(f, *shapes, expert_rows=expert_rows) == {"experts": flops}
     gradient = jax.value_and_grad(lambda x, w: f(x, w).sum(), argnums=(0, 1))
     assert counted(gradient, *shapes, expert_rows=expert_rows)["experts"] == pytest.approx(3 * flops)
+
+
+def test_kernels_for_gpus_count_by_formula() -> None:
+    """They are recognised by the names of the jitted functions of `ops.tokamax_kernels`."""
+
+    def _ragged_dot(*arrays: jax.Array) -> jax.Array:
+        return sum((x.sum() for x in arrays), jnp.float32(0))
+
+    def _ragged_dot_gradient(*arrays: jax.Array) -> jax.Array:
+        return _ragged_dot(*arrays)
+
+    def _flash_attention(*arrays: jax.Array) -> jax.Array:
+        return _ragged_dot(*arrays)
+
+    def _flash_attention_gradient(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return arrays
+
+    assert counted(jax.jit(_ragged_dot), (64, 8), (4, 8, 16), (4,)) == {"experts": 2 * 64 * 8 * 16}
+    assert counted(jax.jit(_ragged_dot), (64, 8), (4, 8, 16), (4,), expert_rows=32) == {"experts": 2 * 32 * 8 * 16}
+    assert counted(jax.jit(_ragged_dot_gradient), (64, 8), (64, 16), (4,)) == {"experts": 2 * 64 * 8 * 16}
+    B, T, H, A, V = 2, 512, 4, 192, 128
+    shapes, pairs = ((B, T, H, A), (B, T, H, A), (B, T, H, V)), B * H * T * (T + 128) / 2
+    assert counted(jax.jit(_flash_attention), *shapes) == {"attention": 2 * pairs * (A + V)}
+    assert counted(jax.jit(_flash_attention_gradient), *shapes) == {"attention": 2 * pairs * (4 * A + 3 * V)}

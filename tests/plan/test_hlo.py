@@ -112,6 +112,29 @@ ENTRY %main (x: bf16[32,8], w: bf16[12,8,16]) -> bf16[32,16] {
 """
 
 
+ASYNC_SLICE = """
+%sliced (p0: f32[64,8,4], p1: s32[]) -> f32[1,4,8] {
+  %p0 = f32[64,8,4]{1,2,0} parameter(0)
+  %turned = f32[64,4,8]{2,1,0} bitcast(%p0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,4,8]{2,1,0} dynamic-slice(%turned, %p1, %zero, %zero), dynamic_slice_sizes={1,4,8}
+}
+
+ENTRY %main (a: f32[64,8,4], i: s32[]) -> f32[1,4,8] {
+  %a = f32[64,8,4]{1,2,0} parameter(0)
+  %i = s32[] parameter(1)
+  %start = ((f32[64,8,4]{1,2,0}, s32[]), f32[1,4,8]{2,1,0}, u32[]) fusion-start(%a, %i), kind=kLoop, calls=%sliced
+  ROOT %done = f32[1,4,8]{2,1,0} fusion-done(%start)
+}
+"""
+
+
+def test_an_asynchronous_slice_reads_and_writes_only_the_slice() -> None:
+    """As XLA:GPU takes a layer's weights out of their stack."""
+    assert HloModule(ASYNC_SLICE).memory_traffic() == 2 * 4 * 8 * 4 + 4  # and the index
+
+
 def test_a_grouped_matmul_reads_only_the_active_experts() -> None:
     rows = 2 * 32 * (8 + 16)
     assert HloModule(GROUPED).memory_traffic() == rows + 2 * 12 * 8 * 16

@@ -15,7 +15,7 @@ from mla_moe.plan.topology import open_topology
 def test_training_and_plan_read_one_table_of_peaks() -> None:
     """A TPU7x chip of 2,307 TFLOP/s is two JAX devices."""
     kinds = [kind for accelerator in ACCELERATORS.values() for kind in accelerator.device_kinds]
-    assert len(kinds) == len(set(kinds)) == 8
+    assert len(kinds) == len(set(kinds)) == 9
     device = Mock(spec=jax.Device, platform="tpu", device_kind="TPU7x")
     assert peak_flops(device) == ACCELERATORS["v7x"].flops == 2307e12 / 2
 

@@ -75,12 +75,21 @@ def test_the_quickstart_on_a_small_pod(capsys: Capsys) -> None:
     assert 0 < plan["mfu"] < plan["useful_flops_share"] + 1e-9
     assert plan["step_seconds"] == max(plan[f"{term}_seconds"] for term in ("compute", "memory", "network"))
     assert {c["axes"] for c in plan["collectives"]} == {"data"}
+    # The forecast is slower than the bound. Of the network's time a part is hidden, at most all of it.
+    assert plan["step_seconds"] < plan["simulated_step_seconds"]
+    assert 0 < plan["simulated_mfu"] < plan["simulated_mfu_at_peak"] < plan["mfu"]
+    exposed = plan["exposed_communication_seconds"]
+    assert 0 <= exposed["total"] < 1.01 * plan["network_seconds"]
+    assert exposed["total"] == pytest.approx(sum(exposed["by_kind"].values()))
+    assert exposed["by_axes"] == {"data": pytest.approx(exposed["total"])}
+    assert all(".py:" in stall["source"] for stall in plan["stalls"] if stall["kind"] == "all-reduce")
 
     assert main(["plan", QUICKSTART, "--topology", "v5p:2x2x1"]) == 0
     text = capsys.readouterr().out
     assert text.startswith("train on v5p:2x2x1: 4 devices, data 4")
     assert f"fits: {(plan['argument_bytes'] + plan['temp_bytes']) / 1e9:.2f} GB of 102.80 GB" in text
     assert f"{plan['mfu']:.1%}" in text
+    assert text.index("step time, simulated") < text.index("step time, full overlap")
     assert "data, all-reduce" in text
 
 

@@ -12,7 +12,7 @@ from mla_moe.plan.search import flags_of, search, variants
 from mla_moe.plan.topology import Topology, open_topology
 
 FIELDS = {field.name: None for field in dataclasses.fields(Plan)}
-FIELDS |= {"collectives": [], "resident": {}, "sampling_bytes": 0.0}
+FIELDS |= {"collectives": [], "stalls": [], "resident": {}, "sampling_bytes": 0.0}
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Recipe]:
         expert, dots = variant.mesh.expert, variant.training.remat == "dots"
         if expert == 2:
             raise ConfigError("mesh.expert", expert, "not two")
-        sizes = {"argument_bytes": 1.0, "temp_bytes": 100.0 / expert, "step_seconds": 1.0 / expert, "mfu": 0.1 * expert}
+        sizes = {"argument_bytes": 1.0, "temp_bytes": 100.0 / expert, "simulated_step_seconds": 1.0 / expert}
         return Plan(**FIELDS | sizes | {"refusal": "too large" if dots else None})
 
     monkeypatch.setattr("mla_moe.plan.search.make_plan", make_plan)

@@ -6,7 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from mla_moe.config import ConfigError, Recipe, TrainingConfig
+from mla_moe.config import ConfigError, DataConfig, Recipe, TrainingConfig
+from mla_moe.report.drawing import BLUE, GREEN, VIOLET
 from mla_moe.report.page import write_report
 from mla_moe.training.metrics import MetricsWriter
 
@@ -118,6 +119,58 @@ def test_headlines(full):
 def test_losing_to_gzip_is_said(tmp_path):
     page = bare(tmp_path / "run", {"eval/bits_per_byte": 2.5, "eval/gzip_bits_per_byte": 2.0})
     assert headlines(page) == {"Bits per byte": ("2.500", "held-out text; does not beat gzip -9 (2.000)")}
+
+
+def test_with_several_sources_losses_of_the_same_text_share_an_axis(tmp_path):
+    """The loss of the mixture (of code and easy arithmetic) is not drawn with the held-out loss (of code)."""
+    data = DataConfig(train=("code.txt", "a/long/path/to/the/arithmetic.txt"), heldout=("heldout.txt",))
+    with MetricsWriter(tmp_path, None, "pretrain") as writer:
+        for step in (1, 2):
+            evaluated = {"eval/loss/code.txt": 4.4, f"eval/loss/{data.train[1]}": 0.5, "eval/loss/heldout.txt": 4.6}
+            writer.write(step, {"loss": 0.86, "eval/loss": 4.6, **evaluated})
+    (tmp_path / "recipe.json").write_text(Recipe(run_dir="", data=data).to_json())
+    page = bare(tmp_path, {"loss": 0.1}, stage="rl")
+    assert captions(page) == ["Training loss of the mixture of sources", "Loss of each source, evaluated", "Loss"]
+    labels = re.findall(r">([^<>]*\.txt)</text>", page)
+    assert labels == ["train: code.txt", "train: …ong/path/to/the/arithmetic.txt", "held-out: heldout.txt"]
+    assert source_colors(page) == [BLUE, GREEN, VIOLET]  # heldout.txt may be like neither
+
+
+def source_colors(page):
+    panel = page.partition("Loss of each")[2].partition("<h2>")[0]
+    return re.findall(r"stroke: (#[0-9a-f]{6})[^>]*/>\s*<defs", panel)
+
+
+SOURCES = {  # data.train and data.heldout: title of the training loss, legend, colors
+    "by name": (
+        ("cpython:train", "b.txt"), ("cpython:heldout", "b.txt", "c.txt"), "Training loss of the mixture of sources",
+        ["train: cpython:train", "held-out: cpython:heldout", "held-out: b.txt", "held-out: c.txt"],
+        [BLUE, BLUE, GREEN, VIOLET],
+    ),
+    "by position": (
+        ("_a", "b"), ("c", "d"), "Training loss of the mixture of sources",
+        ["train: _a", "train: b", "held-out: c", "held-out: d"], [BLUE, GREEN, BLUE, GREEN],
+    ),
+    "one training source": (
+        ("a",), ("c", "d"), "Training loss", ["train: a", "held-out: c", "held-out: d"], [BLUE, GREEN, VIOLET],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("train", "heldout", "title", "labels", "colors"), SOURCES.values(), ids=SOURCES)
+def test_a_held_out_source_has_the_color_of_its_training_source(tmp_path, train, heldout, title, labels, colors):
+    (tmp_path / "recipe.json").write_text(Recipe(run_dir="", data=DataConfig(train=train, heldout=heldout)).to_json())
+    page = bare(tmp_path, {"loss": 1.0, **{f"eval/loss/{name}": 2.0 for name in train + heldout}})
+    assert captions(page) == [title, "Loss of each source, evaluated"]
+    assert re.findall(r">((?:train|held-out): [^<>]*)</text>", page) == labels
+    assert source_colors(page) == colors
+
+
+def test_held_out_loss_without_that_of_each_source_has_its_own_panel(tmp_path):
+    data = DataConfig(train=("a", "b"), heldout=("c",))
+    (tmp_path / "recipe.json").write_text(Recipe(run_dir="", data=data).to_json())
+    page = bare(tmp_path, {"loss": 1.0, "eval/loss": 2.0})
+    assert captions(page) == ["Training loss of the mixture of sources", "Held-out loss"]
 
 
 def test_what_a_run_does_not_have_is_left_out(tmp_path):

@@ -11,7 +11,7 @@ from flax import nnx
 from mla_moe import Transformer
 from mla_moe.inference.engine import Engine
 from mla_moe.inference.request import Request
-from mla_moe.rl.packing import SampledCompletion, pack_completions
+from mla_moe.rl.packing import pack_completions
 
 
 @pytest.fixture(scope="module", params=[1.0, 0.7])
@@ -28,9 +28,8 @@ def rollout(request, cfg):
     ]
     while engine.has_unfinished_requests:
         engine.step()
-    sampled = [SampledCompletion(c.request.prompt, c.tokens, c.logprobs, c.experts_TlK) for c in done]
-    assert len({len(completion.tokens) for completion in sampled}) > 2
-    return model, sampled, pack_completions(sampled, 40, 1), temperature
+    assert len({len(completion.tokens) for completion in done}) > 2
+    return model, done, pack_completions(done, 40, 1), temperature
 
 
 def hidden(model, packed, replay):

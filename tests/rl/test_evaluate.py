@@ -28,7 +28,8 @@ def completions(answers, correct="7", failures=()):
 def test_metrics_of_greedy_and_sampled_completions():
     groups = (["1", "7", "7"], ["7", "1", "1"], [None, None, "7"], [None, None, None])
     sampled = [completions(group) for group in groups]
-    found = Evaluation(completions(["7", "1"]), completions(["7", None]), sampled).metrics()
+    votes = [[{"1": 0, "7": 1, None: None}[answer] for answer in group] for group in groups]
+    found = Evaluation(completions(["7", "1"]), completions(["7", None]), sampled, votes).metrics()
     assert found["eval/accuracy"] == found["eval/forced_accuracy"] == 0.5
     assert found["eval/format_rate"] == 1
     assert found["eval/pass@1"] == pytest.approx(4 / 12)
@@ -44,10 +45,17 @@ def test_majority_takes_the_first_in_a_tie_and_verifier_failures_are_counted():
         completions(["7", "1"], failures=(VerifierFailure("hung", "it took too long"),)),
         completions(["1", "7"]),
     ]
-    found = Evaluation(completions("7"), completions("7"), sampled).metrics()
+    found = Evaluation(completions("7"), completions("7"), sampled, [[0, 1], [0, 1]]).metrics()
     assert found["eval/majority@2"] == 0.5
     assert found["eval/verifier/hung"] == 2
 
 
 def test_no_pass_at_k_without_sampled_completions():
-    assert not any("@" in name for name in Evaluation(completions("7"), completions("1"), []).metrics())
+    assert not any("@" in name for name in Evaluation(completions("7"), completions("1"), [], []).metrics())
+
+
+def test_equal_answers_vote_together():
+    """Gold 1/2: three spellings of it outvote two of another answer."""
+    sampled = [completions(["1/2", "0.5", r"\frac{1}{2}", "3", "3"], correct="1/2")]
+    assert Evaluation(completions("7"), completions("7"), sampled, [[0, 0, 0, 3, 3]]).metrics()["eval/majority@5"] == 1
+    assert Evaluation(completions("7"), completions("7"), sampled, [[0, 1, 2, 3, 3]]).metrics()["eval/majority@5"] == 0

@@ -14,8 +14,8 @@ def test_metrics_of_a_step_combine_its_updates():
     first = {"kl": 5, "sampler_logprob_diff_max": 0.5, "clipped_low": 1, "tis_clipped": 2, "off_policy_masked": 3}
     second = {"kl": 7, "sampler_logprob_diff_max": 0.25, "clipped_high": 4, "tis_weight": 20, "off_policy_masked": 1}
     updates = [update(10, [[4, 0], [1, 3]], loss=1, **first), update(30, [[0, 4], [1, 3]], loss=4, **second)]
-    metrics, load_LE = learner_metrics(updates)
-    np.testing.assert_array_equal(load_LE, [[4, 4], [2, 6]])
+    metrics = learner_metrics(updates)
+    np.testing.assert_array_equal(metrics.pop("load_LE"), [[4, 4], [2, 6]])
     assert metrics == {
         "loss": 2.5,
         "grad_norm": 3.5,
@@ -36,7 +36,7 @@ def test_metrics_of_a_step_combine_its_updates():
 
 def test_metrics_without_tokens_or_experts():
     empty = update(0, np.zeros((0, 0)), loss=0)
-    metrics, load_LE = learner_metrics([empty, empty])
+    metrics = learner_metrics([empty, empty])
     assert metrics["kl"] == metrics["clip_ratio/low"] == 0
-    assert load_LE.size == 0
+    assert metrics["load_LE"].size == 0
     assert "moe/load_max" not in metrics

@@ -7,6 +7,7 @@ import pytest
 
 from mla_moe import ConfigError
 from mla_moe.config import RejectionConfig
+from mla_moe.data.arithmetic import split_of
 from mla_moe.rl.preflight import preflight
 
 
@@ -25,18 +26,21 @@ def test_reward_function_that_cannot_be_loaded(recipe, stage):
         {"rl": dataclasses.replace(recipe.rl, steps=1)} if stage == "rl" else {"rejection": RejectionConfig(steps=1)}
     )
     wrong = dataclasses.replace(
-        recipe, task=dataclasses.replace(recipe.task, reward_function="nowhere:reward"), **steps
+        recipe, task=dataclasses.replace(recipe.task, reward_functions=("nowhere:reward",)), **steps
     )
-    with pytest.raises(ConfigError, match=r"task\.reward_function = 'nowhere:reward': cannot be loaded"):
+    with pytest.raises(ConfigError, match=r"task\.reward_functions = 'nowhere:reward': cannot be loaded"):
         preflight(wrong, set())
     preflight(wrong, {"rl", "rejection"})
 
 
-def test_more_evaluation_prompts_than_the_file_has(recipe, tmp_path):
+def test_a_file_of_questions_needs_training_and_held_out_ones(recipe, tmp_path):
     pytest.importorskip("math_verify", reason="pip install 'mla_moe[rl]'")
-    path = tmp_path / "questions.jsonl"
-    path.write_text("".join(json.dumps({"question": f"{i}?", "answer": i}) + "\n" for i in range(60)))
+    path, heldout = tmp_path / "questions.jsonl", tmp_path / "heldout.jsonl"
+    lines = [json.dumps({"question": f"{i}?", "answer": i}) + "\n" for i in range(60)]
+    path.write_text("".join(line for line in lines if split_of(json.loads(line)["question"]) == "train"))
     task = dataclasses.replace(recipe.task, name=str(path), options=())
     few = dataclasses.replace(recipe, task=task, rl=dataclasses.replace(recipe.rl, eval_prompts=40))
-    with pytest.raises(ConfigError, match=r"rl\.eval_prompts = 40: the task has \d test questions, a tenth of all"):
+    with pytest.raises(ConfigError, match=r"^task\.name = .*questions\.jsonl': has no test question: add lines, or"):
         preflight(few, set())
+    heldout.write_text("".join(lines[:5]))
+    preflight(dataclasses.replace(few, task=dataclasses.replace(task, heldout=str(heldout))), set())

@@ -34,6 +34,7 @@ def start(recipe, base, tmp_path):
     return lambda: train_rejection(settings, open_run_directory(settings), Console(enabled=True))
 
 
+@pytest.mark.slow
 def test_correct_completions_are_kept_and_trained_on(start, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(rejection_sampling, "_is_correct", lambda completion: True)
     start()
@@ -85,8 +86,9 @@ def test_interrupted_sampling_resumes_after_the_saved_chunks(start, tmp_path, mo
     monkeypatch.setattr(Rollout, "generate", interrupted)
     with pytest.raises(InterruptedRun, match="stopped after 2 of 6 prompts by SIGTERM; completions saved"):
         start()
-    with parts.open("a") as file:
-        file.write('{"key": 1')  # truncated by a kill
+    key = json.loads(parts.read_text().splitlines()[-1])["key"]
+    with parts.open("a") as file:  # a part of a chunk, and of a line, that a kill left
+        file.write(json.dumps({"key": key, "correct": {"another question": {"text": 1}}}) + '\n{"key": 1')
     counts = []
     monkeypatch.setattr(
         Rollout,

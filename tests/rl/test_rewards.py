@@ -6,134 +6,26 @@ import sys
 import time
 from pathlib import Path
 
-import hypothesis
-import hypothesis.strategies as st
 import pytest
 
 import mla_moe
 from mla_moe import ConfigError
 from mla_moe.config import TaskConfig
-from mla_moe.rl.rewards import Reward, RewardInput, parse_completion
+from mla_moe.rl.rewards import Reward, RewardInput
 from mla_moe.rl.tasks import open_task
 from mla_moe.rl.verifiers.pool import VerifierFailure
-
-TAGS = ["<think>", "</think>", "<answer>", "</answer>"]
-PIECES = st.lists(st.sampled_from([*TAGS, " ", "\n", "5", "x<", ">"]), max_size=9).map("".join)
-
-
-@pytest.mark.parametrize(
-    ("completion", "has_format", "answer"),
-    [
-        ("<think>1+1=2</think><answer>2</answer>", True, "2"),
-        (" \n<think>\n1\n</think>\n <answer> 2\n</answer>\n", True, "2"),
-        ("<think></think><answer>2</answer>", True, "2"),
-        ("<think>1</think><answer> </answer>", False, None),
-        ("<think>1</think>so <answer>2</answer>", False, "2"),
-        ("<think>1</think><answer>2</answer>.", False, "2"),
-        ("well <think>1</think><answer>2</answer>", False, "2"),
-        ("<think>1<answer>2</answer>", False, "2"),
-        ("<answer>2</answer><think>1</think>", False, "2"),
-        ("<think>1<answer>2</answer></think>", False, "2"),
-        ("<think>1<think>2</think><answer>2</answer>", False, "2"),
-        ("<think>1</think><answer>2</answer><answer>3</answer>", False, "3"),
-        ("<think>1</think><answer>2</answer>3</answer>", False, "2"),
-        ("<think>1</think><answer><answer>2</answer>", False, "2"),
-        ("<think>1</think><answer>2", False, None),
-        ("<think>1</think>2", False, None),
-        ("<Think>1</Think><answer>2</answer>", False, "2"),
-        ("", False, None),
-    ],
-)
-def test_format_and_answer(completion, has_format, answer):
-    assert parse_completion(completion) == (has_format, answer)
-
-
-@hypothesis.given(PIECES)
-def test_format_matches_its_definition(completion):
-    """Each tag once, in order, only white space outside: implemented differently."""
-    starts = [completion.find(tag) for tag in TAGS]
-    strict = all(completion.count(tag) == 1 for tag in TAGS) and starts == sorted(starts)
-    if strict:
-        outside = completion[: starts[0]], completion[starts[1] + 8 : starts[2]], completion[starts[3] + 9 :]
-        strict = not any(text.strip() for text in outside)
-    has_format, answer = parse_completion(completion)
-    assert has_format == (strict and answer is not None)
-
-
-@hypothesis.given(st.text(), st.text(), st.sampled_from(["", " ", "\n\n"]))
-def test_any_reasoning_and_answer_can_be_parsed(thought, answer, space):
-    hypothesis.assume(not any(tag in text for tag in TAGS for text in (thought, answer)))
-    found = parse_completion(f"{space}<think>{thought}</think>{space}<answer>{answer}</answer>{space}")
-    assert found == (answer.strip() != "", answer.strip() or None)
-
-
-@hypothesis.given(PIECES)
-def test_answer_is_stripped_and_not_empty(completion):
-    _, answer = parse_completion(completion)
-    assert answer is None or (answer and answer == answer.strip() and f"{answer}" in completion)
-
-
-def test_long_completions_are_parsed_fast():
-    start = time.monotonic()
-    for text in ("<answer>" * 20_000, "<answer> " + " a" * 50_000 + "</answer> x", "<think>" + " " * 100_000 + "x"):
-        parse_completion(text)
-    assert time.monotonic() - start < 2
-
-
-VERIFIERS = """
-import os, subprocess, sys, time
-
-def measure(prompt, completion, example):
-    assert "jax" not in sys.modules
-    print("not part of the output")
-    word = completion.rpartition(" ")[2]
-    return len(prompt) + len(example.question) + example.record["extra"] + float(word)
-
-def fails(prompt, completion, example):
-    word = completion.rpartition(" ")[2]
-    if word == "raise": raise KeyError("no such thing")
-    if word == "exit": sys.exit(3)
-    if word == "hang": time.sleep(60)
-    if word == "spin":
-        while True: pass
-    if word == "nan": return float("nan")
-    if word == "inf": return -float("inf")
-    if word == "text": return "1.0"
-    if word == "none": return None
-    if word == "die": os._exit(7)
-    if word == "killed": os.kill(os.getpid(), 9)
-    return os.getpid() > 0
-
-def leaves(prompt, completion, example):
-    code = "import time; time.sleep(60)"
-    child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
-    with open(completion.rpartition(" ")[2], "w") as file:
-        file.write(str(child.pid))
-    time.sleep(60)
-
-def batched(prompts, completions):
-    return [1.0 for _ in completions]
-
-async def later(prompt, completion, example):
-    return 1.0
-
-def sleeps(prompt, completion, example):
-    time.sleep(0.4)
-    return 1
-
-number = 3
-"""
+from mla_moe.workers.process import WorkerProcess
 
 
 @pytest.fixture(scope="module")
 def verifiers(tmp_path_factory):
     path = tmp_path_factory.mktemp("verifiers") / "verifiers.py"
-    path.write_text(VERIFIERS)
+    path.write_text(Path(__file__).with_name("user_verifiers.py").read_text())
     return path
 
 
-def settings(function=None, **fields):
-    return TaskConfig(reward_function=function, **fields)
+def settings(*functions, **fields):
+    return TaskConfig(reward_functions=functions, **fields)
 
 
 def make_reward(config, workers=2):
@@ -153,7 +45,6 @@ def test_built_in_components_start_no_process(monkeypatch):
     texts = ["<think>…</think><answer>{}</answer>", "<answer>{}</answer>", "<think>…</think><answer>{}1</answer>", "{}"]
     with make_reward(task) as reward:
         scores = reward([RewardInput("?", text.replace("{}", example.answer), example) for text in texts])
-    assert reward.component_names == ("format", "accuracy")
     assert [score.total for score in scores] == [2.5, 2.0, 0.5, 0.0]
     assert [score.components for score in scores[:2]] == [{"format": 1, "accuracy": 1}, {"format": 0, "accuracy": 1}]
     assert not any(score.failures for score in scores)
@@ -161,9 +52,9 @@ def test_built_in_components_start_no_process(monkeypatch):
 
 def test_reward_function_is_a_further_component(verifiers, capfd):
     """It is called with prompt, completion and example; values stay in order with several workers."""
-    with make_reward(settings(f"{verifiers}:measure", reward_function_weight=0.1)) as reward:
-        assert reward.component_names == ("format", "accuracy", "measure")
+    with make_reward(settings(f"{verifiers}:measure", reward_weights=(0.1,))) as reward:
         scores = reward(reward_inputs(range(30)))
+        assert list(scores[0].components) == ["format", "accuracy", "measure"]
         assert [score.components["measure"] for score in scores] == [1 + 3 + 0.5 + i for i in range(30)]
         assert scores[2].components["accuracy"] == 1
         assert scores[2].total == pytest.approx(1 + 0.1 * 6.5)
@@ -189,6 +80,32 @@ def test_failures_cost_one_call_and_have_a_kind(verifiers):
         assert [score.components["fails"] for score in reward(reward_inputs(["fine"] * 6))] == [1.0] * 6
 
 
+def test_a_reward_that_forks_does_not_shift_the_others(verifiers):
+    with make_reward(settings(f"{verifiers}:forks", f"{verifiers}:measure"), workers=2) as reward:
+        scores = reward(reward_inputs(range(20)))
+    assert [score.components["forks"] for score in scores] == list(range(20))
+    assert [score.components["measure"] for score in scores] == [1 + 3 + 0.5 + i for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        None, 1.0, "1", [], [[]] * 2, [["value", {"": 1.0}]], [["value", {"": 1}], ["value", {"": "1"}]],
+        [["value", {"": math.nan}], ["value", {"a": math.inf, "b": 1.0}]], [["value", 1.0], ["value", [1.0]]],
+        [["not_finite", 3], ["other", ""]], [["value", {"": True}], ["value", {"": None}]], {"a": 1}, [{}, {}],
+        [["value", {"": 1e16}], ["value", {"": -1e300}]],
+    ],
+)  # fmt: skip
+def test_what_a_worker_sends_is_checked(verifiers, sent, monkeypatch):
+    """Whatever it is: each completion has a finite reward, or a failure that says what came."""
+    with make_reward(settings(f"{verifiers}:longer"), workers=1) as reward:
+        monkeypatch.setattr(type(reward._verifiers), "__call__", lambda pool, calls: [sent for _ in calls])
+        scores = reward(group("a", "b"))
+    assert [score.failures[0].kind for score in scores] == ["not_finite"] * 2
+    assert all(math.isfinite(score.total) and score.components["longer"] == 0 for score in scores)
+    assert all(score.failures[0].message.startswith("returned ") for score in scores)
+
+
 def test_calls_run_in_parallel(verifiers):
     with make_reward(settings(f"{verifiers}:sleeps"), workers=4) as reward:
         reward(reward_inputs(["warm"] * 4))
@@ -197,14 +114,33 @@ def test_calls_run_in_parallel(verifiers):
         assert time.monotonic() - start < 8 * 0.4 - 0.5
 
 
-def test_deleted_reward_function_does_not_end_the_run(tmp_path):
+def test_a_deleted_reward_function_ends_the_run_once_all_workers_have_ended(tmp_path):
     path = tmp_path / "passing.py"
     path.write_text("import os\ndef die(prompt, completion, example): os._exit(1)\n")
     with make_reward(settings(f"{path}:die"), workers=2) as reward:
         path.unlink()
-        scores = reward(reward_inputs("abcdef"))
-    assert [score.failures[0].kind for score in scores] == ["died"] * 6
-    assert "no worker could start: " in scores[-1].failures[0].message
+        for _ in range(2):
+            with pytest.raises(
+                ConfigError, match=r"^task.reward_functions = .*passing.py:die.* cannot be loaded: FileNot"
+            ):
+                reward(reward_inputs("abcdef"))
+
+
+def test_a_worker_that_cannot_start_takes_no_calls_from_the_others(verifiers, tmp_path, caplog):
+    with make_reward(settings(f"{verifiers}:measure"), workers=2) as reward:
+        reward._verifiers._workers[1].end()
+        broken = reward._verifiers._workers[1] = WorkerProcess(tmp_path / "nowhere.py", [], max_reply_bytes=1000)
+        end = time.monotonic() + 60
+        while "cannot start" not in caplog.text and time.monotonic() < end:
+            assert not any(score.failures for score in reward(reward_inputs(range(3))))
+        assert not broken.busy
+        assert not any(score.failures for score in reward(reward_inputs(range(30))))
+    assert [record.getMessage().partition(": ")[::2] for record in caplog.records] == [
+        (
+            "a worker process for rewards cannot start",
+            f"FileNotFoundError: [Errno 2] No such file or directory: '{tmp_path}/nowhere.py'",
+        )
+    ]
 
 
 @pytest.mark.parametrize(
@@ -213,14 +149,14 @@ def test_deleted_reward_function_does_not_end_the_run(tmp_path):
         ("{verifiers}", "write module:name or path.py:name"),
         ("{verifiers}:none", "AttributeError.*none"),
         ("{verifiers}:number", "number is not callable"),
-        ("{verifiers}:batched", "too many positional arguments"),
-        ("{verifiers}:later", "later is a coroutine"),
+        ("{verifiers}:odd", "the parameters of odd must be .prompt, completion, example., or .prompts, completions"),
         ("{verifiers}:not a name", "write module:name"),
         ("{verifiers}:format", "format is taken"),
         ("/nowhere/verifiers.py:measure", "FileNotFoundError"),
         ("nowhere.at.all:measure", "No module named 'nowhere'"),
         ("{broken}:measure", "ZeroDivisionError"),
         ("{dying}:measure", "died, exit code 4"),
+        ("{verifiers}:measure {dying}:other", "dying.py:other.*died, exit code 4"),
     ],
 )
 def test_invalid_reward_function_is_an_error_at_the_start(verifiers, tmp_path, function, message):
@@ -228,8 +164,19 @@ def test_invalid_reward_function_is_an_error_at_the_start(verifiers, tmp_path, f
     broken.write_text("1 / 0")
     dying.write_text("import os; os._exit(4)")
     function = function.format(verifiers=verifiers, broken=broken, dying=dying)
-    with pytest.raises(ConfigError, match=rf"(?s)^task.reward_function = .*{message}"):
-        make_reward(settings(function))
+    with pytest.raises(ConfigError, match=rf"(?s)^task.reward_functions = .*{message}"):
+        make_reward(settings(*function.split(" ")) if ".py:other" in function else settings(function))
+
+
+@pytest.mark.parametrize("name", ["re", "random"])
+def test_reward_file_may_have_the_name_of_a_module(name, tmp_path):
+    path = tmp_path / f"{name}.py"
+    (tmp_path / "service.py").write_text("import re\n")  # beside it, and imported by it
+    path.write_text(
+        f"import {name}, service\ndef f(prompt, completion, example): return bool({name}.__doc__ and service.re.X)\n"
+    )
+    with make_reward(settings(f"{path}:f"), workers=1) as reward:
+        assert reward(reward_inputs([1]))[0].components["f"] == 1
 
 
 def test_reward_function_from_a_module(verifiers, monkeypatch):
@@ -260,7 +207,7 @@ from mla_moe.config import TaskConfig
 from mla_moe.rl.rewards import Reward, RewardInput
 from mla_moe.rl.tasks import open_task
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes of a shell ignore it
-config = TaskConfig(reward_function=sys.argv[1], timeout=float(sys.argv[3]))
+config = TaskConfig(reward_functions=(sys.argv[1],), timeout=float(sys.argv[3]))
 task = open_task(config)
 reward = Reward(config, task, workers=2)
 print(*(worker._process.pid for worker in reward._verifiers._workers), flush=True)
@@ -331,3 +278,97 @@ def test_filter_metric_is_accuracy_or_the_total_without_its_weight(verifiers, ac
     ) as reward:
         (score,) = reward(reward_inputs([1]))
         assert reward.filter_metric(score) == metric
+
+
+def group(*texts, ids=None, **columns):
+    """The completions of one prompt."""
+    (base,) = reward_inputs(["x"])
+    example = base.example._replace(record=columns)
+    return [RewardInput("?", text, example, tuple(range(len(text)))) for text in texts]
+
+
+def test_reward_functions_as_users_of_trl_write_them(verifiers):
+    names = ["longer", "characters", "reference", "only_math", "later"]
+    functions = [f"{verifiers}:{name}" for name in names]
+    weights = (0.0, 0.0, 1.0, 10.0, 0.5)
+    with make_reward(settings(*functions, reward_weights=weights, format_weight=0.0, accuracy_weight=0.0)) as reward:
+        first = group("is \\boxed{4}", "", ground_truth="4", task="math")
+        second = group("is \\boxed{5}", ground_truth="4", task="code")
+        scores = reward([*first, *second])
+    parts = [{name: value for name, value in score.components.items() if name in names} for score in scores]
+    assert parts == [
+        {"longer": 12, "characters": 12, "reference": 1, "only_math": 1, "later": 1},
+        {"longer": 0, "characters": 0, "reference": 0, "only_math": -1, "later": 0},
+        {"longer": 12, "characters": 12, "reference": 0, "later": 1},  # None: it does not apply
+    ]
+    assert [score.total for score in scores] == [1 + 10 + 0.5, -10, 0.5]
+    assert not any(score.failures for score in scores)
+
+
+def test_completions_are_messages_with_the_chat_template(verifiers):
+    with make_reward(settings(f"{verifiers}:conversation", template="chat"), workers=1) as reward:
+        scores = reward(group("<think>1</think><answer>2</answer>", "2"))
+    assert [score.components["conversation"] for score in scores] == [1, 0]
+
+
+def test_reward_functions_may_be_async_and_have_parts(verifiers):
+    functions = [f"{verifiers}:{name}" for name in ("single_later", "parts", "batched_parts", "positional")]
+    with make_reward(settings(*functions, reward_weights=(1.0, 2.0, 0.0, 0.0), accuracy_weight=0.0)) as reward:
+        scores = reward(group("ab", "abc"))
+    assert scores[1].components == {
+        "format": 0, "accuracy": 0, "single_later": 3, "parts/short": -3, "parts/polite": 0.5,
+        "batched_parts/size": 3, "batched_parts/rank": 1, "positional": 3,
+    }  # fmt: skip
+    assert [score.total for score in scores] == [2 + 2 * (-2 + 0.5), 3 + 2 * (-3 + 0.5)]
+
+
+def test_wrong_values_of_a_batched_function_are_failures(verifiers):
+    with make_reward(settings(f"{verifiers}:too_few", f"{verifiers}:one_is_wrong")) as reward:
+        scores = reward(group("a", "b", "c"))
+    assert [len(score.failures) for score in scores] == [1, 2, 2]
+    assert "returned [1.0] for 3 completions" in scores[0].failures[0].message
+    assert [score.components["one_is_wrong"] for score in scores] == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wants_solution", "missing a required argument: 'solution'; the columns are question, answer"),
+        ("too_few", None),
+        ("fails", None),
+        ("measure", "raised on sample completions: KeyError: 'extra'"),
+    ],
+)
+def test_functions_are_tried_on_samples_before_anything_compiles(verifiers, name, message):
+    config = settings(f"{verifiers}:{name}")
+    with make_reward(config, workers=1) as reward:
+        examples = [open_task(config).example("train", number) for number in range(2)]
+        if message is None:
+            reward.check(examples)
+        else:
+            with pytest.raises(ConfigError, match=f"(?s)^task.reward_functions = .*:{name}.*{message}"):
+                reward.check(examples)
+
+
+def test_reward_weights_fit_the_functions():
+    with pytest.raises(ConfigError, match=r"^task.reward_weights = \(1.0,\): give one for each of 2"):
+        TaskConfig(reward_functions=("a:b", "a:c"), reward_weights=(1.0,))
+    with pytest.raises(ConfigError, match=r"^task.reward_functions = 'a:b': b is taken"):
+        make_reward(settings("x:b", "a:b"))
+
+
+def test_equal_answers_vote_together(tmp_path):
+    pytest.importorskip("math_verify", reason="pip install 'mla_moe[rl]'")
+    path = tmp_path / "task.jsonl"
+    path.write_text('{"question": "?", "answer": "1/2"}\n')
+    config = settings(name=str(path))
+    task = open_task(config)
+    example = task.example("all", 0)
+    words = ["1/2", "0.5", r"\\frac{1}{2}", "3", "3", None]
+    texts = ["" if word is None else f"<answer>{word}</answer>" for word in words]
+    with Reward(config, task, workers=1) as reward:
+        scores = reward([RewardInput("?", text, example) for text in texts])
+        assert [score.components["accuracy"] for score in scores] == [1, 1, 1, 0, 0, 0]
+        assert reward.votes([scores, scores[3:]], [example, example]) == [[0, 0, 0, 3, 3, None], [0, 0, None]]
+    with make_reward(settings()) as reward:  # texts, without a judge of mathematics
+        assert reward.votes([scores], [example]) == [[0, 1, 2, 3, 3, None]]

@@ -1,11 +1,14 @@
 """Requests to the engine, and scores of its completions, with a fake engine that runs no model."""
 
+import itertools
+
 import pytest
 from flax import nnx
 
 from mla_moe import ConfigError, Transformer
 from mla_moe.config import RLConfig, TaskConfig
 from mla_moe.inference.request import Completion
+from mla_moe.rl.group_sampling import sample_groups
 from mla_moe.rl.rewards import Reward
 from mla_moe.rl.rollout import MAX_SKIPPED_RATIO, Rollout
 from mla_moe.rl.tasks import open_task
@@ -110,13 +113,55 @@ def test_long_prompts_are_skipped_and_counted(make):
 
 def test_too_many_long_prompts_are_an_error(make, monkeypatch):
     rollout = make(max_prompt_tokens=11)
-    numbers, example = [], rollout._task.example
+    numbers, example = [], rollout.task.example
 
     def record(split, number):
         numbers.append(number)
         return example(split, number)
 
-    monkeypatch.setattr(rollout._task, "example", record)
+    monkeypatch.setattr(rollout.task, "example", record)
     with pytest.raises(ConfigError, match=r"rl.max_prompt_tokens = 11: most prompts are longer"):
         rollout.prompts("train", 0, 2)
     assert numbers == list(range(2 * MAX_SKIPPED_RATIO))
+
+
+class GroupEngine(Engine):
+    """Completes prompts in turn with the answers of `answers`; None is cut off at the longest length."""
+
+    answers = itertools.cycle([None])
+
+    def step(self):
+        done = self.waiting.pop(0)
+        answer = next(self.answers)
+        text = "x" * 40 if answer is None else f"1</think><answer>{answer}</answer>"
+        done.append_tokens(list(text.encode()), [0.0] * len(text))
+        done.finish_reason = "length" if answer is None else "stop"
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dapo"])
+def test_groups_without_a_signal_are_counted_by_cause(make, monkeypatch, objective):
+    rollout = make(objective=objective, prompts_per_step=4, group_size=2, max_resample_rounds=1)
+    correct = [prompt.example.answer for prompt in rollout.prompts("train", 0, 4)[0]]
+    replies = [None, None, correct[1], correct[1], "no", "no", correct[3], "no"]
+    monkeypatch.setattr(GroupEngine, "answers", itertools.cycle(replies))
+    rollout._engine.__class__ = GroupEngine
+    batch = sample_groups(rollout, rollout._rl, 0, 0, lambda text: None)
+    metrics = batch.metrics()
+    causes = {cause: metrics[f"no_signal/{cause}"] for cause in ("all_truncated", "all_correct", "all_wrong")}
+    assert causes == {"all_truncated": 1, "all_correct": 1, "all_wrong": 1}
+    assert metrics["filtered_groups"] == (0 if objective == "dapo" else 3), "the batch has no other groups than these"
+    assert batch.has_signal
+    monkeypatch.setattr(GroupEngine, "answers", itertools.cycle(["no"]))
+    batch = sample_groups(rollout, rollout._rl, 0, 0, lambda text: None)
+    assert not batch.has_signal
+    assert batch.uniform == {"all_wrong": 4}
+
+
+def test_prompts_of_a_held_out_split_end_with_it(make, monkeypatch):
+    rollout = make()
+    monkeypatch.setattr(rollout.task, "count", lambda split: None if split == "train" else 3, raising=False)
+    prompts, after = rollout.prompts("test", 0, 8)
+    assert (len(prompts), after) == (3, 3)
+    monkeypatch.setattr(rollout.task, "count", lambda split: 0)
+    with pytest.raises(ConfigError, match=r"^task.name = 'test': has no test question"):
+        rollout.prompts("test", 0, 8)

@@ -43,7 +43,7 @@ def rewards(tmp_path_factory):
 def start(recipe, base, rewards):
     def start(run_dir, task=None, **rl):
         task = (
-            {"reward_function": f"{rewards}:short", "format_weight": 0.0, "accuracy_weight": 0.0}
+            {"reward_functions": (f"{rewards}:short",), "format_weight": 0.0, "accuracy_weight": 0.0}
             if task is None
             else task
         )
@@ -69,7 +69,9 @@ def rows(run_dir):
 def finished_run(recipe, base, rewards, tmp_path_factory):
     """The directory of an uninterrupted run on eight devices."""
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    task = dataclasses.replace(recipe.task, reward_function=f"{rewards}:short", format_weight=0.0, accuracy_weight=0.0)
+    task = dataclasses.replace(
+        recipe.task, reward_functions=(f"{rewards}:short",), format_weight=0.0, accuracy_weight=0.0
+    )
     settings = dataclasses.replace(recipe, run_dir=str(run_dir), init_from=base, task=task)
     train_rl(settings, open_run_directory(settings), Console(enabled=True))
     return run_dir
@@ -147,6 +149,7 @@ def test_newest_checkpoint_is_loaded(finished_run):
     np.testing.assert_array_equal(model.head[...], again.head[...])
 
 
+@pytest.mark.slow
 def test_interrupted_run_resumes_with_the_same_rows(finished_run, start, tmp_path, monkeypatch):
     model = RLTrainer.model
 
@@ -177,9 +180,10 @@ def test_one_device_and_eight_have_the_same_metrics(finished_run, start, tmp_pat
 
 
 # test_objectives.py tests their formulas; only dapo samples again (dynamic sampling).
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["dapo", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("dr_grpo", "gspo"))])
 def test_other_objectives_run(start, rewards, tmp_path, name):
-    task = {"reward_function": f"{rewards}:short", "format_weight": 0.0, "accuracy_weight": float(name == "dapo")}
+    task = {"reward_functions": (f"{rewards}:short",), "format_weight": 0.0, "accuracy_weight": float(name == "dapo")}
     rl = {
         "steps": 1,
         "objective": name,
@@ -197,12 +201,13 @@ def test_other_objectives_run(start, rewards, tmp_path, name):
         assert step["filtered_groups"] == 7 * 4, "no completion is correct: one of eight rounds is kept"
 
 
+@pytest.mark.slow
 def test_errors_of_a_reward_function_are_counted_and_printed_once(start, rewards, tmp_path, capsys):
-    found = start(tmp_path, task={"reward_function": f"{rewards}:fails"}, steps=1, eval_samples=0)
+    found = start(tmp_path, task={"reward_functions": (f"{rewards}:fails",)}, steps=1, eval_samples=0)
     step = next(row for row in found if "reward" in row)
     assert step["verifier/raised"] == 16
     assert step["reward/fails"] == 0
-    assert capsys.readouterr().out.count("task.reward_function raised: ValueError: no") == 1
+    assert capsys.readouterr().out.count("task.reward_functions fails raised: ValueError: no") == 1
     samples = read_rows(tmp_path / "samples.jsonl")
     assert all({"format", "accuracy", "reward/fails"} <= row.keys() for row in samples)
 
@@ -236,7 +241,7 @@ def test_run_interrupted_at_its_last_step_is_complete(start, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("rl", "task", "field"),
     [
-        ({}, {"reward_function": "nowhere:reward"}, "task.reward_function"),
+        ({}, {"reward_functions": ("nowhere:reward",)}, "task.reward_functions"),
         ({}, {"name": "reasoning_gim:x"}, "task.name"),
         ({"max_prompt_tokens": 2}, {}, "rl.max_prompt_tokens"),
         ({"eval_prompts": 10**5}, {"options": ("least=1", "most=1")}, "task.name"),

@@ -5,7 +5,7 @@ import pytest
 from mla_moe import ConfigError
 from mla_moe.text.chat_tokenizer import load_chat_tokenizer
 from mla_moe.text.prompts import render_prompt
-from mla_moe.text.tokenizer import ByteTokenizer
+from mla_moe.text.tokenizer import ByteTokenizer, HFTokenizer, train_bpe
 
 TOKENIZER = ByteTokenizer()
 
@@ -29,6 +29,16 @@ def test_r1_zero_is_the_paper_s_prompt(language):
 def test_other_braces_stand_for_themselves(language):
     tokens = render_prompt("{0} {question} {x}", "{question} {y}", language)
     assert tokens == [TOKENIZER.bos_id, *b"{0} {question} {y} {x}"]
+
+
+def test_special_tokens_of_the_template_are_special_and_those_of_the_question_are_text(tmp_path):
+    train_bpe(["hello there, how are you? " * 4], 270, tmp_path / "tokenizer.json")
+    tokenizer = HFTokenizer(tmp_path / "tokenizer.json")
+    chat = load_chat_tokenizer(tmp_path, tokenizer)
+    bos, eos, plain = tokenizer.bos_id, tokenizer.eos_id, tokenizer.encode
+    assert render_prompt("<s>{question}</s>hello", "there", chat) == [bos, *plain("there"), eos, *plain("hello")]
+    assert render_prompt("{question}</s>", "</s>", chat) == [bos, *plain("</s>"), eos]
+    assert render_prompt("hello {question}", "there", chat) == [bos, *plain("hello there")]
 
 
 def test_chat_is_the_tokenizer_s_own_template(language):

@@ -8,11 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_moe.config import ConfigError
+from mla_moe.text.special_tokens import special_token_names
 from mla_moe.text.tokenizer import ByteTokenizer, HFTokenizer, load_tokenizer, train_bpe
+
+from ..golden.make_special_tokens import write_files
 
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "theta", "iota", "kappa", "lambda", "sigma", "omega"]
 CORPUS = [f"def {a}_{b}({b}):\n    return {b} + {i}  # {a}\n" for i, a in enumerate(WORDS) for b in WORDS]
 DEEPSEEK = ["<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"]
+SPECIAL_TOKENS = json.loads((Path(__file__).parents[1] / "golden" / "special_tokens.json").read_text())
 TEXT = st.text(st.characters(exclude_categories=["Cs"]))
 
 
@@ -59,6 +63,32 @@ def test_special_tokens_in_text_are_plain_text(bpe):
 def test_invalid_utf8_is_replaced(bpe, which):
     tokenizer = ByteTokenizer() if which == "byte" else bpe
     assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"
+
+
+@pytest.mark.parametrize("which", ["byte", "bpe"])
+def test_the_bytes_of_tokens_join_to_the_text(bpe, which):
+    tokenizer = ByteTokenizer() if which == "byte" else bpe
+    text = "def é 日本 𝄞\ufffd"
+    parts = [tokenizer.token_bytes(i) for i in [tokenizer.bos_id, *tokenizer.encode(text).tolist(), tokenizer.eos_id]]
+    assert b"".join(parts) == text.encode()
+    assert parts[0] == parts[-1] == b""
+    assert "é".encode()[:1] in parts or which == "bpe"
+
+
+def test_the_bytes_of_sentencepiece_tokens(tmp_path):
+    """Parts of characters are spelled, and the space that starts a word is stripped from the start of a text."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁hello", "▁日", "ö"]
+    model = tokenizers.models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0, byte_fallback=True)
+    tokenizer, decoders = tokenizers.Tokenizer(model), tokenizers.decoders
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    sentencepiece = HFTokenizer(tmp_path / "tokenizer.json")
+    ids = [1, 259, 260, 3 + 0xC3, 3 + 0xA9, 261, 2]
+    assert sentencepiece.decode(ids) == "hello 日éö"
+    parts = [b"", b" hello", " 日".encode(), b"\xc3", b"\xa9", "ö".encode(), b""]
+    assert [sentencepiece.token_bytes(i) for i in ids] == parts
 
 
 def test_bpe_has_the_requested_size_and_compresses(bpe):
@@ -110,9 +140,12 @@ def test_a_run_trains_once_and_then_loads(tmp_path):
 
 
 def test_a_run_initialized_from_a_checkpoint_takes_its_tokenizer(tmp_path, bpe):
+    beside = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
+    for name in beside[1:]:
+        Path(bpe.name).with_name(name).write_text("{}")
     inherited = load_tokenizer("bpe:300", tmp_path, ["other text"], Path(bpe.name))
     assert inherited.encode(CORPUS[0]).tolist() == bpe.encode(CORPUS[0]).tolist()
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", *beside):
         assert (tmp_path / name).read_bytes() == Path(bpe.name).with_name(name).read_bytes()
     with pytest.raises(ConfigError, match=r"data.tokenizer = 'bpe:310': .* has 300 tokens; give .* that size"):
         load_tokenizer("bpe:310", tmp_path / "other", CORPUS, Path(bpe.name))
@@ -151,6 +184,32 @@ def test_tokenizer_config_takes_precedence(tmp_path, shape):
     assert (HFTokenizer(path).bos_id, HFTokenizer(path).eos_id) == (3, 6)
 
 
+@pytest.mark.parametrize("case", SPECIAL_TOKENS)
+def test_special_tokens_are_those_of_transformers(tmp_path, case):
+    *files, bos, eos, ids = case
+    write_files(tmp_path, *files)
+    assert special_token_names(tmp_path) == {k: v for k, v in (("bos_token", bos), ("eos_token", eos)) if v}
+    tokenizer = HFTokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.encode("<s>a</s>", special=True).tolist() == ids
+    assert tokenizer.decode(ids) == "a"
+    if bos and eos:
+        assert [tokenizer.bos_id, tokenizer.eos_id] == [ids[0], ids[-1]]
+
+
+@pytest.mark.parametrize(
+    ("flags", "ids", "text"), [({}, [64, 257, 220, 65], "a b"), ({"rstrip": True}, [64, 257, 65], "ab")]
+)
+def test_named_tokens_keep_their_flags_and_become_special(tmp_path, flags, ids, text):
+    """As with transformers 5.23, whose values these are."""
+    write_files(tmp_path, {"bos_token": "<s>", "eos_token": "</s>"}, {}, [])
+    path = tmp_path / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.add_tokens([tokenizers.AddedToken("</s>", normalized=False, **flags)])
+    tokenizer.save(str(path))
+    assert HFTokenizer(path).encode("a</s> b", special=True).tolist() == ids
+    assert HFTokenizer(path).decode(ids) == text
+
+
 def test_unusable_files_are_errors(tmp_path):
     def refused(path):
         with pytest.raises(ConfigError) as caught:
@@ -168,5 +227,10 @@ def test_unusable_files_are_errors(tmp_path):
     for token in ("3", "[]", '{"lstrip": true}'):
         (tmp_path / "tokenizer_config.json").write_text(f'{{"bos_token": {token}}}')
         assert "bos_token in tokenizer_config.json must be a string" in refused(path)
+    (tmp_path / "tokenizer_config.json").write_text('{"mask_token": 3}')
+    assert "mask_token in tokenizer_config.json must be a string" in refused(path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "special_tokens_map.json").write_text('{"eos_token": ["</s>"]}')
+    assert "eos_token in special_tokens_map.json must be a string" in refused(path)
     (tmp_path / "tokenizer_config.json").write_text("[")
-    assert "not a JSON object" in refused(path)
+    assert "is not JSON" in refused(path)

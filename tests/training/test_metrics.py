@@ -2,12 +2,13 @@ import json
 import logging
 import math
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from mla_moe.config import ConfigError
+from mla_moe.config import FORMAT_VERSION, ConfigError
 from mla_moe.training.metrics import MetricsWriter, read_rows, seconds_in_steps
 
 
@@ -33,7 +34,13 @@ def test_rows_are_flushed_to_disk_in_full_precision(tmp_path):
     with MetricsWriter(tmp_path / "run", None, "pretrain") as writer:
         writer.write(1, {"loss": np.float32(0.1), "moe/dropped": 3})
         rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    row = {"format_version": 2, "step": 1, "stage": "pretrain", "loss": float(np.float32(0.1)), "moe/dropped": 3.0}
+    row = {
+        "format_version": FORMAT_VERSION,
+        "step": 1,
+        "stage": "pretrain",
+        "loss": float(np.float32(0.1)),
+        "moe/dropped": 3.0,
+    }
     assert rows == [row]
 
 
@@ -59,16 +66,30 @@ def test_other_stages_keep_their_rows(tmp_path):
     assert rows == [("pretrain", 1), ("pretrain", 2), ("pretrain", 3), ("rl", 1), ("rl", 2)]
 
 
-def test_truncated_last_line_is_dropped_and_logged(tmp_path, caplog):
+@pytest.mark.parametrize("rest", [lambda line: line[:-9], lambda line: b"\0" * 4096, lambda line: line[:9] + b"\0" * 9])
+def test_truncated_last_line_is_dropped_and_logged(tmp_path, caplog, rest):
     write_steps(tmp_path, None, [1, 2, 3])
     path = tmp_path / "metrics.jsonl"
-    path.write_text(path.read_text()[:-9])
+    *lines, last = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines, rest(last)]))
     assert [row["step"] for row in read_rows(path)] == [1, 2]
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         write_steps(tmp_path, 3, [4])
     assert "metrics.jsonl:3" in caplog.text
     assert [row["step"] for row in read_rows(path)] == [1, 2, 4]
+
+
+def test_dropping_rows_holds_a_small_part_of_the_file_in_memory(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    line = json.dumps({"step": 1, "stage": "pretrain", "prompt": "x" * 1000, "completion": ""}) + "\n"
+    path.write_text(line * 4000)
+    tracemalloc.start()
+    write_steps(tmp_path, 1, [])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert path.read_text() == line * 4000
+    assert peak < path.stat().st_size / 4
 
 
 def test_last_line_without_its_newline_is_kept(tmp_path):
@@ -80,7 +101,7 @@ def test_last_line_without_its_newline_is_kept(tmp_path):
 
 
 def test_malformed_line_inside_the_file_is_an_error_with_its_line_number(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "stage": "rl"}\n{"st\n{"step": 3, "stage": "rl"}\n')
     with pytest.raises(ConfigError, match=r"metrics\.jsonl:2"):
         read_rows(tmp_path / "metrics.jsonl")
 
@@ -104,7 +125,7 @@ def test_nan_is_null_and_counted(tmp_path):
         writer.write(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 1e-3})
     text = (tmp_path / "metrics.jsonl").read_text()
     row = json.loads(text, parse_constant=pytest.fail)
-    assert row.pop("format_version") == 2
+    assert row.pop("format_version") == FORMAT_VERSION
     assert row == {"step": 1, "stage": "pretrain", "loss": None, "grad_norm": None, "lr": 1e-3, "non_finite": 2}
 
 

@@ -1,5 +1,7 @@
 import dataclasses
+import gc
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tokenizers
 
 import mla_moe
 from mla_moe import ConfigError
@@ -23,10 +26,13 @@ from mla_moe.config import (
     TrainingConfig,
 )
 from mla_moe.parallel.mesh import make_mesh
+from mla_moe.text.isolated import text_worker
 from mla_moe.training.console import Console
-from mla_moe.training.metrics import read_rows
-from mla_moe.training.preemption import InterruptedRun, PreemptionSignals
-from mla_moe.training.pretrain import pretrain
+from mla_moe.training.loss_monitor import LossSpikeError
+from mla_moe.training.metrics import NullWriter, read_rows
+from mla_moe.training.preemption import InterruptedRun, PreemptionSignals, remember_interrupts
+from mla_moe.training.pretrain import PretrainTrainer, pretrain
+from mla_moe.training.run_context import RunContext
 from mla_moe.training.run_directory import open_run_directory
 
 STEPS = 8
@@ -51,7 +57,10 @@ def recipe(cfg, text):
         run_dir="",
         model=dataclasses.replace(cfg, vocab_size=258),
         data=DataConfig(
-            train=(f"{text}/train-*.txt",), heldout=(f"{text}/heldout-*.txt",), shuffle_buffer_size=4, prefetch=2
+            train=(f"{text}/train-[01]*.txt", f"{text}/train-[2-9]*.txt"),
+            heldout=(f"{text}/heldout-*.txt",),
+            shuffle_buffer_size=4,
+            prefetch=2,
         ),
         optimizer=OptimizerConfig("muon", ScheduleConfig(peak_lr=5e-3, warmup_fraction=0.2, decay_fraction=0.5)),
         mesh=MeshConfig(),
@@ -89,6 +98,10 @@ def test_run_writes_its_documented_files(finished_run, recipe):
     assert [row["step"] for row in evals] == [4, 8]
     assert evals[1]["eval/bits_per_byte"] < evals[0]["eval/bits_per_byte"] < 9
     assert evals[0]["eval/gzip_bits_per_byte"] > 0
+    sources = [f"eval/loss/{name}" for name in (*recipe.data.train, *recipe.data.heldout)]
+    assert [name for name in evals[1] if name.startswith("eval/loss/")] == sources
+    assert evals[1][sources[2]] == evals[1]["eval/loss"]
+    assert all(abs(evals[1][name] - steps[-1]["loss"]) < 0.2 for name in sources)  # all of the same words
     assert Recipe.from_json((finished_run / "recipe.json").read_text()).training == recipe.training
     assert [row["prompt"] for row in read_rows(finished_run / "samples.jsonl")] == ["ab"]
     assert len(read_rows(finished_run / "expert_load.jsonl")) == STEPS
@@ -96,6 +109,7 @@ def test_run_writes_its_documented_files(finished_run, recipe):
     assert "held-out bits per byte" in json.loads((finished_run / "summary.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_interrupted_run_resumes_with_the_same_rows(finished_run, recipe, tmp_path, monkeypatch):
     """Stopped by a signal after step 2, then at step 5 without a save, then resumed: the same rows, bit for bit."""
@@ -134,6 +148,25 @@ def test_finished_run_is_not_changed(finished_run, recipe, capsys):
     start(recipe, finished_run)
     assert "done already" in capsys.readouterr().out
     assert (finished_run / "metrics.jsonl").read_bytes() == before
+
+
+def test_bytes_that_the_tokenizer_loses(finished_run, recipe, tmp_path, capsys):
+    """They are refused above a fraction, and cost 8 bits each; a held-out file of the training text is named."""
+    letters = {name: i for i, name in enumerate(["<s>", "</s>", *"abcdefgh ."])}
+    tokenizers.Tokenizer(tokenizers.models.BPE(letters, [])).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    (tmp_path / "a.txt").write_text("abc 三三")
+    heldout, path = (str(tmp_path / "a.txt"),), str(tmp_path / "tokenizer.json")
+    data = dataclasses.replace(recipe.data, train=(*heldout, *recipe.data.train), heldout=heldout, tokenizer=path)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer = .*: loses 60\.00% of the bytes of .*a\.txt"):
+        start(recipe, tmp_path / "run", data=data)
+    assert "data.heldout: 1 of its files are training text too" in capsys.readouterr().out
+    settings = dataclasses.replace(recipe, data=dataclasses.replace(data, max_lost_bytes_fraction=0.6))
+    trainer = PretrainTrainer(RunContext.create(settings, tmp_path, Console(enabled=True)))
+    assert text_worker()._process is None, "it would keep 0.3 GB during the run"
+    trainer.describe()
+    scores = trainer.evaluate(0, trainer.initial_state(trainer.position)[0], NullWriter())
+    assert scores["eval/bits_per_byte"] == pytest.approx((scores["eval/loss"] * 5 / math.log(2) + 8 * 6) / 10)
 
 
 @pytest.mark.slow
@@ -178,17 +211,6 @@ def test_recipe_can_be_corrected_after_a_failed_start(recipe, tmp_path):
     with pytest.raises(ConfigError):
         start(recipe, tmp_path, data=DataConfig(train=("nowhere/*.txt",)))
     assert open_run_directory(dataclasses.replace(recipe, run_dir=str(tmp_path))) == tmp_path
-
-
-def test_failed_start_leaves_no_tokenizer(recipe, tmp_path):
-    run = dataclasses.replace(recipe, run_dir=str(tmp_path), data=dataclasses.replace(recipe.data, tokenizer="bpe:300"))
-    (tmp_path / "tokenizer.json").write_text("another tokenizer")
-    open_run_directory(run)
-    assert not (tmp_path / "tokenizer.json").exists()
-    (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 1}\n')
-    (tmp_path / "tokenizer.json").write_text("tokenizer of this run")
-    open_run_directory(run)
-    assert (tmp_path / "tokenizer.json").exists()
 
 
 def test_sections_of_later_stages_may_change_until_those_stages_start(recipe, tmp_path):
@@ -260,8 +282,40 @@ def test_router_bias_balances_the_experts(recipe, tmp_path, monkeypatch):
 
 
 def test_second_signal_raises_keyboard_interrupt():
-    with PreemptionSignals() as signals:
-        signal.raise_signal(signal.SIGINT)
-        assert signals.received is signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
+    def receive_two():
+        with PreemptionSignals() as signals:
+            signal.raise_signal(signal.SIGINT)
+            assert signals.received is signal.SIGINT
             signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        receive_two()
+
+
+@pytest.mark.parametrize("error", [None, LossSpikeError(7, 9.0, 3.0), ValueError("another error")])
+def test_a_signal_after_the_last_step_or_in_one_with_a_loss_spike_stops_the_run(error):
+    def receive_and_raise():
+        with PreemptionSignals():
+            signal.raise_signal(signal.SIGTERM)
+            if error:
+                raise error
+
+    with pytest.raises(ValueError if isinstance(error, ValueError) else InterruptedRun):
+        receive_and_raise()
+
+
+def test_an_interrupt_that_python_drops_stops_the_run_before_its_first_step(monkeypatch):
+    """As in a callback of the garbage collector, of which JAX registers one."""
+    monkeypatch.setattr("sys.unraisablehook", lambda _: None)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
+
+    def interrupt(*_: object) -> None:
+        gc.callbacks.remove(interrupt)
+        signal.raise_signal(signal.SIGINT)
+
+    with remember_interrupts():
+        gc.callbacks.append(interrupt)
+        gc.collect()
+        with pytest.raises(KeyboardInterrupt), PreemptionSignals():
+            raise AssertionError("a step begins")
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler

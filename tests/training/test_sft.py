@@ -90,14 +90,14 @@ def completions(model):
 @pytest.fixture(scope="module")
 def finished_run(recipe, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "finished"
-    start(recipe, run_dir)
+    start(recipe, run_dir, heldout=(f"{recipe.init_from}/../a.jsonl",), eval_every=40, eval_samples=1)
     return run_dir
 
 
 @pytest.mark.smoke
 @pytest.mark.slow
 def test_model_learns_the_completions_and_their_end(finished_run, recipe):
-    steps = rows(finished_run)
+    steps = [row for row in rows(finished_run) if "loss" in row]
     assert [(row["stage"], row["step"]) for row in steps] == [("sft", n) for n in range(1, STEPS + 1)]
     assert steps[-1]["loss"] < 0.05 < 3 < steps[0]["loss"]
     assert {"lr", "grad_norm", "moe/load_max", "mtp_loss"} <= set(steps[0])
@@ -105,6 +105,19 @@ def test_model_learns_the_completions_and_their_end(finished_run, recipe):
     assert [path.name for path in (finished_run / "checkpoints").iterdir()] == ["sft"]
     assert "sft loss" in json.loads((finished_run / "summary.json").read_text())
     assert completions(mla_moe.load_pretrained(finished_run)) == list(PAIRS.values())
+
+
+@pytest.mark.slow
+def test_heldout_examples_are_evaluated_and_sampled(finished_run):
+    """Also before the first step. Two epochs of five pairs, packed, are as many steps as they fill."""
+    found = {row["step"]: row["eval/loss"] for row in rows(finished_run) if "eval/loss" in row}
+    assert list(found) == [0, 40, STEPS]
+    assert found[STEPS] < 0.05 < 3 < found[0]
+    samples = read_rows(finished_run / "samples.jsonl")
+    assert [row["step"] for row in samples] == [0, 40, STEPS]
+    assert (samples[-1]["prompt"], samples[-1]["completion"], samples[-1]["expected"]) == (
+        "red=", "apple pie", "apple pie",
+    )  # fmt: skip
 
 
 @pytest.mark.slow
@@ -122,7 +135,7 @@ def test_interrupted_run_resumes_with_the_same_rows(finished_run, recipe, tmp_pa
         patch.setattr(StepMetrics, "record", then_stop)
         with pytest.raises(InterruptedRun, match="stopped at step 6"):
             start(recipe, tmp_path)
-    assert start(recipe, tmp_path) == rows(finished_run)
+    assert start(recipe, tmp_path) == [row for row in rows(finished_run) if "loss" in row]
 
 
 @pytest.mark.thorough  # the loop is the same as in pretraining

@@ -79,7 +79,8 @@ def test_loss_sums_equal_the_reference(cfg, abstract_model):
     sequences = batch["segment_ids"], batch["positions"]
     h, stats = jax.jit(lambda m, *b: m.hidden(*b))(model, batch["tokens"], *sequences)
     weights = (batch["segment_ids"] > 0).astype(jnp.float32)
-    np.testing.assert_allclose(s.nats, reference(h, model.head[...], batch["targets"], weights), rtol=1e-5)
+    log_p, _ = reference(h, model.head[...], batch["targets"])
+    np.testing.assert_allclose(s.nats, -(weights * log_p).sum(), rtol=1e-5)
     assert int(counts.targets) == int(weights.sum())
     assert s.load_LE.shape == (3, cfg.n_routed_experts)
     assert (s.load_LE.sum(axis=1) == counts.targets * cfg.num_experts_per_tok).all()
@@ -151,6 +152,7 @@ def test_masked_loss_adds_up_over_microbatches_and_devices(abstract_model, kwarg
         np.testing.assert_allclose(m[name], n[name], rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.smoke
 def test_training_lowers_the_loss_and_updates_every_parameter(abstract_model):
     state, first = run(abstract_model)
@@ -165,6 +167,7 @@ def test_training_lowers_the_loss_and_updates_every_parameter(abstract_model):
         assert jnp.abs(state.biases[path]).max() == 0.5, path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient_accumulation_steps", [pytest.param(2, marks=pytest.mark.thorough), 8])
 def test_gradient_accumulation_equals_the_full_batch(abstract_model, gradient_accumulation_steps):
     full, m = run(abstract_model)
@@ -215,6 +218,7 @@ def test_router_bias_update_goes_against_the_load():
     assert updated["mtp/block/moe/router/bias"].tolist() == [1.25, 1.25, 0.75]
 
 
+@pytest.mark.slow
 def test_an_mtp_module_without_loss_is_not_updated(abstract_model):
     start = init_state(abstract_model, make_optimizer(OPTIMIZER, 10, abstract_model), 0, ONE_DEVICE)
     state, _ = run(abstract_model, dataclasses.replace(TRAINING, mtp_loss_weight=0.0))

@@ -3,7 +3,6 @@
 import difflib
 
 from mla_moe.config import ConfigError, TaskConfig, require
-from mla_moe.data.arithmetic import Split
 from mla_moe.rl.tasks import reasoning_gym
 from mla_moe.rl.tasks.generated import GeneratedTask, arithmetic_task
 from mla_moe.rl.tasks.json_lines import JsonLinesTask
@@ -22,15 +21,8 @@ def open_task(config: TaskConfig) -> Task:
         return GeneratedTask(name, source.draw, verifier=source.verifier)
     if name.endswith(".jsonl"):
         require(not options, "task.options", config.options, "JSON-lines tasks have no options; remove them")
-        return JsonLinesTask(name)
+        return JsonLinesTask(name, config.heldout)
     known = {full.removeprefix(reasoning_gym.PREFIX): full for full in ("arithmetic", *reasoning_gym.names())}
     near = " or ".join(known[key] for key in difflib.get_close_matches(name, known))
     fix = f"did you mean {near}?" if near else "use arithmetic, reasoning_gym:NAME or the path of a .jsonl"
     raise ConfigError("task.name", name, fix)
-
-
-def require_enough_examples(task: Task, split: Split, field: str, wanted: int) -> None:
-    """Raises `ConfigError` on `field` if it needs more examples of a held-out split than there are."""
-    count = task.count(split)
-    fix = f"the task has {count} {split} questions, a tenth of all; use no more"
-    require(count is None or wanted <= count, field, wanted, fix)

@@ -29,7 +29,7 @@ class Task(Protocol):
         ...
 
     def score(self, example: Example, answer: str) -> float:
-        """Accuracy of an answer, in [0, 1]."""
+        """Accuracy of an answer, in [0, 1]; 0 if the verifier cannot decide."""
         ...
 
 
@@ -43,7 +43,10 @@ class VerifiedTask:
         return worker.load(*self.verifier) if self.verifier else _exact_match
 
     def score(self, example: Example, answer: str) -> float:
-        return self._verify(answer, example)
+        try:
+            return self._verify(answer, example)
+        except worker.FailedCall:
+            return 0.0
 
 
 def _exact_match(answer: str, example: Example) -> float:

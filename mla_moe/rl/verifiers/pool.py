@@ -1,26 +1,25 @@
-"""Verifiers in worker processes: one that raises, hangs or dies fails a single call."""
+"""Verifiers in worker processes: one that raises, hangs, forks or dies fails a single call."""
 
 import collections
-import contextlib
+import logging
 import os
-import signal
-import socket
-import subprocess
-import sys
-import time
+import typing
 import weakref
 from collections.abc import Mapping, Sequence
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from mla_moe.config import ConfigError
 from mla_moe.rl.verifiers import worker
-from mla_moe.rl.verifiers.worker import Example, VerifierSpec
+from mla_moe.rl.verifiers.worker import VerifierSpec
+from mla_moe.workers.process import ENDED, WorkerProcess, printable
 
-_START_SECONDS = 120.0  # imports from a slow disk, on a busy machine
+logger = logging.getLogger(__name__)
 
-FailureKind = Literal["raised", "hung", "not_finite", "died"]
+_MAX_REPLY_BYTES = 1 << 20  # rewards of a few thousand completions
+_MAX_FAILED_STARTS = 2  # in a row
+
+FailureKind = Literal["raised", "hung", "not_finite", "died", "unparsed"]
 
 
 class VerifierFailure(NamedTuple):
@@ -28,146 +27,101 @@ class VerifierFailure(NamedTuple):
 
     kind: FailureKind
     message: str
+    """One line of bounded length."""
 
 
 class VerifierCall(NamedTuple):
-    """A verifier by name, and its arguments."""
+    """A verifier by name, and its arguments (`worker.open_service`)."""
 
     verifier: str
-    texts: tuple[str, ...]
-    """The answer, or prompt and completion (`worker.load`)."""
-    example: Example
+    arguments: tuple[Any, ...]
+    """Picklable; the last one is the fields of the example, as a tuple."""
+
+
+class VerifierLoadError(Exception):
+    """A verifier cannot be loaded: its name, and why."""
 
 
 class VerifierPool:
-    """A pool of worker processes, each with all verifiers of `specs`, which go by the recipe field that names them.
+    """A pool of worker processes, each with all verifiers of `specs`, by name.
 
-    Raises `ConfigError` on that field if a verifier cannot be loaded. A worker is a fresh interpreter without JAX; one
-    that hangs or dies is replaced. Workers end with `close`, with the interpreter, and if the parent is killed.
+    Raises `VerifierLoadError` if one cannot be loaded. A worker that hangs or dies is replaced, unless it twice cannot
+    start; the others get its calls. Workers end with `close`, with the interpreter, and if the parent is killed, and so
+    do processes that verifiers have started.
     """
 
     def __init__(self, specs: Mapping[str, VerifierSpec], timeout: float, workers: int | None = None):
         """`timeout`: seconds per call. `workers`: by default half the number of CPUs, but 2 to 8."""
-        self._specs, self._timeout = dict(specs), timeout
+        self._timeout = timeout
         count = workers or min(8, max(2, (os.cpu_count() or 1) // 2))
-        self._workers = [_Worker(self._specs) for _ in range(count)]
-        self._finalize = weakref.finalize(self, _kill_all, self._workers)
-        first = self._workers[0]
-        while (reply := first.poll()) is None:
-            first.wait()
-        kind, content = reply
+        service = Path(worker.__file__)
+        self._workers = [WorkerProcess(service, [dict(specs)], max_reply_bytes=_MAX_REPLY_BYTES) for _ in range(count)]
+        self._finalize = weakref.finalize(self, _end_all, self._workers)
+        self._failed_starts: collections.Counter[WorkerProcess] = collections.Counter()
+        self._first = next(iter(specs))
+        self._load_error: VerifierLoadError | None = None
+        kind, content = self._workers[0].wait()
         if kind != "ready":
             self.close()
-            field, why = content if kind == "unable" else (next(iter(specs)), f"the process {kind}, {content}")
-            raise ConfigError(field, self._specs[field][-1], f"cannot be loaded: {why}")
-        first.ready = True
+            raise self._failed_start(self._workers[0], kind, content)
+        self.batched = frozenset(content)
+        """Names of the reward functions that take several completions at once."""
 
-    def __call__(self, calls: Sequence[VerifierCall]) -> list[float | VerifierFailure]:
-        """The finite values of the calls, in order; the calls run in parallel."""
-        results: dict[int, float | VerifierFailure] = {}
+    def __call__(self, calls: Sequence[VerifierCall]) -> list[Any]:
+        """What the verifiers return for the calls, in order, or a `VerifierFailure`; the calls run in parallel.
+
+        A value is JSON, and it is the verifier's: whoever uses it checks its type. Raises `VerifierLoadError` if no
+        worker can start any more.
+        """
+        for process in self._workers:
+            if process.ready and process.busy:  # an exception has ended the last calls
+                process.restart()
+        results: dict[int, Any] = {}
+        running: dict[WorkerProcess, int] = {}
         queue = collections.deque(range(len(calls)))
         while len(results) < len(calls):
             for process in self._workers:
-                if queue and process.ready and process.call is None:
-                    process.call = queue.popleft()
-                    process.submit(calls[process.call], self._timeout)
-            busy = [process for process in self._workers if not process.ready or process.call is not None]
+                if queue and process.ready and not process.busy:
+                    running[process] = queue.popleft()
+                    process.submit(self._timeout, *calls[running[process]])
+            busy = [process for process in self._workers if process.busy]
+            if not busy:
+                assert self._load_error is not None
+                raise self._load_error
             wait([process.channel for process in busy], min(process.seconds_left for process in busy))
             for process in busy:
                 if (reply := process.poll()) is None:
                     continue
                 kind, content = reply
-                index, process.call, process.ready = process.call, None, True
-                result = content if kind == "value" else VerifierFailure(kind, content)
-                if kind in ("unable", "hung", "died"):
-                    process.restart()
-                    if index is None and queue:  # a worker that cannot start fails a call, so that the loop ends
-                        index, result = queue.popleft(), VerifierFailure("died", f"no worker could start: {content}")
+                index = running.pop(process, None)
                 if index is not None:
-                    results[index] = result
+                    results[index] = content if kind == "value" else _failure(kind, content)
+                else:  # it has started, or could not
+                    self._failed_starts[process] = self._failed_starts[process] + 1 if kind in ENDED else 0
+                if kind in ENDED and self._failed_starts[process] < _MAX_FAILED_STARTS:
+                    process.restart()
+                elif kind in ENDED:
+                    self._load_error = self._failed_start(process, kind, content)
+                    logger.warning("a worker process for rewards cannot start: %s", _message(kind, content))
         return [results[index] for index in range(len(calls))]
+
+    def _failed_start(self, process: WorkerProcess, kind: str, content: Any) -> VerifierLoadError:
+        return VerifierLoadError(process.loading or self._first, _message(kind, content))
 
     def close(self) -> None:
         """End the workers; the pool cannot be called afterwards."""
         self._finalize()
 
 
-class _Worker:
-    """A worker process."""
-
-    def __init__(self, specs: Mapping[str, VerifierSpec]):
-        self._specs = specs
-        self.call: int | None = None  # index of the call that it runs
-        self._start()
-
-    def _start(self) -> None:
-        self.ready = False
-        self._set_deadline(_START_SECONDS)
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", worker.__file__, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=2,  # what a verifier prints goes to stderr: stdout is the run's
-                env=os.environ | {"JAX_PLATFORMS": "cpu"},  # a verifier that imports JAX must not use the accelerator
-                start_new_session=True,
-            )
-        self.channel = Connection(ours.detach())
-        self._send((sys.path, self._specs))
-
-    def restart(self) -> None:
-        self.kill()
-        self._start()
-
-    def submit(self, call: VerifierCall, timeout: float) -> None:
-        self._set_deadline(timeout)
-        self._send((timeout, call.verifier, call.texts, tuple(call.example)))
-
-    def _send(self, message: object) -> None:
-        with contextlib.suppress(OSError):  # it died: the next `poll` reports that
-            self.channel.send(message)
-
-    def _set_deadline(self, seconds: float) -> None:
-        self._limit, self._deadline = seconds, time.monotonic() + seconds
-
-    @property
-    def seconds_left(self) -> float:
-        return max(0.0, self._deadline - time.monotonic())
-
-    def wait(self) -> None:
-        wait([self.channel], self.seconds_left)
-
-    def poll(self) -> tuple[Any, Any] | None:
-        """The worker's reply (`worker.serve`), or `hung` or `died` with a message; None before the deadline."""
-        try:
-            if self.channel.poll():
-                return self.channel.recv()
-        except (EOFError, OSError):
-            return "died", f"exit code {self.kill()}"
-        return None if self.seconds_left else ("hung", f"no answer within {self._limit:g} s")
-
-    def kill(self) -> int:
-        """End the process and its descendants, and return its exit code. Idempotent."""
-        if self._process.returncode is None:
-            for pid in [self._process.pid, *_descendants(self._process.pid)]:
-                with contextlib.suppress(ProcessLookupError, PermissionError):  # it has ended already
-                    os.killpg(os.getpgid(pid), signal.SIGKILL)
-        self.channel.close()
-        return self._process.wait()
+def _failure(kind: str, content: Any) -> VerifierFailure:
+    known: Any = kind if kind in typing.get_args(FailureKind) else "died"
+    return VerifierFailure(known, printable(str(content)))
 
 
-def _descendants(pid: int) -> list[int]:
-    """Process ids of all descendants; empty without `/proc`."""
-    try:
-        children = [
-            int(child) for path in Path(f"/proc/{pid}/task").glob("*/children") for child in path.read_text().split()
-        ]
-    except OSError:  # one of them has ended
-        return []
-    return [*children, *(below for child in children for below in _descendants(child))]
+def _message(kind: str, content: Any) -> str:
+    return printable(str(content) if kind == "unable" else f"{kind}, {content}")
 
 
-def _kill_all(workers: Sequence[_Worker]) -> None:
+def _end_all(workers: Sequence[WorkerProcess]) -> None:
     for process in workers:
-        process.kill()
+        process.end()

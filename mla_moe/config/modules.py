@@ -1,0 +1,119 @@
+"""The settings of attention and of a mixture of experts alone: the fields that `ModelConfig` yields for its layers."""
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable
+from typing import Any, Literal
+
+from mla_moe.config.errors import MAX_SIZE, require, require_field, structure
+from mla_moe.config.rope import RopeScaling
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Multi-head latent attention. Defaults are DeepSeek-V3's widths per head."""
+
+    hidden_size: int
+    """Width of the input and of the output."""
+    num_heads: int
+    """Attention heads."""
+    kv_lora_rank: int = 512
+    """Width of the key-value latent, which the KV cache stores."""
+    q_lora_rank: int | None = None
+    """Width of the query latent; None projects queries directly."""
+    qk_nope_head_dim: int = 128
+    """Width per head of queries and keys without rotary embedding."""
+    qk_rope_head_dim: int = 64
+    """Width per head of queries and keys with rotary embedding. All heads share these keys."""
+    v_head_dim: int = 128
+    """Width per head of values."""
+    rope_theta: float | None = 10_000.0
+    """Base of the rotary frequencies; None rotates nothing."""
+    rope_scaling: RopeScaling | None = None
+    """Context extension of the rotary embedding: `LinearScaling`, `Yarn`, `Llama3Scaling`, or None."""
+    rope_interleave: bool = True
+    """Rotary embedding rotates the pairs (2i, 2i + 1) of the width; false: (i, i + R / 2), its halves."""
+    causal: bool = True
+    """Whether a token attends to itself and earlier ones only."""
+    sliding_window: int | None = None
+    """A token attends to the last so many tokens, its own included; if not causal, to those at most so far away."""
+    dropout: float = 0.0
+    """Probability that an attention weight is dropped in training."""
+    initializer_range: float = 0.006
+    """Standard deviation of the initial weights."""
+
+    def __post_init__(self):
+        require_values(self, may_be_zero=("dropout",))
+        require_field(self, "dropout", self.dropout < 1, "a probability below 1")
+        message = "rotary embedding rotates pairs: use an even width"
+        require_field(self, "qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, message)
+        message = "scales rotary frequencies: set rope_theta"
+        require_field(self, "rope_scaling", self.rope_theta is not None or self.rope_scaling is None, message)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of experts and its router. Defaults are DeepSeek-V3's router without groups."""
+
+    hidden_size: int
+    """Width of the input and of the output."""
+    num_experts: int
+    """Routed experts."""
+    num_experts_per_tok: int = 2
+    """Routed experts per token (top-k)."""
+    moe_intermediate_size: int | None = None
+    """Hidden width of one expert; None is `hidden_size`."""
+    n_shared_experts: int = 0
+    """Shared experts, which process every token: one MLP of so many times the width."""
+    hidden_act: str | Callable[[Any], Any] = "silu"
+    """Activation of an expert's gate: a name of `ops.experts.ACTIVATIONS`, or an elementwise function of an array."""
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    """Router scores: sigmoid (V3) or softmax over all experts (V2)."""
+    router_bias: bool = True
+    """Whether the router has a bias per expert, which affects the selection only (auxiliary-loss-free balancing)."""
+    n_group: int = 1
+    """Groups of experts for group-limited routing."""
+    topk_group: int = 1
+    """Groups per token from which experts are selected."""
+    group_score: Literal["top2", "max"] = "top2"
+    """The score of a group: the sum of its two best experts (V3), or its best (V2)."""
+    norm_topk_prob: bool = True
+    """Normalize the routing weights of a token's experts to sum 1."""
+    routed_scaling_factor: float = 1.0
+    """Factor on the routing weights."""
+    initializer_range: float = 0.006
+    """Standard deviation of the initial weights."""
+
+    @property
+    def expert_width(self) -> int:
+        """The hidden width of one expert."""
+        return self.moe_intermediate_size or self.hidden_size
+
+    def __post_init__(self):
+        require_values(self, may_be_zero=("n_shared_experts",))
+        E, K, G = self.num_experts, self.num_experts_per_tok, self.n_group
+        require_field(self, "num_experts_per_tok", K <= E, f"choose at most the number of experts, {E}")
+        require_field(self, "n_group", E % G == 0, f"must divide the number of experts, {E}")
+        require_field(self, "topk_group", self.topk_group <= G, f"at most n_group = {G}")
+        reachable = self.topk_group * (E // G)
+        message = f"at most {reachable}: the experts in the {self.topk_group} selected groups"
+        require_field(self, "num_experts_per_tok", reachable >= K, message)
+        message = "the score of a group is that of its two best experts: give each at least 2"
+        require_field(self, "n_group", self.group_score != "top2" or G == 1 or E // G >= 2, message)
+
+
+def require_values(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
+    """Raise `ConfigError` for the first size that is no positive integer, number that is not positive, and name that is
+    none of its choices."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if f.type in (int, int | None) and value is not None:
+            minimum = 0 if f.name in may_be_zero else 1
+            ok = isinstance(value, int) and minimum <= value <= MAX_SIZE
+            require(ok, f.name, value, "a size is a positive integer below 2**31")
+        if typing.get_origin(f.type) is Literal:
+            structure(f.type, value, f.name)
+        if f.type in (float, float | None) and value is not None:
+            ok = 0 < value < math.inf or (value == 0 and f.name in may_be_zero)
+            require(ok, f.name, value, "a positive number")

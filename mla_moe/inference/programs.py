@@ -1,0 +1,102 @@
+"""Compiled programs: decode, prefill, prefix copy. The KV cache is donated to each and returned, updated in place."""
+
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Int
+
+from mla_moe.inference.decode import Carry, DecodeOutput, DecodeState, ProgramOptions, decode_step
+from mla_moe.inference.prefix_cache import PrefixCopy
+from mla_moe.inference.sampling import AnyArray
+from mla_moe.inference.speculative import speculative_step
+from mla_moe.inference.weights import ModelGraph
+from mla_moe.nn.kv_cache import CacheEntries, KVCache, constrain_entries
+from mla_moe.ops.cached_attention import BLOCK
+
+DECODE_STEPS = 16
+"""Most decode steps in one call, which is one round trip between host and device."""
+Tree = TypeVar("Tree")
+
+
+class PrefillBatch(NamedTuple):
+    """Prefill chunks of `b` prompts, padded to `T` tokens."""
+
+    tokens_bT: Int[AnyArray, "b T"]
+    next_bT: Int[AnyArray, "b T"]
+    """The token after each, which the MTP module reads too."""
+    start_b: Int[AnyArray, "b"]
+    """Position of a chunk's first token."""
+    slots_b: Int[AnyArray, "b"]
+
+
+@partial(jax.jit, static_argnames=("graph", "options"), donate_argnames=("cache_LBSW",))
+def decode(
+    graph: ModelGraph,
+    weights: nnx.State,
+    cache_LBSW: CacheEntries,
+    state: DecodeState,
+    max_steps: Int[AnyArray, ""],
+    stop_early: Bool[AnyArray, ""] | bool,
+    options: ProgramOptions,
+) -> tuple[CacheEntries, DecodeState, DecodeOutput, Int[Array, ""]]:
+    """Up to `max_steps` decode steps for every active slot: the cache, the new state, the tokens, the steps taken.
+
+    The loop ends when no slot is active or, with `stop_early`, when any request has finished and others wait for its
+    slot.
+    """
+    model = graph.merge(weights)
+    step = partial(speculative_step if options.speculative else decode_step, model, options)
+    tokens, slots = (DECODE_STEPS, 1 + options.speculative), len(state.token_B)
+    token, logprob, valid = (jnp.zeros((*tokens, slots), dtype) for dtype in (jnp.int32, jnp.float32, bool))
+    experts = *tokens, model.cfg.num_moe_layers, slots, model.cfg.num_experts_per_tok
+    recorded = jnp.zeros(experts, jnp.int16) if options.record_experts else None
+    output = DecodeOutput(token, logprob, valid, recorded)
+
+    def condition(carry: Carry) -> Bool[Array, ""]:
+        i, _, now, _ = carry
+        finished = stop_early & (now.active_B.sum() < state.active_B.sum())
+        return (i < max_steps) & now.active_B.any() & ~finished
+
+    steps, cache_LBSW, after, output = jax.lax.while_loop(condition, step, (jnp.int32(0), cache_LBSW, state, output))
+    output = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), output)
+    return cache_LBSW, *replicate((after, output, steps), options.mesh)
+
+
+@partial(jax.jit, static_argnames=("graph", "options"), donate_argnames=("cache_LBSW",))
+def prefill(
+    graph: ModelGraph, weights: nnx.State, cache_LBSW: CacheEntries, batch: PrefillBatch, options: ProgramOptions
+) -> tuple[CacheEntries, Int[Array, "b T l K"] | None]:
+    """Write prefill chunks into the cache, also in the MTP module's layer if it drafts. Returns the cache and, if
+    recorded, the routed experts of each token."""
+    model = graph.merge(weights)
+    length_B = jnp.zeros(cache_LBSW.shape[1], jnp.int32).at[batch.slots_b].set(batch.start_b)
+    cache, slots = KVCache(cache_LBSW, length_B), batch.slots_b
+    h_bTD, extended, experts = model.extend(batch.tokens_bT, cache, slots=slots, form="expanded")
+    if options.speculative:
+        cache = KVCache(extended.entries_LBSW, length_B)
+        _, extended = model.mtp_extend(h_bTD, batch.next_bT, cache, slots=slots, form="expanded")
+    recorded = options.record_experts and experts is not None
+    experts_bTlK = jnp.transpose(experts, (1, 2, 0, 3)).astype(jnp.int16) if recorded else None
+    return extended.entries_LBSW, replicate(experts_bTlK, options.mesh)
+
+
+@partial(jax.jit, donate_argnames=("cache_LBSW",))
+def copy_prefix(cache_LBSW: CacheEntries, copy: PrefixCopy) -> CacheEntries:
+    """Copy the first `length` entries of one slot to another, rounded up to full blocks of attention."""
+    (source, target, length), (L, _, S, W) = copy, cache_LBSW.shape
+    size = min(BLOCK, S)
+
+    def copy_block(i: Int[Array, ""], cache_LBSW: CacheEntries) -> CacheEntries:
+        block = jax.lax.dynamic_slice(cache_LBSW, (0, source, i * size, 0), (L, 1, size, W))
+        return jax.lax.dynamic_update_slice(cache_LBSW, block, (0, target, i * size, 0))
+
+    return constrain_entries(jax.lax.fori_loop(0, -(-length // size), copy_block, cache_LBSW))
+
+
+def replicate(tree: Tree, mesh: Mesh | None) -> Tree:
+    """Replicate what the host reads over the mesh, so that every process of a run can read it."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))

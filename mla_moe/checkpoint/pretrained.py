@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from mla_moe.checkpoint.hf_mapping import TensorMapping, by_tensor, tensor_mappings
+from mla_moe.checkpoint.hub import local_checkpoint
 from mla_moe.checkpoint.orbax_layout import find_step
 from mla_moe.checkpoint.reader import is_router, load_arrays, open_checkpoint
 from mla_moe.checkpoint.safetensors_reader import weight_dtype
@@ -19,6 +20,7 @@ from mla_moe.checkpoint.safetensors_writer import SHARD_BYTES, tensor_entries, w
 from mla_moe.checkpoint.tokenizer_files import files_to_copy, hf_config
 from mla_moe.checkpoint.unused_tensors import unused_tensors
 from mla_moe.config import MeshConfig
+from mla_moe.config.hub import is_hub_id
 from mla_moe.nn.abstract_model import AbstractModel, model_variables
 from mla_moe.nn.param import Precision, RouterBias
 from mla_moe.nn.transformer import Transformer
@@ -29,14 +31,16 @@ _FILE_DTYPE = "file_dtype"
 
 
 def load_pretrained(path: str | Path, dtype: DTypeLike | None = None, mesh: Mesh | None = None) -> Transformer:
-    """Load the model of a Hugging Face directory or of a run (its newest checkpoint).
+    """Load the model of a Hugging Face directory, of a run (its newest checkpoint), or of the Hub: `ORG/NAME`, unless
+    there is such a directory here, or `hf://ORG/NAME@REVISION`.
 
     Parameters keep the files' dtypes unless `dtype` is set, and FP8 blocks are dequantized to bfloat16; routers are
     always float32. With a mesh the parameters are sharded over it, and a process reads its own shards only; otherwise
     they are on the first device. Code in a checkpoint is never executed. Raises `CheckpointError` for invalid or
-    damaged files, and for missing or unknown tensors.
+    damaged files, and for missing or unknown tensors, and `ConfigError` if the Hub has no such model or cannot be
+    reached.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(f"hf://{path}" if is_hub_id(path) else path)
     param = checkpoint.dtype("embed") if dtype is None else weight_dtype(dtype)
     precision = Precision(param=param, compute=Precision.default().compute)
     abstract_model = AbstractModel(checkpoint.cfg, precision=precision)
@@ -78,7 +82,8 @@ def save_pretrained(
         for entry in entries:
             deque(entry.chunks(), maxlen=0)  # take part in the all-gathers of the first process
         return
-    beside = (find_step(Path(like)) or Path(like)) if like else None
+    like = local_checkpoint(like) if like else None
+    beside = (find_step(like) or like) if like else None
     if beside:
         entries += unused_tensors(beside, model.cfg)
     config = hf_config(model.cfg, dtype or model.precision.param, fp8=fp8, beside=beside)

@@ -9,26 +9,32 @@ from jax.sharding import Mesh
 
 from mla_moe.checkpoint.files import progress_bar, read_json
 from mla_moe.checkpoint.hf_checkpoint import HFCheckpoint
+from mla_moe.checkpoint.hub import local_checkpoint
 from mla_moe.checkpoint.orbax_checkpoint import OrbaxCheckpoint
 from mla_moe.checkpoint.orbax_layout import find_step
 from mla_moe.config import ModelConfig
+from mla_moe.config.hub import download_file, is_hub
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
 
 Checkpoint = HFCheckpoint | OrbaxCheckpoint
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a Hugging Face directory, or the newest checkpoint of a run, of a stage, or a step's directory.
+    """Open a Hugging Face directory or a model of the Hub, or the newest checkpoint of a run, of a stage, or a step's
+    directory.
 
     Raises `CheckpointError` for anything else.
     """
-    path = Path(path)
+    path = local_checkpoint(path)
     step = find_step(path)
     return HFCheckpoint(path) if step is None else OrbaxCheckpoint(step)
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """The model of a checkpoint, or of a `config.json` or its directory. Weights need not be there."""
+    """The model of a checkpoint, or of a `config.json` or its directory. Weights need not be there, and those of the
+    Hub are not downloaded."""
+    if is_hub(path):
+        path = download_file(path, "model", "config.json")
     if path.is_dir() and (step := find_step(path)) is not None:
         return OrbaxCheckpoint(step).cfg
     return ModelConfig.from_hf(read_json(path if path.is_file() else path / "config.json"))

@@ -14,11 +14,13 @@ from mla_moe.checkpoint.orbax_layout import find_step, run_directory
 from mla_moe.config import ConfigError, ModelConfig
 from mla_moe.text.isolated import text_worker
 from mla_moe.text.special_tokens import BYTE_SPECIAL_IDS, MAX_TOKENIZER_BYTES
-from mla_moe.text.tokenizer import TOKENIZER_FILES
+from mla_moe.text.tokenizer import TOKENIZER_FILES, tokenizer_path
 
 logger = logging.getLogger(__name__)
 
 _SUFFIXES = {".json", ".jinja", ".txt", ".model", ".tiktoken", ".py", ".md"}
+SIDE_FILES = [*(f"*{suffix}" for suffix in sorted(_SUFFIXES)), "LICENSE"]
+"""Patterns of the files beside the weights that are copied or read."""
 _REGENERATED = {"config.json", "model.safetensors.index.json"}
 _UNSUPPORTED_FILES = ("tokenizer", "tiktoken", "vocab", "merges")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -83,7 +85,7 @@ def _recipe_tokenizer(run: Path) -> Path | None:
     spec = str(data.get("tokenizer", "byte")) if isinstance(data, dict) else "byte"
     if spec == "byte":
         return None
-    return run / "tokenizer.json" if spec.startswith("bpe:") else Path(spec)
+    return run / "tokenizer.json" if spec.startswith("bpe:") else tokenizer_path(spec)
 
 
 def hf_config(cfg: ModelConfig, dtype: DTypeLike, *, fp8: bool = False, beside: Path | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import tyro
 
+from mla_moe.checkpoint.hub import local_checkpoint
 from mla_moe.checkpoint.pretrained import load_pretrained
 from mla_moe.checkpoint.tokenizer_files import tokenizer_file
 from mla_moe.config import require
@@ -24,7 +25,8 @@ class Generate:
     """Generate a completion for one prompt, and print it as it is decoded."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A Hugging Face directory, or a run's directory or checkpoint. Without a tokenizer, tokens are bytes."""
+    """A Hugging Face directory, a run's directory or checkpoint, or hf://ORG/NAME. Without a tokenizer, tokens are
+    bytes."""
     prompt: str
     """Special tokens that it spells are encoded as such; bos is put in front."""
     chat: bool = False
@@ -79,6 +81,7 @@ class Generate:
 
 def load_model_and_tokenizer(checkpoint: Path) -> tuple[Transformer, ChatTokenizer]:
     """For generate, eval and serve. Raises `ConfigError` if the tokenizer has more tokens than the model."""
+    checkpoint = local_checkpoint(checkpoint)
     file = tokenizer_file(checkpoint)
     model = load_pretrained(checkpoint)
     tokenizer = HFTokenizer(file) if file else ByteTokenizer()

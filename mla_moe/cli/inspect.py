@@ -7,7 +7,8 @@ import tyro
 
 from mla_moe.checkpoint.reader import read_model_config
 from mla_moe.config import PRESETS, ModelConfig, preset
-from mla_moe.config.errors import MAX_SIZE, require_between, require_local
+from mla_moe.config.errors import MAX_SIZE, require_between
+from mla_moe.config.hub import is_hub, require_path
 from mla_moe.nn import model_costs
 from mla_moe.training.console import Console, si
 
@@ -17,7 +18,8 @@ class Inspect:
     """Print a model's architecture, parameters, KV cache bytes and training FLOPs per token. Loads no weights."""
 
     model: tyro.conf.Positional[str]
-    """A preset (deepseek-v3, …), a Hugging Face directory or its config.json, or a run's directory or checkpoint."""
+    """A preset (deepseek-v3, …), a Hugging Face directory or its config.json, or a run's directory or checkpoint, or
+    hf://ORG/NAME."""
     length: int = 4096
     """Sequence length in tokens; attention FLOPs depend on it."""
 
@@ -25,9 +27,10 @@ class Inspect:
         require_between(self, "", "length", 1, MAX_SIZE)
 
     def run(self) -> None:
-        require_local("model", self.model)
+        require_path("model", self.model)
         path = Path(self.model)
-        cfg = preset(self.model) if self.model in PRESETS or not path.exists() else read_model_config(path)
+        known = path.exists() or is_hub(path)
+        cfg = preset(self.model) if self.model in PRESETS or not known else read_model_config(path)
         scaling = "no scaling"
         if yarn := cfg.rope_scaling:
             scaling = f"YaRN {yarn.factor:g} x {yarn.original_max_position_embeddings}, mscale {yarn.mscale:g}, "

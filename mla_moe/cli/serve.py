@@ -8,6 +8,7 @@ import tyro
 
 from mla_moe.cli.generate import load_model_and_tokenizer
 from mla_moe.config.errors import require_between
+from mla_moe.config.hub import is_hub, parse_url
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +16,8 @@ class Serve:
     """Serve a checkpoint over HTTP with an OpenAI-compatible API: completions, chat completions, streaming."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A Hugging Face directory, or a run's directory or checkpoint. Without a tokenizer, tokens are bytes."""
+    """A Hugging Face directory, a run's directory or checkpoint, or hf://ORG/NAME. Without a tokenizer, tokens are
+    bytes."""
     host: str = "127.0.0.1"
     """Address to listen on; by default only this machine can connect. Any other needs an API key, or --no-auth."""
     port: int = 8000
@@ -75,7 +77,8 @@ class Serve:
             model, max_num_seqs=self.max_num_seqs, max_model_len=length, decode=tokenizer.decode,
             speculative=self.speculative, int8_kv_cache=self.int8_kv_cache,
         )  # fmt: skip
-        name = self.checkpoint.resolve().name
+        path = self.checkpoint
+        name = parse_url(path, "checkpoint").id if is_hub(path) else path.resolve().name
         app = application(
             engine, tokenizer, name, max_waiting=self.max_waiting, timeout=self.max_seconds,
             max_requests_per_client=self.max_requests_per_client, access=access,

@@ -4,7 +4,8 @@ import dataclasses
 import math
 import re
 
-from mla_moe.config.errors import MAX_SIZE, require_between, require_each, require_field, require_local
+from mla_moe.config.errors import MAX_SIZE, require_between, require_each, require_field
+from mla_moe.config.hub import require_path
 from mla_moe.config.resume import field
 
 
@@ -14,7 +15,8 @@ class DataConfig:
 
     train: tuple[str, ...] = ("cpython:train",)
     """Globs of .txt/.py/.md (one document per file), .jsonl, .json, .parquet or .arrayrecord files, or cpython:train:
-    the sources of the running Python's standard library and its language reference. Each entry is a source."""
+    the sources of the running Python's standard library and its language reference. Each entry is a source. Globs of
+    the Hub are hf://datasets/ORG/NAME@REVISION/PATH."""
     weights: tuple[float, ...] = ()
     """For each source of `train` its share of the packed sequences, relative to the others; sources repeat as often as
     that takes. By default all documents are shuffled together, so that shares are as the sizes of the sources."""
@@ -28,8 +30,8 @@ class DataConfig:
     """Longest document, line or record in bytes: more is not in memory at a time. A longer text file is read in windows
     of this size, each a document; another longer record counts as malformed. At most 256 GiB: no limit in practice."""
     tokenizer: str = "byte"
-    """byte, the path of a tokenizer.json, or bpe:SIZE to train a BPE tokenizer with SIZE tokens on the training text.
-    With --init-from, bpe:SIZE uses the tokenizer of that checkpoint."""
+    """byte, the path of a tokenizer.json, hf://ORG/NAME for that of a model of the Hub, or bpe:SIZE to train a BPE
+    tokenizer with SIZE tokens on the training text. With --init-from, bpe:SIZE uses that checkpoint's tokenizer."""
     max_lost_bytes_fraction: float = field(0.01, resume="free")
     """Largest fraction of the bytes of a sample of the text that the tokenizer may lose, as one without some characters
     does. Beyond it the run does not start; bits per byte counts 8 bits for each lost byte."""
@@ -42,10 +44,10 @@ class DataConfig:
     """Batches that are prepared ahead of the training step."""
 
     def __post_init__(self):
-        require_local("data.tokenizer", self.tokenizer)
+        require_path("data.tokenizer", self.tokenizer)
         for name in ("train", "heldout"):
             for pattern in getattr(self, name):
-                require_local(f"data.{name}", pattern)
+                require_path(f"data.{name}", pattern)
         require_field(self, "data.train", len(self.train) > 0, "name at least one file or glob")
         ok = len(self.weights) in (0, len(self.train)) and all(0 < w < math.inf for w in self.weights)
         require_field(self, "data.weights", ok, "give a positive number for each entry of data.train, or none")

@@ -39,11 +39,11 @@ def require_field(config: Any, name: str, ok: bool, message: str) -> None:
     require(ok, name, getattr(config, name.rpartition(".")[2]), message)
 
 
-def require_local(field: str, path: Any) -> None:
+def require_local(field: str, path: Any, allowed: str = "files of this host are read and written") -> None:
     """Raise `ConfigError` for what cannot name a file of this host: a URL such as `gs://bucket/x`, also as a `Path`,
     which drops one of the slashes, a name that is too long, and one with a null byte or that is not text."""
     text = "" if path is None else str(path)
-    fix = "is a URL; only files of this host are read and written: name the path where it is mounted or downloaded"
+    fix = f"is a URL; only {allowed}: name the path where it is mounted or downloaded"
     require(not re.match(r"\w[\w+.-]+:/", text), field, re.sub(":/(?!/)", "://", text, count=1), fix)
     require(not re.search("[\0\ud800-\udfff]", text), field, text, "has a null byte, or bytes that are not UTF-8")
     too_long = len(os.fsencode(text)) > _PATH_BYTES or any(len(os.fsencode(n)) > _NAME_BYTES for n in text.split("/"))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mla_moe.config.errors import require, require_field, structure
 from mla_moe.config.files import read_json_object
+from mla_moe.config.hub import download_file, is_hub, is_hub_id
 from mla_moe.config.modules import AttentionConfig, MoEConfig, require_values
 from mla_moe.config.resume import field
 from mla_moe.config.rope import Yarn
@@ -121,14 +122,16 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any] | str | Path) -> "ModelConfig":
-        """Read a Hugging Face `config.json`: its contents, its path, or the path of its directory.
+        """Read a Hugging Face `config.json`: its contents, its path, the path of its directory, or a model of the Hub
+        as `ORG/NAME` or `hf://ORG/NAME@REVISION`.
 
         Any architecture in `config.architectures`; without `model_type` it is DeepSeek-V3's. Raises `ConfigError` for a
         missing field, and for a value that is not part of the architecture. Other fields that the model does not use
         are logged by name, unless they have no effect.
         """
         if isinstance(config, str | Path):
-            path = Path(config)
+            url = f"hf://{config}" if is_hub_id(config) else config
+            path = download_file(url, "config.json", "config.json") if is_hub(url) else Path(config)
             config = read_json_object(path / "config.json" if path.is_dir() else path, "config.json")
         require(isinstance(config, Mapping), "config.json", config, "give its contents, its path, or its directory")
         model_type = config.get("model_type")

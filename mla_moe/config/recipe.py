@@ -23,6 +23,7 @@ from mla_moe.config.errors import (
     structure,
 )
 from mla_moe.config.flags import parse_flags
+from mla_moe.config.hub import require_path
 from mla_moe.config.migrations import FORMAT_VERSION, migrate_recipe, renamed_flag
 from mla_moe.config.model import ModelConfig
 from mla_moe.config.optimizer import OptimizerConfig
@@ -84,7 +85,7 @@ class Recipe:
     """Seed of initialization, data order and sampling."""
     init_from: str | None = None
     """Checkpoint that initializes the first stage, instead of random parameters: a Hugging Face directory, a run's
-    directory, or one of its checkpoints."""
+    directory, one of its checkpoints, or a model of the Hub as hf://ORG/NAME@REVISION."""
     init_parts: Literal["params", "full_state"] = "params"
     """What init_from initializes: params (parameters and router biases), or full_state (of a run on the same data:
     also optimizer state, step and position in the data, so that this run continues that one)."""
@@ -112,7 +113,7 @@ class Recipe:
 
     def __post_init__(self):
         require_local("run_dir", self.run_dir)
-        require_local("init_from", self.init_from)
+        require_path("init_from", self.init_from)
         for name, leaf in leaves(self).items():
             require_number(name, leaf.value)
         require_field(self, "seed", 0 <= self.seed < 1 << 31, "in [0, 2**31)")

@@ -14,6 +14,7 @@ import tokenizers
 
 from mla_moe.config import ConfigError
 from mla_moe.config.files import read_text
+from mla_moe.config.hub import download_file, is_hub
 from mla_moe.text.isolated import text_worker
 from mla_moe.text.special_tokens import (
     BYTE_SPECIAL_IDS,
@@ -179,7 +180,8 @@ def _sample(documents: Sequence[str]) -> Iterator[str]:
 def load_tokenizer(
     spec: str, run_dir: str | Path, documents: Sequence[str], inherited: Path | None = None
 ) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names: `byte`, the path of a `tokenizer.json`, or `bpe:SIZE`.
+    """The tokenizer that `data.tokenizer` names: `byte`, the path of a `tokenizer.json`, a model of the Hub, or
+    `bpe:SIZE`.
 
     `bpe:SIZE` is trained on `documents` when the run starts and saved in `run_dir`, from where a resumed run loads it.
     A run that is initialized from a checkpoint takes the checkpoint's tokenizer `inherited` instead, because token ids
@@ -188,7 +190,7 @@ def load_tokenizer(
     if spec == "byte":
         return ByteTokenizer()
     if not spec.startswith("bpe:"):
-        return HFTokenizer(spec)
+        return HFTokenizer(tokenizer_path(spec))
     size, path = int(spec.removeprefix("bpe:")), Path(run_dir) / "tokenizer.json"
     if not path.exists():
         if inherited is None:
@@ -201,6 +203,11 @@ def load_tokenizer(
     tokenizer = HFTokenizer(path)
     _check_size(tokenizer, size, "use another run_dir")
     return tokenizer
+
+
+def tokenizer_path(spec: str) -> Path:
+    """The `tokenizer.json` that `spec` names: a path, or a model of the Hub, whose tokenizer is downloaded."""
+    return download_file(spec, _FIELD, "tokenizer.json", TOKENIZER_FILES) if is_hub(spec) else Path(spec)
 
 
 def _check_size(tokenizer: HFTokenizer, size: int, fix: str) -> None:

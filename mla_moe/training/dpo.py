@@ -60,7 +60,7 @@ class DPOTrainer(NextTokenTrainer):
 
     features = SFT_FEATURES
 
-    def __init__(self, context: RunContext, start: Path):
+    def __init__(self, context: RunContext, start: str | Path):
         self.name, self.context, self._start, dpo = "dpo", context, start, context.recipe.dpo
         steps = dpo.steps or self.dataset.steps(dpo.epochs or 1, dpo.batch_size, dpo.sequence_length)
         super().__init__("dpo", context, dpo.training(context.recipe.training, steps), dpo.optimizer)

@@ -43,7 +43,7 @@ def initial_state(context: RunContext, tx: optax.GradientTransformation, positio
     return state
 
 
-def starting_checkpoint(stage: str, recipe: Recipe, run_dir: Path) -> Path:
+def starting_checkpoint(stage: str, recipe: Recipe, run_dir: Path) -> str | Path:
     """The checkpoint from which a stage after pretraining starts: that of the last earlier stage in the run, else
     `recipe.init_from`. Raises `ConfigError` if there is neither."""
     active = {"pretrain": recipe.training.steps, "sft": recipe.sft.active, "dpo": recipe.dpo.active}
@@ -53,7 +53,7 @@ def starting_checkpoint(stage: str, recipe: Recipe, run_dir: Path) -> Path:
             return run_dir / "checkpoints" / earlier
     if recipe.init_from is None:
         raise ConfigError("init_from", None, f"name a checkpoint for {stage} to start from, or set training.steps")
-    return Path(recipe.init_from)
+    return recipe.init_from
 
 
 def state_from_checkpoint(path: str | Path, context: RunContext, tx: optax.GradientTransformation) -> TrainState:

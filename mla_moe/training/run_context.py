@@ -95,7 +95,7 @@ def open_chat_tokenizer(recipe: Recipe, run_dir: Path, tokenizer: Tokenizer) -> 
     """The tokenizer with the chat template and the stop tokens that are beside its file."""
     spec = recipe.data.tokenizer
     is_file = spec != "byte" and not spec.startswith("bpe:")
-    return load_chat_tokenizer(Path(spec).parent if is_file else run_dir, tokenizer)
+    return load_chat_tokenizer(Path(tokenizer.name).parent if is_file else run_dir, tokenizer)
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ class SFTTrainer(NextTokenTrainer):
 
     features = SFT_FEATURES
 
-    def __init__(self, name: str, context: RunContext, steps: int, patterns: Sequence[str], start: Path):
+    def __init__(self, name: str, context: RunContext, steps: int, patterns: Sequence[str], start: str | Path):
         sft = context.recipe.sft
         self.name, self.context, self._patterns, self._start = name, context, patterns, start
         steps = steps or self.dataset.steps(sft.epochs or 1, sft.batch_size, sft.sequence_length)

@@ -74,6 +74,19 @@ def model() -> mla_moe.ModelConfig:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
+    """The directory. A fake Hub has the same model, and texts."""
+    fake_hub = pytest.importorskip("tests.hub.fake_hub")
+    world = _world(tmp_path_factory)
+    hub = fake_hub.FakeHub()
+    files = {path.name: path.read_bytes() for path in (world / "path/to/DeepSeek-V2-Lite").iterdir()}
+    hub.add("models/deepseek-ai/DeepSeek-V2-Lite", files)
+    hub.add("datasets/org/texts", {"data/some.jsonl": (world / "valid/some.jsonl").read_bytes()})
+    with pytest.MonkeyPatch.context() as monkeypatch, fake_hub.listening(hub, monkeypatch, world):
+        monkeypatch.setenv("HF_TOKEN", "hf_of_the_tests")
+        yield world
+
+
+def _world(tmp_path_factory):
     world = tmp_path_factory.mktemp("world")
     for name in ("configs", "docs", "examples", "train.py", "pyproject.toml", "requirements.lock", ".ci", "tests"):
         (world / name).symlink_to(ROOT / name)

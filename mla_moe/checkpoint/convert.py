@@ -16,7 +16,7 @@ from mla_moe.checkpoint.save_errors import as_save_error
 from mla_moe.checkpoint.tokenizer_files import files_to_copy, hf_config
 from mla_moe.checkpoint.unused_tensors import UNUSED, unused_tensors
 from mla_moe.config import require
-from mla_moe.config.errors import require_local
+from mla_moe.config.hub import is_hub, require_path, shown
 from mla_moe.nn.abstract_model import AbstractModel
 
 
@@ -29,19 +29,25 @@ def convert(
     fp8: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Convert the checkpoint `src` to the new directory `dst`, which appears only when it is complete.
+    """Convert the checkpoint `src` to the new directory `dst`, which appears only when it is complete, or to a commit
+    in the repository `hf://ORG/NAME` of the Hub, or its branch `hf://ORG/NAME@BRANCH`; a new one is private.
 
-    `src` is a Hugging Face directory, a run or one of its checkpoints, of which only parameters and router biases are
-    taken. Peak memory does not depend on the size of the checkpoint. Tensors keep their dtypes unless `dtype` is set;
-    router biases always do. FP8 blocks are dequantized to bfloat16 or `dtype`. With `fp8` they stay as they are, and
-    the other matrices that DeepSeek releases in FP8 are quantized. Tokenizer, chat template, generation settings and
-    code are copied and never executed. Raises `CheckpointError` if `dst` exists or is inside `src`, and if `src` is not
-    valid, and `CheckpointSaveError` or another `OSError` if the disk is full.
+    `src` is a Hugging Face directory, a model of the Hub, a run or one of its checkpoints, of which only parameters
+    and router biases are taken. Peak memory does not depend on the size of the checkpoint. Tensors keep their dtypes
+    unless `dtype` is set; router biases always do. FP8 blocks are dequantized to bfloat16 or `dtype`. With `fp8` they
+    stay as they are, and the other matrices that DeepSeek releases in FP8 are quantized. Tokenizer, chat template,
+    generation settings and code are copied and never executed. Raises `CheckpointError` if `dst` exists or is inside
+    `src`, and if `src` is not valid, `ConfigError` if the Hub refuses, and `CheckpointSaveError` or another `OSError`
+    if the disk is full.
     """
     require(to in ("hf", "orbax"), "to", to, "one of hf, orbax")
-    require_local("path", dst)
+    require_path("path", dst)
+    fix = "takes Hugging Face's layout; convert with --to hf"
+    require(to == "hf" or not is_hub(dst), "path", shown(dst), fix)
     source, target = open_checkpoint(src), Path(dst)
-    inside = any(path.resolve() in (p := target.resolve(), *p.parents) for path in (Path(src), source.directory))
+    inside = not is_hub(dst) and any(
+        path.resolve() in (p := target.resolve(), *p.parents) for path in (Path(src), source.directory)
+    )
     check(not inside, "path", str(dst), f"is inside {src}, which would change; name a directory elsewhere")
     dtype = None if dtype is None else weight_dtype(dtype)
     if to == "orbax":

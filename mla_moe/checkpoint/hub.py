@@ -2,13 +2,25 @@
 
 import glob
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from mla_moe.checkpoint.files import read_json
 from mla_moe.checkpoint.tokenizer_files import SIDE_FILES
 from mla_moe.config import require
 from mla_moe.config.hub import download, is_hub, parse_url, shown
 
+if TYPE_CHECKING:
+    from huggingface_hub import HfUri
+
 INDEX = "model.safetensors.index.json"
+
+
+def parse_model(url: Any, field: str) -> "HfUri":
+    """The parts of a URL of a model. Raises `ConfigError` for another."""
+    uri = parse_url(url, field)
+    ok = uri.type == "model" and not uri.path_in_repo
+    require(ok, field, shown(url), "names no model: write hf://ORG/NAME or hf://ORG/NAME@REVISION")
+    return uri
 
 
 def local_checkpoint(path: str | Path, field: str = "checkpoint") -> Path:
@@ -17,9 +29,7 @@ def local_checkpoint(path: str | Path, field: str = "checkpoint") -> Path:
     `config.hub.download` does, and for a URL of something else than a model."""
     if not is_hub(path):
         return Path(path)
-    uri = parse_url(path, field)
-    ok = uri.type == "model" and not uri.path_in_repo
-    require(ok, field, shown(path), "names no model: write hf://ORG/NAME or hf://ORG/NAME@REVISION")
+    uri = parse_model(path, field)
     directory = download(path, field, SIDE_FILES)
     commit = f"hf://{uri.id}@{directory.name}"  # what is downloaded next is of the same commit
     weight_map = read_json(directory / INDEX).get("weight_map") if (directory / INDEX).is_file() else None

@@ -62,7 +62,8 @@ def save_pretrained(
     fp8: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Save a directory that transformers, vLLM and SGLang load. It appears only when it is complete.
+    """Save a directory that transformers, vLLM and SGLang load. It appears only when it is complete. `hf://ORG/NAME` is
+    a commit to the Hub, in a repository that is private if it is new.
 
     Weights keep the model's dtypes, and a loaded router its file's, unless `dtype` is set; router biases are then
     float32. `like` is a checkpoint or run whose tokenizer, chat template, token ids and vision tower are copied. With
@@ -87,7 +88,7 @@ def save_pretrained(
     if beside:
         entries += unused_tensors(beside, model.cfg)
     config = hf_config(model.cfg, dtype or model.precision.param, fp8=fp8, beside=beside)
-    write_checkpoint(Path(path), config, entries, max_shard_bytes, files_to_copy(beside) if beside else {})
+    write_checkpoint(path, config, entries, max_shard_bytes, files_to_copy(beside) if beside else {})
 
 
 def _full_tensor(array: jax.Array, parts: list[TensorMapping], dtype: np.dtype) -> Iterator[np.ndarray]:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_moe.checkpoint import fp8 as fp8_blocks
-from mla_moe.checkpoint.files import atomic_directory, flush_to_disk, progress_bar, write_side_files
+from mla_moe.checkpoint.files import flush_to_disk, progress_bar, write_side_files
+from mla_moe.checkpoint.hub_commit import new_directory
 from mla_moe.checkpoint.safetensors_reader import DTYPES
 
 SHARD_BYTES = 5 << 30
@@ -57,11 +58,15 @@ def tensor_entries(
 
 
 def write_checkpoint(
-    path: Path, config: dict[str, Any], entries: Sequence[TensorEntry], max_shard_bytes: int, files: Mapping[str, Path]
+    path: str | Path,
+    config: dict[str, Any],
+    entries: Sequence[TensorEntry],
+    max_shard_bytes: int,
+    files: Mapping[str, Path],
 ) -> None:
     """Write tensors as `model.safetensors`, or as numbered shards of at most `max_shard_bytes` and their index, their
-    `config.json`, and copies of `files` by name. The directory appears only when it is complete. Raises
-    `CheckpointError` if it exists."""
+    `config.json`, and copies of `files` by name. The directory appears only when it is complete; a URL
+    of the Hub is one commit. Raises `CheckpointError` if the directory exists, and `ConfigError` if the Hub refuses."""
     shards: list[list[TensorEntry]] = [[]]
     filled, total = 0, sum(entry.nbytes for entry in entries)
     for entry in entries:
@@ -73,9 +78,10 @@ def write_checkpoint(
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     names = names if len(shards) > 1 else ["model.safetensors"]
     weight_map = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-    with atomic_directory(path) as directory, progress_bar("Writing", total) as advance:
+    with new_directory(path) as (directory, finish), progress_bar("Writing", total) as advance:
         for name, shard in zip(names, shards, strict=True):
             write_file(directory / name, shard, advance)
+            finish(directory / name)
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")

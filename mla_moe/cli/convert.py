@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from mla_moe.checkpoint.convert import convert
+from mla_moe.config.hub import is_hub, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,9 +17,10 @@ class Convert:
     destination appears only when it is complete, and is without the optimizer state of a run."""
 
     src: tyro.conf.Positional[Path]
-    """A Hugging Face directory, or a run's directory or checkpoint."""
+    """A Hugging Face directory, a run's directory or checkpoint, or hf://ORG/NAME."""
     dst: tyro.conf.Positional[Path]
-    """The new directory."""
+    """The new directory. hf://ORG/NAME, or hf://ORG/NAME@BRANCH, is a commit to the Hub; a new repository is
+    private."""
     to: Literal["hf", "orbax"] = "hf"
     """hf: config.json and safetensors; orbax: a checkpoint for `--init-from` and Orbax."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -31,5 +33,8 @@ class Convert:
 
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a single process merges nothing
         convert(self.src, self.dst, to=self.to, dtype=self.dtype and jnp.dtype(self.dtype), fp8=self.fp8)
+        if is_hub(self.dst):
+            print(f"{shown(self.dst)}: committed")
+            return
         size = sum(file.stat().st_size for file in self.dst.rglob("*") if file.is_file())
         print(f"{self.dst}: {size / 1e9:.2f} GB")

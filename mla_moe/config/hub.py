@@ -61,7 +61,7 @@ def download(url: Any, field: str, patterns: Sequence[str], ignore: str = "*/*")
     from huggingface_hub import snapshot_download
 
     uri = parse_url(url, field)
-    with _errors(field, url):
+    with hub_errors(field, url):
         folder = snapshot_download(
             uri.id, repo_type=uri.type, revision=uri.revision, allow_patterns=list(patterns), ignore_patterns=[ignore]
         )
@@ -104,7 +104,7 @@ def shown(url: Any) -> str:
 
 
 @contextlib.contextmanager
-def _errors(field: str, url: Any) -> Generator[None]:
+def hub_errors(field: str, url: Any) -> Generator[None]:
     """Errors of the Hub, in one line each. Those of the disk stay as they are."""
     from huggingface_hub import constants, errors, is_offline_mode
 

@@ -24,7 +24,10 @@ from mla_moe.parallel.accelerators import GPUS, TPUS
 from mla_moe.training.console import Console
 from tests.docs.conftest import PAGES, ROOT, blocks, small
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning"),  # of huggingface_hub 2.4, in uploads
+]
 
 LIBRARIES = {"reasoning_gym:": "reasoning_gym", "chain_sum": "reasoning_gym", "questions.jsonl": "math_verify"}
 """Part of a command -> the package of the extra `rl` that it needs."""

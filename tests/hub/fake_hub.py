@@ -49,6 +49,7 @@ class FakeHub:
                 Route("/api/repos/create", self._create, methods=["POST"]),
                 Route(f"{repo}/preupload/{{revision}}", self._preupload, methods=["POST"]),
                 Route(f"{repo}/commit/{{revision}}", self._commit, methods=["POST"]),
+                Route(f"{repo}/branch/{{revision}}", self._branch, methods=["POST"]),
                 Route("/{org}/{name}.git/info/lfs/objects/batch", self._batch, methods=["POST"]),
                 Route("/lfs/{oid}", self._upload, methods=["PUT"]),
             ]
@@ -127,8 +128,18 @@ class FakeHub:
         name = f"{body.get('type', 'model')}s/{body['organization']}/{body['name']}"
         status = 409 if name in self.repos else 200
         if status == 200:
-            self.add(name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=body.get("private") or False)
+            self.add(
+                name, {".gitattributes": b"*.safetensors filter=lfs\n"}, private=body.get("visibility") == "private"
+            )
         return JSONResponse({"url": f"{request.base_url}{body['organization']}/{body['name']}"}, status)
+
+    async def _branch(self, request: Request) -> Response:
+        self.requests.append((request.method, request.url.path))
+        at = request.path_params
+        branches = self.repos[f"{at['kind']}/{at['org']}/{at['name']}"].branches
+        existed = at["revision"] in branches
+        branches.setdefault(at["revision"], branches["main"])
+        return Response(status_code=409 if existed else 200)
 
     async def _preupload(self, request: Request) -> Response:
         if isinstance(opened := self._open(request), Response):
@@ -176,7 +187,9 @@ class FakeHub:
                 del files[value["path"]]
         at = request.path_params
         commit = self.add(f"{at['kind']}/{at['org']}/{at['name']}", files, branch=at["revision"])
-        return JSONResponse({"commitUrl": f"{request.base_url}commit/{commit}", "commitOid": commit})
+        return JSONResponse(
+            {"commitUrl": f"{request.base_url}{at['org']}/{at['name']}/commit/{commit}", "commitOid": commit}
+        )
 
 
 @contextlib.contextmanager

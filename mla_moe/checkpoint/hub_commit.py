@@ -1,0 +1,69 @@
+"""Commit a checkpoint to the Hugging Face Hub, file by file as they are written."""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+from mla_moe.checkpoint.files import CheckpointError, atomic_directory
+from mla_moe.checkpoint.hub import INDEX, parse_model
+from mla_moe.config.hub import hub_errors, is_hub, shown
+
+
+@contextlib.contextmanager
+def new_directory(path: str | Path) -> Generator[tuple[Path, Callable[[Path], None]]]:
+    """A directory for the files of a new checkpoint, and a function that is told each large file that is finished.
+
+    `path` exists when the block succeeds, and not if it fails: `atomic_directory`, or one commit to a repository of the
+    Hub. For the latter, files are uploaded and removed as they are finished, so that the host needs room for one."""
+    if is_hub(path):
+        with _hub_commit(path) as directory_and_finish:
+            yield directory_and_finish
+    else:
+        with atomic_directory(Path(path)) as directory:
+            yield directory, lambda file: None
+
+
+@contextlib.contextmanager
+def _hub_commit(url: Any) -> Generator[tuple[Path, Callable[[Path], None]]]:
+    """A new repository is private. Weights that it had and that are not written again are removed in the same
+    commit."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+
+    uri, api = parse_model(url, "path"), HfApi()
+    additions: dict[str, CommitOperationAdd] = {}
+
+    def upload(file: Path) -> None:
+        addition = additions[file.name] = CommitOperationAdd(file.name, file)
+        with _upload_errors(url):
+            api.preupload_lfs_files(uri.id, [addition], revision=uri.revision)
+        if addition.path_or_fileobj == b"":  # as the library leaves what is uploaded
+            file.unlink()
+
+    with _upload_errors(url):
+        api.create_repo(uri.id, private=True, exist_ok=True)
+        if uri.revision:
+            api.create_branch(uri.id, branch=uri.revision, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="mla_moe-hub-") as temporary:
+        yield Path(temporary), upload
+        for file in sorted(Path(temporary).iterdir()):
+            additions.setdefault(file.name, CommitOperationAdd(file.name, file))
+        with _upload_errors(url):
+            former = set(api.list_repo_files(uri.id, revision=uri.revision)) - additions.keys()
+            stale = [name for name in sorted(former) if name == INDEX or Path(name).match("*.safetensors")]
+            operations = [*additions.values(), *map(CommitOperationDelete, (name for name in stale if "/" not in name))]
+            api.create_commit(
+                uri.id, operations, commit_message="Upload a checkpoint with mla_moe", revision=uri.revision
+            )
+
+
+@contextlib.contextmanager
+def _upload_errors(url: Any) -> Generator[None]:
+    try:
+        with hub_errors("path", url):
+            yield
+    except RuntimeError as error:  # in which the library wraps whatever ends an upload
+        cause = error.__cause__ or error
+        fix = "nothing is committed; check the connection and start again"
+        raise CheckpointError("path", shown(url), f"the upload failed: {cause}; {fix}") from None

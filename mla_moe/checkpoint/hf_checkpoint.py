@@ -26,6 +26,7 @@ from mla_moe.checkpoint.hf_mapping import (
 from mla_moe.checkpoint.safetensors_reader import BFLOAT16, WEIGHT_DTYPES, SafetensorsReader
 from mla_moe.checkpoint.safetensors_writer import TensorEntry, tensor_entries
 from mla_moe.config import ModelConfig
+from mla_moe.config.errors import visible
 from mla_moe.nn.abstract_model import AbstractModel
 
 logger = logging.getLogger(__name__)
@@ -125,7 +126,7 @@ class HFCheckpoint:
         self.cfg = _check_model(cfg, self.tensors)
         if unused := self.tensors.unused:
             note = "%s: %d tensors are no part of the model and not used, %s among them"
-            logger.warning(note, directory, len(unused), min(unused))
+            logger.warning(note, directory, len(unused), visible(min(unused)))
         self._shapes = {path: v.get_value().shape for path, v in AbstractModel(self.cfg).variables.items()}
         self._mappings: Mapping[str, list[TensorMapping]] = {path: [] for path in self._shapes}
         for mapping in tensor_mappings(self.cfg, copies=False):

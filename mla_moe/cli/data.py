@@ -12,7 +12,7 @@ import tyro
 
 from mla_moe.cli.recipe import open_recipe
 from mla_moe.config import require
-from mla_moe.config.errors import require_between
+from mla_moe.config.errors import require_between, visible
 from mla_moe.text.tokenizer import Tokenizer
 
 
@@ -55,7 +55,7 @@ class Data:
             data = (open_preferences if is_dpo else open_sft_data)(recipe, chat, section.data, field)
         skipped = skipped_examples(data, most, "cut" if is_dpo else recipe.sft.truncation)
         for line in (f"{len(data):,} examples, of {formats(data)}", *skipped):
-            console.print(line)
+            console.print(visible(line))
         for number, example in zip(range(self.examples), data, strict=False):
             side_T = example.get("side", np.zeros_like(example["tokens"]))
             for side in np.unique(side_T):
@@ -72,5 +72,5 @@ def shown_tokens(ids: Sequence[int], mask: Sequence[int], tokenizer: Tokenizer) 
         edge = "│" if trained == before else "«" if trained else "»"
         shown.append(edge if len(shown) else "", style="dim")
         text = tokenizer.token_bytes(token).decode(errors="replace") or tokenizer.token_name(token)
-        shown.append(text, style="green" if trained else "")
+        shown.append(visible(text), style="green" if trained else "")
     return shown.append("»" if mask[-1] else "", style="dim")

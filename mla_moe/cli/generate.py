@@ -11,7 +11,7 @@ from mla_moe.checkpoint.hub import local_checkpoint
 from mla_moe.checkpoint.pretrained import load_pretrained
 from mla_moe.checkpoint.tokenizer_files import tokenizer_file
 from mla_moe.config import require
-from mla_moe.config.errors import MAX_SIZE, require_between
+from mla_moe.config.errors import MAX_SIZE, require_between, visible
 from mla_moe.inference.engine import Engine
 from mla_moe.inference.generate import required_length
 from mla_moe.inference.request import Request
@@ -66,11 +66,11 @@ class Generate:
             speculative=self.speculative, int8_kv_cache=self.int8_kv_cache,
         )  # fmt: skip
         # The text goes to standard output, the time and the acceptance of draft tokens to standard error.
-        start, printed = time.perf_counter(), 0
+        start, printed, shown = time.perf_counter(), 0, visible if sys.stdout.isatty() else str
         completion = engine.submit(request)
         while completion.finish_reason is None:
             engine.step()
-            print(completion.text[printed:], end="", flush=True)
+            print(shown(completion.text[printed:]), end="", flush=True)
             printed = len(completion.text)
         print()
         seconds, drafts = time.perf_counter() - start, engine.draft_stats

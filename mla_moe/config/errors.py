@@ -1,6 +1,7 @@
 """`ConfigError`, which names a field, its value and what to do, and the conversion of plain JSON to dataclasses."""
 
 import dataclasses
+import functools
 import os
 import re
 import types
@@ -13,6 +14,7 @@ MAX_SIZE = (1 << 31) - 1
 _SHOWN_VALUE, _SHOWN_MESSAGE = 300, 2000
 """Characters of a value and of a message that an error shows; a value may be a whole file."""
 _NAME_BYTES, _PATH_BYTES = 255, 4095  # of Linux
+_type_hints = functools.cache(typing.get_type_hints)  # evaluates the text of annotations: a third of reading a recipe
 
 
 class ConfigError(ValueError):
@@ -20,12 +22,18 @@ class ConfigError(ValueError):
 
     def __init__(self, field: str, value: Any, message: str):
         text = f"{field} = {_cut(repr(value), _SHOWN_VALUE)}: {_cut(message, _SHOWN_MESSAGE)}"
-        super().__init__(" ".join(text.splitlines()))
+        super().__init__(visible(" ".join(text.splitlines())))
         self.field, self.value, self.message = field, value, message
 
 
 def _cut(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[:most]}…"
+
+
+def visible(text: str) -> str:
+    """Foreign text for a terminal: control characters other than tabs and newlines as escapes, such as `\\x1b`. They
+    could clear the screen, hide what stands there, or set the terminal's title and clipboard."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def require(ok: bool, field: str, value: Any, message: str) -> None:
@@ -81,7 +89,7 @@ def structure(cls: Any, value: Any, field: str) -> Any:
     origin, arguments = typing.get_origin(cls), typing.get_args(cls)
     if dataclasses.is_dataclass(cls):
         require(isinstance(value, dict), field, value, f"an object with the fields of {cls.__name__}")
-        hints = typing.get_type_hints(cls)
+        hints = _type_hints(cls)
         known = {f.name: f for f in dataclasses.fields(cls)}
         for name in value:
             require(name in known, f"{field}.{name}", value[name], f"no such field; there are {', '.join(known)}")

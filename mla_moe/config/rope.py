@@ -81,7 +81,7 @@ def rope_scaling(parameters: Mapping[str, Any], field: str = "rope_scaling") -> 
     for one that the kind does not have, unless its value has no effect."""
     given = {name: value for name, value in parameters.items() if name not in ("type", "rope_type", "rope_theta")}
     name = parameters.get("rope_type") or parameters.get("type") or "default"
-    require(name in _KINDS, f"{field}.type", name, f"use one of {', '.join(_KINDS)}")
+    require(isinstance(name, str) and name in _KINDS, f"{field}.type", name, f"use one of {', '.join(_KINDS)}")
     kind = _KINDS[name]
     known = {f.name: f for f in dataclasses.fields(kind)} if kind else {}
     for key, value in list(given.items()):

@@ -92,7 +92,10 @@ class ChatRecords:
         results = iter(self.encoding.conversations(conversations) if conversations else [])
         for where, name, sides, value in waiting:
             found = [next(results) if isinstance(side, Conversation) else self.encoding.pair(side) for side in sides]
-            if wrong := next((side for side in found if isinstance(side, str)), None):
+            wrong = next((side for side in found if isinstance(side, str)), None)
+            if len(found) == 2 and found[0] == found[1]:  # they differ in what the tokens do not show
+                wrong = wrong or "'chosen' and 'rejected' are the same tokens"
+            if wrong:
                 self.malformed.append(f"{where}: {wrong}")
                 continue
             self.formats[name] += 1

@@ -63,14 +63,18 @@ def read_example(record: Mapping[str, Any], format: str, *, chat: bool) -> Pair 
     if format == "preference":
         return _preference(record)
     if format == "alpaca":
-        instruction, given = _text(record, "instruction"), record.get("input") or ""
+        record = {key: value for key, value in record.items() if value is not None}
+        instruction, given = _text(record, "instruction"), _text({"input": ""} | record, "input")
+        system = _text({"system": ""} | record, "system")
         question = f"{instruction}\n\n{given}" if given else instruction
         pair = Pair(question, _text(record, "output", empty=False))
         if not chat:
+            if system:
+                raise ValueError("has a 'system' message, which needs a chat template")
             return pair
-        system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
+        before = [{"role": "system", "content": system}] if system else []
         said = [{"role": "user", "content": pair.question}, {"role": "assistant", "content": pair.completion}]
-        return Conversation([*system, *said], [len(system) + 1])
+        return Conversation([*before, *said], [len(before) + 1])
     if format == "question_completion":
         return Pair(_text(record, "question"), _text(record, "completion", empty=False))
     tools = _tools(record.get("tools"))

@@ -11,6 +11,8 @@ from rich.console import JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from mla_moe.config.errors import visible
+
 WIDTH = 80
 """Columns of the narrowest supported terminal."""
 LOG_SECONDS = 10.0
@@ -25,7 +27,7 @@ class Console:
 
     def print(self, message: str) -> None:
         """Print a line, above the progress bar if there is one. It is not truncated, and brackets are not markup."""
-        self._rich.print(message, markup=False, soft_wrap=True)
+        self._rich.print(visible(message), markup=False, soft_wrap=True)
 
     def startup_table(self, title: str, rows: Sequence[tuple[str, str]], justify: JustifyMethod = "left") -> None:
         """Print the settings of a stage: names and values under a title."""
@@ -34,7 +36,7 @@ class Console:
         table.add_column(style="dim", no_wrap=True)
         table.add_column(justify=justify, overflow="fold")
         for name, value in rows:
-            table.add_row(Text(name), Text(value))
+            table.add_row(Text(visible(name)), Text(visible(value)))
         self._rich.print(table)
 
     def result_table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:

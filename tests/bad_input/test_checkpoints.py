@@ -1,6 +1,7 @@
 """Checkpoints of strangers: changed headers, configurations, indices and bytes are loaded whole, or refused by name."""
 
 import contextlib
+import functools
 import json
 import shutil
 
@@ -10,12 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_moe import ConfigError, ModelConfig, Transformer, save_pretrained
+from mla_moe.checkpoint import hf_checkpoint
 from mla_moe.checkpoint.reader import open_checkpoint
 
 from .json_values import changed
 
 SIZES = st.sampled_from([0, -1, 2, 10**5, 10**9, 2**63, 10**30, True, 2.0, "2", None, [2]])
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _traced_once():
+    """Most inputs that are read leave the model as it is, and its shapes take longer than all the rest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_checkpoint, "AbstractModel", functools.lru_cache(100)(hf_checkpoint.AbstractModel))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mla_moe import ConfigError
 from mla_moe.checkpoint.orbax_layout import find_step
 from mla_moe.config import load_recipe
-from mla_moe.report import page
+from mla_moe.report import drawing, page, panels, rl
 from mla_moe.training.run_directory import add_summary, open_run_directory
 
 from .json_values import VALUES, changed
@@ -36,6 +36,23 @@ LOADS = {"stage": "pretrain", "step": 1, "load": [[0.5, 0.5]]}
 LINES = {"metrics.jsonl": METRICS, "samples.jsonl": SAMPLES, "expert_load.jsonl": LOADS}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _drawn_once():
+    """Most changes leave most curves as they are. Drawing takes longer than all the rest: equal ones are drawn once."""
+    draw, drawn = drawing.draw_curves, {}
+
+    def draw_once(stage, title, lines, scale="linear"):
+        key = title, lines, scale, *(values.tobytes() for line in lines for values in stage.series(line.key))
+        if key not in drawn:
+            drawn[key] = draw(stage, title, lines, scale)
+        return drawn[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (drawing, panels, rl):
+            patch.setattr(module, "draw_curves", draw_once)
+        yield
+
+
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "good"
@@ -45,7 +62,11 @@ def good(tmp_path_factory):
     (folder / "summary.json").write_text(json.dumps({"parameters": "2 M"}))
     for name, row in LINES.items():
         (folder / name).write_text("".join(json.dumps(row | {"step": step}) + "\n" for step in (1, 2)))
-    return folder
+    return folder, recipe
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @st.composite
@@ -63,6 +84,7 @@ def contents(draw, good: bytes, row):
 @given(st.data())
 def test_any_run_directory(good, data):
     """Resuming reads it; so do the commands that take a run, and the report."""
+    good, recipe = good
     folder = good.with_name("changed")
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(good, folder)
@@ -72,13 +94,19 @@ def test_any_run_directory(good, data):
         (folder / name).write_bytes(data.draw(contents(before, row)))
     step = data.draw(st.sampled_from(["", "1", "x", "-1", "9" * 30]))
     (folder / "checkpoints" / "rl" / step).mkdir(parents=True)
+    before, written = files(folder), {".lock", "report.html"}
     with contextlib.suppress(ConfigError):
         find_step(folder)
     with contextlib.suppress(ConfigError):
         load_recipe(folder / "recipe.json")
     with contextlib.suppress(ConfigError):
-        open_run_directory(dataclasses.replace(load_recipe(good / "recipe.json"), run_dir=str(folder)))
+        open_run_directory(dataclasses.replace(recipe, run_dir=str(folder)))
+        written.add("recipe.json")
     with contextlib.suppress(ConfigError):
         add_summary(folder, {"steps": "2"})
+        written.add("summary.json")
     with contextlib.suppress(ConfigError):
         assert page.write_report(folder).stat().st_size > 1000
+    assert {name: content for name, content in files(folder).items() if name not in written} == {
+        name: content for name, content in before.items() if name not in written
+    }  # what is refused is not lost

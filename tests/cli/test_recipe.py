@@ -41,7 +41,7 @@ def test_model_and_tokenizer_are_those_of_the_checkpoint(checkpoint, cfg, name):
 
 
 def test_preview_shows_tokens_and_where_the_loss_is(checkpoint, tmp_path, capsys):
-    messages = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "you"}]
+    messages = [{"role": "user", "content": "hel\x1blo"}, {"role": "assistant", "content": "you"}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))
     rejected = [messages[0], {"role": "assistant", "content": "there"}]
     (tmp_path / "b.jsonl").write_text(json.dumps({"chosen": messages, "rejected": rejected}))
@@ -49,8 +49,8 @@ def test_preview_shows_tokens_and_where_the_loss_is(checkpoint, tmp_path, capsys
     assert main(["data", "preview", "configs/sft.py", *flags, "--sft.data", str(tmp_path / "a.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "1 examples, of 1 records of the format messages" in out
-    assert out.replace("│", "").endswith("<user>hello<assistant>«you</s>»\n")
+    assert out.replace("│", "").endswith("<user>hel\\x1blo<assistant>«you</s>»\n")
     assert main(["data", "preview", "configs/dpo.py", *flags, "--dpo.data", str(tmp_path / "b.jsonl")]) == 0
     out = capsys.readouterr().out.replace("│", "")
     assert "example 1, chosen: " in out
-    assert out.endswith("<user>hello<assistant>«there</s>»\n")
+    assert out.endswith("<user>hel\\x1blo<assistant>«there</s>»\n")

@@ -6,7 +6,7 @@ import math
 import pytest
 
 from mla_moe.config import ConfigError
-from mla_moe.config.errors import require_between, require_local, require_number
+from mla_moe.config.errors import require_between, require_local, require_number, visible
 
 
 def test_an_error_is_one_line_of_limited_length():
@@ -15,6 +15,13 @@ def test_an_error_is_one_line_of_limited_length():
     assert len(str(error)) < 2500
     assert len(str(error).splitlines()) == 1
     assert (error.field, len(error.value)) == ("field", 20_000)
+
+
+def test_foreign_text_does_not_control_the_terminal():
+    assert visible("a\x1b[2J\r\x9b日\n\tb\x7f") == "a\\x1b[2J\\x0d\\x9b日\n\tb\\x7f"
+    assert str(ConfigError("field", "\x1b", "has the keys \x1b]0;title\x07")) == (
+        "field = '\\x1b': has the keys \\x1b]0;title\\x07"
+    )
 
 
 @dataclasses.dataclass

@@ -105,6 +105,7 @@ YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"tie_word_embeddings": "yes"}, "config.json.tie_word_embeddings"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling.type"),
+        ({"rope_scaling": {"type": ["yarn"], "factor": 2.0}}, "rope_scaling.type"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.original_max_position_embeddings"),
         ({"vocab_size": None}, "config.json.vocab_size"),
         ({"rope_scaling": {"type": "yarn", "attention_factor": 1.5}}, "rope_scaling.attention_factor"),

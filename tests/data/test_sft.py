@@ -154,6 +154,13 @@ def test_formats_can_be_named_and_files_be_of_any_kind(tmp_path):
         ('{"messages": []}', "needs a list of messages under 'messages'"),
         ('{"messages": [{"role": "assistant", "content": "a"}]}', "no message of an assistant after one of a user"),
         (json.dumps({"chosen": MESSAGES[:2], "rejected": MESSAGES[:2]}), "'chosen' and 'rejected' are the same"),
+        (
+            json.dumps({"chosen": MESSAGES[:2], "rejected": [MESSAGES[0], MESSAGES[1] | {"name": "b"}]}),
+            "'chosen' and 'rejected' are the same tokens",
+        ),
+        ('{"instruction": "a", "input": {"b": 1}, "output": "c"}', "needs text under 'input'"),
+        ('{"instruction": "a", "system": ["b"], "output": "c"}', "needs text under 'system'"),
+        ('{"instruction": "a", "system": "b", "output": "c"}', "a 'system' message, which needs a chat template"),
         (json.dumps({"messages": [MESSAGES[0], {"role": "assistant"}]}), "neither content nor tool_calls"),
         (json.dumps({"messages": MESSAGES[:1] * 90 + MESSAGES[1:2]}), "is too long for the template"),
         ('{"conversations": [{"from": "me", "value": "a"}]}', "as 'from' one of human, user"),

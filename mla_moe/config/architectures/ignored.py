@@ -5,7 +5,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mla_moe.config.errors import require
+from mla_moe.config.errors import require, visible
 
 logger = logging.getLogger(__name__)
 
@@ -38,4 +38,4 @@ def check_ignored(config: Mapping[str, Any], known: Iterable[str]) -> None:
 @functools.cache
 def log_ignored(name: str, value: str) -> None:
     """Once per field and value."""
-    logger.warning("config.json: %s = %s is not supported and ignored", name, value)
+    logger.warning("config.json: %s = %s is not supported and ignored", visible(name), value)

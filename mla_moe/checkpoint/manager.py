@@ -108,6 +108,11 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         with self._as_save_error():
             self._manager.save(step, args=items, custom_metadata={"format_version": FORMAT_VERSION})
 
+    def wait_until_saved(self) -> None:
+        """Wait for the save in the background. Raises `CheckpointSaveError` if it fails."""
+        with self._as_save_error():
+            self._manager.wait_until_finished()
+
     def _as_save_error(self) -> contextlib.AbstractContextManager[None]:
         return as_save_error(Path(self._manager.directory), "the same command resumes from the checkpoint before")
 

@@ -7,7 +7,7 @@ import sys
 import jax
 
 from mla_moe.config import ConfigError
-from mla_moe.training.loss_monitor import TrainingHaltedError
+from mla_moe.training.errors import TrainingHaltedError
 
 _FIXES = {
     errno.ENOSPC: "free disk space",

@@ -68,7 +68,8 @@ def run(recipe: Recipe) -> int:
     from mla_moe.rl.trainer import train_rl
     from mla_moe.training.console import Console
     from mla_moe.training.dpo import train_dpo
-    from mla_moe.training.preemption import InterruptedRun, remember_interrupts
+    from mla_moe.training.errors import InterruptedRun
+    from mla_moe.training.preemption import remember_interrupts
     from mla_moe.training.pretrain import pretrain
     from mla_moe.training.run_context import enable_compile_cache
     from mla_moe.training.run_directory import open_run_directory, started_stages

@@ -53,7 +53,8 @@ def printed(job: Job, processes: int) -> str:
 
 
 def run(job: Job, processes: int) -> int:
-    """Run the processes until all have ended. Returns the first status other than 0, else 0. After SIGTERM or Ctrl-C
+    """Run the processes until all have ended. Returns the first status other than 0, else 0; that of a
+    process that a signal ended is 128 and the signal, as in a shell. After SIGTERM or Ctrl-C
     they save and end; a second signal kills them."""
     devices = devices_per_process(job.recipe.mesh, processes)
     with socket.socket() as free:
@@ -66,7 +67,8 @@ def run(job: Job, processes: int) -> int:
             for command in commands(job, processes, port):
                 # Not in the terminal's group: Ctrl-C would end several processes without a checkpoint, unlike SIGTERM.
                 started.append(subprocess.Popen(command, env=variables, start_new_session=True))
-            return _wait(started)
+            status = _wait(started)
+            return status if status >= 0 else 128 - status
         finally:
             for process in started:
                 process.kill()

@@ -31,8 +31,10 @@ until state=$(queued) && [ "$state" = ACTIVE ]; do
   sleep 30
 done
 gcloud compute tpus tpu-vm ssh {where} --worker=all --command='mkdir -p mla_moe'
-git archive HEAD | gzip > {job.name}.tgz
-gcloud compute tpus tpu-vm scp {job.name}.tgz {job.name}:mla_moe/source.tgz --zone={shlex.quote(zone)} --worker=all
+source=$(mktemp --suffix=.tgz)
+trap 'rm -f "$source"' EXIT
+git archive HEAD | gzip > "$source"
+gcloud compute tpus tpu-vm scp "$source" {job.name}:mla_moe/source.tgz --zone={shlex.quote(zone)} --worker=all
 gcloud compute tpus tpu-vm ssh {where} --worker=all --command={unpack}
 gcloud compute tpus tpu-vm ssh {where} --worker=all --command={shlex.quote(host_script(job))}
 """

@@ -17,9 +17,10 @@ from mla_moe.config import Recipe, RejectionConfig, require
 from mla_moe.rl.evaluate import evaluate
 from mla_moe.rl.rollout import ScoredCompletion, open_rollout
 from mla_moe.training.console import Console
+from mla_moe.training.errors import InterruptedRun
 from mla_moe.training.initialization import starting_checkpoint
 from mla_moe.training.metrics import read_rows
-from mla_moe.training.preemption import InterruptedRun, PreemptionSignals
+from mla_moe.training.preemption import PreemptionSignals
 from mla_moe.training.run_context import RunContext
 from mla_moe.training.run_directory import add_summary, write_atomically
 from mla_moe.training.sft import SFTTrainer

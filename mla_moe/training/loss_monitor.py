@@ -8,22 +8,11 @@ import jax
 import numpy as np
 
 from mla_moe.config import TrainingConfig
+from mla_moe.training.errors import LossSpikeError, TrainingHaltedError
 from mla_moe.training.metrics import read_rows
 
 WINDOW = 32
 """Rows whose mean loss is the reference for a loss spike."""
-
-
-class TrainingHaltedError(Exception):
-    """Training cannot continue. The message names the problem and a remedy."""
-
-
-class LossSpikeError(Exception):
-    """The loss of a step is far above the mean of the rows before."""
-
-    def __init__(self, step: int, loss: float, mean: float):
-        super().__init__(f"loss spike in step {step}: {loss:.3f}, from a mean of {mean:.3f}")
-        self.step = step
 
 
 class LossMonitor:

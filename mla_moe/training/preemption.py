@@ -8,11 +8,7 @@ from typing import Self
 import jax
 from jax.experimental import multihost_utils
 
-from mla_moe.training.loss_monitor import LossSpikeError
-
-
-class InterruptedRun(Exception):
-    """The run stopped after a signal. Its state is saved."""
+from mla_moe.training.errors import InterruptedRun, LossSpikeError
 
 
 class _RememberedInterrupt:

@@ -8,7 +8,7 @@ import jax
 
 from mla_moe.config import ProfileConfig
 from mla_moe.training.console import bytes_
-from mla_moe.training.loss_monitor import TrainingHaltedError
+from mla_moe.training.errors import TrainingHaltedError
 
 
 class StepTracer(contextlib.AbstractContextManager["StepTracer"]):

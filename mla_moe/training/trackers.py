@@ -15,14 +15,17 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from mla_moe.config import Recipe, require
 from mla_moe.config.files import read_json_object
 from mla_moe.config.resume import leaves
+from mla_moe.training.errors import InterruptedRun
 
 logger = logging.getLogger(__name__)
 _PROJECT = "mla_moe"
+End = Literal["finished", "interrupted", "failed"]
+"""How a run, or a stage of it, ended. An interrupted one has saved its state, and is to be resumed."""
 
 
 class Tracker(Protocol):
@@ -37,8 +40,8 @@ class Tracker(Protocol):
     def log_file(self, path: Path) -> None:
         """A file, as an artifact of the run."""
 
-    def close(self) -> None:
-        """Send what is left."""
+    def close(self, end: End) -> None:
+        """Send what is left, and how the run ended."""
 
 
 class WandbTracker:
@@ -71,8 +74,10 @@ class WandbTracker:
         artifact.add_file(str(path))
         self._run.log_artifact(artifact)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, end: End) -> None:
+        # Trackio knows no failed runs. One that was interrupted goes on.
+        options: dict[str, Any] = {"exit_code": int(end == "failed")} if self._library.__name__ == "wandb" else {}
+        self._run.finish(**options)
 
 
 class MLflowTracker:
@@ -91,7 +96,7 @@ class MLflowTracker:
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         named = {re.sub(r"[^\w. /:-]", "_", f"{stage}/{name}"): value for name, value in metrics.items()}
-        self._mlflow.log_metrics(named, step=step)
+        self._mlflow.log_metrics(named, step=step, synchronous=False)  # no step waits for the server
 
     def log_samples(self, stage: str, rows: Sequence[Mapping[str, Any]]) -> None:
         columns = {column: [row.get(column) for row in rows] for column in rows[0]}
@@ -100,8 +105,9 @@ class MLflowTracker:
     def log_file(self, path: Path) -> None:
         self._mlflow.log_artifact(str(path))
 
-    def close(self) -> None:
-        self._mlflow.end_run()
+    def close(self, end: End) -> None:
+        self._mlflow.flush_async_logging()
+        self._mlflow.end_run({"finished": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}[end])
 
 
 def require_installed(names: Sequence[str]) -> None:
@@ -121,7 +127,11 @@ class Trackers(contextlib.ExitStack[None]):
         for name in recipe.track:
             create = MLflowTracker if name == "mlflow" else partial(WandbTracker, name)
             self._try(name, lambda create=create, name=name: self._open.update({name: create(recipe, run_dir, run_id)}))
-        self.callback(self._for_each, lambda tracker: tracker.close())
+        self.push(self._close)
+
+    def _close(self, kind: type[BaseException] | None, *_: object) -> None:
+        end: End = "finished" if kind is None else "interrupted" if issubclass(kind, InterruptedRun) else "failed"
+        self._for_each(lambda tracker: tracker.close(end))
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         self._for_each(lambda tracker: tracker.log(stage, step, metrics))
@@ -149,5 +159,7 @@ def _run_id(run_dir: Path) -> str:
     """Identifies the run to trackers in each restart: a random name in `trackers.json`."""
     path = run_dir / "trackers.json"
     if not path.exists():
-        path.write_text(json.dumps({"run_id": uuid.uuid4().hex[:12]}) + "\n")
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps({"run_id": uuid.uuid4().hex[:12]}) + "\n")
+        os.replace(unfinished, path)
     return str(read_json_object(path, "run_dir")["run_id"])

@@ -21,10 +21,11 @@ from mla_moe.config import OptimizerConfig, TrainingConfig
 from mla_moe.parallel.sharding import bytes_per_device
 from mla_moe.training.checkpoint_schedule import CheckpointSchedule
 from mla_moe.training.console import Progress
-from mla_moe.training.loss_monitor import LossMonitor, LossSpikeError, TrainingHaltedError
+from mla_moe.training.errors import InterruptedRun, LossSpikeError, TrainingHaltedError
+from mla_moe.training.loss_monitor import LossMonitor
 from mla_moe.training.metrics import MetricsWriter, NullWriter, read_rows, seconds_in_steps
 from mla_moe.training.optimizer import learning_rate, make_optimizer
-from mla_moe.training.preemption import InterruptedRun, PreemptionSignals
+from mla_moe.training.preemption import PreemptionSignals
 from mla_moe.training.profiling import StepTracer, explain_out_of_memory
 from mla_moe.training.run_context import RunContext
 from mla_moe.training.run_directory import later_stage_has_checkpoint, rewind
@@ -237,6 +238,8 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
                     schedule.saved(number)
                     metrics.restart_clock()
                     is_stopped = signals.stop(number)  # also by a signal during the save
+                if is_last or is_stopped:  # nothing else runs beside this save: wait here, where the watchdog sees it
+                    checkpoints.wait_until_saved()
                 if is_stopped:
                     raise InterruptedRun(f"stopped at step {number} by {signals.name}; state saved")
 

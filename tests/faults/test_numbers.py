@@ -11,9 +11,9 @@ from mla_moe.config import OptimizerConfig, ScheduleConfig, TrainingConfig
 from mla_moe.data import Batches
 from mla_moe.training import loss_monitor
 from mla_moe.training.console import Console
-from mla_moe.training.loss_monitor import LossMonitor, LossSpikeError, TrainingHaltedError
+from mla_moe.training.errors import InterruptedRun, LossSpikeError, TrainingHaltedError
+from mla_moe.training.loss_monitor import LossMonitor
 from mla_moe.training.metrics import read_rows
-from mla_moe.training.preemption import InterruptedRun
 from mla_moe.training.pretrain import pretrain
 from mla_moe.training.run_directory import open_run_directory
 from mla_moe.training.trainer import StepMetrics

@@ -12,8 +12,8 @@ from mla_moe.rl import rejection_sampling
 from mla_moe.rl.rejection_sampling import choose, train_rejection
 from mla_moe.rl.rollout import Rollout
 from mla_moe.training.console import Console
+from mla_moe.training.errors import InterruptedRun
 from mla_moe.training.metrics import read_rows
-from mla_moe.training.preemption import InterruptedRun
 from mla_moe.training.run_directory import open_run_directory
 
 

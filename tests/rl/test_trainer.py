@@ -13,10 +13,10 @@ from mla_moe.config import MeshConfig, OptimizerConfig, RLConfig, ScheduleConfig
 from mla_moe.parallel.mesh import make_mesh
 from mla_moe.rl.trainer import RLTrainer, train_rl
 from mla_moe.training.console import Console
-from mla_moe.training.loss_monitor import TrainingHaltedError
+from mla_moe.training.errors import InterruptedRun, TrainingHaltedError
 from mla_moe.training.metrics import read_rows
 from mla_moe.training.optimizer import learning_rate
-from mla_moe.training.preemption import InterruptedRun, PreemptionSignals
+from mla_moe.training.preemption import PreemptionSignals
 from mla_moe.training.run_directory import open_run_directory
 
 TIMES = ("tokens_per_s", "sample_seconds", "step_seconds")

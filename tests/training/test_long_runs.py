@@ -19,9 +19,9 @@ from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training import next_token, watchdog
 from mla_moe.training.checkpoint_schedule import CheckpointSchedule
 from mla_moe.training.console import Console
-from mla_moe.training.loss_monitor import TrainingHaltedError
+from mla_moe.training.errors import InterruptedRun, TrainingHaltedError
 from mla_moe.training.metrics import read_rows
-from mla_moe.training.preemption import InterruptedRun, PreemptionSignals
+from mla_moe.training.preemption import PreemptionSignals
 from mla_moe.training.pretrain import PretrainTrainer, pretrain
 from mla_moe.training.run_directory import open_run_directory
 

@@ -28,9 +28,9 @@ from mla_moe.config import (
 from mla_moe.parallel.mesh import make_mesh
 from mla_moe.text.isolated import text_worker
 from mla_moe.training.console import Console
-from mla_moe.training.loss_monitor import LossSpikeError
+from mla_moe.training.errors import InterruptedRun, LossSpikeError
 from mla_moe.training.metrics import NullWriter, read_rows
-from mla_moe.training.preemption import InterruptedRun, PreemptionSignals, remember_interrupts
+from mla_moe.training.preemption import PreemptionSignals, remember_interrupts
 from mla_moe.training.pretrain import PretrainTrainer, pretrain
 from mla_moe.training.run_context import RunContext
 from mla_moe.training.run_directory import open_run_directory

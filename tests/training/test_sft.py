@@ -26,8 +26,8 @@ from mla_moe.config import (
 from mla_moe.parallel.mesh import make_mesh
 from mla_moe.text.tokenizer import ByteTokenizer
 from mla_moe.training.console import Console
+from mla_moe.training.errors import InterruptedRun
 from mla_moe.training.metrics import read_rows
-from mla_moe.training.preemption import InterruptedRun
 from mla_moe.training.run_directory import open_run_directory
 from mla_moe.training.sft import train_sft
 

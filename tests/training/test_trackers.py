@@ -8,6 +8,7 @@ import pytest
 from mla_moe import ConfigError
 from mla_moe.config import Recipe
 from mla_moe.training import trackers
+from mla_moe.training.errors import InterruptedRun
 from mla_moe.training.metrics import MetricsWriter, read_rows
 from mla_moe.training.trackers import Trackers, require_installed
 
@@ -40,12 +41,15 @@ def test_rows_and_samples_reach_all_trackers_but_one_that_fails(tmp_path, monkey
     samples = [{"step": 2, "prompt": "a", "completion": completion} for completion in "bc"]
     assert calls == [
         ("open", run_id), ("log", "pretrain", 1, {"loss": 2.5}), ("log", "pretrain", 2, {"loss": 2.0}),
-        ("log_samples", "pretrain", samples), ("close",),
+        ("log_samples", "pretrain", samples), ("close", "finished"),
     ]  # fmt: skip
     assert caplog.text.count("mlflow gets no more of this run: ConnectionError: no route to host") == 1
     assert len(read_rows(tmp_path / "metrics.jsonl")) == len(read_rows(tmp_path / "samples.jsonl")) == 2
-    Trackers(recipe, tmp_path)
-    assert Recorder.calls[-1] == ("open", run_id), "a run that resumes has the same name"
+    with pytest.raises(InterruptedRun), Trackers(recipe, tmp_path):
+        raise InterruptedRun
+    opened, closed = Recorder.calls[-4:-2], Recorder.calls[-2:]
+    assert opened == [("open", run_id)] * 2, "a run that resumes has the same name"
+    assert closed == [("close", "interrupted")] * 2
 
 
 def test_a_tracker_that_is_not_installed_is_named(monkeypatch):

@@ -92,7 +92,7 @@ def _parquet(files: FrozenFiles, index: int, field: str, most: int) -> _Parsed:
                     for row in batch.to_pylist():
                         number += 1
                         yield f"row {number}", json.loads(json.dumps(row, default=_as_json)), ""
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last of dates
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(field, path, f"cannot be read as Parquet: {error}") from None

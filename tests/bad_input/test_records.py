@@ -11,14 +11,32 @@ from hypothesis import strategies as st
 
 from mla_moe import ConfigError
 from mla_moe.config import TaskConfig
-from mla_moe.data import ChatEncoding, ChatRecords, SFTDataset, open_documents
+from mla_moe.data import ChatEncoding, ChatRecords, PreferenceDataset, SFTDataset, open_documents
 from mla_moe.rl.tasks import open_task
+from mla_moe.text.chat_tokenizer import load_chat_tokenizer
+from mla_moe.text.tokenizer import HFTokenizer, train_bpe
 from mla_moe.training.metrics import MetricsWriter, read_rows
 from mla_moe.training.run_directory import read_summary
 
 from .json_values import VALUES, changed
 
 FIELDS = st.sampled_from(["text", "question", "completion", "answer"])
+USER, ASSISTANT = {"role": "user", "content": "a few"}, {"role": "assistant", "content": "words", "weight": 1}
+CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": [1]}'}}
+CHATS = [
+    {"messages": [USER, ASSISTANT, USER, ASSISTANT | {"reasoning_content": "few"}]},
+    {"messages": [USER, {"role": "assistant", "tool_calls": [CALL]}, USER | {"role": "tool"}, ASSISTANT]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "c", "tools": "[1]"},
+    {"prompt": [USER], "chosen": [ASSISTANT], "rejected": [ASSISTANT | {"content": [{"type": "text", "text": "a"}]}]},
+    {"prompt": "a", "chosen": "b", "rejected": "c"},
+    {"prompt": [USER], "completion": [ASSISTANT]},
+    {"instruction": "a", "input": "b", "output": "c", "system": "d"},
+]
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content if m.content is string else m.content | tojson }}"
+    "{% for c in m.tool_calls or [] %}[{{ c.function.name }}{{ c.function.arguments | tojson }}]{% endfor %}</s>"
+    "{% endfor %}{{ tools or '' }}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 LINES = st.binary(max_size=60) | st.dictionaries(FIELDS, VALUES).map(lambda value: json.dumps(value).encode())
 DEEP = st.integers(1, 10**5).map(lambda depth: b"[" * depth)
 FILES = st.lists(LINES | DEEP, max_size=5).map(b"\n".join)
@@ -67,6 +85,39 @@ def test_any_pairs(folder, content):
     with contextlib.suppress(ConfigError):
         pairs = SFTDataset(ChatRecords([str(path)], "sft.data", coding, 1.0), 16)
         assert all(0 < len(pair["tokens"]) <= 16 for pair in pairs)
+
+
+@pytest.fixture(scope="module")
+def chat(folder):
+    """How chats are encoded with a tokenizer and a template of another's making."""
+    train_bpe(["a few words to learn from"] * 9, 260, folder / "tokenizer.json")
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    chat = load_chat_tokenizer(folder, HFTokenizer(folder / "tokenizer.json"))
+    return ChatEncoding(chat.encode, chat.encode, chat.stop_ids[0], chat.encode_training, True)
+
+
+@given(
+    st.lists(
+        st.sampled_from(CHATS).flatmap(changed).map(lambda value: json.dumps(value).encode())
+        | st.integers(1, 2000).map(lambda d: b'{"messages":[{"role":"user","content":' + b"[" * d + b"]" * d + b"}]}"),
+        min_size=1, max_size=2,
+    )
+)  # fmt: skip
+def test_any_chat_data(folder, chat, lines):
+    """Every record is used or counted, and what is trained on lies within its sequence."""
+    path = folder / "chats.jsonl"
+    path.write_bytes(b"\n".join([*lines, *(json.dumps(good).encode() for good in CHATS[:1])]))
+    records = ChatRecords([str(path)], "sft.data", chat, 1.0)
+    found = list(records)
+    assert len(found) + len(records.malformed) == len(lines) + 1
+    assert found, "the last is good"
+    for sides in found:
+        assert len(sides) in (1, 2)
+        for ids, ranges in (sequence for sequences in sides for sequence in sequences):
+            assert all(type(token) is int for token in ids)
+            assert all(0 < start < end <= len(ids) for start, end in ranges)
+    with contextlib.suppress(ConfigError):
+        assert len(PreferenceDataset(ChatRecords([str(path)], "dpo.data", chat, 1.0), 64)) > 0
 
 
 @given(FILES)

@@ -141,6 +141,10 @@ def test_formats_can_be_named_and_files_be_of_any_kind(tmp_path):
     parquet.write_table(pyarrow.table({"question": [b"a"], "completion": ["b"]}), tmp_path / "bytes.parquet")
     with pytest.raises(ConfigError, match="has the keys completion; the known ones are"):
         dataset(tmp_path / "bytes.parquet", 64)
+    dates = pyarrow.array([10**8], pyarrow.int32()).cast(pyarrow.date32())  # in the year 275,760
+    parquet.write_table(pyarrow.table({"prompt": ["a"], "completion": ["b"], "when": dates}), tmp_path / "d.parquet")
+    with pytest.raises(ConfigError, match="cannot be read as Parquet: date value out of range"):
+        dataset(tmp_path / "d.parquet", 64)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,24 @@ def test_links_resolve():
     assert not broken
 
 
+def test_tests_that_are_named_exist():
+    wrong = []
+    for page in PAGES:
+        for path, name in re.findall(r"\b(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text("utf-8")):
+            file = ROOT / path
+            if not file.is_file() or (name and f"\ndef {name}(" not in file.read_text("utf-8")):
+                wrong.append(f"{page.name}: {path}::{name}")
+    assert not wrong
+
+
+def test_each_line_of_the_threat_model_names_what_holds_it():
+    text = (ROOT / "docs" / "threat-model.md").read_text("utf-8")
+    tables = re.findall(r"^\|.*\| test \|\n\|[-|]+\n((?:\|.*\n)+)", text, re.MULTILINE)
+    rows = [row for table in tables for row in table.splitlines()]
+    assert len(rows) > 20
+    assert not [row for row in rows if not re.search(r" `(tests|benchmarks)/\S+` \|$", row)]
+
+
 def test_every_page_and_example_is_linked():
     pages = {page: page.read_text("utf-8") for page in PAGES}
     index = pages[ROOT / "docs" / "README.md"]

@@ -109,6 +109,15 @@ def cfg():
 
 
 @pytest.fixture(scope="session")
+def dsa_cfg(cfg):
+    """With DeepSeek Sparse Attention: the dense layer has an indexer, and of those with experts the second."""
+    types = "full", "shared", "full", "shared"
+    index = {"index_topk": 6, "index_n_heads": 7, "index_head_dim": 10, "indexer_types": types}
+    base = dataclasses.replace(cfg, num_hidden_layers=4, num_nextn_predict_layers=0)
+    return dataclasses.replace(base, model_type="glm_moe_dsa", **index)
+
+
+@pytest.fixture(scope="session")
 def v2_cfg(cfg):
     """The same shape with the softmax router of V2 and without a query latent."""
     return dataclasses.replace(

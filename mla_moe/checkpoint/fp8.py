@@ -34,7 +34,7 @@ QUANTIZATION_CONFIG: Mapping[str, Any] = {
 _ENTRY = "quantization_config"
 _MAX = 448.0
 _E4M3_VALUES = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
-_QUANTIZED = re.compile(r"\.(self_attn|mlp)\..*_proj(_with_mqa)?\.weight$")
+_QUANTIZED = re.compile(r"\.(self_attn|mlp)\.((?!indexer\.).*_proj(_with_mqa)?|indexer\.(wq_b|wk))\.weight$")
 
 
 def scale_name(name: str) -> str:
@@ -42,7 +42,8 @@ def scale_name(name: str) -> str:
 
 
 def is_quantized(name: str) -> bool:
-    """Whether released FP8 checkpoints quantize this tensor: projections of attention, MLP and experts."""
+    """Whether released FP8 checkpoints quantize this tensor: projections of attention, MLP and experts, and those of
+    an indexer but for the weights of its heads."""
     return _QUANTIZED.search(name) is not None
 
 

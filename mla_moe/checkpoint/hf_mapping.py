@@ -159,6 +159,10 @@ def _mappings(cfg: ModelConfig, copies: bool) -> Iterator[TensorMapping]:
         dense = layer < cfg.first_k_dense_replace
         stack, index = ("dense_layers", layer) if dense else ("moe_layers", layer - cfg.first_k_dense_replace)
         yield from _block(cfg, f"model.layers.{layer}", stack, (index,), experts=not dense)
+        if cfg.index_topk is not None and not cfg.shared_indexers[layer]:
+            first = 0 if dense else cfg.first_k_dense_replace
+            own = cfg.shared_indexers[first:layer].count(False)
+            yield from _indexer(cfg, f"model.layers.{layer}", stack, (own,))
     yield TensorMapping("model.norm.weight", "norm/scale", (ALL,), (D,))
     if not cfg.tie_word_embeddings:
         yield TensorMapping("lm_head.weight", "head", (ALL, ALL), (V,), (D,))
@@ -174,6 +178,8 @@ def _mappings(cfg: ModelConfig, copies: bool) -> Iterator[TensorMapping]:
     yield TensorMapping(f"{mtp}.hnorm.weight", "mtp/hidden_norm/scale", (ALL,), (D,))
     yield TensorMapping(f"{mtp}.eh_proj.weight", "mtp/project", (ALL, ALL), (D,), (2 * D,))
     yield from _block(cfg, mtp, "mtp/block", (), experts=True)
+    if cfg.index_topk is not None:
+        yield from _indexer(cfg, mtp, "mtp/block", ())
     yield TensorMapping(f"{mtp}.shared_head.norm.weight", "mtp/norm/scale", (ALL,), (D,))
     if copies:
         yield TensorMapping(f"{mtp}.shared_head.head.weight", head, (ALL, ALL), (V,), (D,))
@@ -221,3 +227,20 @@ def _block(
         yield from mlp("mlp.shared_experts", "moe/shared", cfg.n_shared_experts * F, layer_index)
     if cfg.post_mlp_norm:
         yield mapped("post_mlp_layernorm.weight", "moe_norm/scale", (D,))
+
+
+def _indexer(cfg: ModelConfig, prefix: str, path_prefix: str, layer_index: tuple[int, ...]) -> Iterator[TensorMapping]:
+    """The tensors of the indexer of one block."""
+    D, H, width = cfg.hidden_size, cfg.index_n_heads, cfg.index_head_dim
+    assert cfg.q_lora_rank is not None  # `AttentionConfig`
+    tensors: tuple[tuple[str, str, tuple[int, ...], tuple[int, ...]], ...] = (
+        ("wq_b.weight", "q", (H, width), (cfg.q_lora_rank,)),
+        ("wk.weight", "k", (width,), (D,)),
+        ("k_norm.weight", "k_norm/scale", (width,), ()),
+        ("k_norm.bias", "k_norm/bias", (width,), ()),
+        ("weights_proj.weight", "head_weights", (H,), (D,)),
+    )
+    for name, path, rows, columns in tensors:
+        index = layer_index + (ALL,) * len(rows + columns)
+        name, path = f"{prefix}.self_attn.indexer.{name}", f"{path_prefix}/attention/indexer/{path}"
+        yield TensorMapping(name, path, index, rows, columns)

@@ -47,6 +47,7 @@ class Inspect:
             *(_router(cfg) if cfg.num_moe_layers else [("experts", "none: every layer is dense")]),
             ("q_lora_rank", f"{cfg.q_lora_rank or 'none'}"),
             ("kv_lora / nope / rope / v", " / ".join(map(str, heads))),
+            *(_indexer(cfg) if cfg.index_topk else []),
             ("rope theta, scaling", f"{cfg.rope_theta:g}, {scaling}"),
             ("max positions", f"{cfg.max_position_embeddings}"),
             ("norm epsilon", f"{cfg.rms_norm_eps:g}"),
@@ -59,6 +60,14 @@ class Inspect:
             ("training FLOPs per token", f"{flops} at sequence length {self.length}"),
         ]
         Console(enabled=True).startup_table(self.model, rows)
+
+
+def _indexer(cfg: ModelConfig) -> list[tuple[str, str]]:
+    layers = f"{cfg.shared_indexers.count(False)} of {cfg.num_hidden_layers}"
+    return [
+        ("indexers, in layers", layers),
+        ("  heads / width / keys", f"{cfg.index_n_heads} / {cfg.index_head_dim} / {cfg.index_topk}"),
+    ]
 
 
 def _router(cfg: ModelConfig) -> list[tuple[str, str]]:

@@ -75,6 +75,17 @@ class ModelConfig:
     """Added to the mean square in RMSNorm."""
     post_mlp_norm: bool = False
     """RMSNorm on the output of each mixture of experts, shared experts included."""
+    index_topk: int | None = None
+    """Keys per query that an indexer selects (DeepSeek Sparse Attention, DSA); None attends to all."""
+    index_n_heads: int = 64
+    """Heads of the indexer."""
+    index_head_dim: int = 128
+    """Width per head of the indexer's queries and keys, of which the first `qk_rope_head_dim` are rotated."""
+    indexer_rope_interleave: bool = False
+    """`rope_interleave` of the indexer."""
+    indexer_types: tuple[Literal["full", "shared"], ...] | None = None
+    """For each layer whether it has an indexer (full), or uses the keys that the layer before it does (shared); None:
+    all have one. The MTP module has its own."""
     initializer_range: float = field(0.006, init_from="may_differ")
     """Standard deviation of the initial weights."""
     num_nextn_predict_layers: int = field(0, init_from="may_differ", full_state="equal")
@@ -93,12 +104,23 @@ class ModelConfig:
         ok = self.first_k_dense_replace <= L
         require_field(self, "first_k_dense_replace", ok, f"at most num_hidden_layers = {L}")
         require_field(self, "num_nextn_predict_layers", self.num_nextn_predict_layers <= 1, "0 or 1 MTP module")
+        if self.indexer_types is not None:
+            require_field(self, "indexer_types", self.index_topk is not None, "needs an indexer; set index_topk")
+            ok = len(self.indexer_types) == L and self.indexer_types[0] == "full"
+            require_field(self, "indexer_types", ok, f"full or shared for each of {L} layers, the first full")
+            known = set(self.indexer_types) == {"full", "shared"}
+            require_field(self, "indexer_types", known, "only full and shared, and None where no layer is shared")
         self.architecture.check(self)
         _ = self.attention, self.moe  # which check what remains
 
     @property
     def num_moe_layers(self) -> int:
         return self.num_hidden_layers - self.first_k_dense_replace
+
+    @property
+    def shared_indexers(self) -> tuple[bool, ...]:
+        """For each layer whether it uses the keys that the layer before it does."""
+        return tuple(kind == "shared" for kind in self.indexer_types or ("full",) * self.num_hidden_layers)
 
     @property
     def attention(self) -> AttentionConfig:

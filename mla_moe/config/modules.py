@@ -40,6 +40,14 @@ class AttentionConfig:
     """A token attends to the last so many tokens, its own included; if not causal, to those at most so far away."""
     dropout: float = 0.0
     """Probability that an attention weight is dropped in training."""
+    index_topk: int | None = None
+    """Keys per query that an indexer selects (DeepSeek Sparse Attention, DSA); None attends to all."""
+    index_n_heads: int = 64
+    """Heads of the indexer."""
+    index_head_dim: int = 128
+    """Width per head of the indexer's queries and keys, of which the first `qk_rope_head_dim` are rotated."""
+    indexer_rope_interleave: bool = False
+    """`rope_interleave` of the indexer."""
     initializer_range: float = 0.006
     """Standard deviation of the initial weights."""
 
@@ -50,6 +58,12 @@ class AttentionConfig:
         require_field(self, "qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, message)
         message = "scales rotary frequencies: set rope_theta"
         require_field(self, "rope_scaling", self.rope_theta is not None or self.rope_scaling is None, message)
+        if self.index_topk is not None:
+            message = "an indexer reads the query latent: set q_lora_rank, or no index_topk"
+            require_field(self, "q_lora_rank", self.q_lora_rank is not None, message)
+            require_field(self, "causal", self.causal, "an indexer selects among earlier tokens; set no index_topk")
+            message = f"must be above qk_rope_head_dim = {self.qk_rope_head_dim}, the part that is rotated"
+            require_field(self, "index_head_dim", self.index_head_dim > self.qk_rope_head_dim, message)
 
 
 @dataclasses.dataclass(frozen=True)

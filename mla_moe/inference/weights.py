@@ -32,8 +32,8 @@ class ModelGraph:
 
 
 def prepare_for_inference(model: Transformer) -> tuple[ModelGraph, nnx.State]:
-    """Matrices in the compute dtype, routers in float32. On one CPU layers are unstacked, and experts keep the dtype
-    of their parameters: memory bandwidth limits decoding there.
+    """Matrices in the compute dtype, routers and the head weights of indexers in float32. On one CPU layers are
+    unstacked, and experts keep the dtype of their parameters: memory bandwidth limits decoding there.
 
     On a mesh weights are sharded by `DECODE_RULES`; elsewhere arrays that need no change are shared with `model`.
     """
@@ -81,7 +81,7 @@ def decode_sharding(variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
 
 def _cast(variable: nnx.Variable, compute: DTypeLike) -> jax.Array:
     matrix = variable.get_metadata("role", None) in ("matrix", "embedding")
-    converted = matrix and "router" not in variable.get_metadata("out_sharding")
+    converted = matrix and not {"router", "index_weights"} & set(variable.get_metadata("out_sharding"))
     return variable.get_value().astype(compute) if converted else variable.get_value()
 
 

@@ -14,15 +14,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_moe.config import AttentionConfig, KernelConfig, ModelConfig, require
+from mla_moe.nn.indexer import Indexer, selection
 from mla_moe.nn.kv_cache import (
     Active,
     AttentionMetadata,
     CacheEntries,
     KVCache,
     Lengths,
+    NewSelectedKeys,
     NewTokens,
     Slots,
     constrain_cache,
+    index_columns,
     init_cache,
     new_positions,
     require_cache,
@@ -34,6 +37,7 @@ from mla_moe.nn.rope import CosSin, query_scale, rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
 from mla_moe.ops.cached_attention import Form, cached_attention
 from mla_moe.ops.dropout import Dropout, dropout_key
+from mla_moe.ops.key_selection import SelectedKeys
 from mla_moe.ops.kv_quantization import quantize
 from mla_moe.ops.masking import Masking
 from mla_moe.parallel.collectives import all_gather, axis_index, shard_map
@@ -51,7 +55,8 @@ class MLAttention(nnx.Module):
 
     Settings are the fields of `AttentionConfig`, as keywords: `MLAttention(hidden_size=512, num_heads=8, rngs=rngs)`;
     or `cfg`, or the attention of a `ModelConfig`, with the fields given as keywords replaced. `norm(width, rngs=rngs)`
-    creates the norm of a latent, as `nnx.LayerNorm` does; by default an RMSNorm.
+    creates the norm of a latent, as `nnx.LayerNorm` does; by default an RMSNorm. With `index_topk` an indexer selects
+    the keys (DSA); in a model's layer that shares those of the layer before it `has_indexer` is false.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class MLAttention(nnx.Module):
         precision: Precision | None = None,
         kernels: KernelConfig = KernelConfig(),
         norm: Callable[..., nnx.Module] | None = None,
+        has_indexer: bool = True,
         **fields: Any,
     ):
         cfg = cfg.attention if isinstance(cfg, ModelConfig) else cfg
@@ -87,6 +93,9 @@ class MLAttention(nnx.Module):
         self.kv_a_norm = latent_norm("kv_latent", C)
         self.kv_b = weight({"kv_latent": C, "heads": H, "kv": N + V}, "kv_latent")
         self.o = weight({"heads": H, "v": V, "embed": D}, "heads", "v")
+        self.has_indexer = cfg.index_topk is not None and has_indexer
+        if self.has_indexer:
+            self.indexer = Indexer(cfg, rngs=rngs, precision=precision)
         self.deterministic = False
         """Without dropout: set by `eval()` and `train()` of any module around this one."""
 
@@ -101,14 +110,16 @@ class MLAttention(nnx.Module):
         mask: Bool[Array, "B S"] | None = None,
         kv_segment_ids: Int[Array, "B S"] | None = None,
         kv_positions: Int[Array, "B S"] | None = None,
+        selected_keys: SelectedKeys | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | Array | None = None,
     ) -> Activations:
         """Attention within segments, the documents of a packed sequence. Positions default to 0, 1, 2, …
 
         Keys are those of `x_BTD`, or of `inputs_kv_BSD` in cross attention, which has segment ids and positions of its
-        own and is not causal. `mask` is False where a key is padding; a token without any key gets 0. Dropout takes a
-        key from `rngs` (its stream `dropout`), or is a key, and is off if `deterministic`, by default after `eval()`.
+        own and is not causal. `mask` is False where a key is padding; a token without any key gets 0. `selected_keys`
+        replaces the selection of the indexer. Dropout takes a key from `rngs` (its stream `dropout`), or is a key, and
+        is off if `deterministic`, by default after `eval()`.
         """
         shape_BTD = require_shape("x", x_BTD, "B", "T", self.cfg.hidden_size)
         cross = inputs_kv_BSD is not None
@@ -128,7 +139,8 @@ class MLAttention(nnx.Module):
         positions = _default_positions(x_BTD, positions)
         q_cos_sin = rotary(self.cfg, positions)
         with jax.named_scope("queries"):
-            q_BTHA = self.queries(x_BTD, positions, q_cos_sin, sharded_einsum)
+            latent_BTQ = self.query_latent(x_BTD, sharded_einsum)
+            q_BTHA = self.queries(latent_BTQ, positions, q_cos_sin, sharded_einsum)
         with jax.named_scope("latent"):
             kv_cos_sin = rotary(self.cfg, _default_positions(kv_BSD, kv_positions)) if cross else q_cos_sin
             c_BSC, k_pe_BSR = self.compress_kv(kv_BSD, kv_cos_sin, sharded_einsum)
@@ -141,8 +153,27 @@ class MLAttention(nnx.Module):
             require_shape("mask", mask, *kv_BSD.shape[:2])
             kv_segment_ids = jnp.where(mask, kv_segment_ids, jnp.iinfo(kv_segment_ids.dtype).min)
         dropout = self._dropout_key(self.deterministic if deterministic is None else deterministic, rngs)
-        y_BTHV = self._attend(q_BTHA, c_BSC, k_pe_BSR, kv_segment_ids, query_segments, dropout)
+        if selected_keys is None:
+            selected_keys = self._select(x_BTD, latent_BTQ, q_cos_sin, kv_segment_ids, query_segments)
+        y_BTHV = self._attend(q_BTHA, c_BSC, k_pe_BSR, kv_segment_ids, query_segments, dropout, selected_keys)
         return sharded_einsum("BTHV,HVD->BTD", y_BTHV, self.o, self.precision.compute)
+
+    def select_keys(
+        self, x_BTD: Activations, segment_ids: Ids | None = None, positions: Ids | None = None
+    ) -> SelectedKeys | None:
+        """The keys that the indexer selects for each token, for this layer and those that share them; None for all."""
+        x_BTD = x_BTD.astype(self.precision.compute)
+        segment_ids = jnp.ones(x_BTD.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+        cos_sin = rotary(self.cfg, _default_positions(x_BTD, positions))
+        return self._select(x_BTD, self.query_latent(x_BTD, sharded_einsum), cos_sin, segment_ids, None)
+
+    def _select(
+        self, x_BTD: Array, latent_BTQ: Array, cos_sin: CosSin, segments_BS: Array, query_segments_BT: Array | None
+    ) -> SelectedKeys | None:
+        if self.cfg.index_topk is None or x_BTD.shape[1] <= self.cfg.index_topk:
+            return None
+        query_segments_BT = segments_BS if query_segments_BT is None else query_segments_BT
+        return self.indexer.select(x_BTD, latent_BTQ, cos_sin, (query_segments_BT, segments_BS))
 
     def _dropout_key(self, deterministic: bool, rngs: nnx.Rngs | Array | None) -> Array | None:
         if deterministic or not self.cfg.dropout:
@@ -183,26 +214,36 @@ class MLAttention(nnx.Module):
         new = new_positions(cache, x_bTD.shape, lengths, active, slots)
         cos_sin = rotary(self.cfg, new.positions_bT)
         metadata = AttentionMetadata(slots, new.positions_bT, new.length_b, cos_sin, form)
-        y_bTD, entries_LBSW = self.extend(x_bTD, cache.entries_LBSW, metadata)
+        y_bTD, entries_LBSW, _ = self.extend(x_bTD, cache.entries_LBSW, metadata)
         y_bTD = jnp.where(new.fits_b[:, None, None], y_bTD, jnp.nan)
         return y_bTD, constrain_cache(KVCache(entries_LBSW, new.length_B))
 
     def extend(
         self, x_bTD: NewTokens, cache_LBSW: CacheEntries, metadata: AttentionMetadata
-    ) -> tuple[NewTokens, CacheEntries]:
+    ) -> tuple[NewTokens, CacheEntries, NewSelectedKeys | None]:
         """`prefill` and `decode` in one layer of a cache that several layers share: write the entries of new tokens,
-        and attend over their sequences. Returns the output and the new entries."""
+        and attend over their sequences. Returns the output, the new entries, and the keys that an indexer selects."""
         require(self.cfg.causal, "causal", False, "a token in a cache does not see later ones; call the module instead")
         x_bTD, layer = x_bTD.astype(self.precision.compute), metadata.layer
         with jax.named_scope("queries"):
-            q_bTHA = self.queries(x_bTD, metadata.positions_bT, metadata.cos_sin, plain_einsum)
+            latent_bTQ = self.query_latent(x_bTD, plain_einsum)
+            q_bTHA = self.queries(latent_bTQ, metadata.positions_bT, metadata.cos_sin, plain_einsum)
         with jax.named_scope("latent"):
             new_bTW = jnp.concatenate(self.compress_kv(x_bTD, metadata.cos_sin, plain_einsum), axis=-1)
             if cache_LBSW.dtype == jnp.int8:
                 new_bTW = quantize(new_bTW, self.cfg.kv_lora_rank)
+            if self.cfg.index_topk is not None:
+                k_bTZ = jnp.zeros((*new_bTW.shape[:2], index_columns(self.cfg, cache_LBSW.dtype)), cache_LBSW.dtype)
+                if self.has_indexer:  # a layer without one leaves its columns empty
+                    k_bTZ = self.indexer.cache_entries(x_bTD, metadata.cos_sin, cache_LBSW.dtype)
+                new_bTW = jnp.concatenate([new_bTW.astype(k_bTZ.dtype), k_bTZ], axis=-1)
             slots_b, start_b = metadata.slots_b, metadata.positions_bT[:, 0]
             new_bTW = new_bTW.astype(cache_LBSW.dtype)
             cache_LBSW = write_cache(cache_LBSW, new_bTW, layer, start_b, slots_b, metadata.length_b)
+        selected_bTw = None
+        if self.cfg.index_topk is not None and self.cfg.index_topk < cache_LBSW.shape[2]:
+            select = lambda: self.indexer.select_cached(x_bTD, latent_bTQ, cache_LBSW, metadata)  # noqa: E731
+            selected_bTw = selection(select, metadata.selected_bTw, metadata.shares_keys)
         with jax.named_scope("attend"):
             y_bTHV = cached_attention(
                 q_bTHA,
@@ -214,20 +255,26 @@ class MLAttention(nnx.Module):
                 scale=softmax_scale(self.cfg),
                 form=metadata.form,
                 window=self.cfg.sliding_window,
+                selected_bTw=selected_bTw,
+                index_width=index_columns(self.cfg, cache_LBSW.dtype),
                 constrain=constrain_slots if slots_b is None else constrain_decode_activations,
             )
-        return plain_einsum("bTHV,HVD->bTD", y_bTHV, self.o, self.precision.compute), cache_LBSW
+        y_bTD = plain_einsum("bTHV,HVD->bTD", y_bTHV, self.o, self.precision.compute)
+        return y_bTD, cache_LBSW, selected_bTw
+
+    def query_latent(self, x_BTD: Activations, einsum: Einsum) -> Float[Array, "B T Q"]:
+        """What the queries of all heads come from: the normed latent, or without `q_lora_rank` the input."""
+        if self.cfg.q_lora_rank is None:
+            return x_BTD
+        compute = self.precision.compute
+        return self.q_a_norm(einsum("BTD,DQ->BTQ", x_BTD, self.q_a, compute)).astype(compute)
 
     def queries(
-        self, x_BTD: Activations, positions_BT: Ids, cos_sin: CosSin, einsum: Einsum
+        self, latent_BTQ: Float[Array, "B T Q"], positions_BT: Ids, cos_sin: CosSin, einsum: Einsum
     ) -> Float[Array, "B T H A"]:
         """Queries of all heads; the last R values of each are rotated by position."""
-        compute = self.precision.compute
-        if self.cfg.q_lora_rank is None:
-            q_BTHA = einsum("BTD,DHA->BTHA", x_BTD, self.q, compute)
-        else:
-            q_BTQ = self.q_a_norm(einsum("BTD,DQ->BTQ", x_BTD, self.q_a, compute)).astype(compute)
-            q_BTHA = einsum("BTQ,QHA->BTHA", q_BTQ, self.q_b, compute)
+        weight = self.q if self.cfg.q_lora_rank is None else self.q_b
+        q_BTHA = einsum("BTQ,QHA->BTHA", latent_BTQ, weight, self.precision.compute)
         q_nope, q_pe = jnp.split(q_BTHA, [self.cfg.qk_nope_head_dim], axis=-1)
         q_BTHA = jnp.concatenate([q_nope, self._rotate(q_pe, cos_sin)], axis=-1)
         scale_BT = query_scale(self.cfg, positions_BT)
@@ -252,13 +299,14 @@ class MLAttention(nnx.Module):
         segments_BS: Array,
         query_segments_BT: Array | None,
         dropout_key_2: Array | None,
+        selected_BTW: Array | None,
     ) -> Float[Array, "B T H V"]:
         """Under a mesh each device computes its heads (tensor parallelism) for its queries. With context parallelism it
         all-gathers the latent, C + R values per token, where keys and values would be H · (A + V)."""
         kv_b = self.kv_b[...].astype(self.precision.compute)
         rows_BHT = None if dropout_key_2 is None else jnp.arange(math.prod(q_BTHA.shape[:3]), dtype=jnp.uint32)
         rows_BHT = None if rows_BHT is None else rows_BHT.reshape(q_BTHA.shape[0], q_BTHA.shape[2], q_BTHA.shape[1])
-        inputs = q_BTHA, c_BSC, k_pe_BSR, kv_b, segments_BS, query_segments_BT, rows_BHT, dropout_key_2
+        inputs = q_BTHA, c_BSC, k_pe_BSR, kv_b, segments_BS, query_segments_BT, rows_BHT, dropout_key_2, selected_BTW
         mesh = token_mesh(q_BTHA.shape) if token_mesh(c_BSC.shape) else None
         kv_b_spec = P() if mesh is None else weight_spec(self.kv_b, mesh)
         heads = "tensor" if mesh and "tensor" in mesh_axes(kv_b_spec[1]) else None
@@ -266,6 +314,7 @@ class MLAttention(nnx.Module):
         def local(
             q_bthA: Array, c_bSC: Array, k_pe_bSR: Array, kv_b_Chk: Array, segments_bS: Array,
             query_segments_bt: Array | None, rows_bht: Array | None, dropout_key_2: Array | None,
+            selected_btW: Array | None,
         ) -> Array:  # fmt: skip
             kv_b_Chk, offset = all_gather_weight(kv_b_Chk, kv_b_spec), None
             if mesh is not None and mesh.shape["context"] > 1:
@@ -284,13 +333,14 @@ class MLAttention(nnx.Module):
                 return attention(
                     q_bthA, k_bShA, v_bShV, segments_bS, scale=softmax_scale(self.cfg),
                     masking=Masking(self.cfg.causal, self.cfg.sliding_window), query_segment_ids_BT=query_segments_bt,
-                    query_offset=offset, dropout=dropout, implementation=self.kernels.attention,
+                    query_offset=offset, dropout=dropout, selected_BTW=selected_btW,
+                    implementation=self.kernels.attention,
                 )  # fmt: skip
 
         if mesh is None:
             return local(*inputs)
         outputs, rows = P(*BATCH_SPEC, heads), P(BATCH_SPEC[0], heads, BATCH_SPEC[1])
-        specs = outputs, BATCH_SPEC, BATCH_SPEC, kv_b_spec, BATCH_SPEC, BATCH_SPEC, rows, P()
+        specs = outputs, BATCH_SPEC, BATCH_SPEC, kv_b_spec, BATCH_SPEC, BATCH_SPEC, rows, P(), BATCH_SPEC
         return shard_map(local, specs, outputs)(*inputs)
 
 

@@ -1,18 +1,23 @@
 """One transformer layer, and how a stack of equal layers is run: under a scan, with rematerialisation."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Int
 
 from mla_moe.config import KernelConfig, ModelConfig
 from mla_moe.nn.attention import MLAttention
-from mla_moe.nn.kv_cache import AttentionMetadata, CacheEntries, NewTokens
+from mla_moe.nn.indexer import selection
+from mla_moe.nn.kv_cache import AttentionMetadata, CacheEntries, NewSelectedKeys, NewTokens
 from mla_moe.nn.layers import MLP, Activations, Ids, RMSNorm
 from mla_moe.nn.moe import MoE, RouterStats
 from mla_moe.nn.param import Precision, normal
+from mla_moe.ops.key_selection import SelectedKeys
 from mla_moe.parallel.sharded_einsum import plain_einsum
 from mla_moe.parallel.sharding import constrain_activations, constrain_decode_activations
 
@@ -27,20 +32,27 @@ REMAT = {
 
 
 class SequenceInfo(NamedTuple):
-    """What every layer needs beside the activations. Segment 0 is padding; None: one document and no padding."""
+    """What a layer needs beside the activations. Segment 0 is padding; None: one document and no padding."""
 
     segment_ids_BT: Ids | None
     positions_BT: Ids
     replay_BTK: Int[Array, "B T K"] | None = None
     """Routing replay: the experts of each token, −1 for the router's choice; None leaves all to the router."""
+    selected_BTW: SelectedKeys | None = None
+    """The keys that the indexer of the layer before selected (DSA)."""
+    shares_keys: Bool[Array, ""] | bool = False
+    """Whether this layer uses those."""
 
 
 class Block(nnx.Module):
     """Pre-norm layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`, with a dense MLP or a mixture of experts."""
 
-    def __init__(self, cfg: ModelConfig, *, experts: bool, rngs: nnx.Rngs, precision: Precision, kernels: KernelConfig):
+    def __init__(
+        self, cfg: ModelConfig, *, experts: bool, has_indexer: bool = True, rngs: nnx.Rngs, precision: Precision,
+        kernels: KernelConfig,
+    ):  # fmt: skip
         self.attention_norm = RMSNorm("embed", cfg.hidden_size, cfg.rms_norm_eps, precision)
-        self.attention = MLAttention(cfg, rngs=rngs, precision=precision, kernels=kernels)
+        self.attention = MLAttention(cfg, rngs=rngs, precision=precision, kernels=kernels, has_indexer=has_indexer)
         self.mlp_norm = RMSNorm("embed", cfg.hidden_size, cfg.rms_norm_eps, precision)
         if experts:
             self.moe = MoE(cfg, rngs=rngs, precision=precision, kernels=kernels)
@@ -51,11 +63,17 @@ class Block(nnx.Module):
             self.mlp = MLP(cfg.hidden_size, cfg.intermediate_size, std=std, rngs=rngs, precision=precision)
         self.experts, self.post_mlp_norm = experts, experts and cfg.post_mlp_norm
 
-    def __call__(self, x_BTD: Activations, sequences: SequenceInfo) -> tuple[Activations, RouterStats | None]:
-        """For training. Returns the output and the router's statistics, None for a dense layer."""
-        segments_BT, positions_BT, replay_BTK = sequences
+    def __call__(
+        self, x_BTD: Activations, sequences: SequenceInfo
+    ) -> tuple[Activations, SelectedKeys | None, RouterStats | None]:
+        """For training. Returns the output, the keys that an indexer selects, and the router's statistics, None for a
+        dense layer."""
+        segments_BT, positions_BT, replay_BTK, selected_BTW, shares_keys = sequences
         with jax.named_scope("attention"):
-            x_BTD += self.attention(self.attention_norm(x_BTD), segment_ids=segments_BT, positions=positions_BT)
+            h_BTD = self.attention_norm(x_BTD)
+            select = partial(self.attention.select_keys, jax.lax.stop_gradient(h_BTD), segments_BT, positions_BT)
+            selected_BTW = selection(select, selected_BTW, shares_keys)
+            x_BTD += self.attention(h_BTD, segment_ids=segments_BT, positions=positions_BT, selected_keys=selected_BTW)
         with jax.named_scope("mlp"):
             h_BTD = self.mlp_norm(x_BTD)
             if self.experts:
@@ -65,15 +83,15 @@ class Block(nnx.Module):
                 y_BTD, stats = self.mlp(h_BTD), None
             if self.post_mlp_norm:
                 y_BTD = self.moe_norm(y_BTD)
-            return constrain_activations(x_BTD + y_BTD), stats
+            return constrain_activations(x_BTD + y_BTD), selected_BTW, stats
 
     def extend(
         self, x_bTD: NewTokens, cache_LBSW: CacheEntries, metadata: AttentionMetadata
-    ) -> tuple[NewTokens, CacheEntries, Int[Array, "b T K"] | None]:
-        """For prefill and decode: new tokens over the latent cache. Returns the output, the cache, and each token's
-        experts (None for a dense layer)."""
+    ) -> tuple[NewTokens, CacheEntries, NewSelectedKeys | None, Int[Array, "b T K"] | None]:
+        """For prefill and decode: new tokens over the latent cache. Returns the output, the cache, the keys that an
+        indexer selects, and each token's experts (None for a dense layer)."""
         with jax.named_scope("attention"):
-            y_bTD, cache_LBSW = self.attention.extend(self.attention_norm(x_bTD), cache_LBSW, metadata)
+            y_bTD, cache_LBSW, selected_bTw = self.attention.extend(self.attention_norm(x_bTD), cache_LBSW, metadata)
             x_bTD = constrain_decode_activations(x_bTD + y_bTD)
         with jax.named_scope("mlp"):
             h_bTD = self.mlp_norm(x_bTD)
@@ -83,58 +101,102 @@ class Block(nnx.Module):
                 y_bTD, experts = self.mlp(h_bTD, plain_einsum), None
             if self.post_mlp_norm:
                 y_bTD = self.moe_norm(y_bTD)
-        return constrain_decode_activations(x_bTD + y_bTD), cache_LBSW, experts
+        return constrain_decode_activations(x_bTD + y_bTD), cache_LBSW, selected_bTw, experts
 
 
-def stack_layers(abstract: Block, count: int, rngs: nnx.Rngs) -> Block:
-    """Initialise `count` layers like `abstract` as one `Block`, whose parameters have a leading axis of layers."""
+def stack_layers(abstract: Block, shares: Sequence[bool], rngs: nnx.Rngs) -> Block:
+    """Initialise layers like `abstract` as one `Block`, whose parameters have a leading axis of layers; those of
+    indexers one of the layers that do not share another's keys."""
 
-    def stacked(variable: nnx.Variable) -> nnx.Variable:
+    def stacked(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
+        count = shares.count(False) if of_indexer(path, variable) else len(shares)
         shape, dtype = (count, *variable.get_value().shape), variable.get_value().dtype
         fill, std = (variable.get_metadata(name, None) for name in ("fill", "std"))
         value = normal(rngs, shape, std, dtype) if fill is None else jnp.full(shape, fill, dtype)
         return variable.replace(value, out_sharding=("layers", *variable.get_metadata("out_sharding")))
 
     graph, state = nnx.split(abstract)
-    filled = [(path, stacked(variable)) for path, variable in nnx.to_flat_state(state)]
+    filled = [(path, stacked(path, variable)) for path, variable in nnx.to_flat_state(state)]
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
 
+def of_indexer(path: tuple[Any, ...], _: Any) -> bool:
+    """Whether a variable of a block is one of its indexer."""
+    return "indexer" in path
+
+
+def indexer_of_layer(shares: Sequence[bool]) -> list[int]:
+    """For each of stacked layers the index of the indexer whose keys it uses, among those of the stack; 0 for layers
+    that use one of an earlier stack."""
+    return np.maximum(np.cumsum(np.logical_not(shares)) - 1, 0).tolist()
+
+
+def _by_layer(shares: Sequence[bool]) -> tuple[Array, Array | None]:
+    """What a scan over layers takes beside their parameters: `indexer_of_layer`, and whether each layer shares the keys
+    of the one before, None if all or none do."""
+    return jnp.asarray(indexer_of_layer(shares), jnp.int32), jnp.asarray(shares) if len(set(shares)) > 1 else None
+
+
 def run_layers(
-    layers: Block, x_BTD: Activations, sequences: SequenceInfo, replay_lBTK: Int[Array, "l B T K"] | None, remat: Remat
-) -> tuple[Activations, RouterStats | None]:
-    """Run stacked layers under a scan, so that 61 layers compile like one. Router statistics come back stacked."""
-    graph, state = nnx.split(layers)
+    layers: Block,
+    x_BTD: Activations,
+    sequences: SequenceInfo,
+    replay_lBTK: Int[Array, "l B T K"] | None,
+    remat: Remat,
+    shares: Sequence[bool],
+) -> tuple[Activations, SelectedKeys | None, RouterStats | None]:
+    """Run stacked layers under a scan, so that 61 layers compile like one. Router statistics come back stacked.
+    `shares`: which layers use the keys that an indexer selected in the layer before. The keys of the last layer are
+    returned if `sequences` has such keys, for the first."""
+    graph, indexers, state = nnx.split(layers, of_indexer, ...)
+    carries = sequences.selected_BTW is not None
 
-    def body(x_BTD: Array, layer: tuple[nnx.State, Array | None]) -> tuple[Array, RouterStats | None]:
-        layer_state, replay_BTK = layer
-        return nnx.merge(graph, layer_state)(x_BTD, sequences._replace(replay_BTK=replay_BTK))
+    def body(carry: tuple[Array, Array | None], layer: Any) -> tuple[tuple[Array, Array | None], RouterStats | None]:
+        x_BTD, selected_BTW = carry
+        layer_state, replay_BTK, (index, shared) = layer
+        block = nnx.merge(graph, jax.tree.map(lambda w: w[index], indexers), layer_state)
+        shared = shares[0] if shared is None else shared
+        info = sequences._replace(replay_BTK=replay_BTK, selected_BTW=selected_BTW, shares_keys=shared)
+        x_BTD, selected_BTW, stats = block(x_BTD, info)
+        return (x_BTD, selected_BTW if carries else None), stats
 
-    return jax.lax.scan(REMAT[remat](body), x_BTD, (state, replay_lBTK))
+    inputs = state, replay_lBTK, _by_layer(shares)
+    (x_BTD, selected_BTW), stats = jax.lax.scan(REMAT[remat](body), (x_BTD, sequences.selected_BTW), inputs)
+    return x_BTD, selected_BTW, stats
 
 
 def extend_layers(
-    layers: Block | nnx.List, x_bTD: NewTokens, cache_LBSW: CacheEntries, metadata: AttentionMetadata
-) -> tuple[NewTokens, CacheEntries, Int[Array, "l b T K"] | None]:
+    layers: Block | nnx.List,
+    x_bTD: NewTokens,
+    cache_LBSW: CacheEntries,
+    metadata: AttentionMetadata,
+    shares: Sequence[bool],
+) -> tuple[NewTokens, CacheEntries, NewSelectedKeys | None, Int[Array, "l b T K"] | None]:
     """`Block.extend` of stacked layers, or of a list of them (`unstack_layers`), from layer `metadata.layer` of the
-    cache on. The cache is updated in place."""
+    cache on. The cache is updated in place. `shares` and selected keys: see `run_layers`."""
+    carries = metadata.selected_bTw is not None
     if isinstance(layers, nnx.List):
-        experts = []
-        for index, block in enumerate(layers):
-            at = metadata._replace(layer=metadata.layer + index)
-            x_bTD, cache_LBSW, layer_experts = block.extend(x_bTD, cache_LBSW, at)
+        experts, selected_bTw = [], metadata.selected_bTw
+        for index, (block, shared) in enumerate(zip(layers, shares, strict=True)):
+            at = metadata._replace(layer=metadata.layer + index, selected_bTw=selected_bTw, shares_keys=shared)
+            x_bTD, cache_LBSW, selected_bTw, layer_experts = block.extend(x_bTD, cache_LBSW, at)
             experts.append(layer_experts)
-        return x_bTD, cache_LBSW, None if experts[0] is None else jnp.stack(experts)
+        stacked = None if experts[0] is None else jnp.stack(experts)
+        return x_bTD, cache_LBSW, selected_bTw if carries else None, stacked
     # The grouped-matmul kernels index the layer themselves: slicing the experts out of their stack would copy them.
-    graph, stacked_experts, state = nnx.split(layers, lambda _, w: "experts" in w.get_metadata("out_sharding"), ...)
+    graph, stacked_experts, indexers, state = nnx.split(
+        layers, lambda _, w: "experts" in w.get_metadata("out_sharding"), of_indexer, ...
+    )
 
-    def body(carry: tuple[Array, Array], layer: tuple[Array, nnx.State]) -> tuple[tuple[Array, Array], Array | None]:
-        index, layer_state = layer
-        block = nnx.merge(graph, stacked_experts, layer_state)
+    def body(carry: tuple[Array, Array, Array | None], layer: Any) -> tuple[tuple[Array, Array, Any], Array | None]:
+        x_bTD, cache_LBSW, selected_bTw = carry
+        index, layer_state, (own, shared) = layer
+        block = nnx.merge(graph, stacked_experts, jax.tree.map(lambda w: w[own], indexers), layer_state)
         at = metadata._replace(layer=metadata.layer + index, expert_layer=index if block.experts else None)
-        x_bTD, cache_LBSW, experts = block.extend(*carry, at)
-        return (x_bTD, cache_LBSW), experts
+        at = at._replace(selected_bTw=selected_bTw, shares_keys=shares[0] if shared is None else shared)
+        x_bTD, cache_LBSW, selected_bTw, experts = block.extend(x_bTD, cache_LBSW, at)
+        return (x_bTD, cache_LBSW, selected_bTw if carries else None), experts
 
-    indices = jnp.arange(len(jax.tree.leaves(state)[0]))
-    (x_bTD, cache_LBSW), experts = jax.lax.scan(body, (x_bTD, cache_LBSW), (indices, state))
-    return x_bTD, cache_LBSW, experts
+    inputs = jnp.arange(len(shares)), state, _by_layer(shares)
+    carry, experts = jax.lax.scan(body, (x_bTD, cache_LBSW, metadata.selected_bTw), inputs)
+    return *carry, experts

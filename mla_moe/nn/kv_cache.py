@@ -15,7 +15,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num, UInt32
 
 from mla_moe.config import AttentionConfig, require
 from mla_moe.nn.layers import require_shape
@@ -30,6 +30,8 @@ NewTokens = Float[Array, "b T D"]
 """Activations of the T new tokens of b sequences."""
 NewIds = Int[Array, "b T"]
 NewEntries = Num[Array, "b T W"]
+NewSelectedKeys = UInt32[Array, "b T w"]
+"""`ops.key_selection.SelectedKeys` of new tokens, among those of the cache."""
 Slots = Int[Array, "b"]
 Lengths = Int[Array, "b"]
 Active = Bool[Array, "b"]
@@ -48,8 +50,10 @@ class KVCache(NamedTuple):
 
     entries_LBSW: CacheEntries
     """`[layers, sequences, positions, width]`. An entry is the normed latent and the rotated shared key of a token,
-    `kv_lora_rank + qk_rope_head_dim` values; in int8 also their two float32 scales, as 8 bytes. The single layer of one
-    `MLAttention` is an axis of size 1. Entries from a sequence's length on are arbitrary, and never read."""
+    `kv_lora_rank + qk_rope_head_dim` values; in int8 also their two float32 scales, as 8 bytes. Behind them are the
+    `index_head_dim` values of the indexer's key if there is one (DSA), in int8 with 8 bytes for the scales of their
+    rotated part and the rest. The single layer of one `MLAttention` is an axis of size 1. Entries from a sequence's
+    length on are arbitrary, and never read."""
     length_B: Int[Array, "B"]
     """int32: the cached tokens of each sequence, and so the position of its next token. A smaller number forgets the
     last tokens (`cache._replace(length_B=…)`), and 0 all of them."""
@@ -73,7 +77,7 @@ class NewPositions(NamedTuple):
 
 
 class AttentionMetadata(NamedTuple):
-    """Where new tokens are in the KV cache, and how attention reads it. Only the last two differ between layers."""
+    """Where new tokens are in the KV cache, and how attention reads it. What follows `form` differs between layers."""
 
     slots_b: Slots | None
     """The sequence slot of each batch element; None: the batch is all slots in order."""
@@ -84,6 +88,10 @@ class AttentionMetadata(NamedTuple):
     form: Form
     layer: LayerIndex = 0
     """The index in the cache."""
+    selected_bTw: NewSelectedKeys | None = None
+    """The keys that the indexer of the layer before selected (DSA)."""
+    shares_keys: Bool[Array, ""] | bool = False
+    """Whether this layer uses those."""
     expert_layer: Int[Array, ""] | None = None
     """The index in the stack of layers, where `moe` has the experts of the full stack."""
 
@@ -91,6 +99,11 @@ class AttentionMetadata(NamedTuple):
 def round_up_capacity(tokens: int) -> int:
     """The smallest cache capacity for `tokens` tokens that attention can read in full blocks."""
     return 1 << max(tokens - 1, 0).bit_length() if tokens < BLOCK else -(-tokens // BLOCK) * BLOCK
+
+
+def index_columns(cfg: AttentionConfig, dtype: DTypeLike) -> int:
+    """The columns of a cache that hold the indexer's keys; 0 without an indexer."""
+    return 0 if cfg.index_topk is None else cfg.index_head_dim + SCALE_BYTES * (jnp.dtype(dtype) == jnp.int8)
 
 
 def cache_shape(
@@ -105,6 +118,7 @@ def cache_shape(
     """Shape, dtype and sharding of a cache's entries. `layers` is the model's, and one more if its MTP module computes
     draft tokens. An `int8` cache stores its quantization scales too."""
     width = cfg.kv_lora_rank + cfg.qk_rope_head_dim + SCALE_BYTES * (jnp.dtype(dtype) == jnp.int8)
+    width += index_columns(cfg, dtype)
     return jax.ShapeDtypeStruct((layers, slots, capacity, width), dtype, sharding=sharding)
 
 

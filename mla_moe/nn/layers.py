@@ -44,6 +44,20 @@ class RMSNorm(nnx.Module):
         return (x32 * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
+class LayerNorm(nnx.Module):
+    """Layer norm `(x - mean(x)) / sqrt(var(x) + eps) · scale + bias`, computed in float32 (arXiv 1607.06450)."""
+
+    def __init__(self, axis: str, width: int, eps: float, precision: Precision):
+        self.scale, self.bias = scale(axis, width, precision.param), scale(axis, width, precision.param, fill=0.0)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+        x32 = x.astype(jnp.float32)
+        x32 -= x32.mean(axis=-1, keepdims=True)
+        x32 *= jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
+        return (x32 * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
 class MLP(nnx.Module):
     """Gated MLP `(activation(x · gate) * (x · up)) · down` (with silu SwiGLU, arXiv 2002.05202), used by the dense
     first layers and the shared experts. Gate and up projection are one parameter."""

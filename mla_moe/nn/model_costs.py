@@ -40,8 +40,9 @@ def active_matmul_weights(cfg: ModelConfig) -> int:
 
 
 def kv_cache_bytes_per_token(cfg: ModelConfig, item_bytes: int = 2) -> int:
-    """Bytes of the latent KV cache per token, over all layers."""
-    return (cfg.kv_lora_rank + cfg.qk_rope_head_dim) * cfg.num_hidden_layers * item_bytes
+    """Bytes of the latent KV cache per token, over all layers, with the keys of indexers."""
+    index = 0 if cfg.index_topk is None else cfg.index_head_dim
+    return (cfg.kv_lora_rank + cfg.qk_rope_head_dim + index) * cfg.num_hidden_layers * item_bytes
 
 
 def mha_kv_cache_bytes_per_token(cfg: ModelConfig, item_bytes: int = 2) -> int:
@@ -51,7 +52,8 @@ def mha_kv_cache_bytes_per_token(cfg: ModelConfig, item_bytes: int = 2) -> int:
 
 def train_flops_per_token(cfg: ModelConfig, length: int) -> float:
     """Model FLOPs per token of forward and backward pass: 6 per active weight of a matrix product, and causal attention
-    over `length` tokens. Rematerialisation does not count, nor does the embedding, which is a lookup."""
+    over `length` tokens, with an indexer over those that it selects. Indexers have no backward pass. Rematerialisation
+    does not count, nor does the embedding, which is a lookup."""
     count, embedding = count_parameters(cfg), cfg.vocab_size * cfg.hidden_size
     weights, layers = active_matmul_weights(cfg), cfg.num_hidden_layers
     if cfg.num_nextn_predict_layers:
@@ -61,5 +63,13 @@ def train_flops_per_token(cfg: ModelConfig, length: int) -> float:
         weights += count.mtp - inactive + (embedding if cfg.mtp_shares_embedding else -embedding)
         layers += cfg.num_nextn_predict_layers
     width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
-    attention = 2 * cfg.num_attention_heads * width * (length + 1) / 2
-    return 6 * weights + 3 * layers * attention
+    keys = min(cfg.index_topk or length, length)  # of the last tokens; the first have 1, 2, …
+    attention = 2 * cfg.num_attention_heads * width * keys * (1 - (keys - 1) / (2 * length))
+    flops = 6 * weights + 3 * layers * attention
+    if cfg.index_topk is None:
+        return flops
+    H, I = cfg.index_n_heads, cfg.index_head_dim  # noqa: E741
+    indexers = cfg.shared_indexers.count(False) + cfg.num_nextn_predict_layers
+    matrices = (cfg.q_lora_rank or 0) * H * I + cfg.hidden_size * (H + I)
+    scores = 2 * H * I * (length + 1) / 2 if length > cfg.index_topk else 0
+    return flops + indexers * (scores - 4 * matrices)

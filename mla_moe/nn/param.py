@@ -4,7 +4,7 @@ Every weight is an `nnx.Param`, so that Flax's filters and `nnx.bridge` treat it
 say what it is: `role`; `out_sharding`, the logical name of each axis, as in `nnx.with_partitioning`; `sharding_rules`,
 from which `nnx.get_partition_spec` finds the mesh axes; `contracts`, the axes that a product with the input sums over
 (of the rest, those in `BATCH_AXES` index separate matrices, and the others are outputs); `std` or `fill`, its
-initialization.
+initialization; `frozen`, where no gradient reaches it and the optimizer leaves it as it is.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ BATCH_AXES = ("layers", "experts", "gate_up")
 
 Role = Literal["matrix", "embedding", "scale"]
 """A matrix between activations; a weight between tokens and activations, which are the embedding and the output head;
-or the elementwise scale of a norm."""
+or the elementwise scale or bias of a norm."""
 
 
 class RouterBias(nnx.Variable):
@@ -80,9 +80,10 @@ def matrix(
     return nnx.Param(value, role=role, contracts=contracts, std=std, **axis_metadata(tuple(axes)))
 
 
-def scale(axis: str, width: int, dtype: DTypeLike) -> nnx.Param:
-    """The scale of a norm, initialised to 1."""
-    return nnx.Param(jnp.ones(width, dtype), role="scale", contracts=(), fill=1.0, **axis_metadata((axis,)))
+def scale(axis: str, width: int, dtype: DTypeLike, fill: float = 1.0) -> nnx.Param:
+    """The scale of a norm, initialised to 1, or its bias (`fill` = 0)."""
+    value = jnp.full(width, fill, dtype)
+    return nnx.Param(value, role="scale", contracts=(), fill=fill, **axis_metadata((axis,)))
 
 
 def router_bias(num_experts: int) -> RouterBias:

@@ -1,5 +1,6 @@
 """The language model: embedding, dense layers, MoE layers, final norm, output head and MTP module; and its loss."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -11,7 +12,17 @@ from jaxtyping import Array, Float, Int
 
 from mla_moe.config import KernelConfig, ModelConfig, require
 from mla_moe.nn import loss
-from mla_moe.nn.block import REMAT, Block, Remat, SequenceInfo, extend_layers, run_layers, stack_layers
+from mla_moe.nn.block import (
+    REMAT,
+    Block,
+    Remat,
+    SequenceInfo,
+    extend_layers,
+    indexer_of_layer,
+    of_indexer,
+    run_layers,
+    stack_layers,
+)
 from mla_moe.nn.kv_cache import (
     Active,
     AttentionMetadata,
@@ -33,6 +44,7 @@ from mla_moe.nn.moe import RouterStats
 from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.rope import rotary
 from mla_moe.ops.cached_attention import Form
+from mla_moe.ops.key_selection import SelectedKeys, selected_words
 from mla_moe.parallel.mesh import under_auto_axes
 from mla_moe.parallel.sharded_einsum import Einsum, plain_einsum, sharded_einsum
 from mla_moe.parallel.sharding import constrain_decode_activations, constrain_decode_logits
@@ -57,17 +69,18 @@ class Transformer(nnx.Module):
         self.cfg, self.remat = cfg, remat
         self.precision = precision = precision or Precision.default()
 
-        def layers(count: int, experts: bool) -> Block:
-            block = partial(Block, cfg, experts=experts, precision=precision, kernels=kernels)
-            return stack_layers(nnx.eval_shape(lambda: block(rngs=nnx.Rngs(0))), count, rngs)
+        def layers(shares: Sequence[bool], experts: bool) -> Block:
+            own = not all(shares)
+            block = partial(Block, cfg, experts=experts, has_indexer=own, precision=precision, kernels=kernels)
+            return stack_layers(nnx.eval_shape(lambda: block(rngs=nnx.Rngs(0))), shares, rngs)
 
         self.embed = token_embedding(cfg, rngs, precision)
         if not cfg.tie_word_embeddings:
             self.head = output_head(cfg, rngs, precision)
         if cfg.first_k_dense_replace:
-            self.dense_layers = layers(cfg.first_k_dense_replace, experts=False)
+            self.dense_layers = layers(self._shares(experts=False), experts=False)
         if cfg.num_moe_layers:
-            self.moe_layers = layers(cfg.num_moe_layers, experts=True)
+            self.moe_layers = layers(self._shares(experts=True), experts=True)
         self.norm = RMSNorm("embed", cfg.hidden_size, cfg.rms_norm_eps, precision)
         if cfg.num_nextn_predict_layers:
             self.mtp = MTP(cfg, rngs=rngs, precision=precision, kernels=kernels)
@@ -118,13 +131,30 @@ class Transformer(nnx.Module):
         (arXiv 2507.18071, section 5.3): `replay` gives each token's experts in each MoE layer, −1 for the router's
         choice."""
         sequences = _sequence_info(tokens, segment_ids, positions)
+        sequences = sequences._replace(selected_BTW=self._no_keys(tokens.shape, tokens.shape[1]))
         x_BTD, stats = self.embedding(tokens), None
         if self.cfg.first_k_dense_replace:
-            x_BTD, _ = run_layers(self.dense_layers, x_BTD, sequences, None, self.remat)
+            layers, shares = self.dense_layers, self._shares(experts=False)
+            x_BTD, selected_BTW, _ = run_layers(layers, x_BTD, sequences, None, self.remat, shares)
+            sequences = sequences._replace(selected_BTW=selected_BTW)
         if self.cfg.num_moe_layers:
+            layers, shares = self.moe_layers, self._shares(experts=True)
             replay_lBTK = None if replay is None else jnp.moveaxis(replay, 2, 0)
-            x_BTD, stats = run_layers(self.moe_layers, x_BTD, sequences, replay_lBTK, self.remat)
+            x_BTD, _, stats = run_layers(layers, x_BTD, sequences, replay_lBTK, self.remat, shares)
         return self.norm(x_BTD), stats
+
+    def _shares(self, *, experts: bool) -> Sequence[bool]:
+        """`ModelConfig.shared_indexers` of the dense layers, or of those with experts."""
+        first = self.cfg.first_k_dense_replace
+        return self.cfg.shared_indexers[first:] if experts else self.cfg.shared_indexers[:first]
+
+    def _no_keys(self, shape: tuple[int, ...], num_keys: int) -> SelectedKeys | None:
+        """What stands for the keys of a layer before the first if some layers share keys; None if no indexer selects
+        among `num_keys`, or if none share."""
+        topk = self.cfg.index_topk
+        if topk is None or num_keys <= topk or not any(self.cfg.shared_indexers):
+            return None
+        return jnp.zeros((*shape, selected_words(num_keys)), jnp.uint32)
 
     def mtp_hidden(
         self, h_BTD: Activations, next_tokens: Ids, segment_ids: Ids | None = None, positions: Ids | None = None
@@ -219,12 +249,16 @@ class Transformer(nnx.Module):
         require_cache(self.cfg.attention, cache, layers=self.cfg.num_hidden_layers + has_mtp)
         new = new_positions(cache, tokens.shape, lengths, active, slots)
         metadata, entries_LBSW = self._attention_metadata(new, slots, form), cache.entries_LBSW
+        metadata = metadata._replace(selected_bTw=self._no_keys(tokens.shape, cache.max_length))
         x_bTD, experts = constrain_decode_activations(self._cast(self.embed)[tokens]), None
         if self.cfg.first_k_dense_replace:
-            x_bTD, entries_LBSW, _ = extend_layers(self.dense_layers, x_bTD, entries_LBSW, metadata)
+            shares, layers = self._shares(experts=False), self.dense_layers
+            x_bTD, entries_LBSW, selected, _ = extend_layers(layers, x_bTD, entries_LBSW, metadata, shares)
+            metadata = metadata._replace(selected_bTw=selected)
         if self.cfg.num_moe_layers:
             metadata = metadata._replace(layer=self.cfg.first_k_dense_replace)
-            x_bTD, entries_LBSW, experts = extend_layers(self.moe_layers, x_bTD, entries_LBSW, metadata)
+            shares, layers = self._shares(experts=True), self.moe_layers
+            x_bTD, entries_LBSW, _, experts = extend_layers(layers, x_bTD, entries_LBSW, metadata, shares)
         h_bTD = jnp.where(new.fits_b[:, None, None], self.norm(x_bTD), jnp.nan)
         return h_bTD, constrain_cache(KVCache(entries_LBSW, new.length_B)), experts
 
@@ -280,7 +314,7 @@ class MTP(nnx.Module):
         self, h_BTD: Activations, next_embedding_BTD: Activations, sequences: SequenceInfo
     ) -> tuple[Activations, RouterStats]:
         """From the model's final-normed `h_i` and the embedding of token i+1 to the hidden state that predicts i+2."""
-        x_BTD, stats = self.block(self._project(h_BTD, next_embedding_BTD, sharded_einsum), sequences)
+        x_BTD, _, stats = self.block(self._project(h_BTD, next_embedding_BTD, sharded_einsum), sequences)
         assert stats is not None  # the block has experts
         return self.norm(x_BTD), stats
 
@@ -289,7 +323,7 @@ class MTP(nnx.Module):
     ) -> tuple[NewTokens, CacheEntries]:
         """The same for prefill and decode, over the latent cache."""
         x_bTD = self._project(h_bTD, next_embedding_bTD, plain_einsum)
-        x_bTD, cache_LBSW, _ = self.block.extend(x_bTD, cache_LBSW, metadata)
+        x_bTD, cache_LBSW, _, _ = self.block.extend(x_bTD, cache_LBSW, metadata)
         return self.norm(x_bTD), cache_LBSW
 
     def _project(self, h_BTD: Activations, next_embedding_BTD: Activations, einsum: Einsum) -> Activations:
@@ -303,10 +337,12 @@ def unstack_layers(model: Transformer) -> Transformer:
     model = nnx.clone(model)
     for name in ("dense_layers", "moe_layers"):
         if hasattr(model, name):
-            graph, state = nnx.split(getattr(model, name))
-            count = len(jax.tree.leaves(state)[0])
+            graph, indexers, state = nnx.split(getattr(model, name), of_indexer, ...)
             layer = jax.jit(lambda state, i: jax.tree.map(lambda x: x[i], state))
-            setattr(model, name, nnx.List([nnx.merge(graph, layer(state, i)) for i in range(count)]))
+            own = indexer_of_layer(model._shares(experts=name == "moe_layers"))
+            indexer = [layer(indexers, i) for i in range(max(own) + 1)]  # layers that share keys hold no copy
+            blocks = (nnx.merge(graph, indexer[i], layer(state, index)) for index, i in enumerate(own))
+            setattr(model, name, nnx.List(blocks))
     return model
 
 

@@ -19,6 +19,7 @@ from mla_moe.config.parallelism import AttentionKernel
 from mla_moe.ops.blockwise_attention import BlockSpec, Inputs, block_size, blockwise_attention
 from mla_moe.ops.dropout import Dropout, kept_scale
 from mla_moe.ops.kernel_choice import log_fallback, supported_attention_kernel
+from mla_moe.ops.key_selection import SelectedKeys, selected_range
 from mla_moe.ops.masking import CAUSAL, Masking, attention_mask
 
 _JaxKernel = Literal["cudnn", "xla"]
@@ -35,6 +36,7 @@ def attention(
     query_segment_ids_BT: Int[Array, "B T"] | None = None,
     query_offset: Int[Array, ""] | None = None,
     dropout: Dropout | None = None,
+    selected_BTW: SelectedKeys | None = None,
     implementation: AttentionKernel | None = None,
 ) -> Float[Array, "B T H V"]:
     """`softmax(scale · q kᵀ + mask) v`, softmax in float32 (DeepSeek-V2, equations 9-11 and 17-18).
@@ -46,7 +48,8 @@ def attention(
 
     `query_segment_ids_BT`: queries have segment ids of their own, because they are of another sequence (cross
     attention; then nothing is causal or windowed) or because some keys are padding, whose segment id no query has. A
-    query without any key gives 0. `dropout` is applied to the weights. A kernel that does not support the inputs is
+    query without any key gives 0. `dropout` is applied to the weights. `selected_BTW` are the keys that an indexer has
+    selected among those (DSA), at least one for each query that has any. A kernel that does not support the inputs is
     replaced by `blockwise`, which is logged once.
     """
     B, S = k_BSHA.shape[:2]
@@ -58,12 +61,15 @@ def attention(
     implementation = supported_attention_kernel(
         implementation, q_BTHA.dtype, queries=T, tokens=S, widths=(q_BTHA.shape[3], v_BSHV.shape[3]),
         all_queries=query_offset is None, keys_in_ranges=not own_segments, dropout=dropout is not None,
+        selected=selected_BTW is not None,
     )  # fmt: skip
     if query_segment_ids_BT is None:
         query_segment_ids_BT = jax.lax.dynamic_slice_in_dim(segment_ids_BS, start, T, 1)
     segments = query_segment_ids_BT, segment_ids_BS
     if implementation == "reference":
         mask_BTS = attention_mask(*segments, start, masking)
+        if selected_BTW is not None:
+            mask_BTS &= selected_range(selected_BTW, 0, S)
         return masked_attention(q_BTHA, k_BSHA, v_BSHV, mask_BTS, scale, dropout)
     if implementation == "splash":
         return _splash(q_BTHA, k_BSHA, v_BSHV, segment_ids_BS, scale, masking)
@@ -84,7 +90,8 @@ def attention(
     q_segments, k_segments = (_pad_to(x, size, 1, no_segment) for x in segments)
     rows = None if dropout is None else _pad_to(dropout.rows_BHT, size, 2)
     spec = BlockSpec(scale, size, masking, own_segments, 0.0 if dropout is None else dropout.rate)
-    inputs = Inputs(q, k, v, q_segments, k_segments, rows)
+    selected = None if selected_BTW is None else _pad_to(selected_BTW, size, 1)
+    inputs = Inputs(q, k, v, q_segments, k_segments, rows, selected)
     y_BHTV = blockwise_attention(inputs, start // size, None if dropout is None else dropout.key_2, spec)
     return jnp.moveaxis(y_BHTV[:, :, :T], 1, 2)
 

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from mla_moe.ops.dropout import kept_scale
+from mla_moe.ops.key_selection import selected_range
 from mla_moe.ops.masking import Masking
 
 _einsum = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -37,6 +38,8 @@ class Inputs(NamedTuple):
     query_segments_BT: Array
     key_segments_BS: Array
     dropout_rows_BHT: Array | None
+    selected_BTW: Array | None = None
+    """The keys that an indexer selects for each query (`ops.key_selection`); None: all."""
 
 
 class BlockSpec(NamedTuple):
@@ -52,11 +55,14 @@ class BlockSpec(NamedTuple):
 
 def blockwise_attention(inputs: Inputs, first_block: Array, dropout_key: Array | None, spec: BlockSpec) -> Array:
     """Sequences b and heads h at a time: as many as keep a block's scores within 2 MB of CPU cache; several sequences
-    only with all of their heads."""
+    only with all of their heads. With selected keys one sequence with all heads, so that they are not repeated."""
     B, H = inputs.q_BHTA.shape[:2]
     limit = max(2**19 // spec.size**2, 1)
     h = next(h for h in range(min(H, limit), 0, -1) if H % h == 0)
     b = next(b for b in range(max(min(B, limit // H), 1), 0, -1) if B % b == 0)
+    selected_BTW = inputs.selected_BTW
+    if selected_BTW is not None:
+        h, b, selected_BTW = H, 1, selected_BTW[:, None]
 
     def split(x: Array) -> Array:
         """`[B, H, …]` to groups `[B/b · H/h, b, h, …]`; segments have no heads."""
@@ -64,7 +70,7 @@ def blockwise_attention(inputs: Inputs, first_block: Array, dropout_key: Array |
             return jnp.repeat(x.reshape(B // b, b, -1), H // h, axis=0)
         return jnp.moveaxis(x.reshape(B // b, b, H // h, h, *x.shape[2:]), 2, 1).reshape(-1, b, h, *x.shape[2:])
 
-    groups = jax.tree.map(split, inputs)
+    groups = jax.tree.map(split, inputs._replace(selected_BTW=None))._replace(selected_BTW=selected_BTW)
     y = jax.lax.map(lambda group: _blockwise(group, first_block, dropout_key, spec), groups)
     y = jnp.moveaxis(y.reshape(B // b, H // h, b, h, *y.shape[3:]), 1, 2)
     return y.reshape(B, H, *y.shape[4:])
@@ -110,7 +116,10 @@ def _mask(inputs: Inputs, own: Array, i: Array, j: Array, spec: BlockSpec) -> Ar
     allowed_ts = spec.masking.allowed((i * spec.size + index)[:, None], j * spec.size + index)
     own_segments = _block(inputs.query_segments_BT, own, spec.size, 1)
     same_Bts = own_segments[:, :, None] == _block(inputs.key_segments_BS, j, spec.size, 1)[:, None, :]
-    return jnp.where(allowed_ts & same_Bts, 0.0, -1e30)
+    visible_Bts = allowed_ts & same_Bts
+    if inputs.selected_BTW is not None:
+        visible_Bts &= selected_range(_block(inputs.selected_BTW, own, spec.size, 1), j * spec.size, spec.size)
+    return jnp.where(visible_Bts, 0.0, -1e30)
 
 
 def _dropout_scale(inputs: Inputs, dropout_key: Array, own: Array, j: Array, spec: BlockSpec) -> Array:
@@ -166,7 +175,8 @@ def _blockwise_forward(
 
         sums, (first, last) = empty_sums(B, H, size, v_BHSV.shape[3]), _key_blocks(i, S // size, spec)
         if spec.masking.causal:
-            # The diagonal first: there every query attends to itself, so the maximum is a real score from then on.
+            # The diagonal first: there every query sees itself, so the maximum is a real score from then on, or with
+            # selected keys from a later block on, which takes the weight from masked keys before it.
             sums, last = key_block(i, sums), i
         max_BHt, sum_BHt, y_BHtV = jax.lax.fori_loop(first, last, key_block, sums)
         if spec.may_be_empty:  # the weights of masked keys are 1 if there is no real score, and 0 otherwise
@@ -223,7 +233,7 @@ def _blockwise_backward(spec: BlockSpec, residuals: Residuals, g_BHTV: Array) ->
     g_q_BHAT, (g_k_nBHsA, g_v_nBHsV) = jax.lax.scan(key_block, zeros_BHAT, jnp.arange(S // size))
     g_q_BHTA, g_k, g_v = jnp.swapaxes(g_q_BHAT, 2, 3), _stack(g_k_nBHsA), _stack(g_v_nBHsV)
     g_q, g_k, g_v = (g.astype(x.dtype) for g, x in zip((g_q_BHTA, g_k, g_v), inputs[:3], strict=True))
-    others: dict[str, Any] = dict.fromkeys(("query_segments_BT", "key_segments_BS", "dropout_rows_BHT"))
+    others: dict[str, Any] = dict.fromkeys(("query_segments_BT", "key_segments_BS", "dropout_rows_BHT", "selected_BTW"))
     return inputs._replace(q_BHTA=g_q, k_BHSA=g_k, v_BHSV=g_v, **others), None, None
 
 

@@ -13,15 +13,33 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int, Num, UInt32
 
 from mla_moe.ops.attention import masked_attention
 from mla_moe.ops.blockwise_attention import SoftmaxSums, add_block, empty_sums
+from mla_moe.ops.key_selection import selected_range
 from mla_moe.ops.kv_quantization import SCALE_BYTES, dequantize
 
 Form = Literal["reference", "expanded", "absorbed"]
 
 BLOCK = 256
+
+
+def read_cache(
+    cache_LBSW: Num[Array, "L B S W"],
+    layer: Int[Array, ""] | int,
+    slots_b: Int[Array, "b"] | None,
+    positions: tuple[Array | int, int],
+    columns: tuple[int, int],
+) -> Num[Array, "b s w"]:
+    """A block of positions and of columns, each as its start and size, of one layer's slots (None: of all)."""
+    (start, size), (first, width) = positions, columns
+
+    def block(slot: Array | int, slots: int) -> Array:
+        index = [jnp.asarray(i, jnp.int32) for i in (layer, slot, start, first)]  # one dtype, with jax_enable_x64 too
+        return jax.lax.dynamic_slice(cache_LBSW, index, (1, slots, size, width))[0]
+
+    return block(0, cache_LBSW.shape[1]) if slots_b is None else jax.vmap(lambda i: block(i, 1)[0])(slots_b)
 
 
 def cached_attention(
@@ -35,16 +53,19 @@ def cached_attention(
     scale: float,
     form: Form,
     window: int | None = None,
+    selected_bTw: UInt32[Array, "b T w"] | None = None,
+    index_width: int = 0,
     constrain: Callable[[Array], Array] = lambda x: x,
 ) -> Float[Array, "b T H V"]:
     """`softmax(scale · q kᵀ + mask) v`: a token at `positions` attends to its sequence slot's entries up to itself.
 
     `kv_b` is `[W_UK; W_UV]` of each head, so k = N + V. `slots_b` is the sequence slot of each batch element; None
-    means all slots in order. `window` is the sliding window: of these entries the last so many. Positions at or beyond
-    the cache capacity S mark padding and give arbitrary finite values. `constrain` is the sharding constraint of
-    absorbed queries and values, where heads and slots are on different axes.
+    means all slots in order. `window` is the sliding window: of these entries the last so many; `selected_bTw` are
+    those that an indexer has selected (DSA), whose keys are the last `index_width` columns of the cache. Positions at
+    or beyond the cache capacity S mark padding and give arbitrary finite values. `constrain` is the sharding constraint
+    of absorbed queries and values, where heads and slots are on different axes.
     """
-    (B, T, H, A), (S, Z) = q_bTHA.shape, cache_LBSW.shape[2:]
+    (B, T, H, A), S, Z = q_bTHA.shape, cache_LBSW.shape[2], cache_LBSW.shape[3] - index_width
     quantized = cache_LBSW.dtype == jnp.int8
     W, C = Z - SCALE_BYTES * quantized, kv_b_CHk.shape[0]
     N = A - (W - C)
@@ -53,18 +74,14 @@ def cached_attention(
 
     def read(start: Array | int, size: int) -> Array:
         """`[b, size, W]` of this layer."""
-
-        def block(slot: Array | int, slots: int) -> Array:
-            index = [jnp.asarray(i, jnp.int32) for i in (layer, slot, start, 0)]  # one dtype, with jax_enable_x64 too
-            return jax.lax.dynamic_slice(cache_LBSW, index, (1, slots, size, Z))[0]
-
-        entries = block(0, cache_LBSW.shape[1]) if slots_b is None else jax.vmap(lambda i: block(i, 1)[0])(slots_b)
+        entries = read_cache(cache_LBSW, layer, slots_b, (start, size), (0, Z))
         return dequantize(entries, C, q_bTHA.dtype) if quantized else entries.astype(q_bTHA.dtype)
 
     def visible(entry_s: Array) -> Array:
         """`[b, T, s]`: which entries each query attends to."""
         before_bTs = positions_bT[..., None] - entry_s
-        return (before_bTs >= 0) if window is None else (before_bTs >= 0) & (before_bTs < window)
+        ok_bTs = (before_bTs >= 0) if window is None else (before_bTs >= 0) & (before_bTs < window)
+        return ok_bTs if selected_bTw is None else ok_bTs & selected_range(selected_bTw, entry_s[0], len(entry_s))
 
     def expand(entries_bsW: Array) -> tuple[Array, Array]:
         kv_bsHk = jnp.einsum("bsC,CHk->bsHk", entries_bsW[..., :C], kv_b_CHk)
@@ -91,7 +108,7 @@ def cached_attention(
     last = jnp.max(jnp.where(positions_bT < S, positions_bT, 0)) // size
     earliest = jnp.min(jnp.where(positions_bT < S, positions_bT, S)) - (S if window is None else window - 1)
     first = jnp.minimum(jnp.maximum(earliest, 0) // size, last)
-    # The weights of masked entries vanish with the first real score, which every query has: that of itself.
+    # The weights of masked entries vanish with the first real score, which every query has: of itself, or selected.
     _, sum_bHT, y_bHTV = jax.lax.fori_loop(first, last + 1, body, empty_sums(B, H, T, V))
     y_bHTV /= sum_bHT[..., None]
     if form == "expanded":

@@ -158,7 +158,10 @@ def decode(recipe: Recipe, topology: Topology, options: DecodeOptions) -> StageP
         traced = decode_program.trace(graph, state, cache, slots, steps, False, program_options)
     weights = active_matmul_weights(cfg)
     width = 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
-    useful = batch / mesh.size * (2 * weights + 2 * cfg.num_hidden_layers * cfg.num_attention_heads * width * context)
+    attention = 2 * cfg.num_hidden_layers * cfg.num_attention_heads * width * min(context, cfg.index_topk or context)
+    if cfg.index_topk is not None:
+        attention += 2 * cfg.shared_indexers.count(False) * cfg.index_n_heads * cfg.index_head_dim * context
+    useful = batch / mesh.size * (2 * weights + attention)
     memory = {"parameters": bytes_per_device(state), "KV cache": bytes_per_device(cache)}
     # The devices along `expert` have the same tokens; a few experts are selected by no token.
     local_batch, K = batch // (mesh.shape["data"] * mesh.shape["fsdp"]), cfg.num_experts_per_tok

@@ -60,7 +60,7 @@ def parameter_groups(weights: Any) -> Any:
     - `matrix`: a matrix between activations of this package's modules, which Muon is made for.
     - `decayed`: embedding and output head, and any other weight with two or more axes.
     - `undecayed`: the scale of a norm, and any other weight with one axis, such as a bias.
-    - `frozen`: a router bias, which has no gradient, and which weight decay would change.
+    - `frozen`: a router bias or a weight of an indexer, which have no gradient, and which weight decay would change.
 
     `weights` is a module, its `nnx.state`, Linen's `params`, or a tree that contains them. Flax's metadata say what a
     weight is, so give the tree before it is converted to plain arrays.
@@ -190,7 +190,8 @@ def _matrix_shape(weight: Any) -> _MatrixShape:
 def _group(weight: Any) -> Group:
     metadata = weight.metadata if isinstance(weight, NNXMeta) else {}
     role = weight.get_metadata("role", None) if isinstance(weight, nnx.Variable) else metadata.get("role")
-    if isinstance(weight, RouterBias) or (isinstance(weight, NNXMeta) and weight.var_type is RouterBias):
+    bias = isinstance(weight, RouterBias) or (isinstance(weight, NNXMeta) and weight.var_type is RouterBias)
+    if bias or (weight.get_metadata("frozen", False) if isinstance(weight, nnx.Variable) else metadata.get("frozen")):
         return "frozen"
     if role in ("matrix", "scale"):
         return "matrix" if role == "matrix" else "undecayed"

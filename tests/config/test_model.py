@@ -7,6 +7,7 @@ import pytest
 from mla_moe import ConfigError, ModelConfig, preset
 from mla_moe.config import PRESETS
 from mla_moe.nn.model_costs import (
+    active_matmul_weights,
     count_parameters,
     kv_cache_bytes_per_token,
     mha_kv_cache_bytes_per_token,
@@ -28,6 +29,9 @@ from mla_moe.nn.model_costs import (
         ("mistral-small-4", 118_972_826_624, 0),
         ("kimi-k2.5", 1_026_408_232_448, 0),
         ("youtu-llm-2b", 1_961_560_064, 0),
+        ("deepseek-v3.2", 671_877_944_064, 11_624_027_648),
+        ("glm-5", 743_911_218_432, 9_952_920_576),
+        ("glm-5.2", 743_377_019_904, 9_952_920_576),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name, total, mtp):
@@ -38,6 +42,37 @@ def test_presets_have_the_published_number_of_parameters(name, total, mtp):
 @pytest.mark.parametrize(("name", "active"), [("deepseek-v3", 37.5e9), ("a.x-k1", 33e9), ("mistral-small-4", 6.5e9)])
 def test_active_parameters_are_the_published_ones(name, active):
     assert count_parameters(preset(name)).active == pytest.approx(active, rel=0.025)
+
+
+@pytest.mark.parametrize(("name", "active"), [("deepseek-v3.2", 37e9), ("glm-5", 40e9), ("glm-5.2", 40e9)])
+def test_active_parameters_of_sparse_attention_are_the_published_ones(name, active):
+    """Published as of DeepSeek-V3 without indexers; of GLM-5 without the embedding, which is a lookup."""
+    cfg = preset(name)
+    indexers = cfg.shared_indexers.count(False) * indexer_parameters(cfg)
+    assert active_matmul_weights(cfg) - indexers == pytest.approx(active, rel=0.025)
+
+
+def indexer_parameters(cfg):
+    H, width = cfg.index_n_heads, cfg.index_head_dim
+    return cfg.q_lora_rank * H * width + cfg.hidden_size * (H + width) + 2 * width
+
+
+def test_indexers_are_counted_as_they_are_used():
+    """Parameters beside those of DeepSeek-V3; FLOPs that grow with the selected keys and, of scores, the length."""
+    v3, v32 = preset("deepseek-v3"), preset("deepseek-v3.2")
+    assert count_parameters(v32).total - count_parameters(v3).total == 61 * indexer_parameters(v32)
+    assert count_parameters(preset("glm-5")).total - count_parameters(preset("glm-5.2")).total == (
+        57 * indexer_parameters(preset("glm-5"))
+    )
+    assert kv_cache_bytes_per_token(v32) == 70_272 + 61 * 128 * 2
+    dense = dataclasses.replace(v3, num_nextn_predict_layers=0)
+    sparse = dataclasses.replace(v32, num_nextn_predict_layers=0)
+    extra = train_flops_per_token(sparse, 2048) - train_flops_per_token(dense, 2048)
+    assert extra == pytest.approx(2 * 61 * indexer_parameters(v32), rel=1e-3)
+    far = train_flops_per_token(sparse, 8 * 2048) - train_flops_per_token(sparse, 4 * 2048)
+    keys = 2048 * (1 / 8 - 1 / 16)  # the mean number of keys comes nearer to 2,048
+    per_key = 3 * 2 * 128 * (128 + 64 + 128)
+    assert far == pytest.approx(61 * (keys * per_key + 64 * 128 * 4 * 2048), rel=1e-3)
 
 
 def test_a_tied_head_is_counted_once_as_a_parameter_and_as_work(cfg):
@@ -110,7 +145,7 @@ YARN = {"type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096
         ({"vocab_size": None}, "config.json.vocab_size"),
         ({"rope_scaling": {"type": "yarn", "attention_factor": 1.5}}, "rope_scaling.attention_factor"),
         ({"vocab_size": "many"}, "config.json.vocab_size"),
-        ({"model_type": "deepseek_v32"}, "model_type"),
+        ({"model_type": "deepseek_v4"}, "model_type"),
         ({"routed_scaling_factor": None}, "config.json.routed_scaling_factor"),
         ({"n_group": None}, "topk_group"),  # one group of all experts, of which four are not selected
         ({"rope_scaling": YARN | {"truncate": False}}, "rope_scaling.truncate"),

@@ -284,6 +284,18 @@ def test_context_parallelism_of_long_sequences(small: ModelConfig) -> None:
 
 
 @pytest.mark.slow
+def test_selected_keys_are_those_of_one_device(small: ModelConfig) -> None:
+    """DSA over context, tensor and FSDP parallelism; the last layer shares the keys of the one before."""
+    dsa = {"model_type": "glm_moe_dsa", "index_topk": 5, "index_n_heads": 6, "index_head_dim": 10}
+    types = ("full", "full", "shared")
+    cfg = dataclasses.replace(small, **dsa, num_hidden_layers=3, indexer_types=types)
+    meshes = ONE_DEVICE, make_mesh(MeshConfig(data=1, context=2, tensor=2, fsdp=2))
+    ((loss, _), grads), ((other_loss, _), other_grads) = (compile_loss(cfg, m, packed_batch())[1]({}) for m in meshes)
+    assert other_loss == pytest.approx(loss, rel=1e-6)
+    assert_same_gradients(other_grads, grads)
+
+
+@pytest.mark.slow
 def test_a_batch_that_the_mesh_does_not_divide_is_computed(small: ModelConfig) -> None:
     """The logits of one sequence of 7 tokens equal those of one device."""
     mesh = make_mesh(MeshConfig(data=2, expert=4))

@@ -156,3 +156,16 @@ def test_frozen_parameters_stay_and_do_not_count_for_clipping(abstract_model, pa
     for pattern in ("dense/*", "*"):
         with pytest.raises(ConfigError, match=r"optimizer\.freeze"):
             make_optimizer(OptimizerConfig(freeze=(pattern,)), 10, abstract_model)
+
+
+def test_indexers_keep_their_weights(dsa_cfg):
+    """No gradient reaches them, and weight decay would shrink them."""
+    abstract = AbstractModel(dsa_cfg)
+    arrays = abstract.init(0, make_mesh(MeshConfig(), jax.devices()[:1]))
+    params = {path: arrays[path] for path in abstract.param_paths}
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.1), 10, abstract)
+    zeros = partial(jax.tree.map, jnp.zeros_like)
+    updates = jax.jit(lambda p: optimizer.update(zeros(p), optimizer.init(p), p)[0])(params)
+    changed = {path for path, update in updates.items() if np.any(update)}
+    assert "moe_layers/attention/q_b" in changed
+    assert not any("indexer" in path for path in changed)

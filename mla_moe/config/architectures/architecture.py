@@ -13,7 +13,9 @@ FIXED: Mapping[str, Any] = {
     "hidden_act": "silu", "attention_bias": False, "moe_layer_freq": 1,
 }  # fmt: skip
 """Fields of `config.json` that have one value in most architectures."""
-EXTENSIONS = ("rope_interleave", "post_mlp_norm")
+DSA = ("index_topk", "index_n_heads", "index_head_dim", "indexer_rope_interleave", "indexer_types")
+"""Those of `EXTENSIONS` that describe the indexer of DeepSeek Sparse Attention."""
+EXTENSIONS = ("rope_interleave", "post_mlp_norm", *DSA)
 """Fields of `ModelConfig` that not every architecture has: at its default such a field changes nothing."""
 
 

@@ -46,7 +46,7 @@ def logits_and_experts(model, tokens, segments, positions):
                 h = x + block.attention(block.attention_norm(x), segment_ids=segments, positions=positions)
                 experts = block.moe.router(block.mlp_norm(h).reshape(-1, h.shape[-1])).experts_NK
                 selected.append(jnp.sort(experts, axis=-1).reshape(*tokens.shape, -1))
-            x, _ = block(x, SequenceInfo(segments, positions))
+            x, _, _ = block(x, SequenceInfo(segments, positions))
     return model(tokens, segments, positions), jnp.stack(selected)
 
 

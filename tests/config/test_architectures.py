@@ -1,6 +1,7 @@
 """The registry of architectures."""
 
 import dataclasses
+import logging
 
 import pytest
 
@@ -48,3 +49,50 @@ def test_a_file_is_all_that_an_architecture_needs(tmp_path, monkeypatch):
 def test_every_file_defines_one_architecture():
     assert all(isinstance(a, architectures.Architecture) for a in architectures.ARCHITECTURES.values())
     assert isinstance(architectures.find_architecture("kimi_k2"), DeepseekV3)
+
+
+RELEASED = {
+    "deepseek-v3.2": {
+        "architectures": ["DeepseekV32ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "ep_size": 1,
+        "first_k_dense_replace": 3, "hidden_act": "silu", "index_head_dim": 128, "index_n_heads": 64,
+        "index_topk": 2048, "model_type": "deepseek_v32", "moe_layer_freq": 1, "n_group": 8, "topk_group": 4,
+        "num_nextn_predict_layers": 1, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+        "quantization_config": {"fmt": "e4m3", "quant_method": "fp8", "scale_fmt": "ue8m0"},
+    },
+    "glm-5.2": {
+        "architectures": ["GlmMoeDsaForCausalLM"], "first_k_dense_replace": 3, "head_dim": 192, "index_head_dim": 128,
+        "index_n_heads": 32, "index_share_for_mtp_iteration": True, "index_skip_topk_offset": 3, "index_topk": 2048,
+        "index_topk_freq": 4, "index_topk_pattern": None, "indexer_rope_interleave": True, "model_type": "glm_moe_dsa",
+        "mlp_layer_types": ["dense"] * 3 + ["sparse"] * 75, "moe_layer_freq": 1, "moe_router_dtype": "float32",
+        "n_group": 1, "topk_group": 1, "qk_head_dim": 256, "rope_interleave": True, "topk_method": "noaux_tc",
+        "rope_parameters": {"rope_theta": 8000000, "rope_type": "default"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_fields_of_sparse_attention_are_read(name, caplog):
+    """The layers that share keys are in GLM-5.2's file by name, and derived without; nothing is logged as ignored."""
+    written = preset(name).to_hf()
+    sizes = {k: v for k, v in written.items() if "index" not in k and not ("rope" in k and "glm" in name)}
+    with caplog.at_level(logging.WARNING):
+        cfg = ModelConfig.from_hf(sizes | RELEASED[name])
+    assert cfg == preset(name)
+    assert not caplog.records
+    assert written.get("indexer_types", []).count("full") == (21 if name == "glm-5.2" else 0)
+
+
+def test_layers_that_share_keys_are_a_valid_list():
+    config = preset("glm-5.2").to_hf()
+    pattern = {**config, "indexer_types": None, "index_topk_pattern": "F" + "S" * 77}
+    assert ModelConfig.from_hf(pattern).shared_indexers == (False, *[True] * 77)
+    for types, field in (
+        (["full", "shared"], "indexer_types"),
+        (["shared", "full"] * 39, "indexer_types"),
+        (["shared", "half"] * 39, "config.json.indexer_types[1]"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            ModelConfig.from_hf(config | {"indexer_types": types})
+        assert error.value.field == field
+    with pytest.raises(ConfigError, match="index_topk = None: glm_moe_dsa has an indexer"):
+        dataclasses.replace(preset("glm-5"), index_topk=None)

@@ -23,11 +23,15 @@ class DeepseekV32(Architecture):
     extensions = tuple(name for name in DSA if name != "indexer_types")
     reads: tuple[str, ...] = ("mlp_layer_types", "layer_types")
     required = (*Architecture.required, "index_topk")
+    defaults: Mapping[str, Any] = {"first_k_dense_replace": 3}
+    """Fields of `config.json` whose default in transformers is not that of `ModelConfig`."""
     presets: Mapping[str, Mapping[str, Any]] = {
         "deepseek-v3.2": dict(DeepseekV3.presets["deepseek-v3"], index_topk=2048),
     }  # fmt: skip
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        given = {name: value for name, value in config.items() if value is not None or name not in self.defaults}
+        config = {**self.defaults, **given}
         return super().read(config) | {"first_k_dense_replace": leading_dense_layers(config)}
 
     def check(self, cfg: ModelConfig) -> None:

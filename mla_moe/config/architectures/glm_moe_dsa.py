@@ -34,6 +34,7 @@ class GlmMoeDsa(DeepseekV32):
     models = "GLM-5, 5.1, 5.2"
     differs = "as DeepSeek-V3.2, with another rotary embedding of the indexer; layers may share the selected keys"
     extensions = DSA
+    defaults: Mapping[str, Any] = {**DeepseekV32.defaults, "index_n_heads": 32, "indexer_rope_interleave": True}
     reads = (
         *DeepseekV32.reads, "index_topk_freq", "index_topk_pattern", "index_skip_topk_offset",
         "index_share_for_mtp_iteration",
@@ -47,8 +48,6 @@ class GlmMoeDsa(DeepseekV32):
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         types = config.get("indexer_types") or self._derived_types(config)
-        default = {"index_n_heads": 32, "indexer_rope_interleave": True, "first_k_dense_replace": 3}
-        config = default | {name: value for name, value in config.items() if value is not None or name not in default}
         ok = isinstance(types, list | tuple) and all(isinstance(kind, str) for kind in types)
         require(ok, "indexer_types", types, "a list of 'full' and 'shared'")
         return super().read(config) | {"indexer_types": types if "shared" in types else None}

@@ -12,10 +12,10 @@ logger = logging.getLogger(__name__)
 _WITHOUT_EFFECT = {
     "_attn_implementation", "_name_or_path", "architectures", "auto_map", "aux_loss_alpha", "bos_token_id",
     "chunk_size_feed_forward", "dtype", "eos_token_id", "ep_size", "head_dim", "id2label", "label2id", "model_type",
-    "num_labels", "output_attentions", "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
-    "problem_type", "qk_head_dim", "quantization_config", "return_dict", "rope_parameters", "router_aux_loss_coef",
-    "sep_token_id", "seq_aux", "task_specific_params", "tokenizer_class", "torch_dtype", "torchscript",
-    "transformers_version", "unk_token_id", "use_cache",
+    "moe_router_dtype", "num_labels", "output_attentions", "output_hidden_states", "output_router_logits",
+    "pad_token_id", "pretraining_tp", "problem_type", "qk_head_dim", "quantization_config", "return_dict",
+    "rope_parameters", "router_aux_loss_coef", "sep_token_id", "seq_aux", "task_specific_params", "tokenizer_class",
+    "torch_dtype", "torchscript", "transformers_version", "unk_token_id", "use_cache",
 }  # fmt: skip
 """Fields that describe files, tokens or training, or repeat others: what the model computes does not depend on them."""
 

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mla_moe import Transformer, generate
+from mla_moe import MeshConfig, Transformer, generate
 from mla_moe.inference.engine import Engine
 from mla_moe.inference.request import Request
+from mla_moe.nn.abstract_model import AbstractModel, model_arrays
+from mla_moe.parallel.mesh import make_mesh
 
 
 @pytest.mark.slow
@@ -33,3 +35,15 @@ def test_engine_shares_prefixes_and_drafts(dsa_cfg):
             after = forward(model, padded)[0, len(prompt) - 1 : len(prompt) + 7]
             assert after.tolist() == completion.tokens
     assert generate(model, prompts, max_new_tokens=8) == [completion.tokens for completion in completions]
+
+
+@pytest.mark.slow
+def test_a_mesh_generates_the_tokens_of_one_device(dsa_cfg):
+    """There layers are stacked, and those that share keys are told apart by the program."""
+    model, mesh = Transformer(dsa_cfg, rngs=nnx.Rngs(0)), make_mesh(MeshConfig(data=2, expert=2, tensor=2))
+    abstract_model = AbstractModel(dsa_cfg)
+    shardings = abstract_model.shardings(mesh)
+    arrays = {path: jax.device_put(array, shardings[path]) for path, array in model_arrays(model).items()}
+    prompts = [np.random.default_rng(n).integers(0, dsa_cfg.vocab_size, n).tolist() for n in (3, 12, 30, 1)]
+    one, many = (generate(m, prompts, max_new_tokens=9) for m in (model, abstract_model.merge(arrays)))
+    assert one == many

@@ -1,9 +1,13 @@
 """Compile a traced program as far as a plan needs: to its final HLO and XLA's buffer assignment."""
 
-import math
+import os
+import pickle
 import re
+import subprocess
+import sys
 import tempfile
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -11,13 +15,14 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import stablehlo
-from jax.stages import Compiled, Traced
+from jax.stages import Compiled, Lowered
 
 from mla_moe.config import ConfigError
+from mla_moe.plan import compiler_process
 
-_END = "end_of_plan"
+_HLO = ""
+_MEMORY = "-memory-usage-report"
+_BUFFERS = "-buffer-assignment"
 
 
 class CompiledProgram(NamedTuple):
@@ -29,47 +34,63 @@ class CompiledProgram(NamedTuple):
     """Including results, except those that reuse the memory of a donated argument."""
 
 
-def compile_to_buffers(traced: Traced, platform: str) -> CompiledProgram:
-    """Compile up to buffer assignment. Raises `jax.errors.JaxRuntimeError` if the compiler refuses the program."""
+def compile_to_end(lowered: Lowered) -> CompiledProgram:
+    """Raises `jax.errors.JaxRuntimeError` if the compiler refuses the program."""
     with without_compilation_cache():
-        if platform == "tpu":
-            return _compile_for_tpu(traced)
-        compiled = traced.lower(lowering_platforms=(platform,)).compile()
-        return CompiledProgram(compiled.as_text() or "", *memory_bytes(compiled))
+        compiled = lowered.compile()
+    return CompiledProgram(compiled.as_text() or "", *memory_bytes(compiled))
 
 
-def _compile_for_tpu(traced: Traced) -> CompiledProgram:
-    """XLA:TPU dumps the buffer assignment, then generates code for every fusion, which takes long (nine tenths of its
-    time, where no code for SparseCores comes before) and changes nothing in the plan. No option stops it there; an
-    unknown custom call makes code generation fail."""
-    lowered = traced.lower(lowering_platforms=("tpu",))
-    with tempfile.TemporaryDirectory() as folder, unknown_custom_call(lowered.compiler_ir()):
-        try:
-            lowered.compile({"xla_dump_to": folder})
-        except jax.errors.JaxRuntimeError as error:
-            if _END not in str(error):
-                raise
-        return _read_dump(Path(folder))
+def compile_for_tpu(lower: Callable[[], Lowered], capacity_bytes: float) -> CompiledProgram:
+    """Compile the program that `lower`, which is picklable, returns, up to buffer assignment.
+
+    XLA:TPU dumps the final HLO and the buffer assignment, then generates the machine code of SparseCores and fusions.
+    That takes many times as long and changes nothing in the plan, and no option stops it: so another process compiles,
+    which is killed once the dump is complete. A program that needs more than `capacity_bytes` is refused soon after it.
+    Raises `jax.errors.JaxRuntimeError` if the compiler refuses the program.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder, program = Path(name), None
+        log, error = folder / "log", folder / compiler_process.ERROR
+        command = [sys.executable, "-P", compiler_process.__file__, name]
+        env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        with (
+            log.open("wb") as output,
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=env) as process,
+        ):
+            try:
+                assert process.stdin is not None
+                process.stdin.write(pickle.dumps(sys.path) + pickle.dumps(lower))
+                process.stdin.flush()
+                while process.poll() is None and not _is_complete(folder, process.pid):
+                    time.sleep(0.1)
+                if process.returncode is None:
+                    program = _read_dump(folder)
+                    if program.argument_bytes + program.temp_bytes > capacity_bytes:
+                        process.wait()
+            finally:
+                process.kill()
+        if error.exists():
+            raise jax.errors.JaxRuntimeError(error.read_text())
+        if program is None and process.returncode:
+            said = log.read_text(errors="replace").strip()[-300:]
+            raise jax.errors.JaxRuntimeError(f"its process ended with status {process.returncode}: {said}")
+        return program or _read_dump(folder)
 
 
-@contextmanager
-def unknown_custom_call(module: Any) -> Generator[None]:
-    """Pass the smallest result of a module through an unknown custom call. The change is undone at the end: JAX returns
-    the same module when the same program is lowered again."""
-    with module.context, ir.Location.unknown():
-        main = next(f for f in module.body.operations if ir.StringAttr(f.attributes["sym_name"]).value == "main")
-        end = list(main.regions[0].blocks[0].operations)[-1]
-        shapes = [ir.RankedTensorType(result.type).shape for result in end.operands]
-        smallest = min(range(len(shapes)), key=lambda i: math.prod(shapes[i]))
-        result = end.operands[smallest]
-        with ir.InsertionPoint(end):
-            call = stablehlo.CustomCallOp([result.type], [result], call_target_name=_END)
-        end.operands[smallest] = call.results[0]
-        try:
-            yield
-        finally:
-            end.operands[smallest] = result
-            call.operation.erase()
+def _is_complete(folder: Path, process: int) -> bool:
+    """Whether the files of a dump exist, and the process that writes them has none open: each is written at once."""
+    if not all(any(folder.glob(_file(kind))) for kind in (_HLO, _MEMORY, _BUFFERS)):
+        return False
+    try:
+        opened = [os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir()]
+    except FileNotFoundError:  # closed since, or the process has ended
+        return False
+    return not any(Path(path).suffix == ".txt" and Path(path).parent == folder for path in opened)
+
+
+def _file(kind: str) -> str:
+    return f"*.after_optimizations{kind}.txt"
 
 
 def _read_dump(folder: Path) -> CompiledProgram:
@@ -77,17 +98,17 @@ def _read_dump(folder: Path) -> CompiledProgram:
     more, because it counts some values that share a buffer separately."""
 
     def dumped(kind: str) -> str:
-        files = list(folder.glob(f"*.after_optimizations{kind}.txt"))
+        files = list(folder.glob(_file(kind)))
         if len(files) != 1:
-            fix = f"dumped {len(files)} files *{kind or 'after_optimizations'}.txt, not one; install the version in"
-            raise ConfigError("libtpu", version("libtpu"), f"{fix} requirements.lock")
+            fix = f"dumped {len(files)} files {_file(kind)}, not one; install the version in requirements.lock"
+            raise ConfigError("libtpu", version("libtpu"), fix)
         return files[0].read_text()
 
-    total = re.search(r"\(color=0\)\nTotal bytes: (\d+)", dumped("-memory-usage-report"))
+    total = re.search(r"\(color=0\)\nTotal bytes: (\d+)", dumped(_MEMORY))
     assert total is not None
     parameters = re.compile(r"^allocation \d+: size (\d+),.* parameter \d+,", re.MULTILINE)
-    arguments = float(sum(map(int, parameters.findall(dumped("-buffer-assignment")))))
-    return CompiledProgram(dumped(""), arguments, float(total.group(1)) - arguments)
+    arguments = float(sum(map(int, parameters.findall(dumped(_BUFFERS)))))
+    return CompiledProgram(dumped(_HLO), arguments, float(total.group(1)) - arguments)
 
 
 def memory_bytes(compiled: Compiled) -> tuple[float, float]:

@@ -6,13 +6,14 @@ import resource
 import sys
 import textwrap
 import time
+from functools import partial
 from typing import Any
 
 import jax
 
 from mla_moe.config import ConfigError, Recipe
 from mla_moe.plan import stages
-from mla_moe.plan.compiler import compile_to_buffers
+from mla_moe.plan.compiler import compile_for_tpu, compile_to_end
 from mla_moe.plan.costs import CollectiveTraffic, collective_traffic
 from mla_moe.plan.flops import count_flops
 from mla_moe.plan.hlo import HloModule
@@ -87,17 +88,19 @@ class Plan:
 def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", options: DecodeOptions | None = None) -> Plan:
     """Compile `stage` (`train`, `rl` or `decode`, with its options) of a recipe. Raises `ConfigError` for a mesh that
     the topology or the recipe cannot be sharded over."""
-    with jax.default_device(topology.devices[0]):  # kernels are chosen for it (`ops.kernel_choice`)
-        if stage == "decode":
-            program = stages.decode(recipe, topology, options or DecodeOptions())
-        else:
-            program = {"train": stages.train, "rl": stages.rl}[stage](recipe, topology)
+    program = stages.trace_stage(recipe, topology, stage, options)
     flops = count_flops(program.traced.jaxpr, program.mesh.size, program.expected)
+    device, total = topology.accelerator, sum(flops.values())
     start = time.perf_counter()
     refusal, text, argument_bytes, temp_bytes = None, "", 0.0, 0.0
     try:
-        with jax.default_device(topology.devices[0]):
-            text, argument_bytes, temp_bytes = compile_to_buffers(program.traced, topology.platform)
+        if topology.platform == "tpu":
+            assert device is not None
+            lower = partial(stages.lower_stage, recipe, topology, stage, options)
+            compiled = compile_for_tpu(lower, device.hbm_bytes)
+        else:
+            compiled = compile_to_end(stages.lower(program, topology))
+        text, argument_bytes, temp_bytes = compiled
     except jax.errors.JaxRuntimeError as error:
         refusal, argument_bytes, temp_bytes = _parse_refusal(str(error), program.memory, topology)
     seconds = time.perf_counter() - start
@@ -105,7 +108,6 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", options:
     hlo = HloModule(text, expected.loop_trips, expected.active_experts) if text else None
     traffic = collective_traffic(hlo.collectives() if hlo else (), program.mesh, topology, expected.dispatch_fill)
     memory_traffic = hlo.memory_traffic() if hlo else 0.0
-    device, total = topology.accelerator, sum(flops.values())
     times, step = (None, None, None), None
     forecast, at_peak = Simulation(), Simulation()
     if device is not None:
@@ -118,7 +120,7 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", options:
     def mfu(seconds: float | None) -> float | None:
         return program.useful_flops / (seconds * device.flops) if seconds and device else None
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return Plan(
         stage=stage, topology=topology.name, devices=program.mesh.size, mesh=dict(program.mesh.shape),
         capacity_bytes=None if device is None else device.hbm_bytes, argument_bytes=argument_bytes,

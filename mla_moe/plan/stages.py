@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.stages import Traced
+from jax.stages import Lowered, Traced
 
 from mla_moe.config import ModelConfig, Recipe, require
 from mla_moe.inference.decode import ProgramOptions, empty_batch
@@ -56,6 +56,26 @@ class DecodeOptions(NamedTuple):
     batch: int = 128
     context: int = 4096
     int8_kv_cache: bool = False
+
+
+def trace_stage(recipe: Recipe, topology: Topology, stage: str, options: DecodeOptions | None = None) -> StageProgram:
+    """Trace `stage` (`train`, `rl` or `decode`, with its options) of a recipe. Raises `ConfigError` for a mesh that the
+    topology or the recipe cannot be sharded over."""
+    with jax.default_device(topology.devices[0]):  # kernels are chosen for it (`ops.kernel_choice`)
+        if stage == "decode":
+            return decode(recipe, topology, options or DecodeOptions())
+        return {"train": train, "rl": rl}[stage](recipe, topology)
+
+
+def lower_stage(recipe: Recipe, topology: Topology, stage: str, options: DecodeOptions | None = None) -> Lowered:
+    """`trace_stage`, lowered for the topology's platform."""
+    return lower(trace_stage(recipe, topology, stage, options), topology)
+
+
+def lower(program: StageProgram, topology: Topology) -> Lowered:
+    """Lower a traced program for the topology's platform."""
+    with jax.default_device(topology.devices[0]):
+        return program.traced.lower(lowering_platforms=(topology.platform,))
 
 
 def train(recipe: Recipe, topology: Topology) -> StageProgram:

@@ -24,6 +24,10 @@ class Topology(NamedTuple):
     devices: Sequence[jax.Device]
     accelerator: Accelerator | None
     """Peaks of a device; None for a CPU."""
+    slices: int = 1
+
+    def __reduce__(self):  # devices cannot be pickled
+        return open_topology, (self.name, self.slices)
 
 
 def open_topology(name: str, slices: int = 1) -> Topology:
@@ -59,7 +63,7 @@ def open_topology(name: str, slices: int = 1) -> Topology:
     except RuntimeError as error:
         said = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
         raise ConfigError("topology", name, f"the {compiler} compiler says: {said}{choices}") from None
-    return Topology(name, platform, devices, ACCELERATORS[kind])
+    return Topology(name, platform, devices, ACCELERATORS[kind], slices)
 
 
 def quiet_compilers() -> None:

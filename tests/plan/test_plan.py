@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.stages import Lowered
 
 from mla_moe import ConfigError
 from mla_moe.cli import main
 from mla_moe.config import MeshConfig, load_recipe
 from mla_moe.parallel.accelerators import ACCELERATORS
 from mla_moe.parallel.mesh import make_mesh
-from mla_moe.plan.compiler import compile_to_buffers, memory_bytes, without_compilation_cache
+from mla_moe.plan.compiler import compile_for_tpu, memory_bytes, without_compilation_cache
 from mla_moe.plan.hlo import HloModule
 from mla_moe.plan.plan import make_plan
 from mla_moe.plan.topology import open_topology
@@ -105,9 +106,8 @@ def test_collectives_between_slices(capsys: Capsys) -> None:
     assert 0.5 * gradients < between["bytes"] < 1.1 * gradients
 
 
-def test_compiling_to_buffer_assignment_equals_compiling_to_the_end() -> None:
-    """`memory_analysis` counts two all-gathered layers of this program twice; its peak is that of the assignment."""
-    pytest.importorskip("libtpu")
+def gathered_layers() -> Lowered:
+    """The gradient of a scan over layers whose weights are all-gathered."""
     mesh = make_mesh(MeshConfig(data=1, fsdp=4), open_topology("v5p:2x2x1").devices)
     x = jax.ShapeDtypeStruct((1024, 2048), jnp.float32, sharding=NamedSharding(mesh, P("fsdp")))
     w = jax.ShapeDtypeStruct((8, 2048, 2048), jnp.bfloat16, sharding=NamedSharding(mesh, P(None, "fsdp")))
@@ -119,10 +119,15 @@ def test_compiling_to_buffer_assignment_equals_compiling_to_the_end() -> None:
 
         return jax.value_and_grad(lambda w: jax.lax.scan(layer, x, w)[0].sum())(w)
 
-    traced = gradient.trace(w, x)
-    planned = compile_to_buffers(traced, "tpu")
+    return gradient.trace(w, x).lower(lowering_platforms=("tpu",))
+
+
+def test_compiling_to_buffer_assignment_equals_compiling_to_the_end() -> None:
+    """`memory_analysis` counts two all-gathered layers of this program twice; its peak is that of the assignment."""
+    pytest.importorskip("libtpu")
+    planned = compile_for_tpu(gathered_layers, ACCELERATORS["v5p"].hbm_bytes)
     with without_compilation_cache():
-        compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+        compiled = gathered_layers().compile()
     analysed = compiled.memory_analysis()
     needed = planned.argument_bytes + planned.temp_bytes
     assert planned.argument_bytes == analysed.argument_size_in_bytes

@@ -188,6 +188,7 @@ class MLAttention(nnx.Module):
         quantizes each entry. Within `jax.set_mesh` sequences are sharded over the batch axes of the mesh."""
         return init_cache(self.cfg, batch, max_length, dtype or self.precision.compute, layers=1)
 
+    @under_auto_axes(lambda tokens, cache: (tokens, cache))
     def prefill(
         self, x_bTD: NewTokens, cache: KVCache, lengths: Lengths | None = None, *, slots: Slots | None = None
     ) -> tuple[NewTokens, KVCache]:
@@ -196,6 +197,7 @@ class MLAttention(nnx.Module):
         that the batch has, by default all in order."""
         return self._append(x_bTD, cache, lengths, None, slots, "expanded")
 
+    @under_auto_axes(lambda tokens, cache: (tokens, cache))
     def decode(self, x_bTD: NewTokens, cache: KVCache, active: Active | None = None) -> tuple[NewTokens, KVCache]:
         """Append new tokens to the cached ones, usually one per sequence, and attend to both: the output for the new
         tokens, as a forward pass over all tokens would give it, and the new cache. Sequences that are not `active` stay

@@ -134,7 +134,11 @@ def init_cache(cfg: AttentionConfig, batch: int, max_length: int, dtype: DTypeLi
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _empty_cache(shape: tuple[int, ...], dtype: jnp.dtype) -> KVCache:
-    return constrain_cache(KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape[1], jnp.int32)))
+    cache = KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape[1], jnp.int32))
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.explicit_axes:
+        return constrain_cache(cache)
+    return KVCache(jax.sharding.reshard(cache.entries_LBSW, cache_sharding(MeshView(mesh), shape[1])), cache.length_B)
 
 
 def cache_sharding(mesh: Mesh | MeshView, slots: int) -> NamedSharding:

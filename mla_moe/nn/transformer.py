@@ -156,6 +156,7 @@ class Transformer(nnx.Module):
             return None
         return jnp.zeros((*shape, selected_words(num_keys)), jnp.uint32)
 
+    @under_auto_axes(lambda hidden: (hidden, P()))
     def mtp_hidden(
         self, h_BTD: Activations, next_tokens: Ids, segment_ids: Ids | None = None, positions: Ids | None = None
     ) -> tuple[Activations, RouterStats]:
@@ -164,16 +165,19 @@ class Transformer(nnx.Module):
         run = REMAT[self.remat](partial(self.mtp, sequences=_sequence_info(next_tokens, segment_ids, positions)))
         return run(h_BTD, embedding_lookup(self._cast(self.mtp_embed), next_tokens))
 
+    @under_auto_axes(lambda tokens: tokens)
     def embedding(self, tokens_BT: Ids) -> Activations:
         """Embeddings of tokens, in the compute dtype."""
         return embedding_lookup(self._cast(self.embed), tokens_BT)
 
+    @under_auto_axes(lambda hidden: hidden)
     def logits(self, h_BTD: Activations, head_DV: Float[Array, "D V"] | None = None) -> Float[Array, "B T V"]:
         """Logits of hidden states. The head is the model's, or `mtp_head_DV` for hidden states of the MTP module."""
         head_DV = self.head_DV if head_DV is None else head_DV
         logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head_DV, preferred_element_type=jnp.float32)
         return logits_BTV.astype(self.precision.logits)
 
+    @under_auto_axes(lambda hidden, targets: (targets, targets))
     def token_logprobs(
         self, h_BTD: Activations, targets_BT: Ids, *, chunk: int, temperature: float = 1.0
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
@@ -203,6 +207,7 @@ class Transformer(nnx.Module):
         layers = self.cfg.num_hidden_layers + mtp
         return init_cache(self.cfg.attention, batch, max_length, dtype or self.precision.compute, layers=layers)
 
+    @under_auto_axes(lambda tokens, cache: (P(tokens[0]), cache))
     def prefill(
         self, tokens: NewIds, cache: KVCache, lengths: Lengths | None = None, *, slots: Slots | None = None
     ) -> tuple[Float[Array, "b V"], KVCache]:
@@ -217,6 +222,7 @@ class Transformer(nnx.Module):
         h_b1D = jnp.take_along_axis(h_bTD, (last_b - 1)[:, None, None], axis=1)
         return constrain_decode_logits(self.logits(h_b1D)[:, 0]), cache
 
+    @under_auto_axes(lambda tokens, cache: (tokens, cache))
     def decode_step(
         self, tokens: Int[Array, "b"], cache: KVCache, active: Active | None = None
     ) -> tuple[Float[Array, "b V"], KVCache]:
@@ -226,6 +232,7 @@ class Transformer(nnx.Module):
         h_B1D, cache, _ = self.extend(tokens[:, None], cache, active=active)
         return constrain_decode_logits(self.logits(h_B1D)[:, 0]), cache
 
+    @under_auto_axes(lambda tokens, cache: (tokens, cache, P(None, *tokens)))
     def extend(
         self,
         tokens: NewIds,
@@ -262,6 +269,7 @@ class Transformer(nnx.Module):
         h_bTD = jnp.where(new.fits_b[:, None, None], self.norm(x_bTD), jnp.nan)
         return h_bTD, constrain_cache(KVCache(entries_LBSW, new.length_B)), experts
 
+    @under_auto_axes(lambda hidden, _, cache: (hidden, cache))
     def mtp_extend(
         self,
         h_bTD: NewTokens,

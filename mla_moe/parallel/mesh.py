@@ -140,19 +140,19 @@ def current_mesh() -> MeshView | None:
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 
-def under_auto_axes(outputs: Callable[[P], Any]) -> Callable[[Method], Method]:
+def under_auto_axes(outputs: Callable[..., Any]) -> Callable[[Method], Method]:
     """For a method of a module: under mesh axes of type Explicit, which are JAX's default, run it with the same axes of
     type Auto, so that only its inputs and outputs have their sharding in their types. `outputs` gives the specs of the
-    outputs, as a prefix of their tree, from the spec of the method's first argument."""
+    outputs, as a prefix of their tree, from those of as many of the method's first arguments as it takes."""
 
     def decorate(method: Method) -> Method:
-        signature = inspect.signature(method)
+        signature, count = inspect.signature(method), len(inspect.signature(outputs).parameters)
 
         @wraps(method)
         def run(self: nnx.Module, *args: Any, **kwargs: Any) -> Any:
             if not jax.sharding.get_abstract_mesh().explicit_axes:
                 return method(self, *args, **kwargs)
-            _, first, *_ = signature.bind(self, *args, **kwargs).arguments.values()
+            first = [*signature.bind(self, *args, **kwargs).arguments.values()][1 : 1 + count]
             graph, state = nnx.split(self)
             streams = [name for name, value in kwargs.items() if isinstance(value, nnx.Rngs)]
             fix = "under Explicit mesh axes give a key of the stream, such as rngs.dropout()"
@@ -166,8 +166,8 @@ def under_auto_axes(outputs: Callable[[P], Any]) -> Callable[[Method], Method]:
                 state, args, kwargs = tree.unflatten(filled)
                 return method(nnx.merge(graph, state), *args, **kwargs)
 
-            spec = jax.typeof(jax.tree.leaves(first)[0]).sharding.spec
-            return jax.sharding.auto_axes(with_auto_axes, out_sharding=outputs(spec))(*arrays)
+            specs = (jax.tree.map(lambda x: jax.typeof(x).sharding.spec, argument) for argument in first)
+            return jax.sharding.auto_axes(with_auto_axes, out_sharding=outputs(*specs))(*arrays)
 
         return cast(Method, run)
 

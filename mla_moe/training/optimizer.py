@@ -142,6 +142,10 @@ def scale_by_layered_muon(momentum: float, weights: Any) -> optax.GradientTransf
     shapes = {_name(path): _matrix_shape(w) for path, w in _flatten(weights)[0] if _group(w) == "matrix"}
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        if jax.sharding.get_abstract_mesh().explicit_axes:  # XLA chooses how products of sharded matrices are sharded
+            specs = jax.tree.map(lambda x: jax.typeof(x).sharding.spec, (updates, state))
+            return jax.sharding.auto_axes(update, out_sharding=specs)(updates, state)
+
         def layer(axes: Any, gradient_and_moment: tuple[jax.Array, jax.Array]) -> tuple[Any, Any]:
             gradient, moment = gradient_and_moment
             muon = scale_by_muon(NEWTON_SCHULZ, beta=momentum, weight_dimension_numbers=axes)

@@ -122,6 +122,26 @@ def test_the_language_model_under_explicit_axes(cfg):
     np.testing.assert_allclose(logits, wanted, atol=1e-5)
 
 
+@pytest.mark.slow
+def test_muon_under_explicit_axes_equals_muon_under_auto_axes(cfg):
+    """Of stacked layers and experts; updates and momenta are sharded as the weights."""
+    steps = []
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        mesh = jax.make_mesh((2, 4), ("dp", "tp"), axis_types=(kind, kind))
+        with jax.set_mesh(mesh), mla_moe.use_mesh_axes(dp="expert", tp="tensor"):
+            params = nnx.state(mla_moe.Transformer(cfg, rngs=nnx.Rngs(0)), nnx.Param)
+            params = jax.device_put(params, mla_moe.named_shardings(params, mesh))
+            tx = mla_moe.grouped_optimizer(params, mla_moe.OptimizerConfig(name="muon"), steps=10)
+            gradient = jax.tree.map(lambda x: jnp.cos(100 * x), params)
+            updates, state = jax.jit(tx.update)(gradient, jax.jit(tx.init)(params), params)
+        if kind == AxisType.Explicit:
+            assert jax.tree.map(jax.typeof, updates) == jax.tree.map(jax.typeof, params)
+            names = [type.sharding.spec for type in map(jax.typeof, jax.tree.leaves(state)) if type.ndim > 1]
+            assert P(None, "dp", None, None, "tp") in names
+        steps.append(jax.tree.map(np.asarray, (updates, state)))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=0, atol=1e-6), *steps)
+
+
 def test_flax_finds_a_mesh_axis_for_every_sharded_weight(cfg):
     """`nnx.get_partition_spec` needs neither a mesh nor rules; `named_shardings` uses only axes that divide."""
     model = nnx.eval_shape(lambda: mla_moe.Transformer(cfg, rngs=nnx.Rngs(0)))

@@ -1,7 +1,6 @@
 """Compile a traced program as far as a plan needs: to its final HLO and XLA's buffer assignment."""
 
 import os
-import pickle
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from importlib.metadata import version
+from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,18 +50,18 @@ def compile_for_tpu(lower: Callable[[], Lowered], capacity_bytes: float) -> Comp
     Raises `jax.errors.JaxRuntimeError` if the compiler refuses the program.
     """
     with tempfile.TemporaryDirectory() as name:
-        folder, program = Path(name), None
+        folder, program = Path(name).resolve(), None  # as /proc has it
         log, error = folder / "log", folder / compiler_process.ERROR
-        command = [sys.executable, "-P", compiler_process.__file__, name]
-        env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
-        with (
-            log.open("wb") as output,
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=output, stderr=output, env=env) as process,
-        ):
+        (ours, theirs), env = Pipe(), {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+        command = [sys.executable, "-P", compiler_process.__file__, name, str(theirs.fileno())]
+        with ours, theirs, log.open("wb") as output, subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | env,
+            pass_fds=[theirs.fileno()],
+        ) as process:  # fmt: skip
             try:
-                assert process.stdin is not None
-                process.stdin.write(pickle.dumps(sys.path) + pickle.dumps(lower))
-                process.stdin.flush()
+                theirs.close()
+                ours.send(sys.path)
+                ours.send(lower)
                 while process.poll() is None and not _is_complete(folder, process.pid):
                     time.sleep(0.1)
                 if process.returncode is None:

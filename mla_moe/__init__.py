@@ -7,6 +7,7 @@ from mla_moe.config import (
     KernelConfig,
     LinearScaling,
     Llama3Scaling,
+    LoRAConfig,
     MeshConfig,
     ModelConfig,
     MoEConfig,
@@ -19,6 +20,7 @@ from mla_moe.config import (
 from mla_moe.inference.generate import generate
 from mla_moe.nn.attention import MLAttention
 from mla_moe.nn.kv_cache import KVCache
+from mla_moe.nn.lora import add_adapters, merge_adapters
 from mla_moe.nn.moe import MoE, RouterStats
 from mla_moe.nn.param import Precision
 from mla_moe.nn.router import Router, Routing
@@ -36,6 +38,7 @@ __all__ = [
     "KernelConfig",
     "LinearScaling",
     "Llama3Scaling",
+    "LoRAConfig",
     "MLAttention",
     "MeshConfig",
     "MoE",
@@ -49,11 +52,13 @@ __all__ = [
     "ScheduleConfig",
     "Transformer",
     "Yarn",
+    "add_adapters",
     "compiler_options",
     "generate",
     "grouped_optimizer",
     "load_pretrained",
     "make_mesh",
+    "merge_adapters",
     "named_shardings",
     "parameter_groups",
     "preset",

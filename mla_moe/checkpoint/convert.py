@@ -6,9 +6,11 @@ from typing import Literal
 import numpy as np
 from jax.typing import DTypeLike
 
+from mla_moe.checkpoint.adapter import AdapterCheckpoint
 from mla_moe.checkpoint.files import atomic_directory, check, progress_bar, write_side_files
 from mla_moe.checkpoint.hf_mapping import TensorMapping, tensor_mappings
 from mla_moe.checkpoint.orbax_layout import create_step
+from mla_moe.checkpoint.peft import write_peft
 from mla_moe.checkpoint.reader import Checkpoint, open_checkpoint
 from mla_moe.checkpoint.safetensors_reader import weight_dtype
 from mla_moe.checkpoint.safetensors_writer import SHARD_BYTES, write_checkpoint, write_file
@@ -27,6 +29,7 @@ def convert(
     to: Literal["hf", "orbax"] = "hf",
     dtype: DTypeLike | None = None,
     fp8: bool = False,
+    merge_adapter: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Convert the checkpoint `src` to the new directory `dst`, which appears only when it is complete, or to a commit
@@ -36,7 +39,10 @@ def convert(
     and router biases are taken. Peak memory does not depend on the size of the checkpoint. Tensors keep their dtypes
     unless `dtype` is set; router biases always do. FP8 blocks are dequantized to bfloat16 or `dtype`. With `fp8` they
     stay as they are, and the other matrices that DeepSeek releases in FP8 are quantized. Tokenizer, chat template,
-    generation settings and code are copied and never executed. Raises `CheckpointError` if `dst` exists or is inside
+    generation settings and code are copied and never executed.
+
+    LoRA adapters become a directory for PEFT, which names their base; with `merge_adapter` they are added to the
+    weights of the base, and the complete model is written. Raises `CheckpointError` if `dst` exists or is inside
     `src`, and if `src` is not valid, `ConfigError` if the Hub refuses, and `CheckpointSaveError` or another `OSError`
     if the disk is full.
     """
@@ -50,7 +56,13 @@ def convert(
     )
     check(not inside, "path", str(dst), f"is inside {src}, which would change; name a directory elsewhere")
     dtype = None if dtype is None else weight_dtype(dtype)
-    if to == "orbax":
+    has_adapters = isinstance(source, AdapterCheckpoint)
+    require(has_adapters or not merge_adapter, "merge_adapter", merge_adapter, f"{src} has no adapters; drop it")
+    if isinstance(source, AdapterCheckpoint) and not merge_adapter:
+        fix = "is not for adapters alone; give --merge-adapter too, or drop it"
+        require(to == "hf" and not fp8 and not is_hub(dst), "to", f"{to}, fp8 = {fp8}, {shown(dst)}", fix)
+        write_peft(source, target, dtype)
+    elif to == "orbax":
         check(not fp8, "fp8", True, "Orbax checkpoints have no FP8 blocks; convert with --to hf")
         with as_save_error(target, "nothing is left of it"):
             _write_orbax(source, target, dtype)

@@ -21,9 +21,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from mla_moe.checkpoint.base_reference import BaseReference
 from mla_moe.checkpoint.files import CheckpointError
 from mla_moe.checkpoint.orbax_checkpoint import array_checksums, config_checksum
-from mla_moe.checkpoint.orbax_layout import require_known_format
+from mla_moe.checkpoint.orbax_layout import read_json_item, require_known_format
 from mla_moe.checkpoint.save_errors import as_save_error, suppress_repeated_errors
 from mla_moe.config import FORMAT_VERSION, CheckpointConfig, ConfigError
 from mla_moe.nn.abstract_model import AbstractModel
@@ -91,19 +92,38 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         """Make `step` the newest checkpoint: later ones are renamed."""
         self._set_aside([later for later in self.steps if later > step], f"after_{step}")
 
-    def save(self, step: int, state: NamedTuple, position: DataPosition, abstract_model: AbstractModel) -> None:
+    @property
+    def base(self) -> BaseReference:
+        """The `base` that was saved with the newest checkpoint."""
+        item = read_json_item(Path(self._manager.directory) / str(self.latest), "adapter")
+        return BaseReference(**{name: value for name, value in item.items() if name != "lora"})
+
+    def save(
+        self,
+        step: int,
+        state: NamedTuple,
+        position: DataPosition,
+        abstract_model: AbstractModel,
+        base: BaseReference | None = None,
+    ) -> None:
         """Start to save; returns as soon as the arrays are copied. Does nothing for a step that is saved already.
+
+        Frozen parameters are not saved, but `base`, which says where they are.
 
         Raises `CheckpointSaveError` if this save or an earlier one in the background fails.
         """
         if step == self.latest:
             return
-        model = dataclasses.asdict(abstract_model.cfg)
+        model, arrays, adapter = dataclasses.asdict(abstract_model.cfg), _saved(state), {}
+        if base is not None:
+            lora = {"lora": dataclasses.asdict(abstract_model.lora)}
+            adapter = {"adapter": ocp.args.JsonSave(lora | base._asdict())}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state._asdict(), save_args=_save_args(state, abstract_model)),
+            state=ocp.args.StandardSave(arrays, save_args=_save_args(arrays, abstract_model)),
             data=StreamsArgs(position),
             model=ocp.args.JsonSave(model),
-            digests=ocp.args.JsonSave({"model": config_checksum(model), "arrays": array_checksums(state._asdict())}),
+            digests=ocp.args.JsonSave({"model": config_checksum(model), "arrays": array_checksums(arrays)}),
+            **adapter,
         )
         with self._as_save_error():
             self._manager.save(step, args=items, custom_metadata={"format_version": FORMAT_VERSION})
@@ -151,10 +171,11 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
 
 
 def restore_step(directory: Path, abstract: State, position: DataPosition) -> State:
-    """Restore the checkpoint in a step's directory, of any run, and move `position`. Raises `CheckpointError` in all
+    """Restore the checkpoint in a step's directory, of any run, and move `position`. Frozen parameters stay abstract.
+    Raises `CheckpointError` in all
     processes if it is damaged for any of them, and `ConfigError` for a newer format version."""
     items = ocp.args.Composite(
-        state=ocp.args.StandardRestore(abstract._asdict()), data=StreamsArgs(position), digests=ocp.args.JsonRestore()
+        state=ocp.args.StandardRestore(_saved(abstract)), data=StreamsArgs(position), digests=ocp.args.JsonRestore()
     )
     process = jax.process_index()  # no barriers with other processes, which would wait for one that fails
     alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
@@ -174,7 +195,12 @@ def restore_step(directory: Path, abstract: State, position: DataPosition) -> St
         wrong = ", ".join(name for name in actual if actual[name] != expected.get(name))
     if _any_process(wrong):
         raise CheckpointError("checkpoint", str(directory), f"is damaged: {wrong or 'see another process'}")
-    return type(abstract)(**found["state"])
+    return abstract._replace(**found["state"])
+
+
+def _saved(state: NamedTuple) -> dict[str, Any]:
+    """What a checkpoint has of a state."""
+    return {name: part for name, part in state._asdict().items() if name != "frozen"}
 
 
 @contextlib.contextmanager
@@ -213,7 +239,7 @@ def _any_process(wrong: str) -> bool:
     return bool(multihost_utils.process_allgather(np.bool_(wrong)).any())
 
 
-def _save_args(state: NamedTuple, abstract_model: AbstractModel) -> Any:
+def _save_args(arrays: dict[str, Any], abstract_model: AbstractModel) -> Any:
     """For each array its chunking: large ones are split along the layer and expert axes first."""
 
     def args(keys: tuple[Any, ...], x: jax.Array) -> ocp.SaveArgs:
@@ -223,7 +249,7 @@ def _save_args(state: NamedTuple, abstract_model: AbstractModel) -> Any:
         stacked = (i for i, axis in enumerate(logical_axes(variable)) if axis in ("layers", "experts"))
         return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=tuple(stacked))
 
-    return jax.tree_util.tree_map_with_path(args, state._asdict())
+    return jax.tree_util.tree_map_with_path(args, arrays)
 
 
 class StreamsHandler(ocp.CheckpointHandler):

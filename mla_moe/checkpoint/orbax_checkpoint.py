@@ -2,10 +2,10 @@
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from mla_moe.checkpoint.orbax_layout import StateArrays, read_json_item, require
 from mla_moe.checkpoint.safetensors_writer import TensorEntry, tensor_entries
 from mla_moe.checkpoint.tokenizer_files import hf_config
 from mla_moe.checkpoint.unused_tensors import unused_tensors
-from mla_moe.config import ModelConfig, structure
+from mla_moe.config import LoRAConfig, ModelConfig, structure
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
 from mla_moe.ops.checksum import checksum, checksum_of_shard
 
@@ -57,19 +57,29 @@ class OrbaxCheckpoint:
         intact = not self._checksums or self._checksums.get("model") == config_checksum(config)
         check(intact, "checkpoint", str(step), "is damaged: its model does not match its checksum")
         self.cfg: ModelConfig = structure(ModelConfig, config, "model")
+        adapter = read_json_item(step, "adapter", required=False)
+        self.lora = structure(LoRAConfig, adapter.get("lora", {}), "lora")
+        """The adapters that this is a checkpoint of (`checkpoint.adapter`); of rank 0 for a complete model."""
+        self.base = str(adapter.get("directory", ""))
+        """The checkpoint that they are adapters of."""
         self._arrays = StateArrays(step)
         self._keys = {key[1]: key for key in self._arrays.keys if len(key) == 2 and key[0] in ("params", "biases")}
         self._unverified: dict[str, tuple[int, int]] = {}
         """For arrays that are read by rows: elements not read yet, and the checksum of those that were."""
         self._shard_checksums: dict[str, dict[str, int]] = {}
         """For arrays that were cast: the checksum of each shard by its index."""
-        variables = AbstractModel(self.cfg).variables
+        model = AbstractModel(self.cfg, lora=self.lora)
+        variables = {path: v for path, v in model.variables.items() if path not in model.frozen_paths}
         wrong = [f"{path} is missing" for path in sorted(variables.keys() - self._keys)]
         wrong += [f"{path} is unknown" for path in sorted(self._keys.keys() - variables)]
         for path in variables.keys() & self._keys:
             shape, expected = self._store(path).shape, variables[path].get_value().shape
             wrong += [f"{path} has shape {list(shape)}, not {list(expected)}"] if shape != expected else []
         check(not wrong, "checkpoint", str(step), f"does not fit its model: {'; '.join(wrong[:20])}")
+
+    @property
+    def paths(self) -> Sequence[str]:
+        return tuple(self._keys)
 
     def _store(self, path: str) -> ts.TensorStore:
         return self._arrays[self._keys[path]]
@@ -82,6 +92,15 @@ class OrbaxCheckpoint:
     def dtype(self, path: str) -> np.dtype:
         """The dtype of an array as stored."""
         return self._store(path).dtype.numpy_dtype
+
+    def array(self, path: str) -> np.ndarray:
+        """An array as stored. Raises `CheckpointError` if it does not match its checksum."""
+        shape = self._store(path).shape
+        index = tuple(slice(0, n) for n in shape)
+        array = self._read(path, index)
+        if self._checksums:
+            self._compare(path, checksum_of_shard(array, index, shape))
+        return array
 
     def read(self, path: str, dtype: DTypeLike, index: tuple[slice, ...]) -> np.ndarray:
         """A shard of an array: `index` has a slice for each axis. Raises `CheckpointError` for a truncated or corrupted
@@ -137,17 +156,34 @@ class OrbaxCheckpoint:
 
     def hf_tensors(self, dtype: np.dtype | None, *, fp8: bool) -> list[TensorEntry]:
         """All tensors for a Hugging Face checkpoint, cast to `dtype` except for router biases."""
-        entries: list[TensorEntry] = []
-        for parts in by_tensor(tensor_mappings(self.cfg)):
-            name, stored = parts[0].name, self.dtype(parts[0].path)
-            target = stored if dtype is None or is_router_bias(name) else dtype
-            read = partial(self._tensor_rows, parts)
-            entries += tensor_entries(name, stored, target, parts[0].stacked_shape or parts[0].shape, read, fp8=fp8)
-        return entries + unused_tensors(self.directory, self.cfg)
-
-    def _tensor_rows(self, parts: list[TensorMapping], dtype: DTypeLike) -> Iterator[np.ndarray]:
-        return (self.read_rows(part, dtype, *rows) for part in parts for rows in part.row_slices())
+        return mapped_tensors(self, self.directory, dtype, fp8=fp8)
 
     def hf_config(self, dtype: np.dtype | None, *, fp8: bool) -> dict[str, Any]:
         """The `config.json` that goes with `hf_tensors`."""
         return hf_config(self.cfg, dtype or self.dtype("embed"), fp8=fp8, beside=self.directory)
+
+
+class RowReader(Protocol):
+    """What `mapped_tensors` needs of a checkpoint."""
+
+    cfg: ModelConfig
+
+    def dtype(self, path: str) -> np.dtype: ...
+
+    def read_rows(self, mapping: TensorMapping, dtype: DTypeLike, rows: slice, index: Index, /) -> np.ndarray: ...
+
+
+def mapped_tensors(checkpoint: RowReader, directory: Path, dtype: np.dtype | None, *, fp8: bool) -> list[TensorEntry]:
+    """All tensors of a checkpoint's model for a Hugging Face directory, cast to `dtype` except for router biases, and
+    those that `directory` has beside them."""
+
+    def rows(parts: list[TensorMapping], dtype: DTypeLike) -> Iterator[np.ndarray]:
+        return (checkpoint.read_rows(part, dtype, *rows) for part in parts for rows in part.row_slices())
+
+    entries: list[TensorEntry] = []
+    for parts in by_tensor(tensor_mappings(checkpoint.cfg)):
+        name, stored = parts[0].name, checkpoint.dtype(parts[0].path)
+        target = stored if dtype is None or is_router_bias(name) else dtype
+        shape = parts[0].stacked_shape or parts[0].shape
+        entries += tensor_entries(name, stored, target, shape, partial(rows, parts), fp8=fp8)
+    return entries + unused_tensors(directory, checkpoint.cfg)

@@ -22,6 +22,7 @@ from mla_moe.checkpoint.unused_tensors import unused_tensors
 from mla_moe.config import MeshConfig
 from mla_moe.config.hub import is_hub_id
 from mla_moe.nn.abstract_model import AbstractModel, model_variables
+from mla_moe.nn.lora import merge_adapters
 from mla_moe.nn.param import Precision, RouterBias
 from mla_moe.nn.transformer import Transformer
 from mla_moe.parallel.mesh import make_mesh
@@ -66,12 +67,12 @@ def save_pretrained(
     a commit to the Hub, in a repository that is private if it is new.
 
     Weights keep the model's dtypes, and a loaded router its file's, unless `dtype` is set; router biases are then
-    float32. `like` is a checkpoint or run whose tokenizer, chat template, token ids and vision tower are copied. With
-    `fp8`, the matrices that DeepSeek releases in FP8 blocks are quantized. All processes must call this; the first one
-    writes. Raises `CheckpointError` if `path` exists.
+    float32. Adapters are merged into their weights. `like` is a checkpoint or run whose tokenizer, chat template, token
+    ids and vision tower are copied. With `fp8`, the matrices that DeepSeek releases in FP8 blocks are quantized. All
+    processes must call this; the first one writes. Raises `CheckpointError` if `path` exists.
     """
     dtype = None if dtype is None else weight_dtype(dtype)
-    variables, entries = model_variables(model), []
+    variables, entries = model_variables(merge_adapters(model)), []
     for parts in by_tensor(tensor_mappings(model.cfg)):
         mapping, variable = parts[0], variables[parts[0].path]
         array = variable.get_value()

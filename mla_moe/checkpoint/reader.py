@@ -1,5 +1,6 @@
 """Open a checkpoint of any kind: a Hugging Face directory, a run, or an Orbax checkpoint."""
 
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -7,27 +8,34 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from mla_moe.checkpoint.adapter import AdapterCheckpoint, open_adapters
 from mla_moe.checkpoint.files import progress_bar, read_json
 from mla_moe.checkpoint.hf_checkpoint import HFCheckpoint
 from mla_moe.checkpoint.hub import local_checkpoint
 from mla_moe.checkpoint.orbax_checkpoint import OrbaxCheckpoint
 from mla_moe.checkpoint.orbax_layout import find_step
+from mla_moe.checkpoint.peft import is_peft, open_peft
 from mla_moe.config import ModelConfig
 from mla_moe.config.hub import download_file, is_hub
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
 
-Checkpoint = HFCheckpoint | OrbaxCheckpoint
+Checkpoint = HFCheckpoint | OrbaxCheckpoint | AdapterCheckpoint
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open a Hugging Face directory or a model of the Hub, or the newest checkpoint of a run, of a stage, or a step's
-    directory.
+    directory. LoRA adapters, of a run or in PEFT's layout, open as their base with the adapters merged.
 
     Raises `CheckpointError` for anything else.
     """
     path = local_checkpoint(path)
     step = find_step(path)
-    return HFCheckpoint(path) if step is None else OrbaxCheckpoint(step)
+    if step is None and is_peft(path):
+        return open_peft(path, open_checkpoint)
+    if step is None:
+        return HFCheckpoint(path)
+    checkpoint = OrbaxCheckpoint(step)
+    return open_adapters(checkpoint, open_checkpoint) if checkpoint.lora.rank else checkpoint
 
 
 def read_model_config(path: Path) -> ModelConfig:
@@ -41,13 +49,19 @@ def read_model_config(path: Path) -> ModelConfig:
 
 
 def load_arrays(
-    checkpoint: Checkpoint, abstract_model: AbstractModel, mesh: Mesh, *, keep_dtypes: bool = False
+    checkpoint: Checkpoint,
+    abstract_model: AbstractModel,
+    mesh: Mesh,
+    *,
+    keep_dtypes: bool = False,
+    paths: Iterable[str] | None = None,
 ) -> Arrays:
-    """Load all arrays, sharded over a mesh: each process reads its own shards only.
+    """Load all arrays, or those of `paths`, sharded over a mesh: each process reads its own shards only.
 
     Dtypes are the abstract model's. With `keep_dtypes` they are the checkpoint's, except for routers.
     """
     arrays, abstract_arrays = {}, abstract_model.abstract(mesh)
+    abstract_arrays = {path: abstract_arrays[path] for path in (abstract_arrays if paths is None else paths)}
     nbytes = {path: x.size * checkpoint.dtype(path).itemsize for path, x in abstract_arrays.items()}
     with progress_bar("Loading", sum(nbytes.values())) as advance:
         for path, abstract in abstract_arrays.items():
@@ -55,7 +69,7 @@ def load_arrays(
             read: Any = partial(checkpoint.read, path, dtype)
             arrays[path] = jax.make_array_from_callback(abstract.shape, abstract.sharding, read)
             advance(nbytes[path])
-    if isinstance(checkpoint, OrbaxCheckpoint):  # safetensors have no checksums
+    if not isinstance(checkpoint, HFCheckpoint):  # safetensors have no checksums
         checkpoint.verify(arrays)
     return arrays
 

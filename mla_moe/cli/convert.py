@@ -27,12 +27,16 @@ class Convert:
     """Weights' dtype; by default unchanged, and bfloat16 for FP8 weights."""
     fp8: bool = False
     """Quantize matrices to FP8 in blocks of 128 x 128, as in DeepSeek's releases."""
+    merge_adapter: bool = False
+    """Write the complete model with LoRA adapters added to its weights. Otherwise adapters become a directory for
+    PEFT."""
 
     def run(self) -> None:
         import jax.numpy as jnp
 
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a single process merges nothing
-        convert(self.src, self.dst, to=self.to, dtype=self.dtype and jnp.dtype(self.dtype), fp8=self.fp8)
+        dtype = self.dtype and jnp.dtype(self.dtype)
+        convert(self.src, self.dst, to=self.to, dtype=dtype, fp8=self.fp8, merge_adapter=self.merge_adapter)
         if is_hub(self.dst):
             print(f"{shown(self.dst)}: committed")
             return

@@ -2,6 +2,7 @@
 
 from mla_moe.config.data import DataConfig
 from mla_moe.config.errors import ConfigError, require, structure
+from mla_moe.config.lora import LoRAConfig
 from mla_moe.config.migrations import FORMAT_VERSION
 from mla_moe.config.model import ModelConfig
 from mla_moe.config.modules import AttentionConfig, MoEConfig
@@ -16,8 +17,8 @@ from mla_moe.config.rope import LinearScaling, Llama3Scaling, RopeScaling, Yarn,
 
 __all__ = [
     "FORMAT_VERSION", "PRESETS", "AttentionConfig", "CheckpointConfig", "ConfigError", "DPOConfig", "DataConfig",
-    "KernelConfig", "LinearScaling", "Llama3Scaling", "MeshConfig", "MoEConfig", "ModelConfig", "OptimizerConfig",
-    "ProfileConfig", "RLConfig", "Recipe", "RejectionConfig", "RopeScaling", "SFTConfig", "SampleConfig",
-    "ScheduleConfig", "TaskConfig",
+    "KernelConfig", "LinearScaling", "Llama3Scaling", "LoRAConfig", "MeshConfig", "MoEConfig", "ModelConfig",
+    "OptimizerConfig", "ProfileConfig", "RLConfig", "Recipe", "RejectionConfig", "RopeScaling", "SFTConfig",
+    "SampleConfig", "ScheduleConfig", "TaskConfig",
     "TrainingConfig", "Yarn", "load_recipe", "preset", "require", "rope_scaling", "structure", "with_overrides",
 ]  # fmt: skip

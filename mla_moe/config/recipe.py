@@ -24,6 +24,7 @@ from mla_moe.config.errors import (
 )
 from mla_moe.config.flags import parse_flags
 from mla_moe.config.hub import require_path
+from mla_moe.config.lora import LoRAConfig
 from mla_moe.config.migrations import FORMAT_VERSION, migrate_recipe, renamed_flag
 from mla_moe.config.model import ModelConfig
 from mla_moe.config.optimizer import OptimizerConfig
@@ -101,6 +102,7 @@ class Recipe:
     kernels: KernelConfig = KernelConfig()
     training: TrainingConfig = TrainingConfig()
     task: TaskConfig = field(TaskConfig(), resume=("sft", "dpo", "rl", "rejection"))
+    lora: LoRAConfig = field(LoRAConfig(), resume=("sft", "dpo", "rl", "rejection"))
     sft: SFTConfig = field(SFTConfig(), resume=("sft", "dpo", "rl", "rejection"))
     dpo: DPOConfig = field(DPOConfig(), resume=("dpo", "rl", "rejection"))
     rl: RLConfig = field(RLConfig(), resume=("rl", "rejection"))

@@ -8,6 +8,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.typing import DTypeLike
 
 from mla_moe.config import require
+from mla_moe.nn.lora import merge_adapters
 from mla_moe.nn.transformer import Transformer, unstack_layers
 from mla_moe.ops.kernel_choice import target_platform
 from mla_moe.ops.moe_inference_cpu import pack_bfloat16
@@ -35,9 +36,11 @@ def prepare_for_inference(model: Transformer) -> tuple[ModelGraph, nnx.State]:
     """Matrices in the compute dtype, routers and the head weights of indexers in float32. On one CPU layers are
     unstacked, and experts keep the dtype of their parameters: memory bandwidth limits decoding there.
 
-    On a mesh weights are sharded by `DECODE_RULES`; elsewhere arrays that need no change are shared with `model`.
+    Adapters are merged into their weights. On a mesh weights are sharded by `DECODE_RULES`; elsewhere arrays that need
+    no change are shared with `model`.
     """
     mesh, compute = mesh_of(model), model.precision.compute
+    model = merge_adapters(model)
     one_cpu = mesh is None and target_platform() == "cpu"
     graph, state = nnx.split(model)
     if mesh is not None:

@@ -32,6 +32,7 @@ from mla_moe.nn.kv_cache import (
     write_cache,
 )
 from mla_moe.nn.layers import Activations, Ids, RMSNorm, require_shape, shape_text
+from mla_moe.nn.lora import adapted, project
 from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.rope import CosSin, query_scale, rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
@@ -156,7 +157,7 @@ class MLAttention(nnx.Module):
         if selected_keys is None:
             selected_keys = self._select(x_BTD, latent_BTQ, q_cos_sin, kv_segment_ids, query_segments)
         y_BTHV = self._attend(q_BTHA, c_BSC, k_pe_BSR, kv_segment_ids, query_segments, dropout, selected_keys)
-        return sharded_einsum("BTHV,HVD->BTD", y_BTHV, self.o, self.precision.compute)
+        return project(sharded_einsum, "BTHV,HVD->BTD", y_BTHV, self, "o", self.precision.compute)
 
     def select_keys(
         self, x_BTD: Activations, segment_ids: Ids | None = None, positions: Ids | None = None
@@ -250,7 +251,7 @@ class MLAttention(nnx.Module):
             y_bTHV = cached_attention(
                 q_bTHA,
                 cache_LBSW,
-                self.kv_b[...].astype(self.precision.compute),
+                adapted(self, "kv_b").astype(self.precision.compute),
                 metadata.positions_bT,
                 layer=layer,
                 slots_b=slots_b,
@@ -261,7 +262,7 @@ class MLAttention(nnx.Module):
                 index_width=index_columns(self.cfg, cache_LBSW.dtype),
                 constrain=constrain_slots if slots_b is None else constrain_decode_activations,
             )
-        y_bTD = plain_einsum("bTHV,HVD->bTD", y_bTHV, self.o, self.precision.compute)
+        y_bTD = project(plain_einsum, "bTHV,HVD->bTD", y_bTHV, self, "o", self.precision.compute)
         return y_bTD, cache_LBSW, selected_bTw
 
     def query_latent(self, x_BTD: Activations, einsum: Einsum) -> Float[Array, "B T Q"]:
@@ -269,14 +270,14 @@ class MLAttention(nnx.Module):
         if self.cfg.q_lora_rank is None:
             return x_BTD
         compute = self.precision.compute
-        return self.q_a_norm(einsum("BTD,DQ->BTQ", x_BTD, self.q_a, compute)).astype(compute)
+        return self.q_a_norm(project(einsum, "BTD,DQ->BTQ", x_BTD, self, "q_a", compute)).astype(compute)
 
     def queries(
         self, latent_BTQ: Float[Array, "B T Q"], positions_BT: Ids, cos_sin: CosSin, einsum: Einsum
     ) -> Float[Array, "B T H A"]:
         """Queries of all heads; the last R values of each are rotated by position."""
-        weight = self.q if self.cfg.q_lora_rank is None else self.q_b
-        q_BTHA = einsum("BTQ,QHA->BTHA", latent_BTQ, weight, self.precision.compute)
+        name = "q" if self.cfg.q_lora_rank is None else "q_b"
+        q_BTHA = project(einsum, "BTQ,QHA->BTHA", latent_BTQ, self, name, self.precision.compute)
         q_nope, q_pe = jnp.split(q_BTHA, [self.cfg.qk_nope_head_dim], axis=-1)
         q_BTHA = jnp.concatenate([q_nope, self._rotate(q_pe, cos_sin)], axis=-1)
         scale_BT = query_scale(self.cfg, positions_BT)
@@ -286,7 +287,7 @@ class MLAttention(nnx.Module):
         self, x_BTD: Activations, cos_sin: CosSin, einsum: Einsum
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B T R"]]:
         """What the KV cache holds of a token: the normed latent, and the rotated key part that all heads share."""
-        both_BTC = einsum("BTD,DC->BTC", x_BTD, self.kv_a, self.precision.compute)
+        both_BTC = project(einsum, "BTD,DC->BTC", x_BTD, self, "kv_a", self.precision.compute)
         c_BTC, k_pe_BTR = jnp.split(both_BTC, [self.cfg.kv_lora_rank], axis=-1)
         return self.kv_a_norm(c_BTC).astype(c_BTC.dtype), self._rotate(k_pe_BTR[:, :, None], cos_sin)[:, :, 0]
 
@@ -305,7 +306,7 @@ class MLAttention(nnx.Module):
     ) -> Float[Array, "B T H V"]:
         """Under a mesh each device computes its heads (tensor parallelism) for its queries. With context parallelism it
         all-gathers the latent, C + R values per token, where keys and values would be H · (A + V)."""
-        kv_b = self.kv_b[...].astype(self.precision.compute)
+        kv_b = adapted(self, "kv_b").astype(self.precision.compute)
         rows_BHT = None if dropout_key_2 is None else jnp.arange(math.prod(q_BTHA.shape[:3]), dtype=jnp.uint32)
         rows_BHT = None if rows_BHT is None else rows_BHT.reshape(q_BTHA.shape[0], q_BTHA.shape[2], q_BTHA.shape[1])
         inputs = q_BTHA, c_BSC, k_pe_BSR, kv_b, segments_BS, query_segments_BT, rows_BHT, dropout_key_2, selected_BTW

@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_moe.config import ModelConfig, require
+from mla_moe.nn.lora import project
 from mla_moe.nn.param import Precision, matrix, scale
 from mla_moe.ops.experts import Activation, gated
 from mla_moe.parallel.collectives import all_gather, all_to_all, axis_index, psum, shard_map
@@ -80,8 +81,9 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: Activations, einsum: Einsum = sharded_einsum) -> Activations:
         """For training; with `plain_einsum` for prefill and decode."""
-        gu_BT2F = einsum("BTD,DgF->BTgF", x_BTD, self.gate_up, self.precision.compute)
-        return einsum("BTF,FD->BTD", gated(gu_BT2F, 2, self.activation)[:, :, 0], self.down, self.precision.compute)
+        gu_BT2F = project(einsum, "BTD,DgF->BTgF", x_BTD, self, "gate_up", self.precision.compute)
+        h_BTF = gated(gu_BT2F, 2, self.activation)[:, :, 0]
+        return project(einsum, "BTF,FD->BTD", h_BTF, self, "down", self.precision.compute)
 
 
 def token_embedding(cfg: ModelConfig, rngs: nnx.Rngs, precision: Precision) -> nnx.Param:

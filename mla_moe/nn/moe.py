@@ -12,9 +12,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mla_moe.config import KernelConfig, ModelConfig, MoEConfig, require
 from mla_moe.nn.layers import MLP, Activations, Mask, require_shape
+from mla_moe.nn.lora import adapter
 from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.router import FunctionRouter, Router, RouterFunction, Routing
-from mla_moe.ops.experts import experts, find_activation
+from mla_moe.ops.experts import ExpertAdapters, experts, find_activation
 from mla_moe.ops.kernel_choice import target_platform
 from mla_moe.ops.moe_inference_cpu import selected_experts
 from mla_moe.parallel.collectives import axis_index, psum, shard_map
@@ -30,7 +31,7 @@ from mla_moe.parallel.mesh import (
     under_auto_axes,
 )
 from mla_moe.parallel.sharded_einsum import plain_einsum, weight_spec
-from mla_moe.parallel.sharding import DECODE_BATCH_AXES, all_gather_weight
+from mla_moe.parallel.sharding import DECODE_BATCH_AXES, all_gather_weight, is_weight
 
 
 class RouterStats(NamedTuple):
@@ -44,6 +45,8 @@ class RouterStats(NamedTuple):
     """(Token, expert) pairs dropped at capacity; 0 where routing is dropless."""
 
 
+ExpertWeights = tuple[Array, Array, ExpertAdapters]
+"""Gate and up projection, down projection, and their adapters, in the compute dtype."""
 Tokens = tuple[Activations, Mask, Int[Array, "B T K"] | None]
 """Activations, where they are no padding, and the experts of a routing replay."""
 
@@ -114,9 +117,11 @@ class MoE(nnx.Module):
             return x_BTD, RouterStats(jnp.zeros(self.cfg.num_experts, jnp.int32), jnp.float32(0), jnp.int32(0))
         if not_padding_BT is None:
             not_padding_BT = jnp.ones(x_BTD.shape[:2], bool)
-        gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
+        compute, loras = self.precision.compute, (adapter(self, "gate_up"), adapter(self, "down"))
+        gate_up, down = (w[...].astype(compute) for w in (self.gate_up, self.down))
+        adapters = ExpertAdapters(*(None if lora is None else lora.factors(compute) for lora in loras))
         mesh = token_mesh(x_BTD.shape)
-        inputs = gate_up, down, (x_BTD, not_padding_BT, replay_BTK)
+        inputs = (gate_up, down, adapters), (x_BTD, not_padding_BT, replay_BTK)
         if mesh is None:
             y_BTD, stats = self._routed(self.router, one_sequence, *inputs)
         else:
@@ -132,6 +137,8 @@ class MoE(nnx.Module):
         """For prefill and decode: the output and each token's experts; not differentiable. With `layer` the experts'
         weights are those of a stack of layers, and the kernels read that layer without a copy."""
         B, T, D = x_BTD.shape
+        fix = "is for training; decode with the model that merge_adapters returns"
+        require(not hasattr(self, "lora"), "lora", "adapters of experts", fix)
         x_ND = x_BTD.reshape(B * T, D).astype(self.precision.compute)
         with jax.named_scope("route"):
             routing = self._route(self.router, x_ND)
@@ -186,28 +193,31 @@ class MoE(nnx.Module):
         return routing
 
     def _sharded(
-        self, mesh: MeshView, one_sequence: bool, gate_up: Array, down: Array, tokens: Tokens
+        self, mesh: MeshView, one_sequence: bool, weights: ExpertWeights, tokens: Tokens
     ) -> tuple[Array, RouterStats]:
         """`_routed` under a mesh: each device routes its own tokens. Experts are sharded over `expert`, and their
         hidden width over `tensor` if that divides it; over other axes their weights are all-gathered before use."""
         self._require_divisible(mesh)
         graph, router = nnx.split(self.router)
-        specs = [weight_spec(w, mesh) for w in (self.gate_up, self.down)]
+        loras = adapter(self, "gate_up"), adapter(self, "down")
+        factors: Any = (None if lora is None else (lora.a, lora.b) for lora in loras)
+        weights_with_axes = self.gate_up, self.down, ExpertAdapters(*factors)
+        specs = jax.tree.map(lambda w: weight_spec(w, mesh), weights_with_axes, is_leaf=is_weight)
 
-        def local(router: nnx.State, gate_up: Array, down: Array, tokens: Tokens) -> tuple[Array, RouterStats]:
-            weights = zip((gate_up, down), specs, strict=True)
-            gate_up, down = (all_gather_weight(w, spec, ("expert", "tensor")) for w, spec in weights)
-            return self._routed(nnx.merge(graph, router), one_sequence, gate_up, down, tokens, mesh)
+        def local(router: nnx.State, weights: ExpertWeights, tokens: Tokens) -> tuple[Array, RouterStats]:
+            gather = partial(all_gather_weight, keep_sharded=("expert", "tensor"))
+            return self._routed(
+                nnx.merge(graph, router), one_sequence, jax.tree.map(gather, weights, specs), tokens, mesh
+            )
 
-        in_specs, out_specs = (P(), *specs, BATCH_SPEC), (BATCH_SPEC, P())
-        return shard_map(local, in_specs, out_specs)(router, gate_up, down, tokens)
+        in_specs, out_specs = (P(), specs, BATCH_SPEC), (BATCH_SPEC, P())
+        return shard_map(local, in_specs, out_specs)(router, weights, tokens)
 
     def _routed(
         self,
         router: RouterFunction,
         one_sequence: bool,
-        gate_up: Array,
-        down: Array,
+        weights: ExpertWeights,
         tokens: Tokens,
         mesh: MeshView | None = None,
     ) -> tuple[Array, RouterStats]:
@@ -221,13 +231,14 @@ class MoE(nnx.Module):
             stats = router_stats(self.cfg, routing, not_padding_BT, mesh, one_sequence)
         dropped = jnp.int32(0)
         with jax.named_scope("experts"):
+            gate_up, down, adapters = weights
             inputs = x_ND, routing.experts_NK, routing.weights_NK, gate_up, down
             if mesh is None or mesh.shape["expert"] == 1:
                 run = partial(experts, activation=self.activation, implementation=self.kernels.grouped_matmul)
-                y_ND = run(*inputs)
+                y_ND = run(*inputs, adapters=adapters)
             else:
                 plan = dispatch_plan(self.cfg, B * T, mesh.shape["expert"], self.kernels)
-                y_ND, dropped = expert_parallel_experts(*inputs, plan)
+                y_ND, dropped = expert_parallel_experts(*inputs, plan, adapters)
                 dropped = psum(dropped, TOKEN_AXES)
             if down.shape[1] < self.cfg.expert_width:  # the hidden width is sharded over `tensor`
                 y_ND = psum(y_ND, "tensor")

@@ -3,8 +3,8 @@
 Every weight is an `nnx.Param`, so that Flax's filters and `nnx.bridge` treat it as they treat Flax's own. Its metadata
 say what it is: `role`; `out_sharding`, the logical name of each axis, as in `nnx.with_partitioning`; `sharding_rules`,
 from which `nnx.get_partition_spec` finds the mesh axes; `contracts`, the axes that a product with the input sums over
-(of the rest, those in `BATCH_AXES` index separate matrices, and the others are outputs); `std` or `fill`, its
-initialization; `frozen`, where no gradient reaches it and the optimizer leaves it as it is.
+(of the rest, those in `BATCH_AXES` index separate matrices, and the others are outputs); `std`, `bound` or `fill`,
+its initialization; `frozen`, where no gradient reaches it and the optimizer leaves it as it is.
 """
 
 import dataclasses
@@ -96,5 +96,16 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike)
     key = rngs.params()
     if isinstance(key, Tracer):
         return (std * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
-    random = np.random.Generator(np.random.Philox(np.asarray(jax.random.key_data(key)).tolist()))
-    return jnp.asarray(np.float32(std) * random.standard_normal(shape, np.float32)).astype(dtype)
+    return jnp.asarray(np.float32(std) * _generator(key).standard_normal(shape, np.float32)).astype(dtype)
+
+
+def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: DTypeLike) -> jax.Array:
+    """The same, uniform in [−bound, bound)."""
+    key = rngs.params()
+    if isinstance(key, Tracer):
+        return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(dtype)
+    return jnp.asarray(np.float32(bound) * (2 * _generator(key).random(shape, np.float32) - 1)).astype(dtype)
+
+
+def _generator(key: jax.Array) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.asarray(jax.random.key_data(key)).tolist()))

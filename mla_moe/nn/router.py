@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mla_moe.config import MoEConfig
+from mla_moe.nn.lora import adapted
 from mla_moe.nn.param import matrix, router_bias
 
 
@@ -54,7 +55,7 @@ class Router(nnx.Module):
     def __call__(self, x_ND: Float[Array, "N D"], replay_NK: Int[Array, "N K"] | None = None) -> Routing:
         """Route N tokens. Routing replay: `replay_NK` gives their experts, −1 for the router's choice; the weights come
         from the router in both cases."""
-        logits_NE = jnp.einsum("ND,DE->NE", x_ND.astype(jnp.float32), self.weight[...], precision="highest")
+        logits_NE = jnp.einsum("ND,DE->NE", x_ND.astype(jnp.float32), adapted(self, "weight"), precision="highest")
         bias_E = self.bias[...] if self.cfg.router_bias else None
         return gate(self.cfg, logits_NE, bias_E, replay_NK)
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,14 @@ from mla_moe.ops.permutation import permutation, permute, unpermute, weights_by_
 
 Activation = Callable[[Array], Array]
 """An elementwise function."""
+
+
+class ExpertAdapters(NamedTuple):
+    """LoRA adapters of the experts: for each expert a product of low rank beside its matrix. None: without one."""
+
+    gate_up: tuple[Float[Array, "E D r"], Float[Array, "E r *gF"]] | None = None
+    down: tuple[Float[Array, "E F r"], Float[Array, "E r D"]] | None = None
+
 
 ACTIVATIONS: Mapping[str, Activation] = {
     "silu": jax.nn.silu,
@@ -52,6 +61,7 @@ def experts(
     down_EFD: Float[Array, "*L E F D"],
     *,
     layer: Int[Array, ""] | None = None,
+    adapters: ExpertAdapters = ExpertAdapters(),
     max_pairs: int | None = None,
     activation: Activation = jax.nn.silu,
     implementation: GroupedMatmulKernel | None = None,
@@ -60,7 +70,8 @@ def experts(
     grouped matmul, unpermute.
 
     A pair with the expert `E` is unassigned and adds nothing; at most `max_pairs` pairs may be assigned. Gate and up
-    can be one axis. With `layer` the weights are a stack of layers, of which no slice is copied.
+    can be one axis. With `layer` the weights are a stack of layers, of which no slice is copied. `adapters` are of one
+    layer; a row is multiplied by its expert's factors one after the other, and gradients are of the factors alone.
     """
     E, F, D = down_EFD.shape[-3:]
     group_offset = None if layer is None else layer * E
@@ -68,20 +79,27 @@ def experts(
     block = block_size(experts_NK.size if max_pairs is None else max_pairs, E, implementation)
     p = permutation(experts_NK, E, block, max_pairs)
 
-    def multiply(x_RD: Array, w_EDF: Array) -> Array:
-        return grouped_matmul(x_RD, w_EDF, p.group_sizes_E, group_offset, block=block, implementation=implementation)
+    def multiply(x_RD: Array, w_EDF: Array, factors: tuple[Array, Array] | None) -> Array:
+        run = partial(grouped_matmul, block=block, implementation=implementation)
+        if factors is None:
+            return run(x_RD, w_EDF, p.group_sizes_E, group_offset)
+        a_EDr, b_ErF = factors
+        y_RF = run(x_RD, jax.lax.stop_gradient(w_EDF), p.group_sizes_E, group_offset)
+        z_Rr = run(x_RD, a_EDr, p.group_sizes_E)
+        return y_RF + run(z_Rr, b_ErF.reshape(*b_ErF.shape[:2], -1), p.group_sizes_E)
 
     @jax.checkpoint  # to permute again, and to apply the activation again, costs less than to save the results
-    def gate_up(x_ND: Array, gate_up_EDgF: Array) -> Array:
-        return multiply(permute(x_ND, p), gate_up_EDgF.reshape(-1, D, 2 * F))
+    def gate_up(x_ND: Array, gate_up_EDgF: Array, factors: tuple[Array, Array] | None) -> Array:
+        return multiply(permute(x_ND, p), gate_up_EDgF.reshape(-1, D, 2 * F), factors)
 
     @jax.checkpoint
-    def down(gate_up_R2F: Array, weight_R: Array, down_EFD: Array) -> Array:
+    def down(gate_up_R2F: Array, weight_R: Array, down_EFD: Array, factors: tuple[Array, Array] | None) -> Array:
         # Weighted before the product: so the weights' derivative does not need the product's result.
         h_RF = gated(gate_up_R2F, 1, activation).astype(weight_R.dtype) * weight_R[:, None]
-        return multiply(h_RF.astype(x_ND.dtype), down_EFD.reshape(-1, F, D))
+        return multiply(h_RF.astype(x_ND.dtype), down_EFD.reshape(-1, F, D), factors)
 
-    return unpermute(down(gate_up(x_ND, gate_up_EDgF), weights_by_row(weights_NK, p), down_EFD), p)
+    gate_up_R2F = gate_up(x_ND, gate_up_EDgF, adapters.gate_up)
+    return unpermute(down(gate_up_R2F, weights_by_row(weights_NK, p), down_EFD, adapters.down), p)
 
 
 def block_size(pairs: int, num_experts: int, implementation: GroupedMatmulKernel | None) -> int:

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mla_moe.config import KernelConfig, MoEConfig
 from mla_moe.config.parallelism import DispatchKernel, GroupedMatmulKernel
-from mla_moe.ops.experts import Activation, experts, find_activation
+from mla_moe.ops.experts import Activation, ExpertAdapters, experts, find_activation
 from mla_moe.ops.kernel_choice import target_platform
 from mla_moe.ops.permutation import exclusive_cumsum
 from mla_moe.parallel.mesh import physical_axes
@@ -184,26 +184,35 @@ def expert_parallel_experts(
     gate_up_eD2F: Float[Array, "e D 2 F"],
     down_eFD: Float[Array, "e F D"],
     plan: DispatchPlan,
+    adapters: ExpertAdapters = ExpertAdapters(),
 ) -> tuple[Float[Array, "n D"], Int[Array, ""]]:
     """`ops.experts.experts` of this device's tokens over the experts of all devices, and the number of pairs that were
-    dropped at capacity. `experts_nK` number all experts; the weights are those of this device."""
+    dropped at capacity. `experts_nK` number all experts; the weights and adapters are those of this device."""
     routes = dispatch_routes(experts_nK, plan)
     gate_up_eDF = gate_up_eD2F.reshape(*gate_up_eD2F.shape[:2], -1)  # here, and not for each chunk
-    return _dispatch_compute_combine((x_nD, weights_nK, gate_up_eDF, down_eFD), routes, plan), routes.dropped
+    matrices = gate_up_eDF, down_eFD
+    trained = *(w if a is None else None for w, a in zip(matrices, adapters, strict=True)), adapters
+    frozen = tuple(None if a is None else w for w, a in zip(matrices, adapters, strict=True))
+    y_nD = _dispatch_compute_combine((x_nD, weights_nK, trained), frozen, routes, plan)
+    return y_nD, routes.dropped
 
 
-Inputs = tuple[Array, Array, Array, Array]
-"""The differentiable arguments: `x_nD`, `weights_nK`, `gate_up_eDF` and `down_eFD`."""
-Residuals = tuple[Inputs, DispatchRoutes]
+Trained = tuple[Array | None, Array | None, ExpertAdapters]
+"""`gate_up_eDF` and `down_eFD`, each unless it has an adapter, and the adapters."""
+Frozen = tuple[Array | None, ...]
+"""`gate_up_eDF` and `down_eFD`, each if it has an adapter."""
+Inputs = tuple[Array, Array, Trained]
+"""The differentiable arguments: `x_nD`, `weights_nK`, and the weights of the experts."""
+Residuals = tuple[Inputs, Frozen, DispatchRoutes]
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _dispatch_compute_combine(inputs: Inputs, routes: DispatchRoutes, plan: DispatchPlan) -> Array:
-    x_nD, weights_nK, *expert_weights = inputs
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _dispatch_compute_combine(inputs: Inputs, frozen: Frozen, routes: DispatchRoutes, plan: DispatchPlan) -> Array:
+    x_nD, weights_nK, trained = inputs
     weights_PnK = jax.lax.all_gather(weights_nK, plan.axis)
 
     def body(chunk: "_Chunk", received: tuple[Array, ...], sums: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-        return chunk.run_experts(*received, chunk.gather_received(weights_PnK), *expert_weights), sums
+        return chunk.run_experts(*received, chunk.gather_received(weights_PnK), trained, frozen), sums
 
     y_nD, _ = _over_chunks(body, (x_nD,), (), routes, plan)
     return y_nD.astype(x_nD.dtype)
@@ -256,29 +265,30 @@ def _row_shape(width: int) -> tuple[int, int]:
     return (2, width // 2) if width % 2 == 0 else (1, width)
 
 
-def _forward(inputs: Inputs, routes: DispatchRoutes, plan: DispatchPlan) -> tuple[Array, Residuals]:
-    return _dispatch_compute_combine(inputs, routes, plan), (inputs, routes)
+def _forward(inputs: Inputs, frozen: Frozen, routes: DispatchRoutes, plan: DispatchPlan) -> tuple[Array, Residuals]:
+    return _dispatch_compute_combine(inputs, frozen, routes, plan), (inputs, frozen, routes)
 
 
-def _backward(plan: DispatchPlan, residuals: Residuals, g_nD: Array) -> tuple[tuple[Array, ...], None]:
-    inputs, routes = residuals
-    x_nD, weights_nK, *expert_weights = inputs
+def _backward(plan: DispatchPlan, residuals: Residuals, g_nD: Array) -> tuple[Inputs, None, None]:
+    inputs, frozen, routes = residuals
+    x_nD, weights_nK, trained = inputs
     weights_PnK = jax.lax.all_gather(weights_nK, plan.axis)
 
-    def body(chunk: _Chunk, received: tuple[Array, ...], sums: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-        g_weights_PnK, *g_experts = sums
+    def body(chunk: _Chunk, received: tuple[Array, ...], sums: tuple[Array, Trained]) -> tuple[Array, Any]:
+        g_weights_PnK, g_experts = sums
         x_MD, g_MD = received
-        _, vjp = jax.vjp(chunk.run_experts, x_MD, chunk.gather_received(weights_PnK), *expert_weights)
-        g_x_MD, g_weights_MK, *g_chunk = vjp(g_MD)
-        g_experts = [total + g for total, g in zip(g_experts, g_chunk, strict=True)]
-        return g_x_MD, (chunk.scatter_received(g_weights_PnK, g_weights_MK), *g_experts)
+        run = partial(chunk.run_experts, frozen=frozen)
+        _, vjp = jax.vjp(run, x_MD, chunk.gather_received(weights_PnK), trained)
+        g_x_MD, g_weights_MK, g_chunk = vjp(g_MD)
+        g_experts = jax.tree.map(jnp.add, g_experts, g_chunk)
+        return g_x_MD, (chunk.scatter_received(g_weights_PnK, g_weights_MK), g_experts)
 
     # The experts' gradients are as large as the experts, so they stay in the compute dtype, in which they are
     # reduce-scattered afterwards. The other sums are in float32.
-    zeros = jnp.zeros(weights_PnK.shape, jnp.float32), *map(jnp.zeros_like, expert_weights)
-    g_x_nD, (g_weights_PnK, *g_experts) = _over_chunks(body, (x_nD, g_nD), zeros, routes, plan)
-    grads = g_x_nD, jax.lax.psum_scatter(g_weights_PnK, plan.axis), *g_experts
-    return tuple(g.astype(x.dtype) for g, x in zip(grads, inputs, strict=True)), None
+    zeros = jnp.zeros(weights_PnK.shape, jnp.float32), jax.tree.map(jnp.zeros_like, trained)
+    g_x_nD, (g_weights_PnK, g_experts) = _over_chunks(body, (x_nD, g_nD), zeros, routes, plan)
+    grads = g_x_nD, jax.lax.psum_scatter(g_weights_PnK, plan.axis), g_experts
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), grads, inputs), None, None
 
 
 _dispatch_compute_combine.defvjp(_forward, _backward)
@@ -333,12 +343,15 @@ class _Chunk:
         token_Pc = jnp.where(self.received_Pc, self.recv_token_Pc, n)
         return total_PnK.at[jnp.arange(P)[:, None], token_Pc].add(x_MK.reshape(P, -1, K), mode="drop")
 
-    def run_experts(self, x_MD: Array, weights_MK: Array, gate_up_eDF: Array, down_eFD: Array) -> Float[Array, "M D"]:
+    def run_experts(self, x_MD: Array, weights_MK: Array, trained: Trained, frozen: Frozen) -> Float[Array, "M D"]:
         """This device's experts on the received tokens."""
+        *own, adapters = trained
+        both: Any = (f if t is None else t for t, f in zip(own, frozen, strict=True))
+        gate_up_eDF, down_eFD = both
         local_expert_MK = self.gather_received(self.routes.local_expert_PnK)
         experts_MK = jnp.where(self.received_Pc.reshape(-1, 1), local_expert_MK, len(down_eFD))
         return experts(
-            x_MD, experts_MK, weights_MK, gate_up_eDF, down_eFD, max_pairs=self.plan.max_pairs,
+            x_MD, experts_MK, weights_MK, gate_up_eDF, down_eFD, adapters=adapters, max_pairs=self.plan.max_pairs,
             activation=self.plan.activation, implementation=self.plan.grouped_matmul,
         )  # fmt: skip
 

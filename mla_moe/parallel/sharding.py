@@ -42,7 +42,7 @@ TRAINING_RULES: ShardingRules = {
     "hidden": ("tensor", "expert"),
     "expert_hidden": ("tensor", "fsdp"),  # fsdp where `embed` does not use it, which is in the experts' second matrix
     "vocab": "tensor",
-    **dict.fromkeys(("layers", "gate_up", "router", "qk", "kv", "v", "index_heads", "index_weights")),
+    **dict.fromkeys(("layers", "gate_up", "router", "qk", "kv", "v", "index_heads", "index_weights", "rank")),
 }
 """The default rules (`mla_moe.sharding_rules`). Of several axes of an array the first takes a mesh axis."""
 

@@ -106,7 +106,7 @@ def rl(recipe: Recipe, topology: Topology) -> StageProgram:
     require(recipe.rl.steps > 0, "rl.steps", recipe.rl.steps, "has no RL stage to plan; set a positive number")
     mesh, cfg, settings = make_mesh(recipe.mesh, topology.devices), recipe.model, recipe.rl
     check_divisible(recipe, mesh)
-    abstract_model = make_abstract_model(recipe, mesh)
+    abstract_model = make_abstract_model(recipe, mesh, recipe.lora)
     tx = make_optimizer(settings.optimizer, settings.steps * settings.minibatches, abstract_model)
     state = abstract_state(abstract_model, tx, mesh)
     shape = settings.micro_batch_size, settings.packed_row_length
@@ -121,14 +121,16 @@ def rl(recipe: Recipe, topology: Topology) -> StageProgram:
         selected = *shape, cfg.num_moe_layers, cfg.num_experts_per_tok
         microbatch["replay"] = jax.ShapeDtypeStruct(selected, jnp.int16, sharding=sharding)
     learner = Learner(abstract_model, tx, recipe, mesh)
-    sums = learner.zeros.eval_shape(state.params, state.biases, microbatch)
-    traced = learner.accumulate.trace(state.params, state.biases, microbatch, sums)
+    sums = learner.zeros.eval_shape(state.params, state.fixed, microbatch)
+    traced = learner.accumulate.trace(state.params, state.fixed, microbatch, sums)
 
-    parameters = bytes_per_device([state.params, state.biases])
+    parameters = bytes_per_device(state.arrays)
     memory = {"parameters": parameters, "batch": bytes_per_device(microbatch)}
     memory |= {"accumulated gradients": bytes_per_device(sums.gradient), "gradients": bytes_per_device(state.params)}
     max_model_len = settings.max_prompt_tokens + settings.max_new_tokens
-    weights, cache = sampler_arrays(recipe, abstract_model, mesh, settings.max_num_seqs, max_model_len)
+    weights, cache = sampler_arrays(
+        recipe, make_abstract_model(recipe, mesh), mesh, settings.max_num_seqs, max_model_len
+    )
     resident = {"optimizer": bytes_per_device(state.optimizer), "sampler's KV cache": bytes_per_device(cache)}
     if kl_coefficient(settings):
         resident["reference"] = bytes_per_device(state.params)

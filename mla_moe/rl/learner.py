@@ -68,14 +68,14 @@ class Learner:
         for microbatch in (microbatch for minibatch in minibatches for microbatch in minibatch):
             # With one minibatch the current policy is the old one: its log-probabilities come with the gradient.
             if self.rl.minibatches > 1:
-                microbatch["old_logprob_BT"] = self.logprobs(state.params, state.biases, microbatch)
+                microbatch["old_logprob_BT"] = self.logprobs(state.params, state.fixed, microbatch)
             if objectives.kl_coefficient(self.rl):
-                microbatch["reference_logprob_BT"] = self.logprobs(reference, state.biases, microbatch)
+                microbatch["reference_logprob_BT"] = self.logprobs(reference, state.fixed, microbatch)
         updates = []
         for minibatch in minibatches:
-            total = self.zeros(state.params, state.biases, minibatch[0])
+            total = self.zeros(state.params, state.fixed, minibatch[0])
             for microbatch in minibatch:
-                total = self.accumulate(state.params, state.biases, microbatch, total)
+                total = self.accumulate(state.params, state.fixed, microbatch, total)
             state, metrics = self.apply_gradients(state, total)
             updates.append(metrics)
         return state, learner_metrics(jax.device_get(updates))
@@ -91,23 +91,23 @@ class Learner:
         return packed
 
     def _token_logprobs(
-        self, params: Arrays, biases: Arrays, microbatch: Microbatch
+        self, params: Arrays, fixed: Arrays, microbatch: Microbatch
     ) -> tuple[Float[Array, "B T"], Float[Array, "B T"], RouterStats | None]:
         """Log-probability of each target at the sampling temperature, entropy, and statistics of the routers."""
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-            model = self.abstract_model.merge(params | biases)
+            model = self.abstract_model.merge(params | fixed)
             replay = microbatch["replay"].astype(jnp.int32) if "replay" in microbatch else None
             inputs = (microbatch[name] for name in ("tokens", "segment_ids", "positions"))
             h_BTD, stats = model.hidden(*inputs, replay)
             chunk, temperature = self.loss_chunk, self.rl.temperature
             return *model.token_logprobs(h_BTD, microbatch["targets"], chunk=chunk, temperature=temperature), stats
 
-    def _logprobs(self, params: Arrays, biases: Arrays, microbatch: Microbatch) -> Float[Array, "B T"]:
-        return self._token_logprobs(params, biases, microbatch)[0]
+    def _logprobs(self, params: Arrays, fixed: Arrays, microbatch: Microbatch) -> Float[Array, "B T"]:
+        return self._token_logprobs(params, fixed, microbatch)[0]
 
-    def _gradient_sums(self, params: Arrays, biases: Arrays, microbatch: Microbatch) -> GradientSums:
+    def _gradient_sums(self, params: Arrays, fixed: Arrays, microbatch: Microbatch) -> GradientSums:
         def loss(params: Arrays) -> tuple[Array, tuple[ObjectiveSums, RouterStats | None]]:
-            logprob_BT, entropy_BT, stats = self._token_logprobs(params, biases, microbatch)
+            logprob_BT, entropy_BT, stats = self._token_logprobs(params, fixed, microbatch)
             tokens = TokenInputs(**{name: microbatch[name] for name in TokenInputs._fields if name in microbatch})
             sums = objectives.objective_sums(logprob_BT, entropy_BT, tokens, self.rl, self.num_completions)
             return sums.loss, (sums, stats)
@@ -117,13 +117,13 @@ class Learner:
             return GradientSums(gradient, sums, jnp.zeros((0, 0), jnp.int32), jnp.int32(0))
         return GradientSums(gradient, sums, stats.load_E, stats.dropped.sum())
 
-    def _zeros(self, params: Arrays, biases: Arrays, microbatch: Microbatch) -> GradientSums:
-        shapes = jax.eval_shape(self._gradient_sums, params, biases, microbatch)
+    def _zeros(self, params: Arrays, fixed: Arrays, microbatch: Microbatch) -> GradientSums:
+        shapes = jax.eval_shape(self._gradient_sums, params, fixed, microbatch)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    def _accumulate(self, params: Arrays, biases: Arrays, microbatch: Microbatch, before: GradientSums) -> GradientSums:
+    def _accumulate(self, params: Arrays, fixed: Arrays, microbatch: Microbatch, before: GradientSums) -> GradientSums:
         """Donates the sums."""
-        new = self._gradient_sums(params, biases, microbatch)
+        new = self._gradient_sums(params, fixed, microbatch)
         added = jax.tree.map(jnp.add, before, new)
         return added._replace(sums=objectives.add_sums(before.sums, new.sums))
 

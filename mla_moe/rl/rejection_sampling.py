@@ -12,13 +12,12 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from mla_moe.checkpoint.reader import load_arrays, open_checkpoint
 from mla_moe.config import Recipe, RejectionConfig, require
 from mla_moe.rl.evaluate import evaluate
 from mla_moe.rl.rollout import ScoredCompletion, open_rollout
 from mla_moe.training.console import Console
 from mla_moe.training.errors import InterruptedRun
-from mla_moe.training.initialization import starting_checkpoint
+from mla_moe.training.initialization import starting_arrays, starting_checkpoint
 from mla_moe.training.metrics import read_rows
 from mla_moe.training.preemption import PreemptionSignals
 from mla_moe.training.run_context import RunContext
@@ -42,7 +41,7 @@ def train_rejection(recipe: Recipe, run_dir: Path, console: Console) -> None:
     chunk of prompts is saved in `rejection.parts.jsonl`, and a restart resumes after the last one. Raises `ConfigError`
     if no completion is correct, `InterruptedRun` after a signal, and what `Trainer.train` raises.
     """
-    context, path = RunContext.create(recipe, run_dir, console), run_dir / FILE
+    context, path = RunContext.create(recipe, run_dir, console, recipe.lora), run_dir / FILE
     start = starting_checkpoint("sft" if recipe.rejection.start == "base" else STAGE, recipe, run_dir)
     if not path.exists():
         examples = _select(context, _sample(context))
@@ -59,7 +58,7 @@ class RejectionTrainer(SFTTrainer):
     def evaluate(self, number: int, state: TrainState, writer: Writer) -> dict[str, float]:
         context, rl = self.context, self.context.recipe.rl
         with open_rollout(context, rl) as rollout:
-            rollout.load_weights(context.abstract_model.merge(state.params | state.biases))
+            rollout.load_weights(context.abstract_model.merge(state.arrays))
             seed = context.recipe.seed + 1
             scores = evaluate(rollout, rl.eval_split, rl.eval_prompts, rl.eval_samples, seed).metrics()
         accuracy, form = scores["eval/accuracy"], scores["eval/format_rate"]
@@ -76,8 +75,8 @@ def _sample(context: RunContext) -> list[dict[str, Any]]:
     """
     recipe, rejection, path = context.recipe, context.recipe.rejection, context.run_dir / PARTIAL_FILE
     rl, seed, samples = dataclasses.replace(recipe.rl, routing_replay=False), recipe.seed, rejection.samples
-    source = open_checkpoint(starting_checkpoint(STAGE, recipe, context.run_dir))
-    model = context.abstract_model.merge(load_arrays(source, context.abstract_model, context.mesh))
+    start = starting_checkpoint(STAGE, recipe, context.run_dir)
+    model = context.abstract_model.merge(starting_arrays(start, context))
     with open_rollout(context, rl) as rollout:
         sections = map(dataclasses.asdict, (recipe.task, rl))
         key = zlib.crc32(json.dumps([rollout.task.fingerprint, seed, samples, *sections]).encode())

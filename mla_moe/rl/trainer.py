@@ -65,7 +65,7 @@ STAGE = "rl"
 def train_rl(recipe: Recipe, run_dir: Path, console: Console) -> None:
     """Train to `recipe.rl.steps`, from the newest checkpoint if there is one, else from the last earlier stage of this
     run or from `init_from`. Raises as `Trainer.train` does."""
-    context = RunContext.create(recipe, run_dir, console)
+    context = RunContext.create(recipe, run_dir, console, recipe.lora)
     with open_rollout(context, recipe.rl) as rollout:
         RLTrainer(context, rollout).train()
 
@@ -78,6 +78,7 @@ class RLState(NamedTuple):
     params: Arrays
     biases: Arrays
     optimizer: optax.OptState
+    frozen: Arrays
     reference: Arrays
     """Parameters of the reference policy for the KL; empty without a KL term."""
 
@@ -120,10 +121,13 @@ class RLTrainer(Trainer[RLState, GroupBatch]):
         return RLState(*state, reference=state.params if kl_coefficient(self.rl) else {})
 
     def initial_state(self, position: DataPosition) -> tuple[RLState, int | None]:
-        path = starting_checkpoint(STAGE, self.context.recipe, self.context.run_dir)
-        state = state_from_checkpoint(path, self.context, self.tx)
-        self.context.console.print(f"started from {path}")
+        state = state_from_checkpoint(self.start, self.context, self.tx)
+        self.context.console.print(f"started from {self.start}")
         return RLState(*state, reference=_copy(state.params) if kl_coefficient(self.rl) else {}), None
+
+    @cached_property
+    def start(self) -> str | Path:
+        return starting_checkpoint(STAGE, self.context.recipe, self.context.run_dir)
 
     @property
     def position(self) -> PromptPosition:
@@ -133,7 +137,7 @@ class RLTrainer(Trainer[RLState, GroupBatch]):
         self.learner = Learner(self.context.abstract_model, self.tx, self.context.recipe, self.context.mesh)
 
     def model(self, state: RLState) -> Transformer:
-        return self.context.abstract_model.merge(state.params | state.biases)
+        return self.context.abstract_model.merge(TrainState(*state[:-1]).arrays)
 
     def next_batch(self, state: RLState, status: Callable[[str], None]) -> GroupBatch:
         """Sample and score a group of completions for each of the next prompts, with the current weights."""

@@ -9,7 +9,6 @@ import jax
 from jax.stages import Wrapped
 
 from mla_moe.checkpoint.manager import DataPosition
-from mla_moe.checkpoint.reader import load_arrays, open_checkpoint
 from mla_moe.config import Recipe
 from mla_moe.data import (
     SFT_FEATURES,
@@ -23,7 +22,7 @@ from mla_moe.nn.abstract_model import Arrays
 from mla_moe.text.chat_tokenizer import ChatTokenizer
 from mla_moe.text.round_trip import lost_fraction
 from mla_moe.training.console import Console, duration
-from mla_moe.training.initialization import starting_checkpoint, state_from_checkpoint
+from mla_moe.training.initialization import starting_arrays, starting_checkpoint, state_from_checkpoint
 from mla_moe.training.next_token import NextTokenTrainer
 from mla_moe.training.preferences import (
     PreferenceSums,
@@ -42,7 +41,7 @@ def train_dpo(recipe: Recipe, run_dir: Path, console: Console) -> None:
     stage of this run or from `init_from`, which is the reference policy in either case. Raises as `Trainer.train`
     does."""
     start = starting_checkpoint("dpo", recipe, run_dir)
-    DPOTrainer(RunContext.create(recipe, run_dir, console), start).train()
+    DPOTrainer(RunContext.create(recipe, run_dir, console, recipe.lora), start).train()
 
 
 def open_preferences(
@@ -61,7 +60,7 @@ class DPOTrainer(NextTokenTrainer):
     features = SFT_FEATURES
 
     def __init__(self, context: RunContext, start: str | Path):
-        self.name, self.context, self._start, dpo = "dpo", context, start, context.recipe.dpo
+        self.name, self.context, self.start, dpo = "dpo", context, start, context.recipe.dpo
         steps = dpo.steps or self.dataset.steps(dpo.epochs or 1, dpo.batch_size, dpo.sequence_length)
         super().__init__("dpo", context, dpo.training(context.recipe.training, steps), dpo.optimizer)
         self.evaluates_first = bool(dpo.heldout)
@@ -80,7 +79,7 @@ class DPOTrainer(NextTokenTrainer):
 
     @cached_property
     def _reference(self) -> Arrays:
-        return load_arrays(open_checkpoint(self._start), self.context.abstract_model, self.context.mesh)
+        return starting_arrays(self.start, self.context, trained_only=True)
 
     @property
     def constants(self) -> tuple[Arrays, ...]:
@@ -96,13 +95,13 @@ class DPOTrainer(NextTokenTrainer):
         return super().flops_per_token * 4 / 3
 
     def memory_per_device(self) -> dict[str, float]:
-        """With the reference policy, which has the same arrays as the policy."""
+        """With the reference policy: the same arrays as the policy, with LoRA all but the adapters once for both."""
         memory = super().memory_per_device()
         return memory | {"reference": memory["parameters"]}
 
     def initial_state(self, position: DataPosition) -> tuple[TrainState, int | None]:
-        self.context.console.print(f"started from {self._start}")
-        return state_from_checkpoint(self._start, self.context, self.tx), None
+        self.context.console.print(f"started from {self.start}")
+        return state_from_checkpoint(self.start, self.context, self.tx), None
 
     def open_stream(self, **options: int) -> grain.DatasetIterator[Batch]:
         return preference_batches(self.context.recipe.data, self.dataset, **options)
@@ -116,7 +115,7 @@ class DPOTrainer(NextTokenTrainer):
         epochs = training.steps / pairs.steps(1.0, 1, training.sequence_length) * training.batch_size
         rows = [
             ("pairs", f"{len(pairs):,}, of {formats(pairs)}"),
-            ("loss", f"{dpo.loss}, β = {dpo.beta}; reference policy: {self._start}"),
+            ("loss", f"{dpo.loss}, β = {dpo.beta}; reference policy: {self.start}"),
             ("steps", f"{training.steps:,}, {epochs:.2g} epochs"),
             ("lost by the tokenizer", f"{lost:.2%} of the bytes of a sample"),
         ]

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import optax
 
+from mla_moe.checkpoint.adapter import AdapterCheckpoint
 from mla_moe.checkpoint.manager import DataPosition, restore_step
 from mla_moe.checkpoint.reader import load_arrays, open_checkpoint
 from mla_moe.config import ConfigError, ModelConfig, Recipe, load_recipe, require
 from mla_moe.config.resume import STAGES, leaves
+from mla_moe.nn.abstract_model import Arrays
 from mla_moe.training.run_context import RunContext
 from mla_moe.training.step import TrainState, abstract_state, init_state
 
@@ -59,11 +61,31 @@ def starting_checkpoint(stage: str, recipe: Recipe, run_dir: Path) -> str | Path
 def state_from_checkpoint(path: str | Path, context: RunContext, tx: optax.GradientTransformation) -> TrainState:
     """A state of step 0 with a checkpoint's parameters and router biases, and a new optimizer state.
 
-    Raises `ConfigError` for a checkpoint of another model.
+    Raises `ConfigError` for a checkpoint of another model, or with other adapters.
     """
-    source, abstract_model, mesh = open_checkpoint(path), context.abstract_model, context.mesh
+    arrays = starting_arrays(path, context)
+    return init_state(context.abstract_model, tx, context.recipe.seed, context.mesh, arrays)
+
+
+def starting_arrays(path: str | Path, context: RunContext, *, trained_only: bool = False) -> Arrays:
+    """A checkpoint's arrays for the model of a stage; with `trained_only` its trained parameters and router biases.
+
+    With LoRA the adapters are the checkpoint's, which are then trained on, or new ones. Without LoRA a checkpoint's
+    adapters are merged into its weights. Raises as `state_from_checkpoint` does.
+    """
+    source, model, mesh = open_checkpoint(path), context.abstract_model, context.mesh
     _check_model(source.cfg, context.recipe.model, str(path))
-    return init_state(abstract_model, tx, context.recipe.seed, mesh, load_arrays(source, abstract_model, mesh))
+    paths = [*model.param_paths, *model.bias_paths, *([] if trained_only else model.frozen_paths)]
+    if not model.adapter_paths:
+        return load_arrays(source, model, mesh, paths=paths)
+    if isinstance(source, AdapterCheckpoint):
+        mine, theirs = (sorted(lora.sizes(model.adaptable_paths).items()) for lora in (model.lora, source.lora))
+        fix = f"{path} has adapters of other matrices or sizes, {source.lora}; give the recipe the same `lora`"
+        same = mine == theirs and model.lora.rslora == source.lora.rslora
+        require(same, "lora", str(model.lora), f"{fix}, or merge them first: mla-moe convert --merge-adapter")
+        return load_arrays(source.unmerged(), model, mesh, paths=paths)
+    base = [path for path in paths if path not in model.adapter_paths]
+    return load_arrays(source, model, mesh, paths=base) | model.init(context.recipe.seed, mesh, model.adapter_paths)
 
 
 def _check_model(theirs: ModelConfig, ours: ModelConfig, path: str) -> None:

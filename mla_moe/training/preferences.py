@@ -99,9 +99,10 @@ def make_preference_step(
     dpo: DPOConfig,
     mesh: Mesh,
 ) -> Wrapped:
-    """The jitted step `(state, reference, batch) -> (state, metrics)`, which donates the state. `reference` has all
-    arrays of the reference policy. The loss is the mean over the pairs of a batch, plus the auxiliary load-balancing
-    loss of the policy with its weight. The MTP module stays unchanged."""
+    """The jitted step `(state, reference, batch) -> (state, metrics)`, which donates the state. `reference` has the
+    arrays of the reference policy; those that it lacks are the policy's, with LoRA all but the adapters. The loss is
+    the mean over the pairs of a batch, plus the auxiliary load-balancing loss of the policy with its weight. The MTP
+    module stays unchanged."""
     logprobs = _token_logprobs(abstract_model, training, mesh)
 
     @partial(
@@ -113,7 +114,7 @@ def make_preference_step(
     def step(state: TrainState, reference: Arrays, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH_SPEC))
         pairs = jnp.maximum((batch["segment_ids"].max(axis=1) // 2).sum(), 1)
-        of_microbatch = partial(gradient, state.params, state.biases, reference, pairs, len(batch["tokens"]))
+        of_microbatch = partial(gradient, state.params, state.fixed, reference, pairs, len(batch["tokens"]))
         grads, (sums, router) = accumulate_gradients(of_microbatch, batch, training.gradient_accumulation_steps)
         rate = training.router_bias_update_rate
         state, metrics = update_state(state, tx, grads, sums.loss, router.load_LE, rate, mtp=False)
@@ -125,11 +126,11 @@ def make_preference_step(
         }
 
     def loss(
-        params: Arrays, biases: Arrays, reference: Arrays, pairs: Array, sequences: int, microbatch: Batch
+        params: Arrays, fixed: Arrays, reference: Arrays, pairs: Array, sequences: int, microbatch: Batch
     ) -> tuple[Array, tuple[PreferenceSums, RouterSums]]:
         """A microbatch's part of the loss, normalised by the pairs of the full batch."""
-        reference_BT = jax.lax.stop_gradient(logprobs(reference, microbatch)[0])
-        logprob_BT, stats = logprobs(params | biases, microbatch)
+        reference_BT = jax.lax.stop_gradient(logprobs(fixed | reference, microbatch)[0])
+        logprob_BT, stats = logprobs(params | fixed, microbatch)
         sums = preference_sums(logprob_BT, reference_BT, microbatch, dpo)
         if stats is None:
             router = RouterSums(jnp.float32(0), jnp.zeros((0, 0), jnp.int32), jnp.int32(0))
@@ -154,7 +155,7 @@ def make_preference_eval_step(
         compiler_options=mesh_compiler_options(mesh, abstract_model.kernels),
     )
     def step(state: TrainState, reference: Arrays, batch: Batch) -> PreferenceSums:
-        policy, fixed = (logprobs(arrays, batch)[0] for arrays in (state.params | state.biases, reference))
+        policy, fixed = (logprobs(arrays, batch)[0] for arrays in (state.arrays, state.fixed | reference))
         return preference_sums(policy, fixed, batch, dpo)
 
     return step

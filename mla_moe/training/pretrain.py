@@ -165,7 +165,7 @@ class PretrainTrainer(NextTokenTrainer):
         if not sample.prompts:
             return []
         completions = generate(
-            self.context.abstract_model.merge(state.params | state.biases),
+            self.context.abstract_model.merge(state.arrays),
             self._prompts,
             max_new_tokens=sample.max_new_tokens,
             temperature=sample.temperature,

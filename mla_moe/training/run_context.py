@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from mla_moe.checkpoint.reader import open_checkpoint
 from mla_moe.checkpoint.tokenizer_files import tokenizer_file
-from mla_moe.config import Recipe, require
+from mla_moe.config import LoRAConfig, Recipe, require
 from mla_moe.data import SkipMalformed, open_documents
 from mla_moe.nn.abstract_model import AbstractModel
 from mla_moe.nn.model_costs import count_parameters
@@ -62,13 +62,14 @@ def put_batch(batch: Mapping[str, np.ndarray], batch_size: int, mesh: Mesh) -> d
     return {name: put(values, (batch_size, *values.shape[1:])) for name, values in batch.items()}
 
 
-def make_abstract_model(recipe: Recipe, mesh: Mesh) -> AbstractModel:
+def make_abstract_model(recipe: Recipe, mesh: Mesh, lora: LoRAConfig = LoRAConfig()) -> AbstractModel:
     """The recipe's model with the kernels and the dtypes of the mesh's platform, whose devices may be absent."""
     training, platform = recipe.training, mesh.devices.flat[0].platform
     auto = jnp.float32 if platform == "cpu" else jnp.bfloat16
     precision = Precision(compute=auto if training.compute_dtype == "auto" else jnp.dtype(training.compute_dtype))
     kernels, rules = resolve_kernels(recipe.kernels, platform), rules_with_overrides(recipe.mesh.rules)
-    return AbstractModel(recipe.model, precision=precision, kernels=kernels, remat=training.remat, rules=rules)
+    options = {"kernels": kernels, "remat": training.remat, "rules": rules, "lora": lora}
+    return AbstractModel(recipe.model, precision=precision, **options)
 
 
 def open_tokenizer(recipe: Recipe, run_dir: Path) -> Tokenizer:
@@ -105,19 +106,21 @@ class RunContext:
     console: Console
     mesh: Mesh
     tokenizer: Tokenizer
+    lora: LoRAConfig = LoRAConfig()
+    """The adapters that the stage trains."""
 
     @classmethod
-    def create(cls, recipe: Recipe, run_dir: Path, console: Console) -> "RunContext":
+    def create(cls, recipe: Recipe, run_dir: Path, console: Console, lora: LoRAConfig = LoRAConfig()) -> "RunContext":
         """Raises `ConfigError` for a mesh, a text or a tokenizer that does not fit the recipe's model."""
         fix = "is for the commands, which take the model from the checkpoint; give the recipe its model"
         require(recipe.model_from == "recipe", "model_from", recipe.model_from, fix)
         mesh = make_mesh(recipe.mesh)
         check_divisible(recipe, mesh)
-        return cls(recipe, run_dir, console, mesh, open_tokenizer(recipe, run_dir))
+        return cls(recipe, run_dir, console, mesh, open_tokenizer(recipe, run_dir), lora)
 
     @cached_property
     def abstract_model(self) -> AbstractModel:
-        return make_abstract_model(self.recipe, self.mesh)
+        return make_abstract_model(self.recipe, self.mesh, self.lora)
 
     @cached_property
     def chat_tokenizer(self) -> ChatTokenizer:
@@ -134,9 +137,12 @@ class RunContext:
         cfg, device = self.recipe.model, jax.devices()[0]
         count = count_parameters(cfg)
         mtp = f", {si(count.mtp)} in the MTP module" if count.mtp else ""
+        trained = sum(x.size for x in state.params.values())
+        adapters = [("adapters", f"{si(trained)} parameters; the others stay as they are")] if state.frozen else []
         axes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
         return [
             ("parameters", f"{si(count.total)}, {si(count.active)} active per token{mtp}"),
+            *adapters,
             ("experts", f"{cfg.num_experts_per_tok} of {cfg.n_routed_experts} and {cfg.n_shared_experts} shared"),
             ("mesh", " x ".join(f"{a} {n}" for a, n in axes.items()) or f"one device ({device.device_kind})"),
             ("state per device", f"{bytes_(bytes_per_device(state))}: parameters and optimizer"),

@@ -36,7 +36,7 @@ def train_sft(recipe: Recipe, run_dir: Path, console: Console) -> None:
     """Train on `recipe.sft.data` to `recipe.sft.steps`, from the newest checkpoint if there is one, else from this
     run's pretraining or from `init_from`. Raises as `Trainer.train` does."""
     start = starting_checkpoint("sft", recipe, run_dir)
-    context = RunContext.create(recipe, run_dir, console)
+    context = RunContext.create(recipe, run_dir, console, recipe.lora)
     SFTTrainer("sft", context, recipe.sft.steps, recipe.sft.data, start).train()
 
 
@@ -71,7 +71,7 @@ class SFTTrainer(NextTokenTrainer):
 
     def __init__(self, name: str, context: RunContext, steps: int, patterns: Sequence[str], start: str | Path):
         sft = context.recipe.sft
-        self.name, self.context, self._patterns, self._start = name, context, patterns, start
+        self.name, self.context, self._patterns, self.start = name, context, patterns, start
         steps = steps or self.dataset.steps(sft.epochs or 1, sft.batch_size, sft.sequence_length)
         super().__init__(name, context, sft.training(context.recipe.training, steps), sft.optimizer)
         self.evaluates_first = name == "sft" and bool(sft.heldout)
@@ -91,8 +91,8 @@ class SFTTrainer(NextTokenTrainer):
         return open_sft_data(self.context.recipe, self.context.chat_tokenizer, patterns, field, format)
 
     def initial_state(self, position: DataPosition) -> tuple[TrainState, int | None]:
-        self.context.console.print(f"started from {self._start}")
-        return state_from_checkpoint(self._start, self.context, self.tx), None
+        self.context.console.print(f"started from {self.start}")
+        return state_from_checkpoint(self.start, self.context, self.tx), None
 
     def open_stream(self, **options: int) -> grain.DatasetIterator[Batch]:
         return sft_batches(self.context.recipe.data, self.dataset, **options)
@@ -139,7 +139,7 @@ class SFTTrainer(NextTokenTrainer):
         chosen = list(itertools.islice((pair for pair in pairs if len(pair[0]) < limit), recipe.sft.eval_samples))
         if not chosen:
             return []
-        model = self.context.abstract_model.merge(state.params | state.biases)
+        model = self.context.abstract_model.merge(state.arrays)
         requests = [Request(p, min(new, limit - len(p)), 0.0, stop_ids=tokenizer.stop_ids) for p, _ in chosen]
         completions = complete(model, requests)
         return [

@@ -34,6 +34,18 @@ class TrainState(NamedTuple):
     biases: Arrays
     """Router biases, updated from the expert load and without gradient."""
     optimizer: optax.OptState
+    frozen: Arrays
+    """With LoRA the parameters that are not trained; checkpoints do not store them."""
+
+    @property
+    def fixed(self) -> Arrays:
+        """The model's arrays without gradient."""
+        return self.biases | self.frozen
+
+    @property
+    def arrays(self) -> Arrays:
+        """All arrays of the model."""
+        return self.params | self.fixed
 
 
 def init_state(
@@ -70,7 +82,8 @@ def state_shardings(abstract_model: AbstractModel, tx: optax.GradientTransformat
 def _initial_state(abstract_model: AbstractModel, tx: optax.GradientTransformation, arrays: Arrays) -> TrainState:
     params = {path: arrays[path] for path in abstract_model.param_paths}
     biases = {path: arrays[path] for path in abstract_model.bias_paths}
-    return TrainState(jnp.int32(0), params, biases, tx.init(params))
+    frozen = {path: arrays[path] for path in abstract_model.frozen_paths}
+    return TrainState(jnp.int32(0), params, biases, tx.init(params), frozen)
 
 
 def make_train_step(
@@ -94,7 +107,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH_SPEC))
         counts = loss_counts(batch)
-        grads, sums = accumulate_gradients(partial(gradient, state.params, state.biases, counts), batch, count)
+        grads, sums = accumulate_gradients(partial(gradient, state.params, state.fixed, counts), batch, count)
         bias_update_rate = jnp.where(state.step < freeze_step, training.router_bias_update_rate, 0.0)
         state, metrics = update_state(state, tx, grads, sums.nats, sums.load_LE, bias_update_rate, mtp=with_mtp)
         return state, metrics | {
@@ -106,10 +119,10 @@ def make_train_step(
             "mtp_loss": sums.mtp_nats / jnp.maximum(counts.mtp_targets, 1),
         }
 
-    def loss(params: Arrays, biases: Arrays, counts: LossCounts, microbatch: Batch) -> tuple[Array, LossSums]:
+    def loss(params: Arrays, fixed: Arrays, counts: LossCounts, microbatch: Batch) -> tuple[Array, LossSums]:
         """A microbatch's part of the loss, normalised by the counts of the full batch."""
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            model = abstract_model.merge(params | biases)
+            model = abstract_model.merge(params | fixed)
             sums = model.loss_sums(microbatch, chunk=training.loss_chunk, mtp=with_mtp)
         total = sums.nats / jnp.maximum(counts.targets, 1) + training.aux_loss_weight * sums.aux_loss / counts.sequences
         if with_mtp:
@@ -150,11 +163,14 @@ def update_state(
     params: Any = optax.apply_updates(state.params, updates)
     if not mtp:
         params |= {path: old for path, old in state.params.items() if path.startswith("mtp/")}
-    new = params, update_router_biases(state.biases, load_LE, bias_update_rate), optimizer
+    new: Any = params, update_router_biases(state.biases, load_LE, bias_update_rate), optimizer
     # `where` on each array, in the memory that is donated: `cond` would hold a second copy of the full state.
     kept = state.params, state.biases, state.optimizer
     new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, kept)
-    return TrainState(state.step + 1, *new), {"grad_norm": grad_norm, "skipped": 1 - finite.astype(jnp.int32)}
+    return TrainState(state.step + 1, *new, state.frozen), {
+        "grad_norm": grad_norm,
+        "skipped": 1 - finite.astype(jnp.int32),
+    }
 
 
 def update_router_biases(biases: Arrays, load_LE: Array, update_rate: Array | float) -> Arrays:
@@ -178,6 +194,6 @@ def make_eval_step(abstract_model: AbstractModel, chunk: int, mesh: Mesh) -> Cal
     )
     def eval_step(state: TrainState, batch: Batch) -> Array:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return abstract_model.merge(state.params | state.biases).loss_sums(batch, chunk=chunk, mtp=False).nats
+            return abstract_model.merge(state.arrays).loss_sums(batch, chunk=chunk, mtp=False).nats
 
     return eval_step

@@ -10,12 +10,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import optax
 
+from mla_moe.checkpoint.base_reference import BaseReference
 from mla_moe.checkpoint.manager import CheckpointManager, DataPosition, FixedPosition
 from mla_moe.config import OptimizerConfig, TrainingConfig
 from mla_moe.parallel.sharding import bytes_per_device
@@ -50,12 +52,15 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
     evaluates_first: bool = False
     """Also evaluate before the first step, as step 0."""
 
+    start: str | Path
+    """The checkpoint that the stage starts from; of stages that can train adapters of its model."""
     updates_per_step: int = 1
     """Optimizer updates per step. A stage with others sets them before `super().__init__()`, which reads them."""
 
     def __init__(self, name: str, context: RunContext, training: TrainingConfig, optimizer: OptimizerConfig):
         """`name` is the stage's name in metrics and checkpoints. `training` gives steps, logging and evaluation."""
         self.name, self.context, self.training, self._optimizer = name, context, training, optimizer
+        self._base: BaseReference | None = None
         self.expert_load_every = max(1, training.steps // 200)
         """Steps between rows of `expert_load.jsonl`: a heat map of at most 400 rows for the whole run."""
         self.profile_directory = context.run_dir / "profile" / name
@@ -179,9 +184,19 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
 
     def _restore(self, checkpoints: CheckpointManager, position: DataPosition) -> tuple[State, int | None]:
         """The state of the newest checkpoint, or the initial state, and its step; None at the start of a stage."""
-        if checkpoints.latest is None:
-            return self.initial_state(position)
-        state = checkpoints.restore(self.abstract_state, position, self.context.console.print)
+        abstract, step = self.abstract_state, checkpoints.latest
+        if step is None:
+            initial: tuple[Any, int | None] = self.initial_state(position)
+            state, start = initial
+            if abstract.frozen:  # with LoRA
+                self._base = BaseReference.create(self.start, state.frozen)
+            return state, start
+        state = checkpoints.restore(abstract, position, self.context.console.print)
+        if abstract.frozen:
+            self._base = checkpoints.base
+            state = state._replace(
+                frozen=self._base.load(self.context.run_dir, self.context.abstract_model, self.context.mesh)
+            )
         self.context.console.print(f"resumed from the checkpoint of step {checkpoints.latest}")
         return state, checkpoints.latest
 
@@ -234,7 +249,7 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
                 if is_last or is_due or is_stopped:
                     metrics.flush()
                     watchdog.progress(f"the checkpoint of step {number} of {self.name}")
-                    checkpoints.save(number, state, self.position, context.abstract_model)
+                    checkpoints.save(number, state, self.position, context.abstract_model, self._base)
                     schedule.saved(number)
                     metrics.restart_clock()
                     is_stopped = signals.stop(number)  # also by a signal during the save

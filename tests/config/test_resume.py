@@ -30,7 +30,7 @@ def test_fields_that_may_change_at_any_restart():
 
 def test_sections_may_change_until_a_stage_that_uses_them_starts():
     free = changeable("pretrain", "sft", "rl", "rejection")
-    assert changeable("pretrain") == free | section("task.", "sft.", "dpo.", "rl.", "rejection.")
+    assert changeable("pretrain") == free | section("task.", "lora.", "sft.", "dpo.", "rl.", "rejection.")
     assert changeable("pretrain", "sft") == free | section("dpo.", "rl.", "rejection.")
     assert changeable("rl") == free | section("rejection.")
     assert changeable("rejection") == free

@@ -128,7 +128,7 @@ def train(arguments, monkeypatch, main=train_command.main):
             main()
 
 
-FULL_RUNS = (("configs/quickstart.py",), ("tune.py",), ("mine.py",))
+FULL_RUNS = (("configs/quickstart.py",), ("tune.py",), ("mine.py",), ("adapters.py",))
 
 
 class Started(Exception):

@@ -1,0 +1,169 @@
+"""A checkpoint of LoRA adapters: those of a run or of a PEFT directory, over the checkpoint of their base."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jax.typing import DTypeLike
+
+from mla_moe.checkpoint.files import CheckpointError
+from mla_moe.checkpoint.hf_mapping import Index, TensorMapping
+from mla_moe.checkpoint.orbax_checkpoint import OrbaxCheckpoint, mapped_tensors
+from mla_moe.checkpoint.safetensors_writer import TensorEntry
+from mla_moe.checkpoint.tokenizer_files import hf_config
+from mla_moe.config import ConfigError, LoRAConfig, ModelConfig
+from mla_moe.nn.abstract_model import AbstractModel, Arrays, is_adapter
+from mla_moe.nn.lora import RANK, adapter_axes
+from mla_moe.nn.param import BATCH_AXES
+from mla_moe.parallel.sharding import logical_axes
+
+if TYPE_CHECKING:
+    from mla_moe.checkpoint.reader import Checkpoint
+
+ALL = slice(None)
+
+
+class AdapterCheckpoint:
+    """Adapters and their base, by parameter path. Reads the merged weights, `W + scale · A B` computed in float32, or
+    with `unmerged` the weights of the base and the adapters."""
+
+    full_state_run: Path | None = None
+
+    def __init__(
+        self,
+        base: "Checkpoint",
+        base_name: str,
+        lora: LoRAConfig,
+        directory: Path,
+        own: Mapping[str, Callable[[], np.ndarray]],
+    ):
+        """`base_name` is the directory or the URL that `base` was opened from. `own` reads the arrays that are not the
+        base's, by path: adapters, and router biases that were trained."""
+        self.base, self.base_name, self.lora, self.directory, self._own = base, base_name, lora, directory, own
+        self.cfg: ModelConfig = base.cfg
+        self._arrays: dict[str, np.ndarray] = {}
+        self._merged = True
+
+    def unmerged(self) -> "AdapterCheckpoint":
+        other = copy.copy(self)
+        other._merged = False
+        return other
+
+    @cached_property
+    def _model(self) -> AbstractModel:
+        return AbstractModel(self.cfg, lora=self.lora)
+
+    @cached_property
+    def _scales(self) -> dict[str, float]:
+        sizes = self.lora.sizes(self._model.adaptable_paths)
+        return {path: self.lora.scale(size) for path, size in sizes.items()}
+
+    @property
+    def paths(self) -> Sequence[str]:
+        """Of the arrays that are not the base's."""
+        return tuple(self._own)
+
+    def array(self, path: str) -> np.ndarray:
+        """An array that is not the base's."""
+        if path not in self._arrays:
+            self._arrays[path] = self._own[path]()
+        return self._arrays[path]
+
+    def changed_biases(self) -> list[str]:
+        """The router biases that differ from the base's."""
+
+        def differs(path: str) -> bool:
+            array = self.array(path)
+            base = self.base.read(path, array.dtype, tuple(slice(0, n) for n in array.shape))
+            return not np.array_equal(array, base)
+
+        return [path for path in self._own if not is_adapter(path) and differs(path)]
+
+    def dtype(self, path: str) -> np.dtype:
+        """The dtype of an array as stored; of a merged weight that of the base."""
+        return self.array(path).dtype if path in self._own else self.base.dtype(path)
+
+    def read(self, path: str, dtype: DTypeLike, index: tuple[slice, ...]) -> np.ndarray:
+        """A shard of an array: `index` has a slice for each axis."""
+        if path in self._own:
+            return self.array(path)[index].astype(dtype, copy=False)
+        if not self._is_merged(path):
+            return self.base.read(path, dtype, index)
+        variable = self._model.variables[path]
+        ranges = [range(*i.indices(n)) for i, n in zip(index, variable.get_value().shape, strict=True)]
+        shard = np.empty([len(r) for r in ranges], dtype)
+        # Matrix by matrix: in float32 all of them would take twice the memory of the result.
+        batch = next(i for i, axis in enumerate(logical_axes(variable)) if axis not in BATCH_AXES)
+        for place in np.ndindex(*shard.shape[:batch]):
+            matrix = tuple(r[i] for r, i in zip(ranges, place, strict=False))
+            one = *(slice(i, i + 1) for i in matrix), *index[batch:]
+            base = self.base.read(path, np.float32, one).reshape(shard.shape[batch:])
+            shard[place] = (base + self._product(path, (*matrix, *index[batch:]))).astype(dtype)
+        return shard
+
+    def read_rows(self, mapping: TensorMapping, dtype: DTypeLike, rows: slice, index: Index) -> np.ndarray:
+        """Some rows of a tensor in the Hugging Face layout; see `TensorMapping.row_slices`."""
+        path = mapping.path
+        if path in self._own:
+            return mapping.to_hf_tensor(self.array(path)[index].astype(dtype, copy=False))
+        if not self._is_merged(path):
+            return self.base.read_rows(mapping, dtype, rows, index)
+        product = mapping.to_hf_tensor(self._product(path, index))
+        return (self.base.read_rows(mapping, np.float32, rows, index) + product).astype(dtype)
+
+    def _is_merged(self, path: str) -> bool:
+        return self._merged and path in self._scales
+
+    def _product(self, path: str, index: Index) -> np.ndarray:
+        """`scale · A B` at an index of the weight."""
+        weight = self._model.variables[path]
+        names, axes = logical_axes(weight), adapter_axes(weight)
+        at = dict(zip(names, index, strict=True)) | {RANK: ALL}
+        letters = {axis: chr(ord("a") + i) for i, axis in enumerate([*names, RANK]) if not isinstance(at[axis], int)}
+
+        def spelled(axes: tuple[str, ...]) -> str:
+            return "".join(letters.get(axis, "") for axis in axes)
+
+        module, _, name = path.rpartition("/")
+
+        def factor(letter: str, axes: tuple[str, ...]) -> np.ndarray:
+            part = self.array(f"{module}/lora/{name}/{letter}")[tuple(at[axis] for axis in axes)]
+            return part.astype(np.float32)
+
+        a, b = factor("a", axes.a), factor("b", axes.b)
+        equation = f"{spelled(axes.a)},{spelled(axes.b)}->{spelled(names)}"
+        return np.einsum(equation, a, np.float32(self._scales[path]) * b, optimize=True)
+
+    def verify(self, arrays: Arrays) -> None:
+        """Raise `CheckpointError` if an array of the base does not match its checksum. The adapters are checked when
+        they are read."""
+        if not isinstance(self.base, OrbaxCheckpoint):
+            return
+        self.base.verify({p: x for p, x in arrays.items() if p not in self._own and not self._is_merged(p)})
+
+    def hf_tensors(self, dtype: np.dtype | None, *, fp8: bool) -> list[TensorEntry]:
+        """All tensors of the merged model, cast to `dtype` except for router biases."""
+        return mapped_tensors(self, self.base.directory, dtype, fp8=fp8)
+
+    def hf_config(self, dtype: np.dtype | None, *, fp8: bool) -> dict[str, Any]:
+        """The `config.json` that goes with `hf_tensors`."""
+        return hf_config(self.cfg, dtype or self.dtype("embed"), fp8=fp8, beside=self.base.directory)
+
+
+def open_adapters(adapters: OrbaxCheckpoint, open_base: Callable[[str], "Checkpoint"]) -> AdapterCheckpoint:
+    """The adapters of a run's checkpoint over their base."""
+    base = open_base_of(adapters.directory, adapters.base, open_base)
+    own = {path: partial(adapters.array, path) for path in adapters.paths}
+    return AdapterCheckpoint(base, adapters.base, adapters.lora, adapters.directory, own)
+
+
+def open_base_of(adapters: Path, base: str, open_base: Callable[[str], "Checkpoint"]) -> "Checkpoint":
+    """The base of adapters. Raises `CheckpointError` that names both if it cannot be opened."""
+    try:
+        return open_base(base)
+    except ConfigError as error:
+        fix = f"is the base of the adapters in {adapters} and cannot be opened: {error.message}"
+        raise CheckpointError("base", base, fix) from None

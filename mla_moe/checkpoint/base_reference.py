@@ -1,0 +1,49 @@
+"""The base of a run's adapters: which checkpoint it is, and that it is still the same."""
+
+import json
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from mla_moe.checkpoint.adapter import AdapterCheckpoint, open_base_of
+from mla_moe.checkpoint.files import check
+from mla_moe.checkpoint.hub import parse_model
+from mla_moe.checkpoint.orbax_checkpoint import array_checksums
+from mla_moe.checkpoint.reader import load_arrays, open_checkpoint
+from mla_moe.config.hub import is_hub
+from mla_moe.nn.abstract_model import AbstractModel, Arrays
+
+
+class BaseReference(NamedTuple):
+    """Stored in a checkpoint of adapters in place of the frozen parameters."""
+
+    directory: str
+    dtype: str
+    """Of the matrices on the devices, of which `checksum` is; another platform may use another."""
+    checksum: int
+
+    @classmethod
+    def create(cls, start: str | Path, frozen: Arrays) -> "BaseReference":
+        """Of the frozen parameters that were loaded from the checkpoint `start`, or from the base of its adapters."""
+        source = open_checkpoint(start)
+        if isinstance(source, AdapterCheckpoint):
+            name = source.base_name
+        elif is_hub(start):
+            name = f"hf://{parse_model(start, 'init_from').id}@{source.directory.name}"  # the commit
+        else:
+            name = str(source.directory.resolve())
+        return cls(name, frozen["embed"].dtype.name, _checksum(frozen))
+
+    def load(self, run: Path, abstract_model: AbstractModel, mesh: Mesh) -> Arrays:
+        """The frozen parameters. Raises `CheckpointError` if they cannot be read or have changed."""
+        source = open_base_of(run, self.directory, open_checkpoint)
+        frozen = load_arrays(source, abstract_model, mesh, paths=abstract_model.frozen_paths)
+        same = frozen["embed"].dtype.name != self.dtype or _checksum(frozen) == self.checksum
+        check(same, "base", self.directory, f"has changed since the adapters in {run} were trained; restore it")
+        return frozen
+
+
+def _checksum(arrays: Arrays) -> int:
+    return zlib.crc32(json.dumps(array_checksums(arrays), sort_keys=True).encode())

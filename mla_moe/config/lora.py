@@ -1,0 +1,75 @@
+"""Low-rank adaptation (LoRA): which matrices get an adapter, and of what rank."""
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from mla_moe.config.errors import MAX_SIZE, ConfigError, require, require_between, require_each
+
+GROUPS: Mapping[str, str] = {
+    "attention": "*_layers/attention/*",
+    "dense": "dense_layers/mlp/*",
+    "shared": "moe_layers/moe/shared/*",
+    "experts": "moe_layers/moe/[gd]*",
+    "router": "moe_layers/moe/router/weight",
+}
+"""Names of groups of matrices, with the glob of their paths: `moe/gate_up` and `moe/down` are the routed experts'."""
+
+
+class AdapterSize(NamedTuple):
+    rank: int
+    alpha: float
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """LoRA (arXiv 2106.09685) in SFT, DPO, RL and rejection sampling: the model stays as it is, without gradients and
+    optimizer state, and each target matrix W gets an adapter, `W + scale · A B` with `scale = alpha / rank`. Adapters
+    are initialised as in PEFT: A uniform, B zero."""
+
+    rank: int = 0
+    """Rank of the adapters; 0 trains all parameters, without adapters."""
+    alpha: float = 16.0
+    """Numerator of the adapters' scale."""
+    targets: tuple[str, ...] = ("attention", "dense", "shared", "experts")
+    """Matrices with an adapter: attention, dense (MLPs of the first layers), shared (shared experts), experts (routed),
+    router, or a glob of paths such as moe_layers/attention/q_*. With =RANK or =RANK:ALPHA a target has values of its
+    own; of several that match, the last one counts."""
+    rslora: bool = False
+    """Rank-stabilized scale, alpha / √rank (arXiv 2312.03732)."""
+
+    def __post_init__(self):
+        require_between(self, "lora", "rank", 0, MAX_SIZE)
+        require_each(self, "lora", "alpha", lambda x: 0 < x < math.inf, "a positive number")
+        for target in self.targets:
+            self._parsed(target)
+
+    def scale(self, size: AdapterSize) -> float:
+        return size.alpha / (math.sqrt(size.rank) if self.rslora else size.rank)
+
+    def sizes(self, paths: Iterable[str]) -> dict[str, AdapterSize]:
+        """The adapters of those matrices that get one, by path. Raises `ConfigError` for a target without any."""
+        found, paths = {}, list(paths)
+        for target in self.targets if self.rank else ():
+            glob, size = self._parsed(target)
+            matches = fnmatch.filter(paths, glob)
+            fix = f"matches no matrix of this model; there are {', '.join(GROUPS)}, and {', '.join(paths)}"
+            is_group = target.partition("=")[0] in GROUPS  # of which a model may have no matrix
+            require(bool(matches) or is_group, "lora.targets", target, fix)
+            found |= dict.fromkeys(matches, size)
+        fix = "give at least one matrix an adapter, or set lora.rank = 0 to train all parameters"
+        require(bool(found) or not self.rank, "lora.targets", self.targets, fix)
+        return found
+
+    def _parsed(self, target: str) -> tuple[str, AdapterSize]:
+        name, _, size = target.partition("=")
+        rank, _, alpha = size.partition(":")
+        try:
+            parsed = AdapterSize(int(rank or self.rank), float(alpha or self.alpha))
+        except ValueError:
+            raise ConfigError("lora.targets", target, "write NAME, NAME=RANK or NAME=RANK:ALPHA") from None
+        ok = 0 < parsed.alpha < math.inf and (0 < parsed.rank <= MAX_SIZE or (not self.rank and not rank))
+        require(ok, "lora.targets", target, "rank and alpha of a target are positive")
+        return GROUPS.get(name, name), parsed

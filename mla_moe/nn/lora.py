@@ -1,0 +1,169 @@
+"""LoRA adapters (arXiv 2106.09685): a trained product of low rank beside a frozen matrix, `x W + scale · (x A) B`.
+
+An adapter of the weight `q_a` of a module is `module.lora["q_a"]`, so its parameters have paths such as
+`moe_layers/attention/lora/q_a/a`. Axes follow from the weight's: A has those that a product contracts, B the outputs,
+and both have those in `BATCH_AXES` that index separate matrices. Experts have an A and a B each, and gate and up
+projection share an expert's A, as in PEFT; in other MLPs they are separate matrices.
+
+A and B are sharded as the weight, and multiplied as the weight is: by `sharded_einsum` or as grouped matmuls of the
+experts (`ops.experts`). A matrix that is not multiplied by activations alone, `kv_b` and the router's, gets the product
+A B added (`adapted`). No gradient is computed of a weight with an adapter.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from mla_moe.config import LoRAConfig, require
+from mla_moe.nn.param import BATCH_AXES, uniform
+from mla_moe.parallel.sharded_einsum import Einsum
+from mla_moe.parallel.sharding import axis_metadata, logical_axes
+
+RANK = "rank"
+_RANK_LETTER = "r"  # no equation of the modules has it
+
+
+class AdapterAxes(NamedTuple):
+    """The logical axes of the two factors."""
+
+    a: tuple[str, ...]
+    b: tuple[str, ...]
+
+
+def adapter_axes(weight: nnx.Variable) -> AdapterAxes:
+    """The axes of the adapter of a weight, from its metadata."""
+    axes, contracts = logical_axes(weight), weight.get_metadata("contracts")
+    # An expert's gate and up projection are one matrix.
+    matrices = ("layers", "experts") if "experts" in axes else BATCH_AXES
+    batch = tuple(axis for axis in axes if axis in matrices)
+    inputs = tuple(axis for axis in axes if axis in (*contracts, *batch))
+    outputs = tuple(axis for axis in axes if axis not in inputs)
+    return AdapterAxes((*inputs, RANK), (*batch, RANK, *outputs))
+
+
+class LoRA(nnx.Module):
+    """The adapter of one weight, which may be stacked over layers. A is initialised as PEFT does, by a Kaiming-uniform
+    distribution with a = √5, which is uniform in ± 1 / √inputs; B is 0."""
+
+    def __init__(self, weight: nnx.Param, rank: int, scale: float, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        axes = adapter_axes(weight)
+        sizes = dict(zip(logical_axes(weight), weight.get_value().shape, strict=True)) | {RANK: rank}
+        contracts = weight.get_metadata("contracts")
+        bound = 1 / math.sqrt(math.prod(sizes[axis] for axis in contracts))
+        a_shape, b_shape = (tuple(sizes[axis] for axis in names) for names in axes)
+        metadata: dict[str, Any] = {"role": "matrix", "contracts": contracts, "bound": bound}
+        self.a = nnx.Param(uniform(rngs, a_shape, bound, dtype), **metadata, **axis_metadata(axes.a))
+        metadata = {"role": "matrix", "contracts": (RANK,), "fill": 0.0}
+        self.b = nnx.Param(jnp.zeros(b_shape, dtype), **metadata, **axis_metadata(axes.b))
+        self.scale = scale
+
+    def factors(self, dtype: DTypeLike) -> tuple[Array, Array]:
+        """A and scale · B."""
+        return self.a[...].astype(dtype), (self.scale * self.b[...]).astype(dtype)
+
+    def product(self, weight: nnx.Variable) -> Float[Array, "*axes"]:
+        """`scale · A B`, with the axes of the weight."""
+        names = logical_axes(weight)
+        letters = dict(zip(names, "abcdefgh", strict=False)) | {RANK: _RANK_LETTER}
+        factors = ["".join(letters[axis] for axis in logical_axes(factor)) for factor in (self.a, self.b)]
+        out = "".join(letters[axis] for axis in names)
+        return jnp.einsum(f"{','.join(factors)}->{out}", *self.factors(jnp.float32))
+
+
+def adapter(module: nnx.Module, name: str) -> LoRA | None:
+    """The adapter of a module's weight, if it has one."""
+    adapters = getattr(module, "lora", None)
+    return adapters[name] if adapters is not None and name in adapters else None
+
+
+def project(
+    einsum: Einsum, equation: str, x: Float[Array, "*x"], module: nnx.Module, name: str, dtype: DTypeLike
+) -> Float[Array, "*y"]:
+    """`einsum(equation, x, W)` of activations and a module's weight, plus `scale · (x A) B` if it has an adapter."""
+    weight, lora = getattr(module, name), adapter(module, name)
+    if lora is None:
+        return einsum(equation, x, weight, dtype)
+    (x_letters, weight_letters), y_letters = equation.split("->")[0].split(","), equation.split("->")[1]
+    letters = dict(zip(logical_axes(weight)[-len(weight_letters) :], weight_letters, strict=True))
+    letters |= {RANK: _RANK_LETTER}
+    a, b = ("".join(letters[axis] for axis in logical_axes(factor) if axis in letters) for factor in (lora.a, lora.b))
+    kept = "".join(letter for letter in a if letter not in x_letters)
+    z_letters = "".join(letter for letter in x_letters if letter not in weight_letters) + kept
+    z = einsum(f"{x_letters},{a}->{z_letters}", x, lora.a, dtype)
+    frozen = weight.replace(jax.lax.stop_gradient(weight.get_value()))
+    return einsum(equation, x, frozen, dtype) + lora.scale * einsum(f"{z_letters},{b}->{y_letters}", z, lora.b, dtype)
+
+
+def adapted(module: nnx.Module, name: str) -> Float[Array, "*axes"]:
+    """A module's weight, plus `scale · A B` if it has an adapter."""
+    weight, lora = getattr(module, name), adapter(module, name)
+    if lora is None:
+        return weight[...]
+    return jax.lax.stop_gradient(weight[...]) + lora.product(weight).astype(weight[...].dtype)
+
+
+def adaptable(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Param]]:
+    """The matrices of a `Transformer` that can have an adapter, by path. The MTP module's cannot, which PEFT does not
+    know, nor those that no gradient reaches."""
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        trained = variable.get_metadata("role", None) == "matrix" and not variable.get_metadata("frozen", False)
+        if trained and path[0] != "mtp" and "lora" not in path:
+            yield path, variable
+
+
+def add_adapters(model: nnx.Module, lora: LoRAConfig, *, rngs: nnx.Rngs) -> None:
+    """Give a `Transformer` the adapters that `lora` names, in place. Raises `ConfigError` for a target without a matrix
+    and for a model that has adapters."""
+    weights = {"/".join(map(str, path)): (path, weight) for path, weight in adaptable(model)}
+    for path, size in lora.sizes(weights).items():
+        keys, weight = weights[path]
+        module = _module(model, keys[:-1])
+        if not hasattr(module, "lora"):
+            module.lora = nnx.Dict()
+        require(keys[-1] not in module.lora, "lora", path, "has an adapter already; merge_adapters first")
+        module.lora[keys[-1]] = LoRA(weight, size.rank, lora.scale(size), rngs=rngs)
+
+
+def merge_adapters(model: Any) -> Any:
+    """A copy of a model in which each adapter is added to its weight, so that it has none. Without adapters the model
+    itself."""
+    paths = [path for path, _ in adaptable(model) if adapter(_module(model, path[:-1]), path[-1]) is not None]
+    if not paths:
+        return model
+    model = nnx.clone(model)
+    for path in paths:
+        module = _module(model, path[:-1])
+        weight, lora = getattr(module, path[-1]), adapter(module, path[-1])
+        assert lora is not None
+        weight.set_value(_merge(weight, lora))
+    for path in paths:
+        module = _module(model, path[:-1])
+        if hasattr(module, "lora"):
+            del module.lora
+    return model
+
+
+def _merge(weight: nnx.Param, lora: LoRA) -> Array:
+    """Layer by layer, so that no second copy of all layers is in memory, in float32."""
+    graph, state = nnx.split((nnx.Param(weight.get_value(), **weight.get_metadata()), lora))
+
+    def merged(state: nnx.State) -> Array:
+        weight, lora = nnx.merge(graph, state)
+        return (weight[...].astype(jnp.float32) + lora.product(weight)).astype(weight[...].dtype)
+
+    stacked = logical_axes(weight)[0] == "layers"
+    run = partial(jax.lax.map, merged) if stacked else merged
+    return jax.jit(run, out_shardings=weight.get_value().sharding)(state)
+
+
+def _module(model: nnx.Module, path: Sequence[Any]) -> Any:
+    for name in path:
+        model = getattr(model, name)
+    return model

@@ -69,7 +69,7 @@ def select_keys(
             return jax.lax.dynamic_update_slice_in_dim(score_BtS, score_Bts, start, 2)
 
         last = jnp.max(jnp.where(index_Bt < num_keys, index_Bt, 0)) // size
-        none_BtS = jnp.full((B, t, words * WORD_BITS), -jnp.inf)
+        none_BtS = jnp.full((B, t, words * WORD_BITS), -jnp.inf, jnp.float32)
         score_BtS = jax.lax.fori_loop(jnp.zeros_like(last), last + 1, key_block, none_BtS)
         return _pack(_highest(score_BtS, min(topk, num_keys)) & (score_BtS > -jnp.inf))
 

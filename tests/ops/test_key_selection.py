@@ -79,3 +79,14 @@ def test_attention_to_selected_keys_has_the_values_and_gradients_of_a_mask(T):
     ]
     for ours, expected in zip(*map(jax.tree.leaves, results), strict=True):
         np.testing.assert_allclose(ours, expected, atol=2e-5)
+
+
+def test_jax_enable_x64_changes_nothing():
+    q, weight, k = numbers(0, 1, 9, 3, 4), numbers(1, 1, 9, 3), numbers(2, 1, 9, 4)
+    results = []
+    for x64 in (False, True):
+        with jax.enable_x64(x64), jax.numpy_dtype_promotion("standard"):
+            inputs, index = jax.tree.map(jnp.asarray, (q, weight)), jnp.arange(9)[None]
+            read = lambda start, size: jax.lax.dynamic_slice_in_dim(jnp.asarray(k), start, size, 1)  # noqa: E731
+            results.append(np.asarray(select_keys(*inputs, read, index, num_keys=9, topk=3)))
+    np.testing.assert_array_equal(*results)

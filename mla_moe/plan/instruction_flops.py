@@ -59,7 +59,7 @@ def products(
         yield _dot(computation, instruction, *([int(i) for i in re.findall(r"\d+", d)] for d in dims), tile)
     elif instruction.opcode == "custom-call" and 'custom_call_target="tpu_custom_call"' in instruction.rest:
         arrays = [_shape(computation.instructions[name].type) for name in instruction.operands]
-        estimate = re.search(r'"cost_estimate":\{"flops":"?(\d+)', instruction.rest)
+        estimate = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.rest)
         kind, flops = kernel_flops(instruction.name, arrays, float(estimate.group(1)) if estimate else None, expected)
         yield Product(kind, flops, 1.0)
     elif instruction.opcode == "custom-call" and (function := _TOKAMAX.search(instruction.scope)):

@@ -250,6 +250,18 @@ def test_flops_of_kernels_for_gpus() -> None:
     assert found == [*(("attention", 2 * pairs * depth) for depth in depths), ("experts", 2 * 32 * 8 * 16)]
 
 
+@pytest.mark.parametrize("estimate", ['"flops":"256","bytes_accessed":"9"', '"bytes_accessed":"9","flops":"256"'])
+def test_flops_of_a_kernel_for_tpus_by_its_own_estimate(estimate: str) -> None:
+    """The order of its fields is that of the compiler's version."""
+    call = f'custom_call_target="tpu_custom_call", backend_config={{"cost_estimate":{{{estimate}}}}}'
+    text = "ENTRY %main (x: bf16[64,8]) -> bf16[64,16] {\n  %x = bf16[64,8] parameter(0)\n"
+    text += f"  ROOT %gmm.6 = bf16[64,16] custom-call(%x), {call}\n}}"
+    module = HloModule(text)
+    main = module.computations["main"]
+    (product,) = products(module, main, main.root, ExpectedRouting(expert_rows=32), 128)
+    assert (product.kind, product.flops) == ("experts", 256 * 32 / 64)
+
+
 def test_small_products_leave_a_part_of_the_matrix_unit_unused(mesh: Mesh) -> None:
     text = HEADER + ENTRY + f"  %d = {DOT}\n}}\n"
     topology = device(flops=512)

@@ -12,7 +12,8 @@ from mla_moe.checkpoint.files import check
 from mla_moe.checkpoint.hub import parse_model
 from mla_moe.checkpoint.orbax_checkpoint import array_checksums
 from mla_moe.checkpoint.reader import load_arrays, open_checkpoint
-from mla_moe.config.hub import is_hub
+from mla_moe.config.hub import is_hub, shown
+from mla_moe.config.storage import is_bucket
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
 
 
@@ -33,7 +34,7 @@ class BaseReference(NamedTuple):
         elif is_hub(start):
             name = f"hf://{parse_model(start, 'init_from').id}@{source.directory.name}"  # the commit
         else:
-            name = str(source.directory.resolve())
+            name = shown(start) if is_bucket(start) else str(source.directory.resolve())
         return cls(name, frozen["embed"].dtype.name, _checksum(frozen))
 
     def load(self, run: Path, abstract_model: AbstractModel, mesh: Mesh) -> Arrays:

@@ -1,5 +1,7 @@
 """Convert a checkpoint between the Hugging Face and the Orbax layout, or to another dtype, in bounded memory."""
 
+import contextlib
+import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -8,17 +10,19 @@ from jax.typing import DTypeLike
 
 from mla_moe.checkpoint.adapter import AdapterCheckpoint
 from mla_moe.checkpoint.files import atomic_directory, check, progress_bar, write_side_files
+from mla_moe.checkpoint.hf_checkpoint import HFCheckpoint
 from mla_moe.checkpoint.hf_mapping import TensorMapping, tensor_mappings
 from mla_moe.checkpoint.orbax_layout import create_step
-from mla_moe.checkpoint.peft import write_peft
+from mla_moe.checkpoint.peft import is_peft, write_peft
 from mla_moe.checkpoint.reader import Checkpoint, open_checkpoint
+from mla_moe.checkpoint.remote import RemoteCheckpoint
 from mla_moe.checkpoint.safetensors_reader import weight_dtype
 from mla_moe.checkpoint.safetensors_writer import SHARD_BYTES, write_checkpoint, write_file
 from mla_moe.checkpoint.save_errors import as_save_error
 from mla_moe.checkpoint.tokenizer_files import files_to_copy, hf_config
 from mla_moe.checkpoint.unused_tensors import UNUSED, unused_tensors
 from mla_moe.config import require
-from mla_moe.config.hub import is_hub, require_path, shown
+from mla_moe.config.storage import is_url, require_path, shown
 from mla_moe.nn.abstract_model import AbstractModel
 
 
@@ -33,7 +37,8 @@ def convert(
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Convert the checkpoint `src` to the new directory `dst`, which appears only when it is complete, or to a commit
-    in the repository `hf://ORG/NAME` of the Hub, or its branch `hf://ORG/NAME@BRANCH`; a new one is private.
+    in the repository `hf://ORG/NAME` of the Hub, or its branch `hf://ORG/NAME@BRANCH`; a new one is private. `s3://…`
+    and `gs://…` are directories of buckets. From a URL, only a few files are on this host at a time.
 
     `src` is a Hugging Face directory, a model of the Hub, a run or one of its checkpoints, of which only parameters
     and router biases are taken. Peak memory does not depend on the size of the checkpoint. Tensors keep their dtypes
@@ -49,26 +54,41 @@ def convert(
     require(to in ("hf", "orbax"), "to", to, "one of hf, orbax")
     require_path("path", dst)
     fix = "takes Hugging Face's layout; convert with --to hf"
-    require(to == "hf" or not is_hub(dst), "path", shown(dst), fix)
-    source, target = open_checkpoint(src), Path(dst)
-    inside = not is_hub(dst) and any(
-        path.resolve() in (p := target.resolve(), *p.parents) for path in (Path(src), source.directory)
-    )
-    check(not inside, "path", str(dst), f"is inside {src}, which would change; name a directory elsewhere")
+    require(to == "hf" or not is_url(dst), "path", shown(dst), fix)
     dtype = None if dtype is None else weight_dtype(dtype)
-    has_adapters = isinstance(source, AdapterCheckpoint)
-    require(has_adapters or not merge_adapter, "merge_adapter", merge_adapter, f"{src} has no adapters; drop it")
-    if isinstance(source, AdapterCheckpoint) and not merge_adapter:
-        fix = "is not for adapters alone; give --merge-adapter too, or drop it"
-        require(to == "hf" and not fp8 and not is_hub(dst), "to", f"{to}, fp8 = {fp8}, {shown(dst)}", fix)
-        write_peft(source, target, dtype)
-    elif to == "orbax":
-        check(not fp8, "fp8", True, "Orbax checkpoints have no FP8 blocks; convert with --to hf")
-        with as_save_error(target, "nothing is left of it"):
-            _write_orbax(source, target, dtype)
-    else:
-        tensors, config = source.hf_tensors(dtype, fp8=fp8), source.hf_config(dtype, fp8=fp8)
-        write_checkpoint(target, config, tensors, max_shard_bytes, files_to_copy(source.directory))
+    with contextlib.ExitStack() as stack:
+        source = _open_remote(src, dst, stack) if is_url(src) else open_checkpoint(src)
+        if not is_url(dst):
+            _require_outside(Path(dst), Path(src), source.directory)
+        has_adapters = isinstance(source, AdapterCheckpoint)
+        require(has_adapters or not merge_adapter, "merge_adapter", merge_adapter, f"{src} has no adapters; drop it")
+        if isinstance(source, AdapterCheckpoint) and not merge_adapter:
+            fix = "is not for adapters alone; give --merge-adapter too, or drop it"
+            require(to == "hf" and not fp8 and not is_url(dst), "to", f"{to}, fp8 = {fp8}, {shown(dst)}", fix)
+            write_peft(source, Path(dst), dtype)
+        elif to == "orbax":
+            check(not fp8, "fp8", True, "Orbax checkpoints have no FP8 blocks; convert with --to hf")
+            with as_save_error(Path(dst), "nothing is left of it"):
+                _write_orbax(source, Path(dst), dtype)
+        else:
+            tensors, config = source.hf_tensors(dtype, fp8=fp8), source.hf_config(dtype, fp8=fp8)
+            write_checkpoint(dst, config, tensors, max_shard_bytes, files_to_copy(source.directory))
+
+
+def _open_remote(src: str | Path, dst: str | Path, stack: contextlib.ExitStack) -> Checkpoint:
+    """A checkpoint of the Hub or of a bucket. Its files are for a time beside `dst`, where room is needed anyway.
+    Adapters are small, and are copied as a whole."""
+    beside = None if is_url(dst) else Path(dst).absolute().parent
+    if beside:
+        beside.mkdir(parents=True, exist_ok=True)
+    temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix=".mla_moe-", dir=beside))
+    remote = RemoteCheckpoint(src, Path(temporary))
+    return open_checkpoint(src) if is_peft(remote.directory) else HFCheckpoint(remote.directory, remote)
+
+
+def _require_outside(dst: Path, *sources: Path) -> None:
+    inside = any(path.resolve() in (p := dst.resolve(), *p.parents) for path in sources)
+    check(not inside, "path", str(dst), f"is inside {sources[0]}, which would change; name a directory elsewhere")
 
 
 def _write_orbax(source: Checkpoint, target: Path, dtype: np.dtype | None) -> None:
@@ -88,7 +108,8 @@ def _write_orbax(source: Checkpoint, target: Path, dtype: np.dtype | None) -> No
                     chunk = mapping.from_hf_tensor(source.read_rows(mapping, dtypes[mapping.path], rows, index))
                     write(mapping.path, index, chunk)
                     done(chunk.nbytes)
-        if unused := unused_tensors(source.directory, source.cfg):
+        tensors = source.tensors if isinstance(source, HFCheckpoint) else None
+        if unused := unused_tensors(source.directory, source.cfg, tensors):
             (directory / UNUSED).mkdir()
             write_file(directory / UNUSED / "model.safetensors", unused, done)
         write_side_files(directory, config, others)

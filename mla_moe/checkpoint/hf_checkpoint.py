@@ -23,6 +23,7 @@ from mla_moe.checkpoint.hf_mapping import (
     rows_per_read,
     tensor_mappings,
 )
+from mla_moe.checkpoint.remote import RemoteCheckpoint
 from mla_moe.checkpoint.safetensors_reader import BFLOAT16, WEIGHT_DTYPES, SafetensorsReader
 from mla_moe.checkpoint.safetensors_writer import TensorEntry, tensor_entries
 from mla_moe.config import ModelConfig
@@ -37,8 +38,14 @@ _ROTARY = re.compile(r"\.rotary_emb\.inv_freq$")
 class HFTensors(SafetensorsReader):
     """The tensors of a Hugging Face directory by name, FP8 blocks dequantized. Data are read when requested."""
 
-    def __init__(self, directory: Path, config: Mapping[str, Any], cfg: ModelConfig):
-        super().__init__(directory)
+    def __init__(
+        self,
+        directory: Path,
+        config: Mapping[str, Any],
+        cfg: ModelConfig,
+        remote: RemoteCheckpoint | None = None,
+    ):
+        super().__init__(directory, remote)
         self.block = fp8_blocks.block_shape(config)
         self.quantized = {name for name, tensor in self.stored.items() if tensor.dtype == fp8_blocks.E4M3}
         architecture = cfg.architecture
@@ -119,10 +126,10 @@ class HFCheckpoint:
 
     full_state_run: Path | None = None
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, remote: RemoteCheckpoint | None = None):
         self.directory, self._config = directory, read_json(directory / "config.json")
         cfg = ModelConfig.from_hf(self._config)
-        self.tensors = HFTensors(directory, self._config, cfg)
+        self.tensors = HFTensors(directory, self._config, cfg, remote)
         self.cfg = _check_model(cfg, self.tensors)
         if unused := self.tensors.unused:
             note = "%s: %d tensors are no part of the model and not used, %s among them"

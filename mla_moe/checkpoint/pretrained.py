@@ -33,7 +33,7 @@ _FILE_DTYPE = "file_dtype"
 
 def load_pretrained(path: str | Path, dtype: DTypeLike | None = None, mesh: Mesh | None = None) -> Transformer:
     """Load the model of a Hugging Face directory, of a run (its newest checkpoint), or of the Hub: `ORG/NAME`, unless
-    there is such a directory here, or `hf://ORG/NAME@REVISION`.
+    there is such a directory here, or `hf://ORG/NAME@REVISION`; or of a bucket, `s3://…` or `gs://…`.
 
     Parameters keep the files' dtypes unless `dtype` is set, and FP8 blocks are dequantized to bfloat16; routers are
     always float32. With a mesh the parameters are sharded over it, and a process reads its own shards only; otherwise

@@ -16,15 +16,15 @@ from mla_moe.checkpoint.orbax_checkpoint import OrbaxCheckpoint
 from mla_moe.checkpoint.orbax_layout import find_step
 from mla_moe.checkpoint.peft import is_peft, open_peft
 from mla_moe.config import ModelConfig
-from mla_moe.config.hub import download_file, is_hub
+from mla_moe.config.storage import is_url, local_file
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
 
 Checkpoint = HFCheckpoint | OrbaxCheckpoint | AdapterCheckpoint
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Open a Hugging Face directory or a model of the Hub, or the newest checkpoint of a run, of a stage, or a step's
-    directory. LoRA adapters, of a run or in PEFT's layout, open as their base with the adapters merged.
+    """Open a Hugging Face directory, of this host, a bucket or the Hub, or the newest checkpoint of a run, of a stage,
+    or a step's directory. LoRA adapters, of a run or in PEFT's layout, open as their base with the adapters merged.
 
     Raises `CheckpointError` for anything else.
     """
@@ -39,10 +39,10 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """The model of a checkpoint, or of a `config.json` or its directory. Weights need not be there, and those of the
-    Hub are not downloaded."""
-    if is_hub(path):
-        path = download_file(path, "model", "config.json")
+    """The model of a checkpoint, or of a `config.json` or its directory. Weights need not be there, and those at
+    a URL are not downloaded."""
+    if is_url(path):
+        path = local_file(path, "model", "config.json")
     if path.is_dir() and (step := find_step(path)) is not None:
         return OrbaxCheckpoint(step).cfg
     return ModelConfig.from_hf(read_json(path if path.is_file() else path / "config.json"))

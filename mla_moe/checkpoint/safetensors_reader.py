@@ -8,7 +8,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -17,6 +17,9 @@ from jax.typing import DTypeLike
 from mla_moe.checkpoint.files import CheckpointError, check, read_json
 from mla_moe.config import ConfigError
 from mla_moe.config.files import MAX_JSON_BYTES
+
+if TYPE_CHECKING:
+    from mla_moe.checkpoint.remote import RemoteCheckpoint
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES: Mapping[str, np.dtype] = {
@@ -60,11 +63,12 @@ class SafetensorsReader:
     """The tensors of a directory's safetensors files by name. Creating it reads and checks all headers, and raises
     `CheckpointError` for invalid files."""
 
-    def __init__(self, directory: Path):
-        self.directory = directory
+    def __init__(self, directory: Path, remote: "RemoteCheckpoint | None" = None):
+        """With `remote`, the weights are not in `directory`, and downloaded where data are read."""
+        self.directory, self._remote = directory, remote
         self.stored: dict[str, TensorLocation] = {}
         left = MAX_HEADER_BYTES
-        for path in _files(directory):
+        for path in remote.headers if remote else _files(directory):
             length, tensors = _read_header(path, left)
             left -= length
             for name, location in tensors.items():
@@ -76,7 +80,8 @@ class SafetensorsReader:
         stored = self.stored[name]
         if 0 in stored.shape:
             return np.zeros(stored.shape, stored.dtype)
-        data = np.memmap(stored.path, np.uint8, "r", stored.offset, (stored.nbytes,))
+        path = self._remote.fetch(stored.path) if self._remote else stored.path
+        data = np.memmap(path, np.uint8, "r", stored.offset, (stored.nbytes,))
         return data.view(np.ndarray).view(stored.dtype).reshape(stored.shape)
 
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mla_moe.checkpoint import fp8 as fp8_blocks
+from mla_moe.checkpoint.destination import new_directory
 from mla_moe.checkpoint.files import flush_to_disk, progress_bar, write_side_files
-from mla_moe.checkpoint.hub_commit import new_directory
 from mla_moe.checkpoint.safetensors_reader import DTYPES
 
 SHARD_BYTES = 5 << 30

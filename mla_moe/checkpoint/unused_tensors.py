@@ -13,12 +13,15 @@ UNUSED = "unused"
 """The directory in a converted Orbax checkpoint that holds them in a safetensors file."""
 
 
-def unused_tensors(directory: Path, cfg: ModelConfig) -> list[TensorEntry]:
-    """Those that `directory`, a Hugging Face directory or a step of Orbax, has beside the model `cfg`, as stored."""
-    files = directory / UNUSED if (directory / UNUSED).is_dir() else directory
-    if not any(files.glob("*.safetensors")):
-        return []
-    tensors, architecture = SafetensorsReader(files), cfg.architecture
+def unused_tensors(directory: Path, cfg: ModelConfig, tensors: SafetensorsReader | None = None) -> list[TensorEntry]:
+    """Those that `directory`, a Hugging Face directory or a step of Orbax, has beside the model `cfg`, as stored.
+    `tensors` are its own, if they are open already."""
+    if tensors is None:
+        files = directory / UNUSED if (directory / UNUSED).is_dir() else directory
+        if not any(files.glob("*.safetensors")):
+            return []
+        tensors = SafetensorsReader(files)
+    architecture = cfg.architecture
     names = sorted(name for name in tensors.stored if architecture.is_unused(cfg, name))
     locations = ((name, tensors.stored[name]) for name in names)
     return [TensorEntry(name, t.dtype, t.shape, partial(_whole, tensors, name)) for name, t in locations]

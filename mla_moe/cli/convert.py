@@ -8,7 +8,7 @@ from typing import Literal
 import tyro
 
 from mla_moe.checkpoint.convert import convert
-from mla_moe.config.hub import is_hub, shown
+from mla_moe.config.storage import is_url, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +17,10 @@ class Convert:
     destination appears only when it is complete, and is without the optimizer state of a run."""
 
     src: tyro.conf.Positional[Path]
-    """A Hugging Face directory, a run's directory or checkpoint, or hf://ORG/NAME."""
+    """A Hugging Face directory, hf://ORG/NAME, s3://… or gs://…, or a run's directory or checkpoint."""
     dst: tyro.conf.Positional[Path]
-    """The new directory. hf://ORG/NAME, or hf://ORG/NAME@BRANCH, is a commit to the Hub; a new repository is
-    private."""
+    """The new directory. hf://ORG/NAME, or hf://ORG/NAME@BRANCH, is a commit to the Hub, where a new repository is
+    private; s3://… or gs://… is a directory of a bucket."""
     to: Literal["hf", "orbax"] = "hf"
     """hf: config.json and safetensors; orbax: a checkpoint for `--init-from` and Orbax."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -37,8 +37,8 @@ class Convert:
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a single process merges nothing
         dtype = self.dtype and jnp.dtype(self.dtype)
         convert(self.src, self.dst, to=self.to, dtype=dtype, fp8=self.fp8, merge_adapter=self.merge_adapter)
-        if is_hub(self.dst):
-            print(f"{shown(self.dst)}: committed")
+        if is_url(self.dst):
+            print(f"{shown(self.dst)}: written")
             return
         size = sum(file.stat().st_size for file in self.dst.rglob("*") if file.is_file())
         print(f"{self.dst}: {size / 1e9:.2f} GB")

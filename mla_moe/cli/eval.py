@@ -12,7 +12,7 @@ from mla_moe.checkpoint.orbax_layout import find_step, run_directory
 from mla_moe.cli.generate import load_model_and_tokenizer
 from mla_moe.config import Recipe, RLConfig, TaskConfig, load_recipe, require
 from mla_moe.config.errors import MAX_SIZE, require_between
-from mla_moe.config.hub import is_hub
+from mla_moe.config.storage import is_url
 from mla_moe.training.console import Console
 
 
@@ -22,8 +22,8 @@ class Eval:
     pass@k and majority@k of several samples per prompt."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A Hugging Face directory, a run's directory or checkpoint, or hf://ORG/NAME. Without a tokenizer, tokens are
-    bytes."""
+    """A Hugging Face directory, hf://ORG/NAME, s3://… or gs://…, or a run's directory or checkpoint. Without a tokenizer,
+    tokens are bytes."""
     task: str | None = None
     """arithmetic; reasoning_gym:NAME; or a JSON Lines file with the keys question and answer. By default the run's."""
     options: tuple[str, ...] | None = None
@@ -94,7 +94,7 @@ class Eval:
         Reward functions that the recipe names are ignored, because importing them would execute code from the run.
         Raises `ConfigError` if there is neither a run nor `task`.
         """
-        step = None if is_hub(self.checkpoint) else find_step(self.checkpoint)
+        step = None if is_url(self.checkpoint) else find_step(self.checkpoint)
         run = run_directory(step) if step else None
         require(run is not None or self.task is not None, "task", self.task, "name one; only a run has a default")
         recipe = load_recipe(run / "recipe.json") if run else Recipe(run_dir="", task=TaskConfig(answer_format="auto"))

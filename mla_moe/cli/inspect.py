@@ -8,7 +8,7 @@ import tyro
 from mla_moe.checkpoint.reader import read_model_config
 from mla_moe.config import PRESETS, ModelConfig, preset
 from mla_moe.config.errors import MAX_SIZE, require_between
-from mla_moe.config.hub import is_hub, require_path
+from mla_moe.config.storage import is_url, require_path
 from mla_moe.nn import model_costs
 from mla_moe.training.console import Console, si
 
@@ -29,7 +29,7 @@ class Inspect:
     def run(self) -> None:
         require_path("model", self.model)
         path = Path(self.model)
-        known = path.exists() or is_hub(path)
+        known = path.exists() or is_url(path)
         cfg = preset(self.model) if self.model in PRESETS or not known else read_model_config(path)
         scaling = "no scaling"
         if yarn := cfg.rope_scaling:

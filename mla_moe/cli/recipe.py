@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mla_moe.config import ConfigError, Recipe, load_recipe, with_overrides
-from mla_moe.config.hub import is_hub
+from mla_moe.config.storage import is_url
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ def _with_model_of(recipe: Recipe, init_from: str | None) -> Recipe:
         raise ConfigError("init_from", None, "name the checkpoint whose model this recipe takes: --init-from DIR")
     checkpoint = open_checkpoint(init_from)
     file = tokenizer_file(checkpoint.directory)
-    data = dataclasses.replace(recipe.data, tokenizer=init_from if file and is_hub(init_from) else str(file or "byte"))
+    data = dataclasses.replace(recipe.data, tokenizer=init_from if file and is_url(init_from) else str(file or "byte"))
     sections, limit = {}, checkpoint.cfg.max_position_embeddings
     for section, most in ((recipe.sft, limit), (recipe.dpo, 2 * limit)):  # a pair has two sides
         if section.active and section.sequence_length > most:

@@ -5,8 +5,8 @@ import math
 import re
 
 from mla_moe.config.errors import MAX_SIZE, require_between, require_each, require_field
-from mla_moe.config.hub import require_path
 from mla_moe.config.resume import field
+from mla_moe.config.storage import require_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +15,8 @@ class DataConfig:
 
     train: tuple[str, ...] = ("cpython:train",)
     """Globs of .txt/.py/.md (one document per file), .jsonl, .json, .parquet or .arrayrecord files, or cpython:train:
-    the sources of the running Python's standard library and its language reference. Each entry is a source. Globs of
-    the Hub are hf://datasets/ORG/NAME@REVISION/PATH."""
+    the sources of the running Python's standard library and its language reference. Each entry is a source. Globs
+    may be URLs: hf://datasets/ORG/NAME@REVISION/PATH, s3://… or gs://…."""
     weights: tuple[float, ...] = ()
     """For each source of `train` its share of the packed sequences, relative to the others; sources repeat as often as
     that takes. By default all documents are shuffled together, so that shares are as the sizes of the sources."""

@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_moe.config.errors import ConfigError, require, require_local
+from mla_moe.config.errors import ConfigError, require
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
@@ -28,14 +28,6 @@ def is_hub(path: Any) -> bool:
 def is_hub_id(path: Any) -> bool:
     """Whether a path that does not exist here has the form ORG/NAME of a model of the Hub."""
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(path)) is not None and not os.path.lexists(path)
-
-
-def require_path(field: str, path: Any) -> None:
-    """Raise `ConfigError` for what names neither a file of this host nor one of the Hub."""
-    if is_hub(path):
-        parse_url(path, field)
-    else:
-        require_local(field, path, "files of this host and of the Hub (hf://) are read here")
 
 
 def parse_url(url: Any, field: str) -> "HfUri":
@@ -99,8 +91,8 @@ def _deeper(path: Path) -> str:
 
 
 def shown(url: Any) -> str:
-    """A URL with both of its slashes."""
-    return re.sub("^hf:/+", "hf://", str(url))
+    """A URL with both of its slashes, of which a `Path` drops one."""
+    return re.sub("^(hf|s3|gs):/+", r"\1://", str(url))
 
 
 @contextlib.contextmanager

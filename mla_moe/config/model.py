@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mla_moe.config.errors import require, require_field, structure
 from mla_moe.config.files import read_json_object
-from mla_moe.config.hub import download_file, is_hub, is_hub_id
+from mla_moe.config.hub import is_hub_id
 from mla_moe.config.modules import AttentionConfig, MoEConfig, require_values
 from mla_moe.config.resume import field
 from mla_moe.config.rope import Yarn
+from mla_moe.config.storage import is_url, local_file
 
 if TYPE_CHECKING:
     from mla_moe.config.architectures import Architecture
@@ -153,7 +154,7 @@ class ModelConfig:
         """
         if isinstance(config, str | Path):
             url = f"hf://{config}" if is_hub_id(config) else config
-            path = download_file(url, "config.json", "config.json") if is_hub(url) else Path(config)
+            path = local_file(url, "config.json", "config.json") if is_url(url) else Path(config)
             config = read_json_object(path / "config.json" if path.is_dir() else path, "config.json")
         require(isinstance(config, Mapping), "config.json", config, "give its contents, its path, or its directory")
         model_type = config.get("model_type")

@@ -23,7 +23,6 @@ from mla_moe.config.errors import (
     structure,
 )
 from mla_moe.config.flags import parse_flags
-from mla_moe.config.hub import require_path
 from mla_moe.config.lora import LoRAConfig
 from mla_moe.config.migrations import FORMAT_VERSION, migrate_recipe, renamed_flag
 from mla_moe.config.model import ModelConfig
@@ -34,6 +33,7 @@ from mla_moe.config.presets import preset
 from mla_moe.config.pretraining import TrainingConfig
 from mla_moe.config.profile import ProfileConfig
 from mla_moe.config.resume import field, leaves
+from mla_moe.config.storage import require_path
 
 _MAX_BYTES = 16 << 20  # of a recipe.json
 
@@ -86,7 +86,7 @@ class Recipe:
     """Seed of initialization, data order and sampling."""
     init_from: str | None = None
     """Checkpoint that initializes the first stage, instead of random parameters: a Hugging Face directory, a run's
-    directory, one of its checkpoints, or a model of the Hub as hf://ORG/NAME@REVISION."""
+    directory, one of its checkpoints, or a URL: hf://ORG/NAME@REVISION, s3://… or gs://… (Hugging Face's layout)."""
     init_parts: Literal["params", "full_state"] = "params"
     """What init_from initializes: params (parameters and router biases), or full_state (of a run on the same data:
     also optimizer state, step and position in the data, so that this run continues that one)."""

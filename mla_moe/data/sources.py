@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_moe.config import ConfigError, DataConfig, require
-from mla_moe.config.hub import download_files, is_hub, require_path
+from mla_moe.config.storage import is_url, local_files, require_path
 from mla_moe.data import arithmetic, cpython
 from mla_moe.data.frozen_files import FrozenFiles, fingerprint
 from mla_moe.data.lines import Lines, locate
@@ -83,11 +83,11 @@ def files_by_pattern(patterns: Sequence[str], field: str, built_in: Container[st
 
 
 def find_files(pattern: str, field: str) -> list[str]:
-    """Files that match a path or a glob, sorted; no hidden ones. Those of the Hub are downloaded into its cache. Raises
+    """Files that match a path or a glob, sorted; no hidden ones. Of those at URLs local copies. Raises
     `ConfigError` on `field` if there are none."""
     require_path(field, pattern)
-    if is_hub(pattern):
-        return download_files(pattern, field)
+    if is_url(pattern):
+        return local_files(pattern, field)
     path = os.path.expanduser(pattern)
     if os.path.isfile(path):  # a file name may contain the brackets of a glob
         return [path]

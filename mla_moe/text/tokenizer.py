@@ -14,7 +14,7 @@ import tokenizers
 
 from mla_moe.config import ConfigError
 from mla_moe.config.files import read_text
-from mla_moe.config.hub import download_file, is_hub
+from mla_moe.config.storage import is_url, local_file
 from mla_moe.text.isolated import text_worker
 from mla_moe.text.special_tokens import (
     BYTE_SPECIAL_IDS,
@@ -206,8 +206,8 @@ def load_tokenizer(
 
 
 def tokenizer_path(spec: str) -> Path:
-    """The `tokenizer.json` that `spec` names: a path, or a model of the Hub, whose tokenizer is downloaded."""
-    return download_file(spec, _FIELD, "tokenizer.json", TOKENIZER_FILES) if is_hub(spec) else Path(spec)
+    """The `tokenizer.json` that `spec` names: a path, or a URL, of which a copy is made."""
+    return local_file(spec, _FIELD, "tokenizer.json", TOKENIZER_FILES) if is_url(spec) else Path(spec)
 
 
 def _check_size(tokenizer: HFTokenizer, size: int, fix: str) -> None:

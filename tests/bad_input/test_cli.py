@@ -16,7 +16,7 @@ COMMANDS = {
 }
 NUMBERS = st.sampled_from(["nan", "-1", "0", "1", "inf", "-inf", "1e400", str(10**12), str(10**400), "1.5", "", "0x1"])
 PATHS = st.sampled_from(
-    ["", ".", "/dev/null", "/dev/zero", "a" * 300, "a/" * 3000, "no/such", "gs://bucket/x", "~", "\ud800"]
+    ["", ".", "/dev/null", "/dev/zero", "a" * 300, "a/" * 3000, "no/such", "ftp://host/x", "~", "\ud800"]
 )
 TEXTS = st.text(st.characters(exclude_characters="\0"), max_size=20) | PATHS | NUMBERS
 

@@ -88,22 +88,22 @@ def test_errors_are_one_line(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "field"),
     [
-        (["convert", "gs://b/x", "out"], "checkpoint"),
-        (["convert", str(GOLDEN / "v3"), "gs://b/x"], "path"),
-        (["convert", str(GOLDEN / "v3"), "gs://b/x", "--to", "orbax"], "path"),
-        (["generate", "gs://b/x", "--prompt", "a"], "checkpoint"),
-        (["serve", "gs://b/x"], "checkpoint"),
-        (["eval", "gs://b/x", "--task", "arithmetic"], "checkpoint"),
-        (["inspect", "gs://b/x"], "model"),
-        (["plan", "gs://b/x", "--topology", "cpu"], "recipe"),
-        (["report", "gs://b/x"], "run_dir"),
-        (["train", "gs://b/x"], "recipe"),
+        (["convert", "ftp://b/x", "out"], "checkpoint"),
+        (["convert", str(GOLDEN / "v3"), "ftp://b/x"], "path"),
+        (["convert", str(GOLDEN / "v3"), "ftp://b/x", "--to", "orbax"], "path"),
+        (["generate", "ftp://b/x", "--prompt", "a"], "checkpoint"),
+        (["serve", "ftp://b/x"], "checkpoint"),
+        (["eval", "ftp://b/x", "--task", "arithmetic"], "checkpoint"),
+        (["inspect", "ftp://b/x"], "model"),
+        (["plan", "ftp://b/x", "--topology", "cpu"], "recipe"),
+        (["report", "ftp://b/x"], "run_dir"),
+        (["train", "ftp://b/x"], "recipe"),
     ],
 )
 def test_a_url_is_refused_by_name(arguments, field, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
-    assert capsys.readouterr().err.startswith(f"error: {field} = 'gs://b/x': is a URL; only files of this host")
+    assert capsys.readouterr().err.startswith(f"error: {field} = 'ftp://b/x': is a URL; only files of this host")
     assert not list(tmp_path.iterdir())
 
 

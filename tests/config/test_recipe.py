@@ -39,9 +39,9 @@ def test_json_round_trip():
         ("optimizer.schedule.peak_lr", -1.0, "positive"),
         ("data.max_lost_bytes_fraction", 1.0, "less than 1"),
         ("run_dir", "gs://bucket/run", "is a URL"),
-        ("init_from", "gs://bucket/run", "is a URL"),
+        ("init_from", "ftp://host/run", "is a URL"),
         ("init_from", "hf://org", "namespace/name"),
-        ("data.tokenizer", "s3://bucket/tokenizer.json", "is a URL"),
+        ("data.tokenizer", "https://host/tokenizer.json", "is a URL"),
         ("task.name", "https://host/a.jsonl", "is a URL"),
     ],
 )

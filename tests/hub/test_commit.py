@@ -9,6 +9,7 @@ import pytest
 
 from mla_moe import ConfigError, ModelConfig, load_pretrained, save_pretrained
 from mla_moe.checkpoint.convert import convert
+from mla_moe.checkpoint.remote import RemoteCheckpoint
 from mla_moe.cli import main
 from mla_moe.nn.abstract_model import model_arrays
 
@@ -49,7 +50,7 @@ def test_convert_commits_shard_by_shard(hub, tmp_path, capsys):
         np.testing.assert_array_equal(array, expected[path], err_msg=path)
 
     assert main(["convert", "hf://org/mine", "hf://org/mine", "--dtype", "bfloat16"]) == 0
-    assert capsys.readouterr().out == "hf://org/mine: committed\n"
+    assert capsys.readouterr().out == "hf://org/mine: written\n"
     assert files(hub, "org/mine").keys() == {"model.safetensors", "config.json", ".gitattributes"}
     assert len(hub.repos["models/org/mine"].commits) == 3
 
@@ -85,3 +86,30 @@ def test_what_cannot_be_committed_is_refused_before_any_request(hub):
         with pytest.raises(ConfigError, match="path = 'hf://"):
             convert(GOLDEN / "v3", url, to=to)
     assert not hub.requests
+
+
+def test_a_checkpoint_is_streamed_file_by_file(hub, tmp_path, monkeypatch):
+    """From the Hub to a directory and back: no more than three files of it are on this host, none of them twice."""
+    save_pretrained(load_pretrained(GOLDEN / "v3"), "hf://org/mine", max_shard_bytes=8_000)
+    held, fetch = [], RemoteCheckpoint.fetch
+
+    def counted(remote, header):
+        path = fetch(remote, header)
+        held.append(len(list(path.parent.iterdir())))
+        return path
+
+    monkeypatch.setattr(RemoteCheckpoint, "fetch", counted)
+    for to in ("hf", "orbax"):
+        hub.requests.clear()
+        convert("hf://org/mine", tmp_path / to, to=to)
+        fetched = [name for name in hub.downloads() if name.endswith(".safetensors")]
+        assert len(set(fetched)) > 5
+        # One request for the header, one for the file; of the embedding and the head, which come first, one more.
+        assert len(fetched) <= 2 * len(set(fetched)) + 4
+    assert max(held) == 3
+    expected = model_arrays(load_pretrained(GOLDEN / "v3"))
+    for to in ("hf", "orbax"):
+        for path, array in model_arrays(load_pretrained(tmp_path / to)).items():
+            np.testing.assert_array_equal(array, expected[path], err_msg=path)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    assert not list((tmp_path / "hub-cache").rglob("*.safetensors"))

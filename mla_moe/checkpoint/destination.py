@@ -1,4 +1,4 @@
-"""Commit a checkpoint to the Hugging Face Hub, file by file as they are written."""
+"""Where a new checkpoint is written: a directory, a bucket, or a commit to the Hugging Face Hub."""
 
 import contextlib
 import tempfile
@@ -6,19 +6,24 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
-from mla_moe.checkpoint.files import CheckpointError, atomic_directory
+from mla_moe.checkpoint.files import CheckpointError, atomic_directory, check
 from mla_moe.checkpoint.hub import INDEX, parse_model
 from mla_moe.config.hub import hub_errors, is_hub, shown
+from mla_moe.config.storage import is_url, open_url, storage_errors
+
+_PART_BYTES = 16 << 20
+"""Of an upload to a bucket, of which the client holds ten in memory."""
 
 
 @contextlib.contextmanager
 def new_directory(path: str | Path) -> Generator[tuple[Path, Callable[[Path], None]]]:
     """A directory for the files of a new checkpoint, and a function that is told each large file that is finished.
 
-    `path` exists when the block succeeds, and not if it fails: `atomic_directory`, or one commit to a repository of the
-    Hub. For the latter, files are uploaded and removed as they are finished, so that the host needs room for one."""
-    if is_hub(path):
-        with _hub_commit(path) as directory_and_finish:
+    `path` exists when the block succeeds, and not if it fails: `atomic_directory`, one commit to a repository of the
+    Hub, or a directory in a bucket, whose last object is `config.json`. At a URL, files are uploaded and removed as
+    they are finished, so that the host needs room for one."""
+    if is_url(path):
+        with _hub_commit(path) if is_hub(path) else _bucket_directory(path) as directory_and_finish:
             yield directory_and_finish
     else:
         with atomic_directory(Path(path)) as directory:
@@ -56,6 +61,35 @@ def _hub_commit(url: Any) -> Generator[tuple[Path, Callable[[Path], None]]]:
             api.create_commit(
                 uri.id, operations, commit_message="Upload a checkpoint with mla_moe", revision=uri.revision
             )
+
+
+@contextlib.contextmanager
+def _bucket_directory(url: Any) -> Generator[tuple[Path, Callable[[Path], None]]]:
+    """Readers need `config.json`, which is written last. What is there when the block fails is removed."""
+    fs, root = open_url(url, "path")
+    with storage_errors("path", url):
+        check(not fs.exists(root), "path", shown(url), "exists already; choose another or remove it")
+    written: list[str] = []
+
+    def upload(file: Path) -> None:
+        target, size = f"{root}/{file.name}", file.stat().st_size
+        written.append(target)
+        with storage_errors("path", url):
+            fs.put_file(str(file), target, chunksize=_PART_BYTES)
+            found = fs.info(target)["size"]
+        check(found == size, "path", shown(url), f"{file.name} has {found} bytes there instead of {size}; start again")
+        file.unlink()
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="mla_moe-bucket-") as temporary:
+            yield Path(temporary), upload
+            for file in sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json"):
+                upload(file)
+    except BaseException:
+        for target in written:
+            with contextlib.suppress(Exception):  # the error that led here is the one to report
+                fs.rm_file(target)
+        raise
 
 
 @contextlib.contextmanager

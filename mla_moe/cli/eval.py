@@ -22,8 +22,8 @@ class Eval:
     pass@k and majority@k of several samples per prompt."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A Hugging Face directory, hf://ORG/NAME, s3://… or gs://…, or a run's directory or checkpoint. Without a tokenizer,
-    tokens are bytes."""
+    """A Hugging Face directory, hf://ORG/NAME, s3://… or gs://…, or a run's directory or checkpoint. Without a
+    tokenizer, tokens are bytes."""
     task: str | None = None
     """arithmetic; reasoning_gym:NAME; or a JSON Lines file with the keys question and answer. By default the run's."""
     options: tuple[str, ...] | None = None

@@ -25,8 +25,8 @@ class Generate:
     """Generate a completion for one prompt, and print it as it is decoded."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A Hugging Face directory, hf://ORG/NAME, s3://… or gs://…, or a run's directory or checkpoint. Without a tokenizer,
-    tokens are bytes."""
+    """A Hugging Face directory, hf://ORG/NAME, s3://… or gs://…, or a run's directory or checkpoint. Without a
+    tokenizer, tokens are bytes."""
     prompt: str
     """Special tokens that it spells are encoded as such; bos is put in front."""
     chat: bool = False

@@ -16,8 +16,8 @@ class Serve:
     """Serve a checkpoint over HTTP with an OpenAI-compatible API: completions, chat completions, streaming."""
 
     checkpoint: tyro.conf.Positional[Path]
-    """A Hugging Face directory, hf://ORG/NAME, s3://… or gs://…, or a run's directory or checkpoint. Without a tokenizer,
-    tokens are bytes."""
+    """A Hugging Face directory, hf://ORG/NAME, s3://… or gs://…, or a run's directory or checkpoint. Without a
+    tokenizer, tokens are bytes."""
     host: str = "127.0.0.1"
     """Address to listen on; by default only this machine can connect. Any other needs an API key, or --no-auth."""
     port: int = 8000

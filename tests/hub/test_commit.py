@@ -113,3 +113,18 @@ def test_a_checkpoint_is_streamed_file_by_file(hub, tmp_path, monkeypatch):
             np.testing.assert_array_equal(array, expected[path], err_msg=path)
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
     assert not list((tmp_path / "hub-cache").rglob("*.safetensors"))
+
+
+def test_adapters_of_the_hub_are_merged_into_their_base_there(hub, tmp_path):
+    adapter = GOLDEN / "lora" / "trained"
+    files = {file.name: file.read_bytes() for file in adapter.iterdir()}
+    config = json.loads(files["adapter_config.json"])
+    base = (adapter / config["base_model_name_or_path"]).resolve()
+    config["base_model_name_or_path"] = "org/base"
+    hub.add("models/org/base", {file.name: file.read_bytes() for file in base.iterdir()})
+    hub.add("models/org/adapter", files | {"adapter_config.json": json.dumps(config).encode()})
+    convert("hf://org/adapter", "hf://org/merged", merge_adapter=True)
+    convert(adapter, tmp_path / "merged", merge_adapter=True)
+    expected = model_arrays(load_pretrained(tmp_path / "merged"))
+    for path, array in model_arrays(load_pretrained("hf://org/merged")).items():
+        np.testing.assert_array_equal(array, expected[path], err_msg=path)

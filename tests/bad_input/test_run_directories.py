@@ -43,6 +43,8 @@ def _drawn_once():
 
     def draw_once(stage, title, lines, scale="linear"):
         key = title, lines, scale, *(values.tobytes() for line in lines for values in stage.series(line.key))
+        if len(drawn) == 500:  # 15 MB: what grows is to be the package
+            drawn.clear()
         if key not in drawn:
             drawn[key] = draw(stage, title, lines, scale)
         return drawn[key]

@@ -25,8 +25,9 @@ class Plan:
     """Target devices: v5e:4x4, v5p:8x8x8, v6e:16x16, v7x:4x4x8, h100:HOSTSxGPUS, cpu."""
     slices: int = 1
     """Number of such slices, connected by the data-center network and used as mesh.data."""
-    stage: Literal["train", "decode", "rl"] = "train"
-    """train: one training step. decode: one token for each of `batch` sequences. rl: the gradient of a microbatch."""
+    stage: Literal["train", "sft", "decode", "rl"] = "train"
+    """train: one training step; sft: one of SFT, with LoRA of its adapters; decode: one token for each of `batch`
+    sequences; rl: the gradient of a microbatch."""
     batch: int = 128
     """Sequences of the decode stage."""
     context: int = 4096

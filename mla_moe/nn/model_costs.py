@@ -50,10 +50,13 @@ def mha_kv_cache_bytes_per_token(cfg: ModelConfig, item_bytes: int = 2) -> int:
     return 2 * cfg.num_attention_heads * cfg.v_head_dim * cfg.num_hidden_layers * item_bytes
 
 
-def train_flops_per_token(cfg: ModelConfig, length: int) -> float:
+def train_flops_per_token(cfg: ModelConfig, length: int, *, frozen: bool = False) -> float:
     """Model FLOPs per token of forward and backward pass: 6 per active weight of a matrix product, and causal attention
     over `length` tokens, with an indexer over those that it selects. Indexers have no backward pass. Rematerialisation
-    does not count, nor does the embedding, which is a lookup."""
+    does not count, nor does the embedding, which is a lookup.
+
+    Weights that are `frozen`, as with LoRA, have no gradient, which is 2 of the 6; FLOPs of adapters do not count.
+    """
     count, embedding = count_parameters(cfg), cfg.vocab_size * cfg.hidden_size
     weights, layers = active_matmul_weights(cfg), cfg.num_hidden_layers
     if cfg.num_nextn_predict_layers:
@@ -65,7 +68,7 @@ def train_flops_per_token(cfg: ModelConfig, length: int) -> float:
     width = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
     keys = min(cfg.index_topk or length, length)  # of the last tokens; the first have 1, 2, …
     attention = 2 * cfg.num_attention_heads * width * keys * (1 - (keys - 1) / (2 * length))
-    flops = 6 * weights + 3 * layers * attention
+    flops = (4 if frozen else 6) * weights + 3 * layers * attention
     if cfg.index_topk is None:
         return flops
     H, I = cfg.index_n_heads, cfg.index_head_dim  # noqa: E741

@@ -86,8 +86,8 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", options: DecodeOptions | None = None) -> Plan:
-    """Compile `stage` (`train`, `rl` or `decode`, with its options) of a recipe. Raises `ConfigError` for a mesh that
-    the topology or the recipe cannot be sharded over."""
+    """Compile `stage` (`train`, `sft`, `rl` or `decode`, with its options) of a recipe. Raises `ConfigError` for a
+    mesh that the topology or the recipe cannot be sharded over."""
     program = stages.trace_stage(recipe, topology, stage, options)
     flops = count_flops(program.traced.jaxpr, program.mesh.size, program.expected)
     device, total = topology.accelerator, sum(flops.values())

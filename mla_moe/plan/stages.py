@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered, Traced
 
-from mla_moe.config import ModelConfig, Recipe, require
+from mla_moe.config import LoRAConfig, ModelConfig, OptimizerConfig, Recipe, TrainingConfig, require
 from mla_moe.inference.decode import ProgramOptions, empty_batch
 from mla_moe.inference.programs import decode as decode_program
 from mla_moe.inference.weights import ModelGraph, decode_sharding, inference_layout
@@ -59,12 +59,12 @@ class DecodeOptions(NamedTuple):
 
 
 def trace_stage(recipe: Recipe, topology: Topology, stage: str, options: DecodeOptions | None = None) -> StageProgram:
-    """Trace `stage` (`train`, `rl` or `decode`, with its options) of a recipe. Raises `ConfigError` for a mesh that the
-    topology or the recipe cannot be sharded over."""
+    """Trace `stage` (`train`, `sft`, `rl` or `decode`, with its options) of a recipe. Raises `ConfigError` for a
+    mesh that the topology or the recipe cannot be sharded over."""
     with jax.default_device(topology.devices[0]):  # kernels are chosen for it (`ops.kernel_choice`)
         if stage == "decode":
             return decode(recipe, topology, options or DecodeOptions())
-        return {"train": train, "rl": rl}[stage](recipe, topology)
+        return {"train": train, "sft": sft, "rl": rl}[stage](recipe, topology)
 
 
 def lower_stage(recipe: Recipe, topology: Topology, stage: str, options: DecodeOptions | None = None) -> Lowered:
@@ -79,18 +79,31 @@ def lower(program: StageProgram, topology: Topology) -> Lowered:
 
 
 def train(recipe: Recipe, topology: Topology) -> StageProgram:
-    """The training step of `training.step`, as `train.py` runs it."""
+    """The training step of `training.step`, as pretraining runs it."""
+    return _next_token(recipe, topology, recipe.training, recipe.optimizer, LoRAConfig())
+
+
+def sft(recipe: Recipe, topology: Topology) -> StageProgram:
+    """The training step of SFT, with LoRA of its adapters."""
+    require(recipe.sft.active, "sft.steps", recipe.sft.steps, "has no SFT stage to plan; set a positive number")
+    training = recipe.sft.training(recipe.training, max(recipe.sft.steps, 1))
+    return _next_token(recipe, topology, training, recipe.sft.optimizer, recipe.lora)
+
+
+def _next_token(
+    recipe: Recipe, topology: Topology, training: TrainingConfig, optimizer: OptimizerConfig, lora: LoRAConfig
+) -> StageProgram:
     mesh = make_mesh(recipe.mesh, topology.devices)
     check_divisible(recipe, mesh)
-    training, abstract_model = recipe.training, make_abstract_model(recipe, mesh)
-    tx = make_optimizer(recipe.optimizer, training.steps, abstract_model)
+    abstract_model = make_abstract_model(recipe, mesh, lora)
+    tx = make_optimizer(optimizer, training.steps, abstract_model)
     state = abstract_state(abstract_model, tx, mesh)
     shape = training.batch_size, training.sequence_length
     tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(mesh, BATCH_SPEC))
     batch = dict.fromkeys(("tokens", "targets", "segment_ids", "positions"), tokens)
     traced = make_train_step(abstract_model, tx, training, mesh).trace(state, batch)
 
-    memory = {"parameters": bytes_per_device([state.params, state.biases])}
+    memory = {"parameters": bytes_per_device(state.arrays)}
     memory |= {
         "optimizer": bytes_per_device(state.optimizer),
         "batch": bytes_per_device(batch),
@@ -146,8 +159,10 @@ def _gradient_program(
 ) -> StageProgram:  # fmt: skip
     """A program that computes gradients of a batch `[B, T]`. `cfg` is the part of the model that is differentiated."""
     (_, length), tokens, devices, full = shape, math.prod(shape), mesh.size, recipe.training.remat == "full"
-    useful = train_flops_per_token(cfg, length) * tokens / devices
-    head = 6 * cfg.vocab_size * cfg.hidden_size * (1 + cfg.num_nextn_predict_layers) * tokens / devices
+    frozen = bool(abstract_model.lora.rank)
+    passes = 2 if frozen else 3  # as long as the forward pass; with LoRA no gradients of weights
+    useful = train_flops_per_token(cfg, length, frozen=frozen) * tokens / devices
+    head = 2 * passes * cfg.vocab_size * cfg.hidden_size * (1 + cfg.num_nextn_predict_layers) * tokens / devices
     local_tokens = tokens // accumulation_steps // devices
     if full:
         itemsize = jnp.dtype(abstract_model.precision.compute).itemsize
@@ -157,7 +172,7 @@ def _gradient_program(
     # The backward pass computes the attention scores again, and with full rematerialisation each layer's forward pass.
     layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
     width = cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
-    recomputed = layers * width * (length + 1) * tokens / devices + ((useful - head) / 3 if full else 0.0)
+    recomputed = layers * width * (length + 1) * tokens / devices + ((useful - head) / passes if full else 0.0)
     return StageProgram(traced, mesh, memory, useful, recomputed, expected, tokens, {}, 0.0)
 
 

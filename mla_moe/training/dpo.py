@@ -91,8 +91,8 @@ class DPOTrainer(NextTokenTrainer):
 
     @property
     def flops_per_token(self) -> float:
-        """With the forward pass of the reference: a third of forward and backward pass."""
-        return super().flops_per_token * 4 / 3
+        """With the forward pass of the reference: a third of forward and backward pass, with LoRA half of it."""
+        return super().flops_per_token * (3 / 2 if self.context.lora.rank else 4 / 3)
 
     def memory_per_device(self) -> dict[str, float]:
         """With the reference policy: the same arrays as the policy, with LoRA all but the adapters once for both."""

@@ -67,7 +67,8 @@ class NextTokenTrainer(Trainer[TrainState, Batch]):
     @property
     def flops_per_token(self) -> float:
         """Model FLOPs of a step per token."""
-        return train_flops_per_token(self.context.recipe.model, self.training.sequence_length)
+        frozen = bool(self.context.lora.rank)
+        return train_flops_per_token(self.context.recipe.model, self.training.sequence_length, frozen=frozen)
 
     @property
     def eval_batch_size(self) -> int:

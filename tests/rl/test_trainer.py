@@ -9,7 +9,8 @@ import pytest
 
 import mla_moe
 from mla_moe import ConfigError
-from mla_moe.config import MeshConfig, OptimizerConfig, RLConfig, ScheduleConfig, TaskConfig
+from mla_moe.checkpoint.reader import open_checkpoint
+from mla_moe.config import LoRAConfig, MeshConfig, OptimizerConfig, RLConfig, ScheduleConfig, TaskConfig
 from mla_moe.parallel.mesh import make_mesh
 from mla_moe.rl.trainer import RLTrainer, train_rl
 from mla_moe.training.console import Console
@@ -202,6 +203,24 @@ def test_other_objectives_run(start, rewards, tmp_path, name):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_adapters_alone_are_trained_and_saved(recipe, base, rewards, tmp_path, monkeypatch):
+    """With a KL to the starting policy, which at B = 0 is 0. The frozen model is not in the checkpoint."""
+    monkeypatch.setattr("mla_moe.training.run_context.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    task = {"reward_functions": (f"{rewards}:short",), "format_weight": 0.0, "accuracy_weight": 0.0}
+    settings = dataclasses.replace(
+        recipe, run_dir=str(tmp_path / "run"), init_from=base, task=dataclasses.replace(recipe.task, **task),
+        lora=LoRAConfig(rank=4, targets=("attention", "experts")), rl=dataclasses.replace(recipe.rl, steps=2),
+    )  # fmt: skip
+    train_rl(settings, open_run_directory(settings), Console(enabled=False))
+    steps = [row for row in rows(tmp_path / "run") if "kl" in row]
+    assert steps[0]["kl"] < steps[1]["kl"]
+    assert steps[0]["grad_norm"] > 0
+    source = open_checkpoint(tmp_path / "run")
+    assert all("/lora/" in path or path.endswith("/router/bias") for path in source.paths)
+    assert np.abs(source.array("moe_layers/moe/lora/down/b")).max() > 0
+
+
 def test_errors_of_a_reward_function_are_counted_and_printed_once(start, rewards, tmp_path, capsys):
     found = start(tmp_path, task={"reward_functions": (f"{rewards}:fails",)}, steps=1, eval_samples=0)
     step = next(row for row in found if "reward" in row)

@@ -11,9 +11,9 @@ from jax.typing import DTypeLike
 
 from mla_moe.checkpoint.files import CheckpointError
 from mla_moe.checkpoint.hf_mapping import Index, TensorMapping
-from mla_moe.checkpoint.orbax_checkpoint import OrbaxCheckpoint, mapped_tensors
+from mla_moe.checkpoint.orbax_checkpoint import OrbaxCheckpoint, mapped_checkpoint
+from mla_moe.checkpoint.quantization import Scheme
 from mla_moe.checkpoint.safetensors_writer import TensorEntry
-from mla_moe.checkpoint.tokenizer_files import hf_config
 from mla_moe.config import ConfigError, LoRAConfig, ModelConfig
 from mla_moe.nn.abstract_model import AbstractModel, Arrays, is_adapter
 from mla_moe.nn.lora import RANK, adapter_axes
@@ -144,13 +144,15 @@ class AdapterCheckpoint:
             return
         self.base.verify({p: x for p, x in arrays.items() if p not in self._own and not self._is_merged(p)})
 
-    def hf_tensors(self, dtype: np.dtype | None, *, fp8: bool) -> list[TensorEntry]:
-        """All tensors of the merged model, cast to `dtype` except for router biases."""
-        return mapped_tensors(self, self.base.directory, dtype, fp8=fp8)
+    def unused_tensors(self) -> list[TensorEntry]:
+        """The tensors beside the base that are no part of the model."""
+        return self.base.unused_tensors()
 
-    def hf_config(self, dtype: np.dtype | None, *, fp8: bool) -> dict[str, Any]:
-        """The `config.json` that goes with `hf_tensors`."""
-        return hf_config(self.cfg, dtype or self.dtype("embed"), fp8=fp8, beside=self.base.directory)
+    def hf_checkpoint(
+        self, dtype: np.dtype | None, quantize: Scheme | None = None
+    ) -> tuple[list[TensorEntry], dict[str, Any]]:
+        """All tensors of the merged model, cast to `dtype` except for router biases, and its `config.json`."""
+        return mapped_checkpoint(self, self.base.directory, dtype, quantize)
 
 
 def open_adapters(adapters: OrbaxCheckpoint, open_base: Callable[[str], "Checkpoint"]) -> AdapterCheckpoint:

@@ -14,13 +14,14 @@ from mla_moe.checkpoint.hf_checkpoint import HFCheckpoint
 from mla_moe.checkpoint.hf_mapping import TensorMapping, tensor_mappings
 from mla_moe.checkpoint.orbax_layout import create_step
 from mla_moe.checkpoint.peft import is_peft, write_peft
+from mla_moe.checkpoint.quantization import Quantize, target_scheme
 from mla_moe.checkpoint.reader import Checkpoint, open_checkpoint
 from mla_moe.checkpoint.remote import RemoteCheckpoint
 from mla_moe.checkpoint.safetensors_reader import weight_dtype
 from mla_moe.checkpoint.safetensors_writer import SHARD_BYTES, write_checkpoint, write_file
 from mla_moe.checkpoint.save_errors import as_save_error
 from mla_moe.checkpoint.tokenizer_files import files_to_copy, hf_config
-from mla_moe.checkpoint.unused_tensors import UNUSED, unused_tensors
+from mla_moe.checkpoint.unused_tensors import UNUSED
 from mla_moe.config import require
 from mla_moe.config.storage import is_url, require_path, shown
 from mla_moe.nn.abstract_model import AbstractModel
@@ -32,7 +33,7 @@ def convert(
     *,
     to: Literal["hf", "orbax"] = "hf",
     dtype: DTypeLike | None = None,
-    fp8: bool = False,
+    quantize: Quantize | None = None,
     merge_adapter: bool = False,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
@@ -42,9 +43,10 @@ def convert(
 
     `src` is a Hugging Face directory, a model of the Hub, a run or one of its checkpoints, of which only parameters
     and router biases are taken. Peak memory does not depend on the size of the checkpoint. Tensors keep their dtypes
-    unless `dtype` is set; router biases always do. FP8 blocks are dequantized to bfloat16 or `dtype`. With `fp8` they
-    stay as they are, and the other matrices that DeepSeek releases in FP8 are quantized. Tokenizer, chat template,
-    generation settings and code are copied and never executed.
+    unless `dtype` is set; router biases always do. Quantized matrices are dequantized to bfloat16 or `dtype`. With
+    `quantize` those are that DeepSeek releases in FP8 blocks ("fp8"), or the routed experts as Kimi-K2.5 has them in
+    INT4 ("int4"); a source that is quantized so stays as it is. Tokenizer, chat template, generation settings and code
+    are copied and never executed.
 
     LoRA adapters become a directory for PEFT, which names their base; with `merge_adapter` they are added to the
     weights of the base, and the complete model is written. Raises `CheckpointError` if `dst` exists or is inside
@@ -64,14 +66,15 @@ def convert(
         require(has_adapters or not merge_adapter, "merge_adapter", merge_adapter, f"{src} has no adapters; drop it")
         if isinstance(source, AdapterCheckpoint) and not merge_adapter:
             fix = "is not for adapters alone; give --merge-adapter too, or drop it"
-            require(to == "hf" and not fp8 and not is_url(dst), "to", f"{to}, fp8 = {fp8}, {shown(dst)}", fix)
+            ok = to == "hf" and quantize is None and not is_url(dst)
+            require(ok, "to", f"{to}, quantize = {quantize}, {shown(dst)}", fix)
             write_peft(source, Path(dst), dtype)
         elif to == "orbax":
-            check(not fp8, "fp8", True, "Orbax checkpoints have no FP8 blocks; convert with --to hf")
+            check(quantize is None, "quantize", quantize, "Orbax checkpoints are not quantized; convert with --to hf")
             with as_save_error(Path(dst), "nothing is left of it"):
                 _write_orbax(source, Path(dst), dtype)
         else:
-            tensors, config = source.hf_tensors(dtype, fp8=fp8), source.hf_config(dtype, fp8=fp8)
+            tensors, config = source.hf_checkpoint(dtype, target_scheme(quantize, source.cfg))
             write_checkpoint(dst, config, tensors, max_shard_bytes, files_to_copy(source.directory))
 
 
@@ -108,8 +111,7 @@ def _write_orbax(source: Checkpoint, target: Path, dtype: np.dtype | None) -> No
                     chunk = mapping.from_hf_tensor(source.read_rows(mapping, dtypes[mapping.path], rows, index))
                     write(mapping.path, index, chunk)
                     done(chunk.nbytes)
-        tensors = source.tensors if isinstance(source, HFCheckpoint) else None
-        if unused := unused_tensors(source.directory, source.cfg, tensors):
+        if unused := source.unused_tensors():
             (directory / UNUSED).mkdir()
             write_file(directory / UNUSED / "model.safetensors", unused, done)
         write_side_files(directory, config, others)

@@ -6,81 +6,22 @@ NumPy quantizes and dequantizes on any host, a few rows at a time. The embedding
 MTP module's projection are not quantized. Source: DeepSeek-V3 technical report, section 3.3, and its `weight_dequant`.
 """
 
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
-import ml_dtypes
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from mla_moe.checkpoint.files import check
-from mla_moe.config import require
+from mla_moe.checkpoint.quantization import E4M3, FP8_BLOCKS
 
 Matrix = Shaped[np.ndarray, "rows columns"]
 Scales = Shaped[np.ndarray, "block_rows block_columns"]
 
-E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
-BLOCK = (128, 128)
-QUANTIZATION_CONFIG: Mapping[str, Any] = {
-    "quant_method": "fp8",
-    "fmt": "e4m3",
-    "activation_scheme": "dynamic",
-    "weight_block_size": list(BLOCK),
-}
-"""The `quantization_config` of a `config.json` for these blocks."""
+BLOCK = FP8_BLOCKS.block
 
-_ENTRY = "quantization_config"
 _MAX = 448.0
 _E4M3_VALUES = np.arange(256, dtype=np.uint8).view(E4M3).astype(np.float32)
-_QUANTIZED = re.compile(r"\.(self_attn|mlp)\.((?!indexer\.).*_proj(_with_mqa)?|indexer\.(wq_b|wk))\.weight$")
-
-
-def scale_name(name: str) -> str:
-    return f"{name}_scale_inv"
-
-
-def is_quantized(name: str) -> bool:
-    """Whether released FP8 checkpoints quantize this tensor: projections of attention, MLP and experts, and those of
-    an indexer but for the weights of its heads."""
-    return _QUANTIZED.search(name) is not None
-
-
-def quantization_config(config: Mapping[str, Any]) -> Any:
-    """The entry of a `config.json`, also of one whose `text_config` has it: a language model beside a vision tower."""
-    text = config.get("text_config")
-    return config.get(_ENTRY) or (text.get(_ENTRY) if isinstance(text, dict) else None)
-
-
-def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A `config.json` without that entry, wherever it is: it describes other weights than those that are written."""
-    config = {key: value for key, value in config.items() if key != _ENTRY}
-    if isinstance(text := config.get("text_config"), dict):
-        config["text_config"] = {key: value for key, value in text.items() if key != _ENTRY}
-    return config
-
-
-def block_shape(config: Mapping[str, Any]) -> tuple[int, int]:
-    """The block shape in a `config.json`. Raises `ConfigError` for other kinds of quantization."""
-    given = quantization_config(config)
-    if given is None:
-        return BLOCK
-    require(isinstance(given, dict), "quantization_config", given, "must be an object")
-    if given.get("quant_method") == "compressed-tensors":  # INT4 of Kimi-K2.5, NVFP4, …
-        fix = "is not read; use the release in bfloat16 or FP8, or write bfloat16 with compressed-tensors first"
-        require(False, "quantization_config.format", given.get("format"), fix)
-    method, fmt, block = (given.get(k, d) for k, d in QUANTIZATION_CONFIG.items() if k != "activation_scheme")
-    require(method == "fp8", "quantization_config.quant_method", method, "only 'fp8' is read; dequantize it first")
-    require(fmt in ("e4m3", "float8_e4m3fn"), "quantization_config.fmt", fmt, "only 'e4m3' is read")
-    ok = isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    require(ok, "quantization_config.weight_block_size", block, "must be two positive integers")
-    return block[0], block[1]
-
-
-def scale_shape(shape: tuple[int, ...], block: tuple[int, int] = BLOCK) -> tuple[int, ...]:
-    """The shape of a matrix's scales. The last block of a row or column may be partial."""
-    return tuple(-(-n // b) for n, b in zip(shape, block, strict=True))
 
 
 def dequantize(
@@ -103,7 +44,7 @@ def dequantize(
 def quantize(weight: Matrix) -> tuple[Matrix, Scales]:
     """FP8 values, and float32 scales with which the largest value of each block is 448. Raises `CheckpointError` for
     values that are not finite."""
-    out, scale = np.empty(weight.shape, E4M3), np.empty(scale_shape(weight.shape), np.float32)
+    out, scale = np.empty(weight.shape, E4M3), np.empty(FP8_BLOCKS.scale_shape(weight.shape), np.float32)
     starts = np.arange(0, weight.shape[1], BLOCK[1])
     for i, rows in _block_slices(weight.shape[0], BLOCK[0], 0):
         x = weight[rows].astype(np.float32)

@@ -1,4 +1,4 @@
-"""Read a Hugging Face directory: check tensors against config.json, dequantize FP8 blocks, and map to parameters."""
+"""Read a Hugging Face directory: check tensors against config.json, dequantize, and map to parameters."""
 
 import dataclasses
 import logging
@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from mla_moe.checkpoint import fp8 as fp8_blocks
+from mla_moe.checkpoint import compressed_tensors, fp8
 from mla_moe.checkpoint.files import check, read_json
 from mla_moe.checkpoint.hf_mapping import (
     ALL,
+    BLOCK_ROWS,
     Index,
     TensorMapping,
     by_tensor,
@@ -23,9 +24,11 @@ from mla_moe.checkpoint.hf_mapping import (
     rows_per_read,
     tensor_mappings,
 )
+from mla_moe.checkpoint.quantization import E4M3, Scheme, quantization_config, read_schemes, without_quantization
 from mla_moe.checkpoint.remote import RemoteCheckpoint
 from mla_moe.checkpoint.safetensors_reader import BFLOAT16, WEIGHT_DTYPES, SafetensorsReader
-from mla_moe.checkpoint.safetensors_writer import TensorEntry, tensor_entries
+from mla_moe.checkpoint.safetensors_writer import TensorEntry, tensor_entries, with_quantization
+from mla_moe.checkpoint.unused_tensors import stored_tensors
 from mla_moe.config import ModelConfig
 from mla_moe.config.errors import visible
 from mla_moe.nn.abstract_model import AbstractModel
@@ -36,7 +39,7 @@ _ROTARY = re.compile(r"\.rotary_emb\.inv_freq$")
 
 
 class HFTensors(SafetensorsReader):
-    """The tensors of a Hugging Face directory by name, FP8 blocks dequantized. Data are read when requested."""
+    """The tensors of a Hugging Face directory by name, quantized matrices dequantized. Data are read when requested."""
 
     def __init__(
         self,
@@ -45,41 +48,88 @@ class HFTensors(SafetensorsReader):
         cfg: ModelConfig,
         remote: RemoteCheckpoint | None = None,
     ):
+        schemes = read_schemes(config)  # before a type that only kinds of quantization have that are not read
         super().__init__(directory, remote)
-        self.block = fp8_blocks.block_shape(config)
-        self.quantized = {name for name, tensor in self.stored.items() if tensor.dtype == fp8_blocks.E4M3}
+        self.quantized: dict[str, Scheme] = {}
+        """Of each quantized matrix its scheme: the first one in config.json that its codes and scales fit."""
+        self.code_names: dict[str, str] = {}
+        """The name of the matrix for that of its codes."""
+        self._packed_shapes: dict[str, tuple[int, ...]] = {}
+        for name in self.stored:
+            self._find_scheme(name, schemes)
+        owners = {c: n for n, scheme in self.quantized.items() for c in scheme.companions(n) if c in self.stored}
+        self.companions: Mapping[str, str] = owners
+        """The name of the matrix for those of its scales and its shape."""
         architecture = cfg.architecture
-        self.unused = {name for name in self.stored if architecture.is_unused(cfg, name)}
+        names = self.stored.keys() | self.quantized
+        self.unused = {name for name in names if architecture.is_unused(cfg, name)}
         """What the architecture does not use."""
         rotary = {name for name, t in self.stored.items() if _ROTARY.search(name) and len(t.shape) == 1}
         self.ignored = self.unused | rotary
         """That, and rotary frequencies, which Moonlight's and Kimi's files repeat for each layer and all readers
         compute."""
-        self.names = self.stored.keys() - self.ignored - {fp8_blocks.scale_name(name) for name in self.quantized}
+        self.names = names - self.ignored - owners.keys() - (self.code_names.keys() - self.quantized.keys())
+
+    def _find_scheme(self, code_name: str, schemes: Sequence[Scheme]) -> None:
+        name, stored = code_name.removesuffix("_packed"), self.stored
+        fits = [s for s in schemes if s.code_name(name) == code_name and s.code_dtype == stored[code_name].dtype]
+        if not fits:
+            return
+        if fits[0].packed:
+            self._packed_shapes[name] = self._packed_shape(name, fits[0])
+        once = name not in self.quantized and (code_name == name or name not in stored)
+        check(once, "checkpoint", name, f"is there twice, also as {code_name}; keep one")
+        self.code_names[code_name] = name
+        self.quantized[name] = next((s for s in fits if not any(self._scale_problems(name, s))), fits[0])
+
+    def check_unused(self) -> None:
+        """Raise `CheckpointError` for quantized tensors that the architecture does not use, and a conversion to weights
+        that are not quantized would leave as they are."""
+        for name in self.unused:
+            fix = "is quantized and no part of the model; convert a release whose other modules are not quantized"
+            check(name not in self.code_names, "checkpoint", name, fix)
+
+    def _packed_shape(self, name: str, scheme: Scheme) -> tuple[int, ...]:
+        """The shape of a packed matrix: of its groups, or what its shape's tensor says. Empty without one."""
+        codes, found = self.stored[scheme.code_name(name)], self.stored.get(scheme.shape_name(name))
+        if found is None or found.shape != (2,) or found.dtype not in (np.int32, np.int64):
+            return ()
+        if scheme.block[1] * scheme.bits % 32 == 0 and scheme.is_grouped:
+            return (*codes.shape[:-1], codes.shape[-1] * 32 // scheme.bits) if codes.shape else ()
+        return tuple(self[scheme.shape_name(name)].tolist())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._packed_shapes[name] if name in self._packed_shapes else self.stored[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """The dtype of a tensor: as stored, or bfloat16 for FP8 blocks."""
+        """The dtype of a tensor: as stored, or bfloat16 for a quantized matrix."""
         return BFLOAT16 if name in self.quantized else self.stored[name].dtype
 
     def read(self, name: str, dtype: DTypeLike, rows: slice = ALL, columns: slice = ALL) -> np.ndarray:
         """A submatrix, or a slice of a vector: a memory-mapped view if `dtype` is the stored one."""
-        tensor = self._rows(name)
-        part = tensor[rows, columns] if tensor.ndim == 2 else tensor[rows]
-        if name not in self.quantized:
-            return part.astype(dtype, copy=False)
-        scale_name = fp8_blocks.scale_name(name)
-        scale = self[scale_name]
+        scheme = self.quantized.get(name)
+        if scheme is None:
+            tensor = self._rows(name)
+            return (tensor[rows, columns] if tensor.ndim == 2 else tensor[rows]).astype(dtype, copy=False)
+        codes, scale_name, shape = self[scheme.code_name(name)], scheme.scale_name(name), self.shape(name)
+        scale = self[scale_name].reshape(scheme.scale_shape(shape))
         finite = bool(np.isfinite(scale.astype(np.float32)).all())
         check(finite, "checkpoint", scale_name, "is not finite; fetch the file again")
-        return fp8_blocks.dequantize(part, scale, dtype, self.block, (rows.start or 0, columns.start or 0))
+        start, stop, _ = columns.indices(shape[1])
+        if scheme.method == "fp8":
+            return fp8.dequantize(codes[rows, columns], scale, dtype, scheme.block, (rows.start or 0, start))
+        return compressed_tensors.dequantize(codes[rows], scale, scheme, dtype, rows.start or 0, (start, stop))
 
-    def chunks(self, name: str, dtype: DTypeLike | None = None) -> Iterator[np.ndarray]:
-        """All rows, in `dtype` or as stored, some at a time: complete FP8 blocks, see `rows_per_read`."""
-        tensor = self._rows(name)
-        count = rows_per_read(int(np.prod(tensor.shape[1:])), self.block[0])
-        for start in range(0, len(tensor), count):
-            rows = slice(start, min(start + count, len(tensor)))
-            yield tensor[rows] if dtype is None else self.read(name, dtype, rows)
+    def chunks(self, name: str, dtype: DTypeLike) -> Iterator[np.ndarray]:
+        """All rows in `dtype`, some at a time: complete FP8 blocks, see `rows_per_read`."""
+        shape = self.shape(name) or (1,)
+        size = int(np.prod(shape[1:]))
+        if len(shape) > 2:
+            shape, size = (int(np.prod(shape[:-1])), shape[-1]), shape[-1]
+        scheme = self.quantized.get(name)
+        count = rows_per_read(size, scheme.block[0] if scheme and scheme.method == "fp8" else BLOCK_ROWS)
+        for start in range(0, shape[0], count):
+            yield self.read(name, dtype, slice(start, min(start + count, shape[0])))
 
     def _rows(self, name: str) -> np.ndarray:
         """A tensor as a matrix or vector; the first axes of one with more are rows, and a number is a vector."""
@@ -88,9 +138,10 @@ class HFTensors(SafetensorsReader):
 
     def same_bytes(self, a: str, b: str) -> bool:
         """Whether two tensors of one shape are stored as the same bytes."""
-        chunks = zip(self.chunks(a), self.chunks(b), strict=True)
-        equal = (np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in chunks)
-        return self.stored[a].dtype == self.stored[b].dtype and all(equal)
+        if self.stored[a].dtype != self.stored[b].dtype or {a, b} & self.quantized.keys():
+            return False
+        parts = zip(self.parts(a), self.parts(b), strict=True)
+        return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in parts)
 
     def validate(self, expected: Sequence[TensorMapping]) -> None:
         """Raise one `CheckpointError` that lists missing and unknown tensors, wrong shapes, dtypes and scales."""
@@ -105,20 +156,40 @@ class HFTensors(SafetensorsReader):
         check(not wrong, "checkpoint", str(self.directory), fix)
 
     def _problems(self, name: str, shape: tuple[int, ...]) -> Iterator[str]:
-        stored, scale_name = self.stored, fp8_blocks.scale_name(name)
-        if stored[name].shape != shape:
-            yield f"{name} has shape {list(stored[name].shape)}, not {list(shape)}"
-        elif name not in self.quantized:
-            if stored[name].dtype not in WEIGHT_DTYPES:
-                yield f"{name} has type {stored[name].dtype}, not {', '.join(map(str, WEIGHT_DTYPES))} or FP8 blocks"
-        elif len(shape) != 2:
-            yield f"{name} is in FP8, which only matrices can be"
-        elif (scale := stored.get(scale_name)) is None:
+        stored, scheme = self.stored, self.quantized.get(name)
+        if scheme is None or not scheme.packed:
+            if stored[name].shape != shape:
+                yield f"{name} has shape {list(stored[name].shape)}, not {list(shape)}"
+            elif scheme is None and stored[name].dtype not in WEIGHT_DTYPES:
+                known = ", ".join(map(str, WEIGHT_DTYPES))
+                yield f"{name} has type {stored[name].dtype}, not {known} or that of its quantization_config"
+            elif scheme is not None and len(shape) != 2:
+                yield f"{name} is quantized, which only matrices can be"
+            elif scheme is not None:
+                yield from self._scale_problems(name, scheme)
+        elif self.shape(name) != shape:
+            yield f"{scheme.shape_name(name)} is not a tensor with {list(shape)}"
+        else:
+            yield from self._scale_problems(name, scheme)
+
+    def _scale_problems(self, name: str, scheme: Scheme) -> Iterator[str]:
+        """What is wrong with a quantized matrix of the right shape."""
+        shape, codes, scale_name = self.shape(name), self.stored[scheme.code_name(name)], scheme.scale_name(name)
+        if len(shape) != 2:
+            yield f"{name} is no matrix"
+        elif codes.shape != (expected := scheme.code_shape(shape)):
+            yield f"{scheme.code_name(name)} has shape {list(codes.shape)}, not {list(expected)}"
+        elif (scale := self.stored.get(scale_name)) is None:
             yield f"{scale_name} is missing"
-        elif scale.shape != (blocks := fp8_blocks.scale_shape(shape, self.block)):
+        elif _without_ones(scale.shape) != _without_ones(blocks := scheme.scale_shape(shape)):
             yield f"{scale_name} has shape {list(scale.shape)}, not {list(blocks)}"
-        elif scale.dtype.kind == "i" or scale.dtype == fp8_blocks.E4M3:
-            yield f"{scale_name} has type {scale.dtype}, not float32 or float8_e8m0fnu"
+        elif scale.dtype.kind == "i" or scale.dtype == E4M3:
+            yield f"{scale_name} has type {scale.dtype}, not float32, bfloat16 or float8_e8m0fnu"
+
+
+def _without_ones(shape: tuple[int, ...]) -> list[int]:
+    """Writers differ in axes of length 1: a matrix's only scale may be a number."""
+    return [n for n in shape if n != 1]
 
 
 class HFCheckpoint:
@@ -159,31 +230,47 @@ class HFCheckpoint:
         """Some rows of a tensor in the Hugging Face layout; see `TensorMapping.row_slices`."""
         return self.tensors.read(mapping.name, dtype, rows)
 
-    def hf_tensors(self, dtype: np.dtype | None, *, fp8: bool) -> list[TensorEntry]:
-        """All tensors, cast to `dtype` except for router biases, in the names and the order of this directory. Raises
-        `CheckpointError` for FP8 blocks of another shape."""
-        tensors, block = self.tensors, self.tensors.block
-        fix = f"{list(block)} cannot be mixed with {list(fp8_blocks.BLOCK)}; write bfloat16 first"
-        check(not (fp8 and tensors.quantized and block != fp8_blocks.BLOCK), "checkpoint", "FP8 blocks", fix)
-        entries: list[TensorEntry] = []
-        for name, location in tensors.stored.items():
-            stored, read = tensors.dtype(name), partial(tensors.chunks, name)
-            if name in tensors.names and not is_router_bias(name) and not (fp8 and name in tensors.quantized):
-                entries += tensor_entries(name, stored, dtype or stored, location.shape, read, fp8=fp8)
-            elif fp8 or name in tensors.names or name in tensors.ignored:  # all but scales that are no longer needed
-                entries.append(TensorEntry(name, location.dtype, location.shape, read))
-        return entries
+    def unused_tensors(self) -> list[TensorEntry]:
+        """The tensors that are no part of the model, as stored."""
+        self.tensors.check_unused()
+        return stored_tensors(self.tensors, self.tensors.unused)
 
-    def hf_config(self, dtype: np.dtype | None, *, fp8: bool) -> dict[str, Any]:
-        """The `config.json` that goes with `hf_tensors`."""
-        config, tensors = fp8_blocks.without_quantization(self._config), self.tensors
-        given = fp8_blocks.quantization_config(self._config)
-        if fp8:  # the given entry may exclude matrices that are newly quantized, or describe other scales
-            added = any(fp8_blocks.is_quantized(name) for name in tensors.names - tensors.quantized)
-            config["quantization_config"] = dict(fp8_blocks.QUANTIZATION_CONFIG) if added or not given else given
+    def hf_checkpoint(
+        self, dtype: np.dtype | None, quantize: Scheme | None = None
+    ) -> tuple[list[TensorEntry], dict[str, Any]]:
+        """All tensors, cast to `dtype` except for router biases, in the names and the order of this directory, and the
+        `config.json` that goes with them. If all quantized matrices are so as `quantize` says, no other is quantized,
+        and so those that this `config.json` excludes are not. Raises `CheckpointError` for FP8 blocks and groups of
+        another size."""
+        tensors = self.tensors
+        kept = {name for name, scheme in tensors.quantized.items() if scheme == quantize}
+        for scheme in set(tensors.quantized.values()):
+            if quantize is None or scheme == quantize:
+                continue
+            fix = f"cannot be mixed with {list(quantize.block)}; write bfloat16 first"
+            same = scheme._replace(block=quantize.block) == quantize
+            check(not same, "checkpoint", f"blocks of {list(scheme.block)}", fix)
+        complete = bool(kept) and kept == tensors.quantized.keys()
+        new_scheme = None if complete else quantize
+        entries: list[TensorEntry] = []
+        if not complete:
+            tensors.check_unused()
+        for stored_name in tensors.stored:
+            name = tensors.code_names.get(stored_name, stored_name)
+            as_stored = stored_name in tensors.ignored or is_router_bias(name)
+            if as_stored or tensors.companions.get(name, name) in kept:
+                entries += stored_tensors(tensors, [stored_name])
+            elif name in tensors.names:  # not scales that are no longer needed
+                stored, read = tensors.dtype(name), partial(tensors.chunks, name)
+                entries += tensor_entries(name, stored, dtype or stored, tensors.shape(name), read, new_scheme)
+        config, given = without_quantization(self._config), quantization_config(self._config)
+        if complete and given:
+            config["quantization_config"] = given
+        else:
+            config = with_quantization(config, quantize, entries, self.cfg)
         if dtype is not None:
             config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": dtype.name}
-        return config
+        return entries, config
 
 
 def _check_model(cfg: ModelConfig, tensors: HFTensors) -> ModelConfig:

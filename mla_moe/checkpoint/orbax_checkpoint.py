@@ -18,7 +18,8 @@ from jax.typing import DTypeLike
 from mla_moe.checkpoint.files import CheckpointError, check
 from mla_moe.checkpoint.hf_mapping import Index, TensorMapping, by_tensor, is_router_bias, tensor_mappings
 from mla_moe.checkpoint.orbax_layout import StateArrays, read_json_item, require_known_format, run_directory
-from mla_moe.checkpoint.safetensors_writer import TensorEntry, tensor_entries
+from mla_moe.checkpoint.quantization import Scheme
+from mla_moe.checkpoint.safetensors_writer import TensorEntry, tensor_entries, with_quantization
 from mla_moe.checkpoint.tokenizer_files import hf_config
 from mla_moe.checkpoint.unused_tensors import unused_tensors
 from mla_moe.config import LoRAConfig, ModelConfig, structure
@@ -154,17 +155,19 @@ class OrbaxCheckpoint:
         fix = f"is damaged: {path} does not match its checksum"
         check(number == expected, "checkpoint", str(self.directory), fix)
 
-    def hf_tensors(self, dtype: np.dtype | None, *, fp8: bool) -> list[TensorEntry]:
-        """All tensors for a Hugging Face checkpoint, cast to `dtype` except for router biases."""
-        return mapped_tensors(self, self.directory, dtype, fp8=fp8)
+    def unused_tensors(self) -> list[TensorEntry]:
+        """The tensors beside it that are no part of the model."""
+        return unused_tensors(self.directory, self.cfg)
 
-    def hf_config(self, dtype: np.dtype | None, *, fp8: bool) -> dict[str, Any]:
-        """The `config.json` that goes with `hf_tensors`."""
-        return hf_config(self.cfg, dtype or self.dtype("embed"), fp8=fp8, beside=self.directory)
+    def hf_checkpoint(
+        self, dtype: np.dtype | None, quantize: Scheme | None = None
+    ) -> tuple[list[TensorEntry], dict[str, Any]]:
+        """All tensors of a Hugging Face checkpoint, cast to `dtype` except for router biases, and its config.json."""
+        return mapped_checkpoint(self, self.directory, dtype, quantize)
 
 
 class RowReader(Protocol):
-    """What `mapped_tensors` needs of a checkpoint."""
+    """What `mapped_checkpoint` needs of a checkpoint."""
 
     cfg: ModelConfig
 
@@ -173,9 +176,11 @@ class RowReader(Protocol):
     def read_rows(self, mapping: TensorMapping, dtype: DTypeLike, rows: slice, index: Index, /) -> np.ndarray: ...
 
 
-def mapped_tensors(checkpoint: RowReader, directory: Path, dtype: np.dtype | None, *, fp8: bool) -> list[TensorEntry]:
+def mapped_checkpoint(
+    checkpoint: RowReader, directory: Path, dtype: np.dtype | None, quantize: Scheme | None
+) -> tuple[list[TensorEntry], dict[str, Any]]:
     """All tensors of a checkpoint's model for a Hugging Face directory, cast to `dtype` except for router biases, and
-    those that `directory` has beside them."""
+    those that `directory` has beside them; and the `config.json` that goes with them."""
 
     def rows(parts: list[TensorMapping], dtype: DTypeLike) -> Iterator[np.ndarray]:
         return (checkpoint.read_rows(part, dtype, *rows) for part in parts for rows in part.row_slices())
@@ -185,5 +190,7 @@ def mapped_tensors(checkpoint: RowReader, directory: Path, dtype: np.dtype | Non
         name, stored = parts[0].name, checkpoint.dtype(parts[0].path)
         target = stored if dtype is None or is_router_bias(name) else dtype
         shape = parts[0].stacked_shape or parts[0].shape
-        entries += tensor_entries(name, stored, target, shape, partial(rows, parts), fp8=fp8)
-    return entries + unused_tensors(directory, checkpoint.cfg)
+        entries += tensor_entries(name, stored, target, shape, partial(rows, parts), quantize)
+    entries += unused_tensors(directory, checkpoint.cfg)
+    config = hf_config(checkpoint.cfg, dtype or checkpoint.dtype("embed"), beside=directory)
+    return entries, with_quantization(config, quantize, entries, checkpoint.cfg)

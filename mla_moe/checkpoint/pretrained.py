@@ -14,9 +14,10 @@ from jax.typing import DTypeLike
 from mla_moe.checkpoint.hf_mapping import TensorMapping, by_tensor, tensor_mappings
 from mla_moe.checkpoint.hub import local_checkpoint
 from mla_moe.checkpoint.orbax_layout import find_step
+from mla_moe.checkpoint.quantization import Quantize, target_scheme
 from mla_moe.checkpoint.reader import is_router, load_arrays, open_checkpoint
 from mla_moe.checkpoint.safetensors_reader import weight_dtype
-from mla_moe.checkpoint.safetensors_writer import SHARD_BYTES, tensor_entries, write_checkpoint
+from mla_moe.checkpoint.safetensors_writer import SHARD_BYTES, tensor_entries, with_quantization, write_checkpoint
 from mla_moe.checkpoint.tokenizer_files import files_to_copy, hf_config
 from mla_moe.checkpoint.unused_tensors import unused_tensors
 from mla_moe.config import MeshConfig
@@ -35,10 +36,10 @@ def load_pretrained(path: str | Path, dtype: DTypeLike | None = None, mesh: Mesh
     """Load the model of a Hugging Face directory, of a run (its newest checkpoint), or of the Hub: `ORG/NAME`, unless
     there is such a directory here, or `hf://ORG/NAME@REVISION`; or of a bucket, `s3://…` or `gs://…`.
 
-    Parameters keep the files' dtypes unless `dtype` is set, and FP8 blocks are dequantized to bfloat16; routers are
-    always float32. With a mesh the parameters are sharded over it, and a process reads its own shards only; otherwise
-    they are on the first device. Code in a checkpoint is never executed. Raises `CheckpointError` for invalid or
-    damaged files, and for missing or unknown tensors, and `ConfigError` if the Hub has no such model or cannot be
+    Parameters keep the files' dtypes unless `dtype` is set, and quantized matrices are dequantized to bfloat16; routers
+    are always float32. With a mesh the parameters are sharded over it, and a process reads its own shards only;
+    otherwise they are on the first device. Code in a checkpoint is never executed. Raises `CheckpointError` for invalid
+    or damaged files, and for missing or unknown tensors, and `ConfigError` if the Hub has no such model or cannot be
     reached.
     """
     checkpoint = open_checkpoint(f"hf://{path}" if is_hub_id(path) else path)
@@ -60,7 +61,7 @@ def save_pretrained(
     dtype: DTypeLike | None = None,
     *,
     like: str | Path | None = None,
-    fp8: bool = False,
+    quantize: Quantize | None = None,
     max_shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Save a directory that transformers, vLLM and SGLang load. It appears only when it is complete. `hf://ORG/NAME` is
@@ -68,10 +69,10 @@ def save_pretrained(
 
     Weights keep the model's dtypes, and a loaded router its file's, unless `dtype` is set; router biases are then
     float32. Adapters are merged into their weights. `like` is a checkpoint or run whose tokenizer, chat template, token
-    ids and vision tower are copied. With `fp8`, the matrices that DeepSeek releases in FP8 blocks are quantized. All
-    processes must call this; the first one writes. Raises `CheckpointError` if `path` exists.
+    ids and vision tower are copied. With `quantize`, matrices are quantized as in `convert`. All processes must call
+    this; the first one writes. Raises `CheckpointError` if `path` exists.
     """
-    dtype = None if dtype is None else weight_dtype(dtype)
+    dtype, scheme = None if dtype is None else weight_dtype(dtype), target_scheme(quantize, model.cfg)
     variables, entries = model_variables(merge_adapters(model)), []
     for parts in by_tensor(tensor_mappings(model.cfg)):
         mapping, variable = parts[0], variables[parts[0].path]
@@ -79,7 +80,7 @@ def save_pretrained(
         target = np.float32 if isinstance(variable, RouterBias) else dtype
         target = np.dtype(variable.get_metadata(_FILE_DTYPE, array.dtype) if dtype is None else target)
         read, shape = partial(_full_tensor, array, parts), mapping.stacked_shape or mapping.shape
-        entries += tensor_entries(mapping.name, array.dtype, target, shape, read, fp8=fp8)
+        entries += tensor_entries(mapping.name, array.dtype, target, shape, read, scheme)
     if jax.process_index() > 0:
         for entry in entries:
             deque(entry.chunks(), maxlen=0)  # take part in the all-gathers of the first process
@@ -88,7 +89,8 @@ def save_pretrained(
     beside = (find_step(like) or like) if like else None
     if beside:
         entries += unused_tensors(beside, model.cfg)
-    config = hf_config(model.cfg, dtype or model.precision.param, fp8=fp8, beside=beside)
+    config = hf_config(model.cfg, dtype or model.precision.param, beside=beside)
+    config = with_quantization(config, scheme, entries, model.cfg)
     write_checkpoint(path, config, entries, max_shard_bytes, files_to_copy(beside) if beside else {})
 
 

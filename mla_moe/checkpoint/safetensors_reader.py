@@ -6,7 +6,7 @@ Tensors are memory-mapped at each access: only the bytes that are used are read,
 import contextlib
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from mla_moe.checkpoint.files import CheckpointError, check, read_json
+from mla_moe.checkpoint.hf_mapping import READ_BYTES
 from mla_moe.config import ConfigError
 from mla_moe.config.files import MAX_JSON_BYTES
 
@@ -31,6 +32,7 @@ DTYPES: Mapping[str, np.dtype] = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
     "I64": np.dtype(np.int64),
     "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
 }
 WEIGHT_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 MAX_HEADER_BYTES = MAX_JSON_BYTES
@@ -83,6 +85,11 @@ class SafetensorsReader:
         path = self._remote.fetch(stored.path) if self._remote else stored.path
         data = np.memmap(path, np.uint8, "r", stored.offset, (stored.nbytes,))
         return data.view(np.ndarray).view(stored.dtype).reshape(stored.shape)
+
+    def parts(self, name: str) -> Iterator[np.ndarray]:
+        """The elements in order, some at a time: pages of a mapped file count as this process's memory."""
+        for start in range(0, int(np.prod(self.stored[name].shape)), READ_BYTES):
+            yield self[name].reshape(-1)[start : start + READ_BYTES]
 
 
 def _files(directory: Path) -> list[Path]:

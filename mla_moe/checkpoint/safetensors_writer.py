@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mla_moe.checkpoint import fp8 as fp8_blocks
+from mla_moe.checkpoint import compressed_tensors, fp8
 from mla_moe.checkpoint.destination import new_directory
 from mla_moe.checkpoint.files import flush_to_disk, progress_bar, write_side_files
-from mla_moe.checkpoint.safetensors_reader import DTYPES
+from mla_moe.checkpoint.quantization import Scheme, written_config
+from mla_moe.checkpoint.safetensors_reader import BFLOAT16, DTYPES, WEIGHT_DTYPES
+from mla_moe.config import ModelConfig
 
 SHARD_BYTES = 5 << 30
 _FLUSH_BYTES = 128 << 20
@@ -36,25 +38,45 @@ class TensorEntry(NamedTuple):
 
 
 def tensor_entries(
-    name: str, stored: np.dtype, dtype: np.dtype, shape: tuple[int, ...], read: Read, *, fp8: bool
+    name: str, stored: np.dtype, dtype: np.dtype, shape: tuple[int, ...], read: Read, quantize: Scheme | None
 ) -> list[TensorEntry]:
-    """A tensor to write in `dtype`; with `fp8`, if released checkpoints quantize it, in FP8 blocks and followed by its
-    scales. Chunks must then be complete blocks. Quantized are the `stored` values, without rounding to `dtype`."""
-    if not (fp8 and fp8_blocks.is_quantized(name)):
+    """A tensor to write in `dtype`; one that `quantize` selects as its codes, followed by its scales. Chunks must then
+    be complete FP8 blocks. Quantized are the `stored` values, without rounding to `dtype`."""
+    if quantize is None or not quantize.selects(name):
         return [TensorEntry(name, dtype, shape, partial(read, dtype))]
+    function = compressed_tensors.quantize_int4 if quantize.packed else fp8.quantize
     scales: list[np.ndarray] = []
 
-    def quantized() -> Iterable[np.ndarray]:
+    def codes() -> Iterable[np.ndarray]:
         for chunk in read(stored):
-            values, scale = fp8_blocks.quantize(chunk)
+            values, scale = function(chunk)
             scales.append(scale)
             yield values
 
-    scale_shape = fp8_blocks.scale_shape(shape)
-    return [
-        TensorEntry(name, fp8_blocks.E4M3, shape, quantized),
-        TensorEntry(fp8_blocks.scale_name(name), np.dtype(np.float32), scale_shape, lambda: scales),
+    def written_once() -> Iterable[np.ndarray]:
+        while scales:  # not kept: a ninth of the checkpoint for INT4
+            yield scales.pop(0)
+
+    scale_dtype = BFLOAT16 if quantize.packed else np.dtype(np.float32)
+    entries = [
+        TensorEntry(quantize.code_name(name), quantize.code_dtype, quantize.code_shape(shape), codes),
+        TensorEntry(quantize.scale_name(name), scale_dtype, quantize.scale_shape(shape), written_once),
     ]
+    if quantize.packed:
+        sizes = np.array(shape, np.int64)
+        entries.append(TensorEntry(quantize.shape_name(name), sizes.dtype, sizes.shape, lambda: [sizes]))
+    return entries
+
+
+def with_quantization(
+    config: dict[str, Any], quantize: Scheme | None, entries: Iterable[TensorEntry], cfg: ModelConfig
+) -> dict[str, Any]:
+    """`config` as that of `entries`, some of which `quantize` has quantized."""
+    if quantize is None:
+        return config
+    matrices = (e.name for e in entries if len(e.shape) > 1 and e.dtype in WEIGHT_DTYPES)
+    plain = [name.removesuffix(".weight") for name in matrices if name.endswith(".weight")]
+    return config | {"quantization_config": written_config(quantize, plain, cfg)}
 
 
 def write_checkpoint(

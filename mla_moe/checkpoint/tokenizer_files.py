@@ -9,8 +9,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from mla_moe.checkpoint.files import CheckpointError, check, read_json
-from mla_moe.checkpoint.fp8 import QUANTIZATION_CONFIG, without_quantization
 from mla_moe.checkpoint.orbax_layout import find_step, run_directory
+from mla_moe.checkpoint.quantization import without_quantization
 from mla_moe.config import ConfigError, ModelConfig
 from mla_moe.text.isolated import text_worker
 from mla_moe.text.special_tokens import BYTE_SPECIAL_IDS, MAX_TOKENIZER_BYTES
@@ -88,16 +88,16 @@ def _recipe_tokenizer(run: Path) -> Path | None:
     return run / "tokenizer.json" if spec.startswith("bpe:") else tokenizer_path(spec)
 
 
-def hf_config(cfg: ModelConfig, dtype: DTypeLike, *, fp8: bool = False, beside: Path | None = None) -> dict[str, Any]:
-    """The contents of `config.json`: those in the directory `beside` if they describe this model, otherwise
-    `cfg.to_hf()` with the token ids found there."""
+def hf_config(cfg: ModelConfig, dtype: DTypeLike, *, beside: Path | None = None) -> dict[str, Any]:
+    """The contents of a `config.json` of weights in `dtype`: those in the directory `beside` if they describe this
+    model, otherwise `cfg.to_hf()` with the token ids found there."""
     config = cfg.to_hf()
     if beside is not None:
         found = read_json(beside / "config.json") if (beside / "config.json").is_file() else {}
         config = found if _describes(found, cfg) else config | _token_ids(found, beside)
     config = {k: v for k, v in without_quantization(config).items() if k != "dtype"}
     config["torch_dtype"] = np.dtype(dtype).name
-    return config | ({"quantization_config": dict(QUANTIZATION_CONFIG)} if fp8 else {})
+    return config
 
 
 def _describes(config: Mapping[str, Any], cfg: ModelConfig) -> bool:

@@ -8,6 +8,7 @@ from typing import Literal
 import tyro
 
 from mla_moe.checkpoint.convert import convert
+from mla_moe.config import require
 from mla_moe.config.storage import is_url, shown
 
 
@@ -24,9 +25,12 @@ class Convert:
     to: Literal["hf", "orbax"] = "hf"
     """hf: config.json and safetensors; orbax: a checkpoint for `--init-from` and Orbax."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Weights' dtype; by default unchanged, and bfloat16 for FP8 weights."""
+    """Weights' dtype; by default unchanged, and bfloat16 for quantized weights."""
+    quantize: Literal["fp8", "int4"] | None = None
+    """fp8: matrices in FP8 blocks of 128 x 128, as in DeepSeek's releases; int4: routed experts in INT4 groups of 32,
+    as in Kimi-K2.5."""
     fp8: bool = False
-    """Quantize matrices to FP8 in blocks of 128 x 128, as in DeepSeek's releases."""
+    """Renamed: use --quantize fp8."""
     merge_adapter: bool = False
     """Write the complete model with LoRA adapters added to its weights. Otherwise adapters become a directory for
     PEFT."""
@@ -34,9 +38,10 @@ class Convert:
     def run(self) -> None:
         import jax.numpy as jnp
 
+        require(not self.fp8, "fp8", True, "is now --quantize fp8")
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a single process merges nothing
         dtype = self.dtype and jnp.dtype(self.dtype)
-        convert(self.src, self.dst, to=self.to, dtype=dtype, fp8=self.fp8, merge_adapter=self.merge_adapter)
+        convert(self.src, self.dst, to=self.to, dtype=dtype, quantize=self.quantize, merge_adapter=self.merge_adapter)
         if is_url(self.dst):
             print(f"{shown(self.dst)}: written")
             return

@@ -28,16 +28,16 @@ def _traced_once():
         yield
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    """A model of one dense and one MoE layer."""
+@pytest.fixture(scope="module", params=[None, "int4"])
+def good(request, tmp_path_factory):
+    """A model of one dense and one MoE layer, also with experts in INT4."""
     folder = tmp_path_factory.mktemp("checkpoint") / "good"
     cfg = ModelConfig(
-        vocab_size=8, hidden_size=8, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8,
-        moe_intermediate_size=4, n_routed_experts=2, num_experts_per_tok=1, kv_lora_rank=4, qk_nope_head_dim=4,
+        vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=1, intermediate_size=8,
+        moe_intermediate_size=32, n_routed_experts=2, num_experts_per_tok=1, kv_lora_rank=4, qk_nope_head_dim=4,
         qk_rope_head_dim=2, v_head_dim=4, max_position_embeddings=8,
     )  # fmt: skip
-    save_pretrained(Transformer(cfg, rngs=nnx.Rngs(0)), folder)
+    save_pretrained(Transformer(cfg, rngs=nnx.Rngs(0)), folder, quantize=request.param)
     return folder
 
 
@@ -52,7 +52,7 @@ def read(folder):
     """What is opened can be read in full."""
     with contextlib.suppress(ConfigError):
         checkpoint = open_checkpoint(folder)
-        for entry in checkpoint.hf_tensors(None, fp8=False):
+        for entry in checkpoint.hf_checkpoint(None)[0]:
             assert sum(chunk.nbytes for chunk in entry.chunks()) == entry.nbytes
 
 

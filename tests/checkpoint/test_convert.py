@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 
 from mla_moe import ConfigError, ModelConfig, Transformer
 from mla_moe.checkpoint.convert import convert
-from mla_moe.checkpoint.fp8 import E4M3, QUANTIZATION_CONFIG, is_quantized
 from mla_moe.checkpoint.hf_mapping import tensor_mappings
 from mla_moe.checkpoint.pretrained import load_pretrained, save_pretrained
+from mla_moe.checkpoint.quantization import E4M3, FP8_BLOCKS
 from mla_moe.checkpoint.safetensors_reader import SafetensorsReader
 from mla_moe.nn.abstract_model import model_arrays
 
@@ -40,7 +40,7 @@ def wide(cfg):
 @pytest.fixture(scope="module")
 def saved_fp8(wide, tmp_path_factory):
     path = tmp_path_factory.mktemp("saved") / "fp8"
-    save_pretrained(wide, path, jnp.bfloat16, fp8=True, max_shard_bytes=100_000)
+    save_pretrained(wide, path, jnp.bfloat16, quantize="fp8", max_shard_bytes=100_000)
     return path
 
 
@@ -105,7 +105,7 @@ def test_dtype_is_changed_and_restored(tmp_path):
 def test_the_tensors_that_released_checkpoints_quantize_are_quantized(fp8_directory, wide):
     reader = SafetensorsReader(fp8_directory)
     assert {name for name in reader.stored if reader[name].dtype == E4M3} == {
-        mapping.name for mapping in tensor_mappings(wide.cfg) if is_quantized(mapping.name)
+        mapping.name for mapping in tensor_mappings(wide.cfg) if FP8_BLOCKS.selects(mapping.name)
     }
     assert reader["model.layers.0.self_attn.kv_a_proj_with_mqa.weight_scale_inv"].shape == (2, 2)
     config = json.loads((fp8_directory / "config.json").read_text())
@@ -134,29 +134,25 @@ def test_convert_and_save_pretrained_quantize_to_the_same_bytes(fp8_directory, w
     """The result does not depend on the number of rows read at a time."""
     save_pretrained(wide, tmp_path / "plain", max_shard_bytes=300_000)
     monkeypatch.setattr("mla_moe.checkpoint.hf_mapping.READ_BYTES", 1)
-    convert(tmp_path / "plain", tmp_path / "out", dtype=jnp.bfloat16, fp8=True)
+    convert(tmp_path / "plain", tmp_path / "out", dtype=jnp.bfloat16, quantize="fp8")
     assert tensors(tmp_path / "out") == tensors(fp8_directory)
 
 
 def test_fp8_blocks_are_kept_unchanged(fp8_directory, tmp_path):
-    convert(fp8_directory, tmp_path / "out", fp8=True)
+    convert(fp8_directory, tmp_path / "out", quantize="fp8")
     assert tensors(tmp_path / "out") == tensors(fp8_directory)
 
 
-def test_quantization_config_is_rewritten_if_tensors_are_newly_quantized(fp8_directory, tmp_path):
-    """Where the old one excludes a module, transformers would load its FP8 values without their scales."""
+def test_modules_that_a_checkpoint_in_fp8_excludes_are_not_quantized(fp8_directory, tmp_path):
     config = json.loads((fp8_directory / "config.json").read_text())
-    given_config = config["quantization_config"] | {"modules_to_not_convert": ["model.layers.0.self_attn"]}
+    given_config = config["quantization_config"] | {"modules_to_not_convert": ["model.layers.0.self_attn.o_proj"]}
     (fp8_directory / "config.json").write_text(json.dumps(config | {"quantization_config": given_config}))
-    convert(fp8_directory, tmp_path / "kept", fp8=True)
     change(fp8_directory, SCALE, lambda given: {n: x for n, x in given.items() if n != SCALE})
     change(fp8_directory, WEIGHT, lambda given: given | {WEIGHT: given[WEIGHT].astype(np.float32)})
-    convert(fp8_directory, tmp_path / "rewritten", fp8=True)
-    found = [
-        json.loads((tmp_path / d / "config.json").read_text())["quantization_config"] for d in ("kept", "rewritten")
-    ]
-    assert found == [given_config, dict(QUANTIZATION_CONFIG)]
-    assert SafetensorsReader(tmp_path / "rewritten")[WEIGHT].dtype == E4M3
+    convert(fp8_directory, tmp_path / "kept", quantize="fp8")
+    assert tensors(tmp_path / "kept") == tensors(fp8_directory)
+    found = json.loads((tmp_path / "kept" / "config.json").read_text())
+    assert found["quantization_config"] == given_config
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mla_moe import ConfigError
 from mla_moe.checkpoint import fp8
+from mla_moe.checkpoint.quantization import FP8_BLOCKS
 
 SHAPES = [(1, 1), (128, 128), (576, 200), (130, 257), (64, 300)]
 
@@ -27,7 +28,7 @@ def reference(weight, scale, block=fp8.BLOCK):
 @pytest.mark.parametrize("scale_dtype", [np.float32, ml_dtypes.float8_e8m0fnu])
 def test_dequantize_multiplies_each_value_by_the_scale_of_its_block(shape, dtype, scale_dtype):
     weight = random(shape, 50).astype(fp8.E4M3)
-    scale = np.abs(random(fp8.scale_shape(shape))).astype(scale_dtype)
+    scale = np.abs(random(FP8_BLOCKS.scale_shape(shape))).astype(scale_dtype)
     got = fp8.dequantize(weight, scale, dtype)
     assert got.dtype == dtype
     np.testing.assert_array_equal(got, reference(weight, scale).astype(dtype))
@@ -39,7 +40,7 @@ def test_dequantize_of_a_submatrix_equals_that_part_of_the_full_result(data):
     block = data.draw(st.tuples(st.integers(1, 9), st.integers(1, 9)))
     shape = data.draw(st.tuples(st.integers(1, 30), st.integers(1, 30)))
     weight = random(shape).astype(fp8.E4M3)
-    scale = 1 + np.abs(random(fp8.scale_shape(shape, block)))
+    scale = 1 + np.abs(random(FP8_BLOCKS._replace(block=block).scale_shape(shape)))
     r, c = (sorted((data.draw(st.integers(0, n)), data.draw(st.integers(0, n)))) for n in shape)
     got = fp8.dequantize(weight[slice(*r), slice(*c)], scale, np.float32, block, (r[0], c[0]))
     np.testing.assert_array_equal(got, reference(weight, scale, block)[slice(*r), slice(*c)])
@@ -50,7 +51,7 @@ def test_quantize_keeps_three_mantissa_bits(shape):
     x = random(shape, 0.02)
     weight, scale = fp8.quantize(x)
     assert scale.dtype == np.float32
-    assert scale.shape == fp8.scale_shape(shape)
+    assert scale.shape == FP8_BLOCKS.scale_shape(shape)
     peak = reference(np.ones(shape), scale) * 448
     assert (np.abs(reference(weight, scale) - x) <= np.maximum(np.abs(x) / 16, peak * 2**-18) * 1.0001).all()
     assert np.abs(weight.astype(np.float32)).max() == 448
@@ -74,26 +75,3 @@ def test_a_block_of_zeros_stays_zero():
 def test_quantize_rejects_values_that_are_not_finite(bad):
     with pytest.raises(ConfigError, match="FP8"):
         fp8.quantize(np.array([[1, bad]], np.float32))
-
-
-@pytest.mark.parametrize(
-    "config", [{"quant_method": "awq"}, {"fmt": "e5m2"}, {"weight_block_size": [128]}, {"weight_block_size": [0, 1]}]
-)
-def test_other_quantization_configs_are_rejected(config):
-    with pytest.raises(ConfigError, match="quantization_config"):
-        fp8.block_shape({"quantization_config": dict(fp8.QUANTIZATION_CONFIG) | config})
-
-
-def test_only_projections_are_quantized():
-    layer = "model.layers.3"
-    yes = ["self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", "mlp.gate_proj", "mlp.experts.7.down_proj"]
-    no = ["mlp.gate", "eh_proj", "input_layernorm", "self_attn.kv_a_layernorm", "shared_head.head", "embed_tokens"]
-    assert all(fp8.is_quantized(f"{layer}.{name}.weight") for name in yes)
-    assert not any(fp8.is_quantized(f"{layer}.{name}.weight") for name in no)
-
-
-def test_other_quantization_is_refused_by_its_name():
-    nvfp4 = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
-    for config in ({"quantization_config": nvfp4}, {"text_config": {"quantization_config": nvfp4}}):
-        with pytest.raises(ConfigError, match=r"nvfp4-pack-quantized.*write bfloat16"):
-            fp8.block_shape(config)

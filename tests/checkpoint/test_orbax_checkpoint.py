@@ -73,16 +73,16 @@ def test_it_loads_as_the_original_on_any_mesh_and_with_orbax_itself(tmp_path):
 
 def test_dtype_and_fp8_conversion(tmp_path):
     convert(GOLDEN / "v3", tmp_path / "wide", to="orbax", dtype=jnp.dtype("float32"))
-    convert(GOLDEN / "v3", tmp_path / "fp8", fp8=True)
+    convert(GOLDEN / "v3", tmp_path / "fp8", quantize="fp8")
     convert(tmp_path / "fp8", tmp_path / "dequantized", to="orbax")
-    convert(tmp_path / "wide", tmp_path / "again", fp8=True, dtype=jnp.dtype("bfloat16"))
+    convert(tmp_path / "wide", tmp_path / "again", quantize="fp8", dtype=jnp.dtype("bfloat16"))
     wide = open_checkpoint(tmp_path / "wide")
     assert wide.dtype("embed") == wide.dtype("moe_layers/moe/router/bias") == jnp.float32
     assert open_checkpoint(tmp_path / "dequantized").dtype("moe_layers/moe/down") == jnp.bfloat16
     assert "quantization_config" not in json.loads((tmp_path / "dequantized" / "config.json").read_text())
     assert tensors(tmp_path / "again") == tensors(tmp_path / "fp8")
-    with pytest.raises(ConfigError, match="no FP8 blocks"):
-        convert(GOLDEN / "v3", tmp_path / "x", to="orbax", fp8=True)
+    with pytest.raises(ConfigError, match="not quantized"):
+        convert(GOLDEN / "v3", tmp_path / "x", to="orbax", quantize="fp8")
 
 
 @pytest.mark.slow

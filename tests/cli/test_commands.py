@@ -67,7 +67,9 @@ def test_convert_round_trip(capsys, tmp_path):
     assert main(["convert", str(tmp_path / "orbax"), str(tmp_path / "hf")]) == 0
     before, after = SafetensorsReader(GOLDEN / "v3"), SafetensorsReader(tmp_path / "hf")
     assert {name: before[name].tobytes() for name in before.stored} == {n: after[n].tobytes() for n in after.stored}
-    assert main(["convert", str(tmp_path / "hf"), str(tmp_path / "wide"), "--dtype", "float32", "--fp8"]) == 0
+    assert (
+        main(["convert", str(tmp_path / "hf"), str(tmp_path / "wide"), "--dtype", "float32", "--quantize", "fp8"]) == 0
+    )
     assert "GB" in capsys.readouterr().out
 
 
@@ -75,7 +77,8 @@ def test_errors_are_one_line(capsys, tmp_path):
     for arguments in (
         ["convert", str(tmp_path / "nothing"), str(tmp_path / "out")],
         ["convert", str(GOLDEN / "v3"), str(tmp_path)],
-        ["convert", str(GOLDEN / "v3"), str(tmp_path / "out"), "--to", "orbax", "--fp8"],
+        ["convert", str(GOLDEN / "v3"), str(tmp_path / "out"), "--to", "orbax", "--quantize", "fp8"],
+        ["convert", str(GOLDEN / "v3"), str(tmp_path / "out"), "--fp8"],
         ["inspect", "gpt-2"],
     ):
         assert main(arguments) == 2

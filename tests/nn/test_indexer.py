@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from mla_moe import ConfigError, MLAttention, Transformer
-from mla_moe.checkpoint.fp8 import is_quantized
+from mla_moe.checkpoint.quantization import FP8_BLOCKS
 from mla_moe.nn.abstract_model import AbstractModel
 
 LENGTH = 21
@@ -117,7 +117,7 @@ def test_an_impossible_indexer_names_the_field(fields, field):
 def test_fp8_is_of_the_matrices_that_are_released_in_it():
     prefix = "model.layers.0.self_attn."
     names = ["indexer.wq_b.weight", "indexer.wk.weight", "q_b_proj.weight", "indexer.weights_proj.weight"]
-    assert [is_quantized(prefix + name) for name in [*names, "indexer.k_norm.weight"]] == [
+    assert [FP8_BLOCKS.selects(prefix + name) for name in [*names, "indexer.k_norm.weight"]] == [
         True,
         True,
         True,

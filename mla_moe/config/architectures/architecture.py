@@ -46,6 +46,8 @@ class Architecture:
     """Fields of `config.json` that have a default in `ModelConfig`, but not here: no tensor shows a wrong value."""
     stacked_experts: bool = False
     """Whether the matrices of a layer's experts are one tensor, and gate and up projections too."""
+    unused_modules: tuple[str, ...] = ()
+    """Modules beside the language model in released files, such as a vision tower, whose tensors `is_unused` names."""
     bias_may_be_missing: bool = False
     """Whether a checkpoint without router biases is one of a router without them, whatever `config.json` says."""
     presets: Mapping[str, Mapping[str, Any]] = {}
@@ -119,7 +121,7 @@ class Architecture:
     def is_unused(self, cfg: ModelConfig, name: str) -> bool:
         """Whether a tensor of a checkpoint is no part of the model `cfg`, though of released files. Conversions between
         such files keep it."""
-        return False
+        return name.partition(".")[0] in self.unused_modules
 
     def _missing_fields(self) -> list["dataclasses.Field[Any]"]:
         """The fields of a `ModelConfig` that are no part of this architecture."""

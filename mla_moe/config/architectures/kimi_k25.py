@@ -20,6 +20,7 @@ class KimiK25(DeepseekV3):
     models = "Kimi-K2.5, K2.6: their language model"
     differs = "tensors under `language_model.`; the vision tower is kept in conversions and not used"
     aliases = ()
+    unused_modules = ("vision_tower", "mm_projector")
     presets: Mapping[str, Mapping[str, Any]] = {
         "kimi-k2.5": dict(
             DeepseekV3.presets["kimi-k2"], max_position_embeddings=262144, rms_norm_eps=1e-5,
@@ -47,9 +48,6 @@ class KimiK25(DeepseekV3):
 
     def tensor_name(self, name: str) -> str:
         return f"language_model.{name}"
-
-    def is_unused(self, cfg: ModelConfig, name: str) -> bool:
-        return name.startswith(("vision_tower.", "mm_projector."))
 
 
 ARCHITECTURE = KimiK25()

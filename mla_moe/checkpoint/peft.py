@@ -21,9 +21,10 @@ from mla_moe.checkpoint.files import atomic_directory, check, read_json
 from mla_moe.checkpoint.hf_mapping import ALL, Index, tensor_mappings
 from mla_moe.checkpoint.safetensors_reader import WEIGHT_DTYPES, SafetensorsReader
 from mla_moe.checkpoint.safetensors_writer import TensorEntry, write_file
-from mla_moe.config import LoRAConfig, ModelConfig
+from mla_moe.config import LoRAConfig, ModelConfig, structure
 from mla_moe.config.hub import is_hub, is_hub_id
 from mla_moe.config.lora import AdapterSize
+from mla_moe.config.storage import require_path
 from mla_moe.nn.abstract_model import AbstractModel
 from mla_moe.nn.lora import RANK, adapter_axes
 from mla_moe.parallel.sharding import logical_axes
@@ -33,11 +34,19 @@ if TYPE_CHECKING:
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_REFUSED = (
-    "use_dora", "lora_bias", "fan_in_fan_out", "modules_to_save", "layer_replication", "trainable_token_indices",
-    "alora_invocation_tokens", "use_bdlora", "kasa_config", "velora_config",
-)  # fmt: skip
-"""Options of PEFT that change what an adapter computes."""
+_READ = {
+    "peft_type", "base_model_name_or_path", "revision", "lora_alpha", "alpha_pattern", "use_rslora",
+    "target_parameters", "bias", "init_lora_weights",
+}  # fmt: skip
+_WITHOUT_EFFECT = {
+    "r", "rank_pattern", "target_modules", "exclude_modules",  # the tensors say the same
+    "task_type", "auto_mapping", "inference_mode", "peft_version", "lora_dropout", "ensure_weight_tying",
+    "runtime_config", "megatron_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config",
+}  # fmt: skip
+"""Options of PEFT without effect on what an adapter computes. All others are refused, also those of other versions."""
+_PLAIN_INITS = (None, True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Values of `init_lora_weights` that leave the base as it is. Others, such as PiSSA, subtract from it."""
 
 
 class PeftModule(NamedTuple):
@@ -200,13 +209,20 @@ def open_peft(directory: Path, open_base: Callable[[str], "Checkpoint"]) -> Adap
     `CheckpointError` for an adapter that this package cannot compute, and for missing or unknown tensors."""
     config = read_json(directory / CONFIG)
     check(config.get("peft_type") == "LORA", "peft_type", config.get("peft_type"), f"in {directory}: only LORA is read")
-    for name in _REFUSED:
-        check(not config.get(name), name, config.get(name), f"in {directory}: such adapters are not supported")
+    for name in sorted(config.keys() - _READ - _WITHOUT_EFFECT):
+        check(not config[name], name, config[name], f"in {directory}: such adapters are not supported")
     check(config.get("bias", "none") == "none", "bias", config.get("bias"), f"in {directory}: only none is supported")
-    named = str(config.get("base_model_name_or_path"))
-    base_name = _base_name(directory, named, config.get("revision"))
+    init, fix = config.get("init_lora_weights"), "changes the base too; convert the adapter to plain LoRA with PEFT"
+    check(init in _PLAIN_INITS, "init_lora_weights", init, f"in {directory}: {fix}")
+    named = structure(str, config.get("base_model_name_or_path"), "base_model_name_or_path")
+    check(named != "", "base_model_name_or_path", named, f"in {directory}: name a directory or a model of the Hub")
+    base_name = _base_name(directory, named, structure(str | None, config.get("revision"), "revision"))
     base = open_base_of(directory, base_name, open_base)
     tensors = SafetensorsReader(directory)
+    for name, tensor in tensors.stored.items():
+        check(
+            len(tensor.shape) == 2, "adapter", name, f"in {directory}: has shape {list(tensor.shape)}, not a matrix's"
+        )
     lora = _lora_of(base.cfg, config, tensors)
     expected = {tensor.name: tensor for tensor in _tensors(base.cfg, lora)}
     wrong = [f"{name} is missing" for name in sorted(expected.keys() - tensors.stored)]
@@ -230,8 +246,9 @@ def open_peft(directory: Path, open_base: Callable[[str], "Checkpoint"]) -> Adap
     return AdapterCheckpoint(base, base_name, lora, base.directory, own)
 
 
-def _base_name(directory: Path, named: str, revision: Any) -> str:
+def _base_name(directory: Path, named: str, revision: str | None) -> str:
     """A directory, as PEFT reads it or relative to that of the adapter, or a model of the Hub."""
+    require_path("base_model_name_or_path", named)
     for path in (Path(named), directory / named):
         if path.is_dir():
             return str(path.resolve())
@@ -241,13 +258,16 @@ def _base_name(directory: Path, named: str, revision: Any) -> str:
 def _lora_of(cfg: ModelConfig, config: Mapping[str, Any], tensors: SafetensorsReader) -> LoRAConfig:
     """The targets are the matrices that have tensors; ranks are those of the tensors, and α as in the file."""
     sizes: dict[str, AdapterSize] = {}
+    default = structure(float, config.get("lora_alpha", 8.0), "lora_alpha")
+    alphas, parameters = config.get("alpha_pattern") or {}, config.get("target_parameters") or ()
+    check(isinstance(alphas, dict), "alpha_pattern", alphas, "must be an object with names of modules")
+    targets = " ".join(structure(tuple[str, ...], parameters, "target_parameters"))
     for item in peft_modules(cfg):
         names = [f"{_PREFIX}{item.module}{inner}.lora_A.weight" for inner in (".base_layer", "")]
         if item.experts and names[0] not in tensors.stored and names[1] in tensors.stored:
             # The only adapter of the experts: the parameter is the one whose input has this width.
             is_down = item.target.endswith(".down_proj")
             width = cfg.moe_intermediate_size if is_down else cfg.hidden_size
-            targets = " ".join(map(str, config.get("target_parameters") or ()))
             part = "down_proj" if is_down else "gate_up_proj"
             name = names[1] if part in targets and tensors.stored[names[1]].shape[-1] == width else None
         elif item.experts:
@@ -257,22 +277,28 @@ def _lora_of(cfg: ModelConfig, config: Mapping[str, Any], tensors: SafetensorsRe
         if name not in tensors.stored:
             continue
         rank = tensors.stored[name].shape[0] // max(item.experts, 1)
-        alpha = _pattern(config, "alpha_pattern", item.target, config.get("lora_alpha", 8))
-        size = AdapterSize(rank, float(alpha))
+        size = AdapterSize(rank, _alpha(alphas, item.target, default))
         fix = f"layers of {item.path} differ in rank or α; give all the same"
         check(sizes.setdefault(item.path, size) == size, "adapter", name, fix)
     check(bool(sizes), "adapter", CONFIG, "has no tensor of a matrix of this model")
-    targets = tuple(f"{path}={size.rank}:{size.alpha}" for path, size in sizes.items())
     first = next(iter(sizes.values()))
-    return LoRAConfig(first.rank, first.alpha, targets, bool(config.get("use_rslora")))
+    sized = tuple(f"{path}={size.rank}:{size.alpha}" for path, size in sizes.items())
+    return LoRAConfig(first.rank, first.alpha, sized, structure(bool, config.get("use_rslora", False), "use_rslora"))
 
 
-def _pattern(config: Mapping[str, Any], field: str, target: str, default: Any) -> Any:
-    """The value of a target in a table of patterns. PEFT's are regular expressions of the end of a name; here names and
+def _alpha(patterns: Mapping[str, Any], target: str, default: float) -> float:
+    """The α of a target. PEFT's patterns are regular expressions of the end of a name, from a dot on; here names and
     `.*` in front are read, and others refused: a file from elsewhere may have one that takes for ever."""
-    for pattern, value in (config.get(field) or {}).items():
-        name = pattern.removeprefix("^").removeprefix(".*").removeprefix("\\.").replace("\\", "").removesuffix("$")
-        check(re.fullmatch(r"[\w.]+", name) is not None, field, pattern, "only names of modules are read, not patterns")
-        if target == name or target.endswith(f".{name}"):
-            return value
+    for pattern, value in patterns.items():
+        text = pattern.removesuffix("$").replace("\\.", ".")
+        start = text.removeprefix("^")
+        end = start.removeprefix(".*")
+        fix = "only names of modules are read, not patterns"
+        check(re.fullmatch(r"[\w.]+", end) is not None, "alpha_pattern", pattern, fix)
+        if start != end:
+            matches = target.endswith(end)
+        else:
+            matches = target == end or (text == start and target.endswith(f".{end}"))
+        if matches:
+            return structure(float, value, f"alpha_pattern.{pattern}")
     return default

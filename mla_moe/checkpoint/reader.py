@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from mla_moe.checkpoint.adapter import AdapterCheckpoint, open_adapters
-from mla_moe.checkpoint.files import progress_bar, read_json
+from mla_moe.checkpoint.files import check, progress_bar, read_json
 from mla_moe.checkpoint.hf_checkpoint import HFCheckpoint
 from mla_moe.checkpoint.hub import local_checkpoint
 from mla_moe.checkpoint.orbax_checkpoint import OrbaxCheckpoint
@@ -31,20 +31,32 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     path = local_checkpoint(path)
     step = find_step(path)
     if step is None and is_peft(path):
-        return open_peft(path, open_checkpoint)
+        return open_peft(path, _open_base)
     if step is None:
         return HFCheckpoint(path)
     checkpoint = OrbaxCheckpoint(step)
-    return open_adapters(checkpoint, open_checkpoint) if checkpoint.lora.rank else checkpoint
+    return open_adapters(checkpoint, _open_base) if checkpoint.lora.rank else checkpoint
+
+
+def _open_base(path: str | Path) -> Checkpoint:
+    """A complete model. Adapters of adapters are refused: they could be their own base."""
+    path = local_checkpoint(path)
+    step = find_step(path)
+    checkpoint = None if step is None else OrbaxCheckpoint(step)
+    complete = not is_peft(path) if checkpoint is None else not checkpoint.lora.rank
+    check(complete, "checkpoint", str(path), "has adapters itself; merge them: mla-moe convert --merge-adapter")
+    return HFCheckpoint(path) if checkpoint is None else checkpoint
 
 
 def read_model_config(path: Path) -> ModelConfig:
-    """The model of a checkpoint, or of a `config.json` or its directory. Weights need not be there, and those at
-    a URL are not downloaded."""
+    """The model of a checkpoint, or of a `config.json` or its directory, or of the base of adapters in PEFT's layout.
+    Weights of a model need not be there, and those at a URL are not downloaded."""
     if is_url(path):
         path = local_file(path, "model", "config.json")
     if path.is_dir() and (step := find_step(path)) is not None:
         return OrbaxCheckpoint(step).cfg
+    if is_peft(path):
+        return open_checkpoint(path).cfg
     return ModelConfig.from_hf(read_json(path if path.is_file() else path / "config.json"))
 
 

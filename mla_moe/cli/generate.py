@@ -9,6 +9,7 @@ import tyro
 
 from mla_moe.checkpoint.hub import local_checkpoint
 from mla_moe.checkpoint.pretrained import load_pretrained
+from mla_moe.checkpoint.reader import open_checkpoint
 from mla_moe.checkpoint.tokenizer_files import tokenizer_file
 from mla_moe.config import require
 from mla_moe.config.errors import MAX_SIZE, require_between, visible
@@ -82,7 +83,8 @@ class Generate:
 def load_model_and_tokenizer(checkpoint: Path) -> tuple[Transformer, ChatTokenizer]:
     """For generate, eval and serve. Raises `ConfigError` if the tokenizer has more tokens than the model."""
     checkpoint = local_checkpoint(checkpoint)
-    file = tokenizer_file(checkpoint)
+    # An adapter in PEFT's layout without a tokenizer of its own has that of its base.
+    file = tokenizer_file(checkpoint) or tokenizer_file(open_checkpoint(checkpoint).directory)
     model = load_pretrained(checkpoint)
     tokenizer = HFTokenizer(file) if file else ByteTokenizer()
     fix = f"has {tokenizer.vocab_size} tokens, more than the model's {model.cfg.vocab_size}: it is another model's"

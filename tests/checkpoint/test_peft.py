@@ -1,6 +1,7 @@
 """Adapters in PEFT's layout: read, merged, written, and refused. Logits are PEFT's (tests/golden/make_lora.py)."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import mla_moe
 from mla_moe import ConfigError, LoRAConfig
 from mla_moe.checkpoint.convert import convert
-from mla_moe.checkpoint.peft import write_peft
-from mla_moe.checkpoint.reader import load_arrays, open_checkpoint
+from mla_moe.checkpoint.peft import _alpha, write_peft
+from mla_moe.checkpoint.reader import load_arrays, open_checkpoint, read_model_config
 from mla_moe.checkpoint.safetensors_reader import SafetensorsReader
+from mla_moe.cli.generate import load_model_and_tokenizer
 from mla_moe.config import MeshConfig
 from mla_moe.nn.abstract_model import AbstractModel, model_variables
 from mla_moe.parallel.mesh import make_mesh
@@ -66,30 +69,98 @@ def test_merged_checkpoint_is_complete(expected, tmp_path):
     np.testing.assert_allclose(logits, expected["trained"], atol=1e-4)
 
 
+def copied(directory, **fields):
+    """The trained adapter in another directory, with other values in its configuration."""
+    shutil.copytree(GOLDEN / "lora" / "trained", directory)
+    config = json.loads((directory / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": str(GOLDEN / "k2")} | fields
+    (directory / "adapter_config.json").write_text(json.dumps(config))
+    return directory
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
         ("peft_type", "IA3", "peft_type = 'IA3': .*only LORA"),
         ("use_dora", True, "use_dora = True: .*not supported"),
+        ("use_qalora", True, "use_qalora = True: .*not supported"),
+        ("arrow_config", {"top_k": 2}, "arrow_config = .*not supported"),
+        ("layers_to_transform", [0], r"layers_to_transform = \[0\]: .*not supported"),
+        ("of_a_later_version", 1, "of_a_later_version = 1: .*not supported"),
+        ("init_lora_weights", "pissa_niter_4", "init_lora_weights = 'pissa_niter_4': .*changes the base"),
+        ("use_rslora", "false", "use_rslora = 'false': must be of type bool"),
+        ("lora_alpha", "8", "lora_alpha = '8': must be of type float"),
+        ("lora_alpha", 0, "lora.alpha = 0.0: a positive number"),
+        ("target_parameters", 5, "target_parameters = 5: a list"),
         ("base_model_name_or_path", "/no/such", "base = '/no/such': is the base of the adapters"),
+        ("base_model_name_or_path", "", "base_model_name_or_path = '': .*name a directory"),
+        ("base_model_name_or_path", None, "base_model_name_or_path = None: must be of type str"),
+        ("base_model_name_or_path", "a" * 300, "base_model_name_or_path = 'a.*is too long"),
         ("alpha_pattern", {"(a+)+b": 1}, "alpha_pattern = .*only names of modules are read"),
+        ("alpha_pattern", {r"layers\.\d\.self_attn\.o_proj": 1}, "alpha_pattern = .*only names of modules are read"),
+        ("alpha_pattern", {"o_proj": None}, "alpha_pattern.o_proj = None: must be of type float"),
+        ("alpha_pattern", [1], r"alpha_pattern = \[1\]: must be an object"),
     ],
 )
 def test_adapters_that_cannot_be_computed_are_refused(tmp_path, field, value, message):
-    directory = tmp_path / "adapter"
-    shutil.copytree(GOLDEN / "lora" / "trained", directory)
-    config = json.loads((directory / "adapter_config.json").read_text())
-    config |= {"base_model_name_or_path": str(GOLDEN / "k2"), field: value}
-    (directory / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=message):
+        open_checkpoint(copied(tmp_path / "adapter", **{field: value}))
+
+
+def test_the_base_of_an_adapter_is_no_adapter(tmp_path):
+    for name, base in (("itself", "itself"), ("one", "other"), ("other", "one")):
+        copied(tmp_path / name, base_model_name_or_path=str(tmp_path / base))
+    for name in ("itself", "one"):
+        with pytest.raises(ConfigError, match=r"is the base of the adapters in .* has adapters itself; merge them"):
+            open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        ("o_proj", "o_proj"),
+        (".*_proj", "proj"),
+        (r".*\.q_b_proj$", "q_b_proj"),
+        ("^o_proj", None),
+        (r"^model\.layers\.0\.self_attn\.o_proj$", "o_proj"),
+        ("proj", None),
+    ],
+)
+def test_alpha_patterns_match_as_in_peft(pattern, matched):
+    """`re.match(rf"(.*\\.)?({pattern})$", name)` in PEFT's `get_pattern_key`."""
+    for target in ("model.layers.0.self_attn.o_proj", "model.layers.0.self_attn.q_b_proj"):
+        expected = 3.0 if matched and target.endswith(matched) else 8.0
+        assert _alpha({pattern: 3}, target, 8.0) == expected
+        assert (re.match(rf"(.*\.)?({pattern})$", target) is not None) == (expected == 3.0)
+
+
+def test_a_tensor_of_no_matrix_is_named(tmp_path):
+    directory = copied(tmp_path / "adapter")
+    tensors = SafetensorsReader(directory)
+    arrays = {name: np.array(tensors[name]) for name in tensors.stored}
+    name = next(iter(arrays))
+    save_file(arrays | {name: np.zeros((), np.float32)}, directory / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=rf"adapter = '{name}': .*has shape \[\], not a matrix's"):
         open_checkpoint(directory)
 
 
+def test_an_adapter_has_the_tokenizer_and_the_model_of_its_base(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(GOLDEN / "k2", base)
+    words = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"},
+    }
+    (base / "tokenizer.json").write_text(json.dumps(words))
+    (base / "tokenizer_config.json").write_text(json.dumps({"bos_token": "a", "eos_token": "b"}))
+    adapter = copied(tmp_path / "adapter", base_model_name_or_path=str(base))
+    assert load_model_and_tokenizer(adapter)[1].stop_ids == (1,)
+    assert read_model_config(adapter) == open_checkpoint(base).cfg
+
+
 def test_tensors_that_do_not_fit_are_named(tmp_path):
-    directory = tmp_path / "adapter"
-    shutil.copytree(GOLDEN / "lora" / "trained", directory)
-    config = json.loads((directory / "adapter_config.json").read_text())
-    (directory / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": str(GOLDEN / "v3")}))
+    directory = copied(tmp_path / "adapter", base_model_name_or_path=str(GOLDEN / "v3"))
     with pytest.raises(ConfigError, match=r"adapter = .*does not fit its base|differ in rank"):
         open_checkpoint(directory)
 

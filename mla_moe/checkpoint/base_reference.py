@@ -3,7 +3,7 @@
 import json
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
@@ -11,6 +11,7 @@ from mla_moe.checkpoint.adapter import AdapterCheckpoint, open_base_of
 from mla_moe.checkpoint.files import check
 from mla_moe.checkpoint.hub import parse_model
 from mla_moe.checkpoint.orbax_checkpoint import array_checksums
+from mla_moe.checkpoint.orbax_layout import read_json_item
 from mla_moe.checkpoint.reader import load_arrays, open_checkpoint
 from mla_moe.config.hub import is_hub, shown
 from mla_moe.config.storage import is_bucket
@@ -27,7 +28,8 @@ class BaseReference(NamedTuple):
 
     @classmethod
     def create(cls, start: str | Path, frozen: Arrays) -> "BaseReference":
-        """Of the frozen parameters that were loaded from the checkpoint `start`, or from the base of its adapters."""
+        """Of the frozen parameters that were loaded from the checkpoint `start`, or from the base of its adapters.
+        Raises `CheckpointError` if that base has changed since they were trained."""
         source = open_checkpoint(start)
         if isinstance(source, AdapterCheckpoint):
             name = source.base_name
@@ -35,15 +37,21 @@ class BaseReference(NamedTuple):
             name = f"hf://{parse_model(start, 'init_from').id}@{source.directory.name}"  # the commit
         else:
             name = shown(start) if is_bucket(start) else str(source.directory.resolve())
-        return cls(name, frozen["embed"].dtype.name, _checksum(frozen))
+        reference = cls(name, frozen["embed"].dtype.name, _checksum(frozen))
+        if stored := read_json_item(source.directory, "adapter", required=False):
+            reference._check(stored.get("dtype"), stored.get("checksum"), source.directory)
+        return reference
 
     def load(self, run: Path, abstract_model: AbstractModel, mesh: Mesh) -> Arrays:
         """The frozen parameters. Raises `CheckpointError` if they cannot be read or have changed."""
         source = open_base_of(run, self.directory, open_checkpoint)
         frozen = load_arrays(source, abstract_model, mesh, paths=abstract_model.frozen_paths)
-        same = frozen["embed"].dtype.name != self.dtype or _checksum(frozen) == self.checksum
-        check(same, "base", self.directory, f"has changed since the adapters in {run} were trained; restore it")
+        self._check(frozen["embed"].dtype.name, _checksum(frozen), run)
         return frozen
+
+    def _check(self, dtype: Any, checksum: Any, adapters: Path) -> None:
+        fix = f"has changed since the adapters in {adapters} were trained; restore it"
+        check(dtype != self.dtype or checksum == self.checksum, "base", self.directory, fix)
 
 
 def _checksum(arrays: Arrays) -> int:

@@ -12,6 +12,7 @@ from flax import nnx
 
 import mla_moe
 from mla_moe import ConfigError, LoRAConfig
+from mla_moe.checkpoint.base_reference import BaseReference
 from mla_moe.checkpoint.convert import convert
 from mla_moe.checkpoint.manager import CheckpointManager
 from mla_moe.checkpoint.reader import load_arrays, open_checkpoint
@@ -160,3 +161,6 @@ def test_a_run_stores_adapters_alone_resumes_and_is_converted(cfg, tmp_path, mon
     abstract, mesh = AbstractModel(model, lora=recipe.lora), make_mesh(MeshConfig(), jax.devices()[:1])
     with pytest.raises(ConfigError, match=r"^base = .* has changed since the adapters in .* were trained"):
         reference.load(tmp_path / "run", abstract, mesh)
+    changed = load_arrays(open_checkpoint(tmp_path / "run").unmerged(), abstract, mesh, paths=abstract.frozen_paths)
+    with pytest.raises(ConfigError, match=r"^base = .* has changed since the adapters in .* were trained"):
+        BaseReference.create(tmp_path / "run", changed)

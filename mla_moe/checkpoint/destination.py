@@ -8,6 +8,7 @@ from typing import Any
 
 from mla_moe.checkpoint.files import CheckpointError, atomic_directory, check
 from mla_moe.checkpoint.hub import INDEX, parse_model
+from mla_moe.config.errors import without_secrets
 from mla_moe.config.hub import hub_errors, is_hub, shown
 from mla_moe.config.storage import is_url, open_url, storage_errors
 
@@ -55,12 +56,12 @@ def _hub_commit(url: Any) -> Generator[tuple[Path, Callable[[Path], None]]]:
         for file in sorted(Path(temporary).iterdir()):
             additions.setdefault(file.name, CommitOperationAdd(file.name, file))
         with _upload_errors(url):
-            former = set(api.list_repo_files(uri.id, revision=uri.revision)) - additions.keys()
+            parent = api.repo_info(uri.id, revision=uri.revision).sha
+            former = set(api.list_repo_files(uri.id, revision=parent)) - additions.keys()
             stale = [name for name in sorted(former) if name == INDEX or Path(name).match("*.safetensors")]
             operations = [*additions.values(), *map(CommitOperationDelete, (name for name in stale if "/" not in name))]
-            api.create_commit(
-                uri.id, operations, commit_message="Upload a checkpoint with mla_moe", revision=uri.revision
-            )
+            message = "Upload a checkpoint with mla_moe"  # refused after another push, whose weights would stay there
+            api.create_commit(uri.id, operations, commit_message=message, revision=uri.revision, parent_commit=parent)
 
 
 @contextlib.contextmanager
@@ -98,6 +99,6 @@ def _upload_errors(url: Any) -> Generator[None]:
         with hub_errors("path", url):
             yield
     except RuntimeError as error:  # in which the library wraps whatever ends an upload
-        cause = error.__cause__ or error
+        cause = without_secrets(str(error.__cause__ or error))
         fix = "nothing is committed; check the connection and start again"
         raise CheckpointError("path", shown(url), f"the upload failed: {cause}; {fix}") from None

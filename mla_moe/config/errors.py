@@ -36,6 +36,12 @@ def visible(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
+def without_secrets(text: str) -> str:
+    """A client's message without what its URLs may hold of credentials: the user's name and password, and the query,
+    which in the URL of an upload is its signature."""
+    return re.sub(r"(\w://)[^\s/@]*@", r"\1", re.sub(r"(\w://[^\s?]*)\?[^\s'\"]*", r"\1", text))
+
+
 def require(ok: bool, field: str, value: Any, message: str) -> None:
     """Raise `ConfigError` unless `ok`."""
     if not ok:

@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mla_moe.config.errors import ConfigError, require
+from mla_moe.config.errors import ConfigError, require, without_secrets
 
 if TYPE_CHECKING:
     from huggingface_hub import HfUri
@@ -101,7 +101,7 @@ def hub_errors(field: str, url: Any) -> Generator[None]:
     from huggingface_hub import constants, errors, is_offline_mode
 
     def fail(message: str) -> ConfigError:
-        return ConfigError(field, shown(url), message)
+        return ConfigError(field, shown(url), without_secrets(message))
 
     try:
         yield

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from mla_moe.config.errors import ConfigError, require, require_local
+from mla_moe.config.errors import ConfigError, require, require_local, without_secrets
 from mla_moe.config.hub import download_file, download_files, hub_errors, is_hub, parse_url, shown
 
 if TYPE_CHECKING:
@@ -119,11 +119,12 @@ def copy_objects(url: Any, field: str, objects: Mapping[str, Mapping[str, Any]],
     folder.mkdir(parents=True, exist_ok=True)
 
     def copy(name: str) -> None:
-        if not (folder / name).exists():
+        file = folder / name
+        if not file.exists() or file.stat().st_size != objects[name]["size"]:  # a crash of the host may cut it
             unfinished = folder / f".{name}.{uuid.uuid4().hex}"
             try:
                 copy_object(fs, objects[name], unfinished, field, url)
-                os.replace(unfinished, folder / name)
+                os.replace(unfinished, file)
             finally:
                 unfinished.unlink(missing_ok=True)
 
@@ -133,19 +134,26 @@ def copy_objects(url: Any, field: str, objects: Mapping[str, Mapping[str, Any]],
 
 
 def copy_object(fs: "AbstractFileSystem", info: Mapping[str, Any], path: Path, field: str, url: Any) -> None:
-    """Download an object to a local file. Raises `ConfigError` if the bucket refuses, and for a part of the object."""
+    """Download an object to a local file. Raises `ConfigError` if the bucket refuses, for a part of the object, and for
+    an object that changed meanwhile, of which the file may have parts of two versions."""
     with storage_errors(field, url):
         fs.get_file(info["name"], str(path))
-    size = path.stat().st_size
+        after = fs.info(info["name"])
+    size, name = path.stat().st_size, f"{shown(url)} ({info['name']})"
     fix = f"has {size} bytes instead of {info['size']} after its download; start again"
-    require(size == info["size"], field, f"{shown(url)} ({info['name']})", fix)
+    require(size == info["size"], field, name, fix)
+    require(_version(after) == _version(info), field, name, "changed while it was downloaded; start again")
 
 
 def cache_folder(objects: Mapping[str, Mapping[str, Any]]) -> Path:
     """Where copies of objects are: another folder for other objects, and for other versions of them."""
-    versions = [(e["name"], e["size"], e.get("ETag") or e.get("etag") or e.get("mtime")) for e in objects.values()]
+    versions = [(e["name"], *_version(e)) for e in objects.values()]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "mla_moe" / "buckets" / hashlib.sha256(repr(sorted(versions)).encode()).hexdigest()[:32]
+
+
+def _version(info: Mapping[str, Any]) -> tuple[Any, ...]:
+    return info["size"], info.get("ETag") or info.get("etag") or info.get("mtime")
 
 
 @contextlib.contextmanager
@@ -166,4 +174,4 @@ def storage_errors(field: str, url: Any) -> Generator[None]:
         if isinstance(error, FileNotFoundError):
             fix = "no such object or bucket; check the URL"
         reason = "" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}; "
-        raise ConfigError(field, shown(url), f"{reason}{fix}") from None
+        raise ConfigError(field, shown(url), f"{without_secrets(reason)}{fix}") from None

@@ -44,8 +44,27 @@ def test_text_is_copied_once_and_again_when_it_changes(bucket, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in copies}
     assert read("texts/a.jsonl") == ["a"]
     assert {path: path.stat().st_mtime_ns for path in copies} == before
+    for path in copies:  # as a crash of the host may leave them
+        path.write_bytes(b"")
+    assert read("texts/*.jsonl") == ["a", "b"]
     fs.pipe("bucket/texts/a.jsonl", b'{"text": "A"}\n')
     assert read("texts/a.jsonl") == ["A"]
+
+
+def test_an_object_that_changes_while_it_is_copied_is_named(bucket, tmp_path, monkeypatch):
+    url, fs, _ = bucket
+    fs.pipe("bucket/a.jsonl", b'{"text": "a"}\n')
+    get_file = type(fs).get_file
+
+    def changing(self, *args, **kwargs):
+        get_file(self, *args, **kwargs)
+        fs.pipe("bucket/a.jsonl", b'{"text": "b"}\n')
+
+    monkeypatch.setattr(type(fs), "get_file", changing, raising=False)
+    fsspec.filesystem(url[:2]).clear_instance_cache()  # an instance keeps the methods that it was created with
+    with pytest.raises(ConfigError, match=r"data.train = '.*a.jsonl.': changed while it was downloaded; start again"):
+        open_documents([f"{url}/*.jsonl"], field="data.train", text_field="text")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 def test_a_checkpoint_is_written_and_read(bucket, tmp_path):

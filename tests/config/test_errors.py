@@ -6,7 +6,7 @@ import math
 import pytest
 
 from mla_moe.config import ConfigError
-from mla_moe.config.errors import require_between, require_local, require_number, visible
+from mla_moe.config.errors import require_between, require_local, require_number, visible, without_secrets
 
 
 def test_an_error_is_one_line_of_limited_length():
@@ -15,6 +15,18 @@ def test_an_error_is_one_line_of_limited_length():
     assert len(str(error)) < 2500
     assert len(str(error).splitlines()) == 1
     assert (error.field, len(error.value)) == ("field", 20_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('to the endpoint: "http://key:secret@host:9000/b"', 'to the endpoint: "http://host:9000/b"'),
+        ("403 for url: https://host/a?X-Signature=secret. See b?", "403 for url: https://host/a See b?"),
+        ("a?b=c and me@host stay, and s3://bucket/a@b", "a?b=c and me@host stay, and s3://bucket/a@b"),
+    ],
+)
+def test_urls_in_messages_of_clients_hold_no_credentials(text, shown):
+    assert without_secrets(text) == shown
 
 
 def test_foreign_text_does_not_control_the_terminal():

@@ -36,6 +36,8 @@ class FakeHub:
         self.lfs: dict[str, bytes] = {}
         self.cut: set[str] = set()
         """Files whose next download ends in the middle."""
+        self.query = ""
+        """Of the URLs of uploads."""
         self.fail: dict[str, int] = {}
         """Status of all requests whose path contains the key."""
         repo, id_ = "/api/{kind}/{org}/{name}", "{org}/{name}"
@@ -159,7 +161,9 @@ class FakeHub:
         self.requests.append((request.method, request.url.path))
         upload = {"href": f"{request.base_url}lfs/"}
         objects = (await request.json())["objects"]
-        answers = [o | {"actions": {"upload": {"href": upload["href"] + o["oid"], "header": {}}}} for o in objects]
+        answers = [
+            o | {"actions": {"upload": {"href": upload["href"] + o["oid"] + self.query, "header": {}}}} for o in objects
+        ]
         return JSONResponse({"transfer": "basic", "objects": answers})
 
     async def _upload(self, request: Request) -> Response:
@@ -179,6 +183,8 @@ class FakeHub:
         for line in (await request.body()).splitlines():
             entry = json.loads(line)
             value = entry["value"]
+            if entry["key"] == "header" and value.get("parentCommit", parent) != parent:
+                return JSONResponse({"error": "the branch has moved"}, 412)
             if entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":

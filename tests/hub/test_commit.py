@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import huggingface_hub
 import huggingface_hub.constants
 import numpy as np
 import pytest
@@ -69,6 +70,28 @@ def test_nothing_is_committed_when_a_request_fails(hub, part):
     with pytest.raises(ConfigError, match=r"path = 'hf://org/mine': .*403"):
         convert(GOLDEN / "v3", "hf://org/mine")
     assert files(hub, "org/mine").keys() == {".gitattributes"}
+
+
+def test_no_commit_over_another_one_since(hub, monkeypatch):
+    """Of two pushes at once one is refused: the first removes no weights of the second, so readers would mix both."""
+    create = huggingface_hub.HfApi.create_commit
+
+    def after_another(*args, **kwargs):
+        hub.add("models/org/mine", {"model.safetensors": b"of another push"})
+        return create(*args, **kwargs)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", after_another)
+    with pytest.raises(ConfigError, match=r"path = 'hf://org/mine': .*answers 412"):
+        convert(GOLDEN / "v3", "hf://org/mine", max_shard_bytes=20_000)
+    assert files(hub, "org/mine") == {"model.safetensors": b"of another push"}
+
+
+def test_the_signature_of_an_upload_is_not_shown(hub):
+    hub.fail["/lfs/"] = 403
+    hub.query = "?X-Amz-Signature=secret"
+    with pytest.raises(ConfigError, match=r"/lfs/\w+. .*nothing is committed") as error:
+        convert(GOLDEN / "v3", "hf://org/mine")
+    assert "secret" not in str(error.value)
 
 
 def test_without_a_token_and_offline(hub, monkeypatch):

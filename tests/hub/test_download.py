@@ -139,8 +139,8 @@ def test_an_empty_cache_offline_names_the_way_out(hub, tmp_path, offline, monkey
 
 
 def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")
-    with pytest.raises(ConfigError, match=r"cannot be reached; check the connection, or HF_ENDPOINT"):
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://name:password@127.0.0.1:1")
+    with pytest.raises(ConfigError, match=r"and http://127.0.0.1:1 cannot be reached; check the connection, or HF_E"):
         load_pretrained("org/tiny")
 
 

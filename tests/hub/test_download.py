@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from starlette.responses import Response
 
 import mla_moe
 from mla_moe import ConfigError, ModelConfig, load_pretrained
@@ -142,6 +143,20 @@ def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://name:password@127.0.0.1:1")
     with pytest.raises(ConfigError, match=r"and http://127.0.0.1:1 cannot be reached; check the connection, or HF_E"):
         load_pretrained("org/tiny")
+
+
+@pytest.mark.parametrize("body", [b"<html>log in</html>", b"{}", b"[]"])
+def test_an_answer_that_is_not_of_the_hub_is_one_line(hub, monkeypatch, body):
+    monkeypatch.setattr(hub, "_open", lambda request: Response(body))
+    with pytest.raises(ConfigError, match="is a Hub, not a page of a network to log in"):
+        load_pretrained("org/tiny")
+
+
+def test_a_name_of_a_repository_cannot_leave_the_cache(hub, tmp_path):
+    hub.add("datasets/org/texts", {"data/../../../../../../../escaped.jsonl": b"{}"})
+    with pytest.raises(ConfigError, match=r"data.train = .*'\.\.' path segment"):
+        download_files("hf://datasets/org/texts/data/**/*.jsonl", "data.train")
+    assert not list(tmp_path.rglob("escaped.jsonl"))
 
 
 def test_data_that_no_file_matches(hub):

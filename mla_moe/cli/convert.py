@@ -1,9 +1,12 @@
 """`mla-moe convert`."""
 
+import contextlib
 import dataclasses
 import logging
+import signal
+from collections.abc import Generator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -41,9 +44,27 @@ class Convert:
         require(not self.fp8, "fp8", True, "is now --quantize fp8")
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a single process merges nothing
         dtype = self.dtype and jnp.dtype(self.dtype)
-        convert(self.src, self.dst, to=self.to, dtype=dtype, quantize=self.quantize, merge_adapter=self.merge_adapter)
+        with _ended_by_sigterm():
+            convert(
+                self.src, self.dst, to=self.to, dtype=dtype, quantize=self.quantize, merge_adapter=self.merge_adapter
+            )
         if is_url(self.dst):
             print(f"{shown(self.dst)}: written")
             return
         size = sum(file.stat().st_size for file in self.dst.rglob("*") if file.is_file())
         print(f"{self.dst}: {size / 1e9:.2f} GB")
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Generator[None]:
+    """SIGTERM, which schedulers send, ends the block by an exception as Ctrl-C does, so that what is incomplete is
+    removed."""
+
+    def end(*_: Any) -> None:
+        raise SystemExit(128 + signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)

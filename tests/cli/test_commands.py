@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 from flax import nnx
 
 import mla_moe
+from mla_moe.checkpoint import safetensors_writer
 from mla_moe.checkpoint.convert import convert
 from mla_moe.checkpoint.safetensors_reader import SafetensorsReader
 from mla_moe.cli import main
@@ -60,6 +63,23 @@ def test_inspect_reads_a_checkpoint_and_its_config_file(capsys, tmp_path):
         assert main(["inspect", str(path)]) == 0
         outs.append(capsys.readouterr().out.split("\n", 1)[1])
     assert outs[0].split() == outs[1].split()
+
+
+def test_nothing_is_left_of_a_conversion_that_sigterm_ends(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    write_file = safetensors_writer.write_file
+
+    def write_and_end(*args):
+        write_file(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(safetensors_writer, "write_file", write_and_end)
+    try:
+        with pytest.raises(SystemExit, match="143"):
+            main(["convert", str(GOLDEN / "v3"), str(tmp_path / "out")])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not list(tmp_path.iterdir())
 
 
 def test_convert_round_trip(capsys, tmp_path):

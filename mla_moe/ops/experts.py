@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from mla_moe.config.errors import require
@@ -73,9 +74,29 @@ def experts(
     can be one axis. With `layer` the weights are a stack of layers, of which no slice is copied. `adapters` are of one
     layer; a row is multiplied by its expert's factors one after the other, and gradients are of the factors alone.
     """
-    E, F, D = down_EFD.shape[-3:]
+    gate_up, down = expert_products(
+        experts_NK, down_EFD.shape[-3:], x_ND.dtype, layer=layer, max_pairs=max_pairs, activation=activation,
+        implementation=implementation,
+    )  # fmt: skip
+    return down(gate_up(x_ND, gate_up_EDgF, adapters.gate_up), weights_NK, down_EFD, adapters.down)
+
+
+def expert_products(
+    experts_NK: Int[Array, "N K"],
+    shape: tuple[int, int, int],
+    dtype: DTypeLike,
+    *,
+    layer: Int[Array, ""] | None = None,
+    max_pairs: int | None = None,
+    activation: Activation = jax.nn.silu,
+    implementation: GroupedMatmulKernel | None = None,
+) -> tuple[Callable[..., Float[Array, "R 2F"]], Callable[..., Float[Array, "N D"]]]:
+    """`experts` as two functions, so that other operations can be ordered between them: of `x_ND`, the gate and up
+    projections and their adapter the rows' products; of these, `weights_NK`, the down projections and their adapter the
+    output. `shape` is E, F, D, and `dtype` that of `x_ND`."""
+    E, F, D = shape
     group_offset = None if layer is None else layer * E
-    implementation = supported_grouped_matmul_kernel(implementation, x_ND.dtype)
+    implementation = supported_grouped_matmul_kernel(implementation, dtype)
     block = block_size(experts_NK.size if max_pairs is None else max_pairs, E, implementation)
     p = permutation(experts_NK, E, block, max_pairs)
 
@@ -93,13 +114,17 @@ def experts(
         return multiply(permute(x_ND, p), gate_up_EDgF.reshape(-1, D, 2 * F), factors)
 
     @jax.checkpoint
-    def down(gate_up_R2F: Array, weight_R: Array, down_EFD: Array, factors: tuple[Array, Array] | None) -> Array:
+    def weighted_down(
+        gate_up_R2F: Array, weight_R: Array, down_EFD: Array, factors: tuple[Array, Array] | None
+    ) -> Array:
         # Weighted before the product: so the weights' derivative does not need the product's result.
         h_RF = gated(gate_up_R2F, 1, activation).astype(weight_R.dtype) * weight_R[:, None]
-        return multiply(h_RF.astype(x_ND.dtype), down_EFD.reshape(-1, F, D), factors)
+        return multiply(h_RF.astype(dtype), down_EFD.reshape(-1, F, D), factors)
 
-    gate_up_R2F = gate_up(x_ND, gate_up_EDgF, adapters.gate_up)
-    return unpermute(down(gate_up_R2F, weights_by_row(weights_NK, p), down_EFD, adapters.down), p)
+    def down(gate_up_R2F: Array, weights_NK: Array, down_EFD: Array, factors: tuple[Array, Array] | None) -> Array:
+        return unpermute(weighted_down(gate_up_R2F, weights_by_row(weights_NK, p), down_EFD, factors), p)
+
+    return gate_up, down
 
 
 def block_size(pairs: int, num_experts: int, implementation: GroupedMatmulKernel | None) -> int:

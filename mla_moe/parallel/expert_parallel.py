@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_moe.config import KernelConfig, MoEConfig
 from mla_moe.config.parallelism import DispatchKernel, GroupedMatmulKernel
-from mla_moe.ops.experts import Activation, ExpertAdapters, experts, find_activation
+from mla_moe.ops.experts import Activation, ExpertAdapters, expert_products, find_activation
 from mla_moe.ops.kernel_choice import target_platform
 from mla_moe.ops.permutation import exclusive_cumsum
 from mla_moe.parallel.mesh import physical_axes
@@ -209,27 +210,36 @@ Residuals = tuple[Inputs, Frozen, DispatchRoutes]
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _dispatch_compute_combine(inputs: Inputs, frozen: Frozen, routes: DispatchRoutes, plan: DispatchPlan) -> Array:
     x_nD, weights_nK, trained = inputs
+    *_, adapters = trained
     weights_PnK = jax.lax.all_gather(weights_nK, plan.axis)
 
-    def body(chunk: "_Chunk", received: tuple[Array, ...], sums: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
-        return chunk.run_experts(*received, chunk.gather_received(weights_PnK), trained, frozen), sums
+    def body(chunk: "_Chunk", received: tuple[Array, ...], sums: tuple[Array, ...]) -> tuple[Array, "Finish"]:
+        (x_MD,) = received
+        gate_up, down = chunk.expert_products(x_MD.dtype, trained, frozen)
+
+        def finish(gate_up_R2F: Array) -> tuple[Array, tuple[Array, ...]]:
+            return down(gate_up_R2F, chunk.gather_received(weights_PnK), trained[1], adapters.down), sums
+
+        return gate_up(x_MD, trained[0], adapters.gate_up), finish
 
     y_nD, _ = _over_chunks(body, (x_nD,), (), routes, plan)
     return y_nD.astype(x_nD.dtype)
 
 
-Body = Callable[["_Chunk", tuple[Array, ...], Any], tuple[Array, Any]]
+Finish = Callable[[Array], tuple[Array, Any]]
+Body = Callable[["_Chunk", tuple[Array, ...], Any], tuple[Array, Finish]]
+"""The work on a chunk: the first products, and a function that does the rest from them (`_over_chunks`)."""
 
 
 def _over_chunks(
     body: Body, inputs: tuple[Array, ...], sums: Any, routes: DispatchRoutes, plan: DispatchPlan
 ) -> tuple[Float[Array, "n D"], Any]:
-    """For each chunk `outputs, sums = body(chunk, received, sums)`, where `received` are the dispatched `inputs`.
-    Returns the combined outputs in float32, and the last sums.
+    """For each chunk `products, finish = body(chunk, received, sums)` and `outputs, sums = finish(products)`, where
+    `received` are the dispatched `inputs`. Returns the combined outputs in float32, and the last sums.
 
-    With `ragged` the next chunk is dispatched and the outputs of the one before are returned while the experts run, so
-    that asynchronous collectives overlap them (`docs/decisions/overlap.md`). So there is one more exchange in either
-    direction than chunks, which is empty.
+    With `ragged` the outputs of the chunk before are returned beside the first products, and the next chunk is
+    dispatched beside the rest, so that asynchronous collectives overlap them (`docs/decisions/overlap.md`). So there is
+    one more exchange in either direction than chunks, which is empty.
     """
     n, D = inputs[0].shape
     rows = tuple(x_nD.reshape(n, *_row_shape(D)) for x_nD in inputs)
@@ -238,15 +248,20 @@ def _over_chunks(
     def sequential(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
         total_nrd, sums = state
         chunk = _Chunk(index, routes, plan)
-        outputs_MD, sums = body(chunk, chunk.dispatch(rows), sums)
+        gate_up_R2F, finish = body(chunk, chunk.dispatch(rows), sums)
+        outputs_MD, sums = finish(gate_up_R2F)
         return chunk.combine(total_nrd, chunk.send_back(outputs_MD)), sums
 
     def pipelined(index: Array, state: tuple[tuple[Array, ...], Array, Array, Any]) -> Any:
         received, outputs_MD, total_nrd, sums = state
         before = _Chunk(index - 1, routes, plan)
-        following = _Chunk(index + 1, routes, plan).dispatch(rows)
         returned_Pcrd = before.send_back(outputs_MD)
-        outputs_MD, sums = body(_Chunk(index, routes, plan), received, sums)
+        gate_up_R2F, finish = body(_Chunk(index, routes, plan), received, sums)
+        # XLA runs one exchange at a time. Without this barrier it schedules all products beside one of them, and none
+        # beside the other.
+        gate_up_R2F, returned_Pcrd, index = jax.lax.optimization_barrier((gate_up_R2F, returned_Pcrd, index))
+        following = _Chunk(index + 1, routes, plan).dispatch(rows)
+        outputs_MD, sums = finish(gate_up_R2F)
         return following, outputs_MD, before.combine(total_nrd, returned_Pcrd), sums
 
     if plan.dispatch != "ragged":
@@ -274,14 +289,22 @@ def _backward(plan: DispatchPlan, residuals: Residuals, g_nD: Array) -> tuple[In
     x_nD, weights_nK, trained = inputs
     weights_PnK = jax.lax.all_gather(weights_nK, plan.axis)
 
-    def body(chunk: _Chunk, received: tuple[Array, ...], sums: tuple[Array, Trained]) -> tuple[Array, Any]:
+    def body(chunk: _Chunk, received: tuple[Array, ...], sums: tuple[Array, Trained]) -> tuple[Array, Finish]:
         g_weights_PnK, g_experts = sums
         x_MD, g_MD = received
-        run = partial(chunk.run_experts, frozen=frozen)
-        _, vjp = jax.vjp(run, x_MD, chunk.gather_received(weights_PnK), trained)
-        g_x_MD, g_weights_MK, g_chunk = vjp(g_MD)
-        g_experts = jax.tree.map(jnp.add, g_experts, g_chunk)
-        return g_x_MD, (chunk.scatter_received(g_weights_PnK, g_weights_MK), g_experts)
+        gate_up, down = chunk.expert_products(x_MD.dtype, trained, frozen)
+        gate_up_R2F, gate_up_vjp = jax.vjp(gate_up, x_MD, trained[0], trained[2].gate_up)
+
+        def finish(gate_up_R2F: Array) -> tuple[Array, Any]:
+            weights_MK = chunk.gather_received(weights_PnK)
+            _, down_vjp = jax.vjp(down, gate_up_R2F, weights_MK, trained[1], trained[2].down)
+            g_R2F, g_weights_MK, g_down, g_down_adapter = down_vjp(g_MD)
+            g_x_MD, g_gate_up, g_gate_up_adapter = gate_up_vjp(g_R2F)
+            g_chunk = g_gate_up, g_down, ExpertAdapters(g_gate_up_adapter, g_down_adapter)
+            sums = chunk.scatter_received(g_weights_PnK, g_weights_MK), jax.tree.map(jnp.add, g_experts, g_chunk)
+            return g_x_MD, sums
+
+        return gate_up_R2F, finish
 
     # The experts' gradients are as large as the experts, so they stay in the compute dtype, in which they are
     # reduce-scattered afterwards. The other sums are in float32.
@@ -343,17 +366,23 @@ class _Chunk:
         token_Pc = jnp.where(self.received_Pc, self.recv_token_Pc, n)
         return total_PnK.at[jnp.arange(P)[:, None], token_Pc].add(x_MK.reshape(P, -1, K), mode="drop")
 
-    def run_experts(self, x_MD: Array, weights_MK: Array, trained: Trained, frozen: Frozen) -> Float[Array, "M D"]:
-        """This device's experts on the received tokens."""
-        *own, adapters = trained
-        both: Any = (f if t is None else t for t, f in zip(own, frozen, strict=True))
-        gate_up_eDF, down_eFD = both
+    def expert_products(
+        self, dtype: DTypeLike, trained: Trained, frozen: Frozen
+    ) -> tuple[Callable[..., Array], Callable[..., Array]]:
+        """`ops.experts.expert_products` of this device's experts on the received tokens. Instead of a matrix that is
+        None, one of `frozen` is used."""
+        frozen_gate_up, frozen_down = frozen
+        shape = (trained[1] if frozen_down is None else frozen_down).shape
         local_expert_MK = self.gather_received(self.routes.local_expert_PnK)
-        experts_MK = jnp.where(self.received_Pc.reshape(-1, 1), local_expert_MK, len(down_eFD))
-        return experts(
-            x_MD, experts_MK, weights_MK, gate_up_eDF, down_eFD, adapters=adapters, max_pairs=self.plan.max_pairs,
-            activation=self.plan.activation, implementation=self.plan.grouped_matmul,
+        experts_MK = jnp.where(self.received_Pc.reshape(-1, 1), local_expert_MK, shape[0])
+        gate_up, down = expert_products(
+            experts_MK, shape, dtype, max_pairs=self.plan.max_pairs, activation=self.plan.activation,
+            implementation=self.plan.grouped_matmul,
         )  # fmt: skip
+        return (
+            lambda x_MD, w, adapter: gate_up(x_MD, frozen_gate_up if w is None else w, adapter),
+            lambda h_R2F, weights_MK, w, adapter: down(h_R2F, weights_MK, frozen_down if w is None else w, adapter),
+        )
 
     def _all_to_all(
         self, x_Pcrd: Float[Array, "P c r d"], sent_Pc: Bool[Array, "P c"], received_Pc: Bool[Array, "P c"]

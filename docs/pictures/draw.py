@@ -14,7 +14,7 @@ import numpy as np
 from mla_moe import preset
 from mla_moe.config import KernelConfig
 from mla_moe.nn.router import gate
-from mla_moe.parallel.expert_parallel import dispatch_plan
+from mla_moe.parallel.dispatch_plan import dispatch_plan
 from mla_moe.rl.objectives import advantages
 
 WIDTH, LEFT, SPAN = 380, 20, 340

@@ -19,7 +19,8 @@ from mla_moe.ops.experts import ExpertAdapters, experts, find_activation
 from mla_moe.ops.kernel_choice import target_platform
 from mla_moe.ops.moe_inference_cpu import selected_experts
 from mla_moe.parallel.collectives import axis_index, psum, shard_map
-from mla_moe.parallel.expert_parallel import dispatch_plan, expert_parallel_experts
+from mla_moe.parallel.dispatch_plan import dispatch_plan
+from mla_moe.parallel.expert_parallel import expert_parallel_experts
 from mla_moe.parallel.mesh import (
     BATCH_SPEC,
     TOKEN_AXES,

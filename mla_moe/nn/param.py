@@ -19,7 +19,7 @@ from jax.typing import DTypeLike
 
 from mla_moe.config.parallelism import KernelConfig
 from mla_moe.ops.kernel_choice import default_attention_kernel, default_grouped_matmul_kernel, target_platform
-from mla_moe.parallel.expert_parallel import default_dispatch
+from mla_moe.parallel.dispatch_plan import default_dispatch
 from mla_moe.parallel.sharding import axis_metadata
 
 BATCH_AXES = ("layers", "experts", "gate_up")

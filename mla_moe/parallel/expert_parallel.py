@@ -12,7 +12,6 @@ A chunk dispatches tokens, runs the experts and combines the outputs, and saves 
 dispatches the tokens again, together with the gradients of their outputs. All of it runs inside `jax.shard_map`.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,98 +21,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from mla_moe.config import KernelConfig, MoEConfig
-from mla_moe.config.parallelism import DispatchKernel, GroupedMatmulKernel
-from mla_moe.ops.experts import Activation, ExpertAdapters, expert_products, find_activation
-from mla_moe.ops.kernel_choice import target_platform
+from mla_moe.ops.experts import ExpertAdapters, expert_products
 from mla_moe.ops.permutation import exclusive_cumsum
-from mla_moe.parallel.mesh import physical_axes
-
-
-def default_dispatch(platform: str | None = None) -> DispatchKernel:
-    """`ragged` sends tokens only, `all_to_all` sends padded buffers: XLA:CPU has no `ragged_all_to_all` (jax issue
-    34755)."""
-    return "ragged" if (platform or target_platform()) in ("tpu", "gpu", "cuda") else "all_to_all"
-
-
-PAIRS_PER_CHUNK, PAIRS_PER_CHUNK_GPU = 32_000, 50_000
-"""About as many (token, expert) pairs of a device make a chunk of `ragged` dispatch: enough for whole matmul tiles of
-each of DeepSeek-V3's experts, with buffers of a few GB. On a GPU more: every chunk reads the experts' weights and adds
-to their gradients."""
-
-
-class DispatchPlan(NamedTuple):
-    """Static sizes, fixed at compile time. A pair is a token with one of its experts."""
-
-    num_experts: int
-    devices: int
-    """P, the size of the mesh axis."""
-    max_local_experts: int
-    """Most of a token's experts that one device can have."""
-    chunk_capacity: int
-    """Tokens that a device can send to another device in one chunk."""
-    min_pairs: int
-    """A token counts as at least so many pairs; a chunk is full at `min_pairs · chunk_capacity` of them."""
-    num_chunks: int
-    """Chunks of an even routing."""
-    device_capacity: int | None
-    """Tokens that a device can send to another in all chunks; the rest is dropped at capacity. None: dropless."""
-    dispatch: DispatchKernel
-    grouped_matmul: GroupedMatmulKernel | None
-    activation: Activation
-    axis: str = "expert"
-    """The mesh axis of expert parallelism, by its name in the mesh."""
-
-    @property
-    def max_pairs(self) -> int:
-        """Most pairs that a device can receive in one chunk."""
-        return self.devices * (self.min_pairs * self.chunk_capacity + self.max_local_experts - self.min_pairs)
-
-
-def dispatch_plan(cfg: MoEConfig, tokens: int, devices: int, kernels: KernelConfig) -> DispatchPlan:
-    """Sizes for `tokens` tokens per device, such that a chunk's worst case is close to that of an even routing.
-
-    A chunk of `ragged` dispatch is full when it has enough pairs for the experts, a chunk of `all_to_all` when its
-    buffers are full of tokens, each of which may have `max_local_experts` pairs. `capacity_factor` times the tokens of
-    an even routing is what a device can send to another device; None is dropless.
-    """
-    dispatch, capacity_factor = kernels.dispatch or default_dispatch(), kernels.capacity_factor
-    even_tokens = tokens * expected_device_fraction(cfg, devices)
-    max_local_experts = min(cfg.num_experts_per_tok, cfg.num_experts // devices)
-    if dispatch == "ragged":
-        min_pairs, slack, even_load = 1, 1.25, tokens * cfg.num_experts_per_tok / devices
-        pairs_per_chunk = PAIRS_PER_CHUNK_GPU if target_platform() == "gpu" else PAIRS_PER_CHUNK
-        num_chunks = max(round(tokens * cfg.num_experts_per_tok / pairs_per_chunk), 1)
-    else:
-        # Three standard deviations of a random routing, so that it rarely takes one more chunk.
-        min_pairs, slack, even_load = max_local_experts, min(1 + 3 / math.sqrt(max(even_tokens, 1)), 1.25), even_tokens
-        worst_case = devices * expected_device_fraction(cfg, devices) * max_local_experts / cfg.num_experts_per_tok
-        num_chunks = max(math.ceil(worst_case), 1)
-    chunk_capacity = min(math.ceil(slack * even_load / num_chunks), tokens)
-    device_capacity = None if capacity_factor is None else math.ceil(capacity_factor * even_tokens)
-    return DispatchPlan(
-        cfg.num_experts, devices, max_local_experts, chunk_capacity, min_pairs, num_chunks, device_capacity,
-        dispatch, kernels.grouped_matmul, find_activation(cfg.hidden_act), *physical_axes("expert"),
-    )  # fmt: skip
-
-
-def expected_device_fraction(cfg: MoEConfig, devices: int) -> float:
-    """The fraction of tokens that are sent to a given device, if all experts within the selected groups are equally
-    likely. Times `devices` it is the mean number of devices per token: 5.3 of 8 for DeepSeek-V3 without groups, 3.6
-    with its node-limited routing (4 of 8 groups; arXiv 2412.19437, section 2.1.2)."""
-    E, K, G = cfg.num_experts, cfg.num_experts_per_tok, cfg.n_group
-    topk_group, local_experts = cfg.topk_group, E // devices
-    selectable, group_size = E // G * topk_group, E // G
-
-    def any_selected(local_selectable: int) -> float:
-        """The probability that at least one of these experts is among the K of all selectable ones."""
-        return 1 - math.comb(selectable - local_selectable, K) / math.comb(selectable, K)
-
-    if local_experts <= group_size:  # the device has a part of one group
-        return topk_group / G * any_selected(local_experts)
-    groups = local_experts // group_size
-    counts = ((j, math.comb(groups, j) * math.comb(G - groups, topk_group - j)) for j in range(topk_group + 1))
-    return sum(count * any_selected(j * group_size) for j, count in counts) / math.comb(G, topk_group)
+from mla_moe.parallel.dispatch_plan import DispatchPlan
 
 
 class DispatchRoutes(NamedTuple):
@@ -245,33 +155,41 @@ def _over_chunks(
     rows = tuple(x_nD.reshape(n, *_row_shape(D)) for x_nD in inputs)
     total_nrd = jnp.zeros(rows[0].shape, jnp.float32)
 
+    def buffer(width: int) -> Array:
+        """For `width` rows of each token."""
+        r, d = _row_shape(D)
+        return jnp.zeros((plan.devices, plan.chunk_capacity, width * r, d), inputs[0].dtype)
+
     def sequential(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
         total_nrd, sums = state
         chunk = _Chunk(index, routes, plan)
-        gate_up_R2F, finish = body(chunk, chunk.dispatch(rows), sums)
+        gate_up_R2F, finish = body(chunk, _parts(chunk.dispatch(rows, buffer(len(rows))), len(rows)), sums)
         outputs_MD, sums = finish(gate_up_R2F)
-        return chunk.combine(total_nrd, chunk.send_back(outputs_MD)), sums
+        return chunk.combine(total_nrd, chunk.send_back(outputs_MD, buffer(1))), sums
 
-    def pipelined(index: Array, state: tuple[tuple[Array, ...], Array, Array, Any]) -> Any:
-        received, outputs_MD, total_nrd, sums = state
+    def pipelined(index: Array, state: tuple[Array, Array, Array, Array, Any]) -> Any:
+        received_Pcrd, outputs_MD, returned_Pcrd, total_nrd, sums = state
         before = _Chunk(index - 1, routes, plan)
-        returned_Pcrd = before.send_back(outputs_MD)
-        gate_up_R2F, finish = body(_Chunk(index, routes, plan), received, sums)
+        returned_Pcrd = before.send_back(outputs_MD, returned_Pcrd)
+        # Once the received tokens are in the experts' layout, their buffer is free for the next ones.
+        parts = _parts(received_Pcrd, len(rows))
+        parts, received_Pcrd = jax.lax.optimization_barrier((parts, received_Pcrd))
+        gate_up_R2F, finish = body(_Chunk(index, routes, plan), parts, sums)
         # XLA runs one exchange at a time. Without this barrier it schedules all products beside one of them, and none
         # beside the other.
         gate_up_R2F, returned_Pcrd, index = jax.lax.optimization_barrier((gate_up_R2F, returned_Pcrd, index))
-        following = _Chunk(index + 1, routes, plan).dispatch(rows)
+        following_Pcrd = _Chunk(index + 1, routes, plan).dispatch(rows, received_Pcrd)
         outputs_MD, sums = finish(gate_up_R2F)
-        return following, outputs_MD, before.combine(total_nrd, returned_Pcrd), sums
+        return following_Pcrd, outputs_MD, returned_Pcrd, before.combine(total_nrd, returned_Pcrd), sums
 
     if plan.dispatch != "ragged":
         total_nrd, sums = jax.lax.fori_loop(0, routes.num_chunks, sequential, (total_nrd, sums))
         return total_nrd.reshape(n, D), sums
     none_MD = jnp.zeros((plan.devices * plan.chunk_capacity, D), inputs[0].dtype)
-    first = _Chunk(0, routes, plan).dispatch(rows), none_MD, total_nrd, sums
-    _, outputs_MD, total_nrd, sums = jax.lax.fori_loop(0, routes.num_chunks, pipelined, first)
+    first = _Chunk(0, routes, plan).dispatch(rows, buffer(len(rows))), none_MD, buffer(1), total_nrd, sums
+    _, outputs_MD, returned_Pcrd, total_nrd, sums = jax.lax.fori_loop(0, routes.num_chunks, pipelined, first)
     last = _Chunk(routes.num_chunks - 1, routes, plan)
-    return last.combine(total_nrd, last.send_back(outputs_MD)).reshape(n, D), sums
+    return last.combine(total_nrd, last.send_back(outputs_MD, returned_Pcrd)).reshape(n, D), sums
 
 
 def _row_shape(width: int) -> tuple[int, int]:
@@ -334,18 +252,17 @@ class _Chunk:
         clipped_Pc = jnp.minimum(position_Pc, token_Pn.shape[1] - 1)
         return position_Pc < end_P[:, None], jnp.take_along_axis(token_Pn, clipped_Pc, axis=1)
 
-    def dispatch(self, inputs: tuple[Float[Array, "n r d"], ...]) -> tuple[Float[Array, "M D"], ...]:
-        """Send tokens to their experts' devices, all inputs in one exchange. Returns the received tokens, zeros at
-        unfilled positions."""
-        x_Pcrd = jnp.concatenate([x_nrd[self.send_token_Pc] for x_nrd in inputs], axis=2)
-        received_Pcrd = self._all_to_all(x_Pcrd, self.sent_Pc, self.received_Pc)
-        parts = jnp.split(received_Pcrd, len(inputs), axis=2)
-        return tuple(part_Pcrd.reshape(self.received_Pc.size, -1) for part_Pcrd in parts)
+    def dispatch(
+        self, inputs: tuple[Float[Array, "n r d"], ...], into_Pcid: Float[Array, "P c i d"]
+    ) -> Float[Array, "P c i d"]:
+        """Send tokens to their experts' devices, all inputs in one exchange. Returns the received tokens, and at
+        unfilled positions what `into_Pcid` has."""
+        x_Pcid = jnp.concatenate([x_nrd[self.send_token_Pc] for x_nrd in inputs], axis=2)
+        return self._all_to_all(x_Pcid, into_Pcid, self.sent_Pc, self.received_Pc)
 
-    def send_back(self, y_MD: Float[Array, "M D"]) -> Float[Array, "P c r d"]:
+    def send_back(self, y_MD: Float[Array, "M D"], into_Pcrd: Float[Array, "P c r d"]) -> Float[Array, "P c r d"]:
         """Return the experts' outputs to the devices that the tokens came from."""
-        y_Pcrd = y_MD.reshape(*self.received_Pc.shape, *_row_shape(y_MD.shape[1]))
-        return self._all_to_all(y_Pcrd, self.received_Pc, self.sent_Pc)
+        return self._all_to_all(y_MD.reshape(into_Pcrd.shape), into_Pcrd, self.received_Pc, self.sent_Pc)
 
     def combine(self, y_nrd: Float[Array, "n r d"], returned_Pcrd: Float[Array, "P c r d"]) -> Float[Array, "n r d"]:
         """Add the returned outputs of this device's tokens to `y_nrd`."""
@@ -385,22 +302,27 @@ class _Chunk:
         )
 
     def _all_to_all(
-        self, x_Pcrd: Float[Array, "P c r d"], sent_Pc: Bool[Array, "P c"], received_Pc: Bool[Array, "P c"]
+        self, x_Pcrd: Array, into_Pcrd: Array, sent_Pc: Bool[Array, "P c"], received_Pc: Bool[Array, "P c"]
     ) -> Float[Array, "P c r d"]:
         """Send the filled positions of `x_Pcrd[p]` to device p; the result's p-th entry is what device p sent to this
-        one, zeros at unfilled positions."""
+        one. Unfilled positions keep those of `into_Pcrd` with `ragged`, and are zeros otherwise."""
         if self.plan.dispatch == "all_to_all":
             x_Pcrd = jnp.where(sent_Pc[..., None, None], x_Pcrd, 0)
             return jax.lax.all_to_all(x_Pcrd, self.plan.axis, split_axis=0, concat_axis=0)
         P, c, *row = x_Pcrd.shape
-        start_P = jnp.arange(P, dtype=jnp.int32) * c
         received_Mrd = jax.lax.ragged_all_to_all(
             x_Pcrd.reshape(P * c, *row),
-            jnp.zeros((P * c, *row), x_Pcrd.dtype),
-            input_offsets=start_P,
+            into_Pcrd.reshape(P * c, *row),
+            input_offsets=jnp.arange(P, dtype=jnp.int32) * c,
             send_sizes=sent_Pc.sum(axis=1, dtype=jnp.int32),
             output_offsets=jnp.full(P, jax.lax.axis_index(self.plan.axis) * c, jnp.int32),
             recv_sizes=received_Pc.sum(axis=1, dtype=jnp.int32),
             axis_name=self.plan.axis,
         )
         return received_Mrd.reshape(P, c, *row)
+
+
+def _parts(received_Pcid: Float[Array, "P c i d"], count: int) -> tuple[Float[Array, "M D"], ...]:
+    """The inputs of a dispatch that were received."""
+    M = received_Pcid.shape[0] * received_Pcid.shape[1]
+    return tuple(part_Pcrd.reshape(M, -1) for part_Pcrd in jnp.split(received_Pcid, count, axis=2))

@@ -20,7 +20,7 @@ from mla_moe.nn.model_costs import active_matmul_weights, train_flops_per_token
 from mla_moe.nn.param import resolve_kernels
 from mla_moe.ops import attention, cached_attention
 from mla_moe.ops.experts import block_size
-from mla_moe.parallel.expert_parallel import dispatch_plan, expected_device_fraction
+from mla_moe.parallel.dispatch_plan import dispatch_plan, expected_device_fraction
 from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
 from mla_moe.parallel.sharding import bytes_per_device, check_divisible
 from mla_moe.plan.flops import ExpectedRouting

@@ -15,13 +15,8 @@ from jax.sharding import PartitionSpec as P
 from mla_moe.config import KernelConfig, ModelConfig
 from mla_moe.config.parallelism import DispatchKernel
 from mla_moe.ops.experts import experts, reference
-from mla_moe.parallel.expert_parallel import (
-    PAIRS_PER_CHUNK,
-    DispatchPlan,
-    dispatch_plan,
-    expected_device_fraction,
-    expert_parallel_experts,
-)
+from mla_moe.parallel.dispatch_plan import PAIRS_PER_CHUNK, DispatchPlan, dispatch_plan, expected_device_fraction
+from mla_moe.parallel.expert_parallel import expert_parallel_experts
 
 E, K, D, F, N = 16, 3, 8, 5, 8 * 40
 

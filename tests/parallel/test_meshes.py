@@ -21,7 +21,7 @@ from mla_moe.config import KernelConfig, MeshConfig
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
 from mla_moe.nn.loss import LossSums, loss_counts
 from mla_moe.nn.moe import RouterStats
-from mla_moe.parallel.expert_parallel import dispatch_plan, expected_device_fraction
+from mla_moe.parallel.dispatch_plan import dispatch_plan, expected_device_fraction
 from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
 from mla_moe.parallel.sharding import TRAINING_RULES, ShardingRules, rules_with_overrides
 

@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def _bucket_directory(url: Any) -> Generator[tuple[Path, Callable[[Path], None]]
         target, size = f"{root}/{file.name}", file.stat().st_size
         written.append(target)
         with storage_errors("path", url):
-            fs.put_file(str(file), target, chunksize=_PART_BYTES)
+            with ThreadPoolExecutor(1) as pool:  # after Ctrl-C the client goes on: its end is waited for
+                pool.submit(fs.put_file, str(file), target, chunksize=_PART_BYTES).result()
             found = fs.info(target)["size"]
         check(found == size, "path", shown(url), f"{file.name} has {found} bytes there instead of {size}; start again")
         file.unlink()

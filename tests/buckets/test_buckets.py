@@ -1,6 +1,9 @@
 """Data, tokenizers and checkpoints in buckets: read, written, converted; faults of the server; errors in one line."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import fsspec
@@ -160,6 +163,27 @@ def test_nothing_is_left_of_an_upload_that_fails(s3, monkeypatch):
     with pytest.raises(ConfigError, match=r"path = 's3://bucket/v3': ConnectionError: the connection was cut; check"):
         convert(GOLDEN / "v3", f"{url}/v3", max_shard_bytes=20_000)
     assert not names(fs, "bucket/v3")
+
+
+def test_nothing_is_left_of_an_upload_that_is_interrupted(s3, monkeypatch):
+    """The client's own thread goes on with an upload when the main thread is interrupted."""
+    url, fs, faults = s3
+    serve, puts = faults.app, []
+
+    def interrupting(environ, start_response):
+        if environ["REQUEST_METHOD"] == "PUT":
+            puts.append(environ["PATH_INFO"])
+            if len(puts) == 3:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.5)
+        return serve(environ, start_response)
+
+    monkeypatch.setattr(faults, "app", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        convert(GOLDEN / "v3", f"{url}/v3", max_shard_bytes=8_000)
+    time.sleep(1)
+    assert not names(fs, "bucket/v3")
+    assert len(puts) == 3
 
 
 def test_a_wrong_key_is_one_line(s3, s3_server, monkeypatch):

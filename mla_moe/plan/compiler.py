@@ -84,7 +84,7 @@ def _is_complete(folder: Path, process: int) -> bool:
         return False
     try:
         opened = [os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir()]
-    except FileNotFoundError:  # closed since, or the process has ended
+    except (FileNotFoundError, PermissionError):  # closed since, or the process has ended, whose entry is root's then
         return False
     return not any(Path(path).suffix == ".txt" and Path(path).parent == folder for path in opened)
 

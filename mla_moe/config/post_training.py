@@ -17,6 +17,7 @@ from mla_moe.config.errors import (
 from mla_moe.config.optimizer import OptimizerConfig, ScheduleConfig
 from mla_moe.config.pretraining import TrainingConfig
 from mla_moe.config.resume import field
+from mla_moe.config.storage import require_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,9 +195,13 @@ class RLConfig:
 
     steps: int = 0
     """RL steps: each samples completions and makes `minibatches` optimizer updates. 0 skips the stage."""
-    objective: Literal["grpo", "dr_grpo", "dapo", "gspo"] = "grpo"
+    objective: Literal["grpo", "dr_grpo", "dapo", "gspo", "distillation"] = "grpo"
     """Objective: grpo (as in R1), dr_grpo (no division by standard deviation or length), dapo (clip-higher, dynamic
-    sampling, no KL), or gspo (one importance ratio per completion)."""
+    sampling, no KL), gspo (one importance ratio per completion), or distillation (on-policy: the KL to `teacher` of
+    each sampled token's distribution; rewards are measured only)."""
+    teacher: str | None = None
+    """Checkpoint of the teacher of distillation: what init_from takes, with the same vocabulary. It may be another
+    model; its parameters are in memory too, in the compute dtype, on the same mesh."""
     prompts_per_step: int = 32
     """Prompts per step."""
     group_size: int = 16
@@ -260,8 +265,12 @@ class RLConfig:
         require_each(self, "rl", "max_resample_rounds", lambda x: x >= 1, "at least 1")
         names = "kl_coef ref_sync_steps router_bias_update_rate eval_every"
         require_each(self, "rl", names, lambda x: 0 <= x < math.inf, "0 or more")
+        distills = self.objective == "distillation"
         message = "the completions of a group are compared with each other: at least 2"
-        require(self.group_size >= 2 or not self.steps, "rl.group_size", self.group_size, message)
+        require(self.group_size >= 2 or distills or not self.steps, "rl.group_size", self.group_size, message)
+        require_path("rl.teacher", self.teacher)
+        fix = "distillation needs a teacher, name its checkpoint" if distills else "needs rl.objective = 'distillation'"
+        require(distills == (self.teacher is not None), "rl.teacher", self.teacher, fix)
         message = "sampling needs a positive temperature"
         require(0 < self.temperature < math.inf, "rl.temperature", self.temperature, message)
         message = f"must divide rl.prompts_per_step = {self.prompts_per_step}: a group is never split"
@@ -291,9 +300,13 @@ class RejectionConfig:
     prefer: Literal["random", "shortest"] = "random"
     """Which correct completions are kept, if there are more."""
     start: Literal["base", "last"] = "base"
-    """Model to fine-tune: base, from which `sft` started (as for R1), or last, which generated the completions."""
+    """Model to fine-tune: base, from which `sft` started (as for R1), or last, the newest of the run."""
+    sampler: str | None = None
+    """Checkpoint of another model that generates the completions (sequence-level distillation): what init_from takes,
+    with the same vocabulary. None: the newest model of the run."""
 
     def __post_init__(self):
+        require_path("rejection.sampler", self.sampler)
         require_between(self, "rejection", "steps", 0, MAX_SIZE)
         require_between(self, "rejection", "prompts samples", 1, MAX_SIZE)
         require_each(self, "rejection", "keep", lambda x: x >= 1, "at least 1")

@@ -1,4 +1,4 @@
-"""Losses from hidden states, as sums: which targets count, and cross-entropy and log-probabilities under a mesh."""
+"""Losses from hidden states, as sums: which targets count, and cross-entropy, log-probabilities and KL under a mesh."""
 
 from functools import partial
 from typing import NamedTuple
@@ -98,3 +98,23 @@ def token_logprobs(
     local = partial(ops.token_logprobs, chunk=chunk, temperature=temperature, vocab_axes=physical_axes(vocab))
     inputs, outputs = (BATCH_SPEC, P(None, vocab), BATCH_SPEC), (BATCH_SPEC, BATCH_SPEC)
     return shard_map(local, inputs, outputs)(h_BTD, head_DV, targets_BT)
+
+
+def reverse_kl(
+    h_BTD: Activations,
+    head_DV: Float[Array, "D V"],
+    teacher_BTE: Float[Array, "B T E"],
+    teacher_head_EV: Float[Array, "E V"],
+    *,
+    chunk: int,
+    temperature: float = 1.0,
+) -> Float[Array, "B T"]:
+    """KL of each token from a student's distribution to a teacher's, `ops.cross_entropy.reverse_kl`, at `temperature`,
+    `chunk` tokens of a sequence at a time. Under a mesh the vocabulary is sharded over `tensor`."""
+    mesh = token_mesh(h_BTD.shape)
+    if mesh is None:
+        return ops.reverse_kl(h_BTD, head_DV, teacher_BTE, teacher_head_EV, chunk, temperature)
+    vocab = vocab_axes(mesh, head_DV.shape[1], ("tensor",))
+    local = partial(ops.reverse_kl, chunk=chunk, temperature=temperature, vocab_axes=physical_axes(vocab))
+    inputs = BATCH_SPEC, P(None, vocab), BATCH_SPEC, P(None, vocab)
+    return shard_map(local, inputs, BATCH_SPEC)(h_BTD, head_DV, teacher_BTE, teacher_head_EV)

@@ -1,4 +1,4 @@
-"""Cross-entropy and log-probabilities over a large vocabulary, in chunks: `[B, T, vocab]` is never materialised.
+"""Cross-entropy, log-probabilities and KL over a large vocabulary, in chunks: `[B, T, vocab]` is never materialised.
 
 Inside a `shard_map` the vocabulary can be sharded over mesh axes, in order; logits are not communicated, only sums and
 maxima. `chunk` is the number of tokens of each sequence whose logits exist at the same time.
@@ -176,6 +176,77 @@ def reference(h_BTD: Array, head_DV: Array, targets_BT: Array, temperature: floa
     log_p_BTV = jax.nn.log_softmax(logits_BTV)
     logprob_BT = jnp.take_along_axis(log_p_BTV, targets_BT[..., None], axis=-1)[..., 0]
     return logprob_BT, jax.lax.stop_gradient(-jnp.sum(jnp.exp(log_p_BTV) * log_p_BTV, axis=-1))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def reverse_kl(
+    h_BTD: Float[Array, "B T D"],
+    head_DV: Float[Array, "D V"],
+    teacher_BTE: Float[Array, "B T E"],
+    teacher_head_EV: Float[Array, "E V"],
+    chunk: int,
+    temperature: float = 1.0,
+    vocab_axes: tuple[str, ...] = (),
+) -> Float[Array, "B T"]:
+    """`KL(p ‖ q) = Σ_v p (log p − log q)` of each token in nats, float32, with `p = softmax(h @ head / temperature)` of
+    a student and q of a teacher: the reverse KL of distillation, over the full vocabulary (GKD, arXiv 2306.13649).
+
+    The teacher has its own width, and no gradient. The backward pass recomputes each chunk's logits. The vocabulary is
+    sharded over `vocab_axes`.
+    """
+    return _reverse_kl_forward(h_BTD, head_DV, teacher_BTE, teacher_head_EV, chunk, temperature, vocab_axes)[0]
+
+
+def _reverse_kl_forward(
+    h_BTD: Array, head_DV: Array, teacher_BTE: Array, teacher_head_EV: Array, chunk: int, temperature: float,
+    axes: tuple[str, ...],
+) -> tuple[Array, tuple[Array, ...]]:  # fmt: skip
+    def body(xs: tuple[Array, Array]) -> Array:
+        return _divergence(xs[0], head_DV, xs[1], teacher_head_EV, temperature, axes)[2]
+
+    kl_cBt = jax.lax.map(body, (_chunked(h_BTD, chunk), _chunked(teacher_BTE, chunk)))
+    return _unchunked(kl_cBt, h_BTD.shape[1]), (h_BTD, head_DV, teacher_BTE, teacher_head_EV)
+
+
+def _reverse_kl_backward(
+    chunk: int, temperature: float, axes: tuple[str, ...], residuals: tuple[Array, ...], g_BT: Array
+) -> tuple[Array | None, ...]:
+    h_BTD, head_DV, teacher_BTE, teacher_head_EV = residuals
+    if axes:
+        g_BT = jax.lax.psum(g_BT, axes)  # the derivative of the sums over the vocabulary
+
+    def body(g_head_DV: Array, xs: tuple[Array, ...]) -> tuple[Array, Array]:
+        h_BtD, teacher_BtE, g_Bt = xs
+        p_BtV, log_ratio_BtV, kl_Bt = _divergence(h_BtD, head_DV, teacher_BtE, teacher_head_EV, temperature, axes)
+        g_BtV = g_Bt[..., None] / temperature * p_BtV * (log_ratio_BtV - kl_Bt[..., None])
+        g_BtV = g_BtV.astype(h_BtD.dtype)
+        g_head_DV += jnp.einsum("BtD,BtV->DV", h_BtD, g_BtV, preferred_element_type=jnp.float32)
+        return g_head_DV, jnp.einsum("BtV,DV->BtD", g_BtV, head_DV)
+
+    xs = tuple(_chunked(x, chunk) for x in (h_BTD, teacher_BTE, g_BT))
+    g_head_DV, g_cBtD = jax.lax.scan(body, jnp.zeros(head_DV.shape, jnp.float32), xs)
+    return _unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV.astype(head_DV.dtype), None, None
+
+
+reverse_kl.defvjp(_reverse_kl_forward, _reverse_kl_backward)
+
+
+def _divergence(
+    h_BtD: Array, head_DV: Array, teacher_BtE: Array, teacher_head_EV: Array, temperature: float, axes: tuple[str, ...]
+) -> tuple[Float[Array, "B t V"], Float[Array, "B t V"], Float[Array, "B t"]]:
+    """The student's probabilities p, `log p − log q` with q of the teacher, and their KL."""
+    log_p_BtV = _log_softmax(_logits(h_BtD, head_DV, temperature), axes)
+    log_ratio_BtV = log_p_BtV - _log_softmax(_logits(teacher_BtE, teacher_head_EV, temperature), axes)
+    p_BtV = jnp.exp(log_p_BtV)
+    kl_Bt = jnp.sum(p_BtV * log_ratio_BtV, axis=-1)
+    return p_BtV, log_ratio_BtV, jax.lax.psum(kl_Bt, axes) if axes else kl_Bt
+
+
+def _log_softmax(logits_BtV: Array, axes: tuple[str, ...]) -> Float[Array, "B t V"]:
+    if not axes:
+        return jax.nn.log_softmax(logits_BtV)
+    logits_BtV -= jax.lax.pmax(logits_BtV.max(axis=-1, keepdims=True), axes)
+    return logits_BtV - jnp.log(jax.lax.psum(jnp.exp(logits_BtV).sum(axis=-1, keepdims=True), axes))
 
 
 def vocab_logits(

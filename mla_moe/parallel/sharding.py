@@ -15,7 +15,7 @@ from flax.nnx.bridge.variables import NNXMeta
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from mla_moe.config import Recipe, require
+from mla_moe.config import ModelConfig, Recipe, require
 from mla_moe.parallel.collectives import all_gather
 from mla_moe.parallel.mesh import (
     BATCH_SPEC,
@@ -231,8 +231,8 @@ def bytes_per_device(tree: Any) -> float:
 def check_divisible(recipe: Recipe, mesh: Mesh) -> None:
     """Raise `ConfigError` for a batch size, a length or a model width that the mesh does not divide."""
     batch_shards = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
-    context, tensor, expert = (mesh.shape[axis] for axis in ("context", "tensor", "expert"))
-    model, rl = recipe.model, recipe.rl
+    context = mesh.shape["context"]
+    rl = recipe.rl
     microbatch, over_context = "sequences of a microbatch over mesh data x fsdp x expert", "tokens over mesh.context"
     checks = []
     if rl.steps > 0:
@@ -245,10 +245,19 @@ def check_divisible(recipe: Recipe, mesh: Mesh) -> None:
         size = stage.batch_size // stage.gradient_accumulation_steps
         checks += [(f"{name}.batch_size", size, batch_shards, microbatch)]
     checks += [(f"{name}.sequence_length", stage.sequence_length, context, over_context) for name, stage in stages]
-    checks += [
-        ("model.moe_intermediate_size", model.moe_intermediate_size, tensor, "width over mesh.tensor"),
-        ("model.num_attention_heads", model.num_attention_heads, tensor, "heads over mesh.tensor"),
-        ("model.n_routed_experts", model.n_routed_experts, expert, "experts over mesh.expert"),
-    ]
     for field, value, shards, what in checks:
         require(value % shards == 0, field, value, f"must be a multiple of {shards}: {what}")
+    check_model_divisible(recipe.model, mesh, "model")
+
+
+def check_model_divisible(model: ModelConfig, mesh: Mesh, name: str) -> None:
+    """Raise `ConfigError` for a width of a model, which errors call `name`, that the mesh does not divide."""
+    checks = (
+        ("moe_intermediate_size", "tensor", "width"),
+        ("num_attention_heads", "tensor", "heads"),
+        ("n_routed_experts", "expert", "experts"),
+    )
+    for field, axis, what in checks:
+        value, shards = getattr(model, field), mesh.shape[axis]
+        fix = f"must be a multiple of {shards}: {what} over mesh.{axis}"
+        require(value % shards == 0, f"{name}.{field}", value, fix)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Lowered, Traced
 
+from mla_moe.checkpoint.reader import read_model_config
 from mla_moe.config import LoRAConfig, ModelConfig, OptimizerConfig, Recipe, TrainingConfig, require
 from mla_moe.inference.decode import ProgramOptions, empty_batch
 from mla_moe.inference.programs import decode as decode_program
@@ -22,11 +24,12 @@ from mla_moe.ops import attention, cached_attention
 from mla_moe.ops.experts import block_size
 from mla_moe.parallel.dispatch_plan import dispatch_plan, expected_device_fraction
 from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
-from mla_moe.parallel.sharding import bytes_per_device, check_divisible
+from mla_moe.parallel.sharding import bytes_per_device, check_divisible, check_model_divisible
 from mla_moe.plan.flops import ExpectedRouting
 from mla_moe.plan.topology import Topology
 from mla_moe.rl.learner import Learner
 from mla_moe.rl.objectives import kl_coefficient
+from mla_moe.rl.teacher import abstract_teacher, check_teacher
 from mla_moe.training.optimizer import make_optimizer
 from mla_moe.training.run_context import make_abstract_model
 from mla_moe.training.step import abstract_state, make_train_step
@@ -133,12 +136,20 @@ def rl(recipe: Recipe, topology: Topology) -> StageProgram:
     if settings.routing_replay and cfg.num_moe_layers:
         selected = *shape, cfg.num_moe_layers, cfg.num_experts_per_tok
         microbatch["replay"] = jax.ShapeDtypeStruct(selected, jnp.int16, sharding=sharding)
-    learner = Learner(abstract_model, tx, recipe, mesh)
-    sums = learner.zeros.eval_shape(state.params, state.fixed, microbatch)
-    traced = learner.accumulate.trace(state.params, state.fixed, microbatch, sums)
+    teacher = None
+    if settings.teacher is not None:
+        cfg_of_teacher = read_model_config(Path(settings.teacher))
+        check_teacher(cfg_of_teacher, "rl.teacher", settings.teacher, recipe)
+        check_model_divisible(cfg_of_teacher, mesh, "rl.teacher")
+        teacher = abstract_teacher(cfg_of_teacher, abstract_model)
+    learner = Learner(abstract_model, tx, recipe, mesh, teacher)
+    fixed = state.fixed, teacher.abstract(mesh) if teacher else {}
+    sums = learner.zeros.eval_shape(state.params, *fixed, microbatch)
+    traced = learner.accumulate.trace(state.params, *fixed, microbatch, sums)
 
     parameters = bytes_per_device(state.arrays)
     memory = {"parameters": parameters, "batch": bytes_per_device(microbatch)}
+    memory |= {"teacher": bytes_per_device(fixed[1])} if teacher else {}
     memory |= {"accumulated gradients": bytes_per_device(sums.gradient), "gradients": bytes_per_device(state.params)}
     max_model_len = settings.max_prompt_tokens + settings.max_new_tokens
     weights, cache = sampler_arrays(
@@ -149,7 +160,10 @@ def rl(recipe: Recipe, topology: Topology) -> StageProgram:
         resident["reference"] = bytes_per_device(state.params)
     trained = replace(cfg, num_nextn_predict_layers=0)
     program = _gradient_program(traced, recipe, abstract_model, trained, mesh, shape, 1, memory)
-    sampling_bytes = parameters + sum(resident.values()) + bytes_per_device(weights)
+    sampling_bytes = parameters + memory.get("teacher", 0) + sum(resident.values()) + bytes_per_device(weights)
+    if teacher:  # a forward pass, a third of what training takes
+        forward = train_flops_per_token(teacher.cfg, shape[1]) * math.prod(shape) / mesh.size / 3
+        program = program._replace(useful_flops=program.useful_flops + forward)
     return program._replace(resident=resident, sampling_bytes=sampling_bytes)
 
 

@@ -66,7 +66,9 @@ def pass_at_k(stage: StageRecord) -> str:
 
 
 def kl_from_reference(stage: StageRecord) -> str:
-    """Empty if it is 0 throughout: without a reference policy it is not measured."""
+    """Or from the teacher. Empty if it is 0 throughout: without a reference policy it is not measured."""
+    if len(stage.finite("distillation/reverse_kl")):
+        return draw_curves(stage, "KL from the teacher", (Line("distillation/reverse_kl"),))
     return draw_curves(stage, "KL from the reference policy", (Line("kl"),)) if stage.finite("kl").any() else ""
 
 

@@ -22,7 +22,7 @@ class GroupBatch:
     """Number of the first training prompt of the next step."""
     filtered: int
     """Groups without a signal, because all their completions have the same reward: dropped by dynamic sampling, or else
-    in the batch with advantages of 0."""
+    in the batch with advantages of 0. Distillation has none."""
     uniform: Mapping[str, int]
     """All sampled groups without a signal, by cause: all_truncated, all_correct, all_wrong or equal_rewards."""
     prompts_too_long: int
@@ -81,7 +81,7 @@ def sample_groups(rollout: Rollout, rl: RLConfig, seed: int, start: int, progres
     missing, too_long = rl.prompts_per_step - len(kept), rollout.prompts_too_long - too_long_before
     chosen = [*kept, *uniform[:missing]]
     reward_GS = np.array([_rewards(group, rl) for group in chosen])
-    if rl.objective != "dapo":
+    if rl.objective not in ("dapo", "distillation"):
         uniform = [group for group, reward_S in zip(chosen, reward_GS, strict=True) if not is_informative(reward_S)]
     filtered = len(uniform) - missing
     judged = rollout.reward.has_accuracy

@@ -12,8 +12,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from mla_moe.config import Recipe
+from mla_moe.nn import loss as losses
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
+from mla_moe.nn.layers import Activations
 from mla_moe.nn.moe import RouterStats
+from mla_moe.nn.transformer import Transformer
 from mla_moe.parallel.compiler_options import mesh_compiler_options
 from mla_moe.rl import objectives
 from mla_moe.rl.group_sampling import GroupBatch
@@ -42,8 +45,16 @@ class Learner:
     microbatch exist at a time. All microbatches have one shape, so each of the compiled programs compiles once, at any
     number and length of completions."""
 
-    def __init__(self, abstract_model: AbstractModel, tx: optax.GradientTransformation, recipe: Recipe, mesh: Mesh):
-        self.abstract_model, self.tx, self.mesh = abstract_model, tx, mesh
+    def __init__(
+        self,
+        abstract_model: AbstractModel,
+        tx: optax.GradientTransformation,
+        recipe: Recipe,
+        mesh: Mesh,
+        teacher: AbstractModel | None = None,
+    ):
+        """With the objective distillation there is a `teacher`."""
+        self.abstract_model, self.tx, self.mesh, self.teacher = abstract_model, tx, mesh, teacher
         self.rl, self.loss_chunk = recipe.rl, recipe.training.loss_chunk
         self.num_completions = self.rl.prompts_per_step * self.rl.group_size // self.rl.minibatches
         of_model = abstract_model.shardings(mesh)
@@ -55,13 +66,14 @@ class Learner:
         state = state_shardings(abstract_model, tx, mesh)
         self.logprobs = jax.jit(self._logprobs, compiler_options=options)
         self.zeros = jax.jit(self._zeros, out_shardings=sums)
-        self.accumulate = jax.jit(self._accumulate, donate_argnums=3, out_shardings=sums, compiler_options=options)
+        self.accumulate = jax.jit(self._accumulate, donate_argnums=4, out_shardings=sums, compiler_options=options)
         self.apply_gradients = jax.jit(self._apply_gradients, donate_argnums=0, out_shardings=(state, replicated))
 
     def update_policy(
-        self, state: TrainState, reference: Arrays, groups: GroupBatch
+        self, state: TrainState, reference: Arrays, groups: GroupBatch, teacher: Arrays
     ) -> tuple[TrainState, dict[str, Any]]:
-        """One update per minibatch of groups. `reference`: parameters of the reference policy. Donates the state."""
+        """One update per minibatch of groups. `reference`: parameters of the reference policy; `teacher`: arrays of
+        the teacher, empty without one. Donates the state."""
         count, size = self.rl.minibatches, self.rl.micro_batch_size
         packed = [self.pack(groups, slice(first, None, count)) for first in range(count)]
         minibatches = [[put_batch(batch, size, self.mesh) for batch in microbatches(one, size)] for one in packed]
@@ -73,12 +85,12 @@ class Learner:
                 microbatch["reference_logprob_BT"] = self.logprobs(reference, state.fixed, microbatch)
         updates = []
         for minibatch in minibatches:
-            total = self.zeros(state.params, state.fixed, minibatch[0])
+            total = self.zeros(state.params, state.fixed, teacher, minibatch[0])
             for microbatch in minibatch:
-                total = self.accumulate(state.params, state.fixed, microbatch, total)
+                total = self.accumulate(state.params, state.fixed, teacher, microbatch, total)
             state, metrics = self.apply_gradients(state, total)
             updates.append(metrics)
-        return state, learner_metrics(jax.device_get(updates))
+        return state, learner_metrics(jax.device_get(updates), distillation=self.teacher is not None)
 
     def pack(self, groups: GroupBatch, which: slice = slice(None)) -> PackedSequences:
         """Packed sequences of some groups, with the advantage and the loss weight of each token."""
@@ -96,19 +108,40 @@ class Learner:
         """Log-probability of each target at the sampling temperature, entropy, and statistics of the routers."""
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             model = self.abstract_model.merge(params | fixed)
-            replay = microbatch["replay"].astype(jnp.int32) if "replay" in microbatch else None
-            inputs = (microbatch[name] for name in ("tokens", "segment_ids", "positions"))
-            h_BTD, stats = model.hidden(*inputs, replay)
-            chunk, temperature = self.loss_chunk, self.rl.temperature
-            return *model.token_logprobs(h_BTD, microbatch["targets"], chunk=chunk, temperature=temperature), stats
+            h_BTD, stats = _hidden(model, microbatch)
+            return *self._of_targets(model, h_BTD, microbatch), stats
+
+    def _of_targets(
+        self, model: Transformer, h_BTD: Activations, microbatch: Microbatch
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        targets_BT, temperature = microbatch["targets"], self.rl.temperature
+        return model.token_logprobs(h_BTD, targets_BT, chunk=self.loss_chunk, temperature=temperature)
+
+    def _distillation_sums(
+        self, params: Arrays, fixed: Arrays, teacher: Arrays, microbatch: Microbatch, tokens: TokenInputs
+    ) -> tuple[ObjectiveSums, RouterStats | None]:
+        """The teacher's routers choose its experts: routing replay is of the student alone."""
+        assert self.teacher is not None
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            of_teacher = self.teacher.merge(teacher)
+            teacher_BTE, _ = _hidden(of_teacher, {k: x for k, x in microbatch.items() if k != "replay"})
+            model = self.abstract_model.merge(params | fixed)
+            h_BTD, stats = _hidden(model, microbatch)
+            heads_and_hidden = h_BTD, model.head_DV, teacher_BTE, of_teacher.head_DV
+            kl_BT = losses.reverse_kl(*heads_and_hidden, chunk=self.loss_chunk, temperature=self.rl.temperature)
+            logprob_BT, entropy_BT = self._of_targets(model, h_BTD, microbatch)
+        return objectives.distillation_sums(logprob_BT, entropy_BT, kl_BT, tokens), stats
 
     def _logprobs(self, params: Arrays, fixed: Arrays, microbatch: Microbatch) -> Float[Array, "B T"]:
         return self._token_logprobs(params, fixed, microbatch)[0]
 
-    def _gradient_sums(self, params: Arrays, fixed: Arrays, microbatch: Microbatch) -> GradientSums:
+    def _gradient_sums(self, params: Arrays, fixed: Arrays, teacher: Arrays, microbatch: Microbatch) -> GradientSums:
         def loss(params: Arrays) -> tuple[Array, tuple[ObjectiveSums, RouterStats | None]]:
-            logprob_BT, entropy_BT, stats = self._token_logprobs(params, fixed, microbatch)
             tokens = TokenInputs(**{name: microbatch[name] for name in TokenInputs._fields if name in microbatch})
+            if self.teacher is not None:
+                sums, stats = self._distillation_sums(params, fixed, teacher, microbatch, tokens)
+                return sums.loss, (sums, stats)
+            logprob_BT, entropy_BT, stats = self._token_logprobs(params, fixed, microbatch)
             sums = objectives.objective_sums(logprob_BT, entropy_BT, tokens, self.rl, self.num_completions)
             return sums.loss, (sums, stats)
 
@@ -117,13 +150,15 @@ class Learner:
             return GradientSums(gradient, sums, jnp.zeros((0, 0), jnp.int32), jnp.int32(0))
         return GradientSums(gradient, sums, stats.load_E, stats.dropped.sum())
 
-    def _zeros(self, params: Arrays, fixed: Arrays, microbatch: Microbatch) -> GradientSums:
-        shapes = jax.eval_shape(self._gradient_sums, params, fixed, microbatch)
+    def _zeros(self, params: Arrays, fixed: Arrays, teacher: Arrays, microbatch: Microbatch) -> GradientSums:
+        shapes = jax.eval_shape(self._gradient_sums, params, fixed, teacher, microbatch)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    def _accumulate(self, params: Arrays, fixed: Arrays, microbatch: Microbatch, before: GradientSums) -> GradientSums:
+    def _accumulate(
+        self, params: Arrays, fixed: Arrays, teacher: Arrays, microbatch: Microbatch, before: GradientSums
+    ) -> GradientSums:
         """Donates the sums."""
-        new = self._gradient_sums(params, fixed, microbatch)
+        new = self._gradient_sums(params, fixed, teacher, microbatch)
         added = jax.tree.map(jnp.add, before, new)
         return added._replace(sums=objectives.add_sums(before.sums, new.sums))
 
@@ -135,7 +170,12 @@ class Learner:
         return state, metrics | {"sums": sums, "load_LE": load_LE, "dropped": dropped}
 
 
-def learner_metrics(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _hidden(model: Transformer, microbatch: Microbatch) -> tuple[Activations, RouterStats | None]:
+    replay = microbatch["replay"].astype(jnp.int32) if "replay" in microbatch else None
+    return model.hidden(*(microbatch[name] for name in ("tokens", "segment_ids", "positions")), replay)
+
+
+def learner_metrics(updates: Sequence[dict[str, Any]], *, distillation: bool = False) -> dict[str, Any]:
     """Metrics of a step, over completion tokens, and its `load_LE`, from what `apply_gradients` returns per update."""
     sums = [update["sums"] for update in updates]
     tokens = sum(int(s.tokens) for s in sums)
@@ -148,16 +188,21 @@ def learner_metrics(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "loss": float(np.mean([s.loss for s in sums])),
         "grad_norm": float(np.mean([update["grad_norm"] for update in updates])),
         "skipped": sum(int(update["skipped"]) for update in updates),
-        "kl": per_token("kl"),
         "entropy": per_token("entropy"),
-        "clip_ratio/low": per_token("clipped_low"),
-        "clip_ratio/high": per_token("clipped_high"),
         "sampler_logprob_diff": per_token("sampler_logprob_diff"),
         "sampler_logprob_diff_max": float(max(s.sampler_logprob_diff_max for s in sums)),
-        "tis_weight": per_token("tis_weight"),
-        "tis_clipped": per_token("tis_clipped"),
-        "off_policy_masked": sum(int(s.off_policy_masked) for s in sums),
     }
+    if distillation:
+        metrics["distillation/reverse_kl"] = per_token("kl")
+    else:
+        metrics |= {
+            "kl": per_token("kl"),
+            "clip_ratio/low": per_token("clipped_low"),
+            "clip_ratio/high": per_token("clipped_high"),
+            "tis_weight": per_token("tis_weight"),
+            "tis_clipped": per_token("tis_clipped"),
+            "off_policy_masked": sum(int(s.off_policy_masked) for s in sums),
+        }
     if load_LE.size:
         metrics["moe/load_max"] = float((load_LE.max(axis=1) / np.maximum(load_LE.mean(axis=1), 1e-9)).max())
         metrics["moe/dropped"] = sum(int(update["dropped"]) for update in updates)

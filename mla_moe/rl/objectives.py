@@ -5,6 +5,8 @@
     dapo      arXiv 2503.14476            clip-higher; mean over all tokens; no KL
     gspo      arXiv 2507.18071            one ratio per completion, the geometric mean over its tokens
 
+and distillation on the student's own completions (GKD, arXiv 2306.13649), which needs no rewards.
+
 Advantages are computed per group on the host. The loss runs on packed sequences `[B, T]`, in one or more microbatches
 (gradient accumulation): each token's loss weight is computed beforehand over the whole minibatch (`token_weights`), so
 that the sums of the microbatches add up to those of the minibatch.
@@ -56,19 +58,20 @@ def clip_range(rl: RLConfig) -> tuple[float, float]:
 
 
 def kl_coefficient(rl: RLConfig) -> float:
-    """Coefficient of the KL term: `rl.kl_coef`, or 0 for DAPO. At 0 no reference policy is kept."""
-    return 0.0 if rl.objective == "dapo" else rl.kl_coef
+    """Coefficient of the KL term: `rl.kl_coef`, or 0 for DAPO and distillation. At 0 no reference policy is kept."""
+    return 0.0 if rl.objective in ("dapo", "distillation") else rl.kl_coef
 
 
 def token_weights(rl: RLConfig, length_N: Int[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
     """Weight in the loss of one token of each completion, for a minibatch of N completions of these lengths.
 
-    `grpo` and `gspo`: 1 / (N · length). `dr_grpo`: 1 / (N · max_new_tokens), a constant. `dapo`: 1 / all tokens.
+    `grpo` and `gspo`: 1 / (N · length). `dr_grpo`: 1 / (N · max_new_tokens), a constant. `dapo` and
+    `distillation`: 1 / all tokens.
     """
     N = len(length_N)
     if rl.objective == "dr_grpo":
         return np.full(N, 1 / (N * rl.max_new_tokens))
-    if rl.objective == "dapo":
+    if rl.objective in ("dapo", "distillation"):
         return np.full(N, 1 / max(length_N.sum(), 1))
     return 1 / (N * np.maximum(length_N, 1))
 
@@ -104,7 +107,7 @@ class ObjectiveSums(NamedTuple):
     """Completion tokens: the denominator of the means logged from the following sums."""
     entropy: Float[Array, ""]
     kl: Float[Array, ""]
-    """KL from the reference policy (k3 estimator, as in the loss); 0 without a reference."""
+    """KL from the reference policy (k3 estimator, as in the loss), 0 without one; of distillation the teacher's."""
     clipped_low: Int[Array, ""]
     """Tokens with a ratio below the clip range and a negative advantage: no gradient."""
     clipped_high: Int[Array, ""]
@@ -196,4 +199,32 @@ def objective_sums(
         tis_weight=jnp.sum(tis_weight_BT, where=real_BT),
         tis_clipped=tis_clipped_BT.sum(),
         off_policy_masked=masked_N.sum(),
+    )
+
+
+def distillation_sums(
+    logprob_BT: Float[Array, "B T"],
+    entropy_BT: Float[Array, "B T"],
+    reverse_kl_BT: Float[Array, "B T"],
+    tokens: TokenInputs,
+) -> ObjectiveSums:
+    """Loss of a microbatch of on-policy distillation, to be differentiated with respect to `reverse_kl_BT`, and its
+    metrics: `Σ weight · KL(π ‖ π_teacher)`, the mean over the completion tokens.
+
+    The KL is that of the full distribution at each sampled token (GKD, arXiv 2306.13649, with λ = 1 and the reverse
+    KL): what the advantage `log π_teacher − log π` of the sampled token estimates, without its variance. As there, the
+    completions are constants.
+    """
+    real_BT = tokens.completion_BT >= 0
+    old_BT = logprob_BT if tokens.old_logprob_BT is None else tokens.old_logprob_BT
+    diff_BT = jnp.abs(jnp.where(real_BT, old_BT - tokens.sampler_logprob_BT, 0))
+    kl_BT = jnp.where(real_BT, reverse_kl_BT, 0)
+    zeros = ObjectiveSums(*[jnp.int32(0)] * len(ObjectiveSums._fields))
+    return zeros._replace(
+        loss=jnp.sum(tokens.weight_BT * kl_BT),
+        tokens=real_BT.sum(),
+        entropy=jnp.sum(entropy_BT, where=real_BT),
+        kl=kl_BT.sum(),
+        sampler_logprob_diff=diff_BT.sum(),
+        sampler_logprob_diff_max=diff_BT.max(),
     )

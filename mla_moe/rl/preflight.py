@@ -2,20 +2,30 @@
 
 from collections.abc import Collection
 
+from mla_moe.checkpoint.reader import open_checkpoint
 from mla_moe.config import Recipe, require
 from mla_moe.data.sources import find_files
 from mla_moe.rl.rewards import Reward
 from mla_moe.rl.tasks import open_task
+from mla_moe.rl.teacher import check_teacher
 
 
 def preflight(recipe: Recipe, started: Collection[str]) -> None:
-    """Raises `ConfigError` if files, the task or the reward of a stage that has not `started` cannot be opened."""
+    """Raises `ConfigError` if files, the task, the reward or the teacher of a stage that has not `started` cannot be
+    opened."""
     for section in (recipe.sft, recipe.dpo):
         if section.active and section.section not in started:
             for name in ("data", "heldout"):
                 for pattern in getattr(section, name):
                     find_files(pattern, f"{section.section}.{name}")
-    if (recipe.rl.steps and "rl" not in started) or (recipe.rejection.steps and "rejection" not in started):
+    runs = {stage for stage in ("rl", "rejection") if getattr(recipe, stage).steps and stage not in started}
+    for stage, field, teacher in (
+        ("rl", "rl.teacher", recipe.rl.teacher),
+        ("rejection", "rejection.sampler", recipe.rejection.sampler),
+    ):
+        if stage in runs and teacher is not None:
+            check_teacher(open_checkpoint(teacher).cfg, field, teacher, recipe)
+    if runs:
         task = open_task(recipe.task)
         counts = {split: task.count(split) for split in ("train", recipe.rl.eval_split)}
         for split, count in counts.items():

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from mla_moe.config import Recipe, RejectionConfig, require
 from mla_moe.rl.evaluate import evaluate
 from mla_moe.rl.rollout import ScoredCompletion, open_rollout
+from mla_moe.rl.teacher import Teacher
 from mla_moe.training.console import Console
 from mla_moe.training.errors import InterruptedRun
 from mla_moe.training.initialization import starting_arrays, starting_checkpoint
@@ -34,8 +35,8 @@ PROMPTS_PER_CHUNK = 256
 
 
 def train_rejection(recipe: Recipe, run_dir: Path, console: Console) -> None:
-    """Sample with the newest model of the run, keep correct completions in `rejection.jsonl`, and fine-tune on them to
-    `recipe.rejection.steps`.
+    """Sample with the newest model of the run or with `rejection.sampler`, keep correct completions in
+    `rejection.jsonl`, and fine-tune on them to `recipe.rejection.steps`.
 
     The file is written once, when all prompts are sampled; a restart then continues with fine-tuning. Until then each
     chunk of prompts is saved in `rejection.parts.jsonl`, and a restart resumes after the last one. Raises `ConfigError`
@@ -75,11 +76,15 @@ def _sample(context: RunContext) -> list[dict[str, Any]]:
     """
     recipe, rejection, path = context.recipe, context.recipe.rejection, context.run_dir / PARTIAL_FILE
     rl, seed, samples = dataclasses.replace(recipe.rl, routing_replay=False), recipe.seed, rejection.samples
-    start = starting_checkpoint(STAGE, recipe, context.run_dir)
-    model = context.abstract_model.merge(starting_arrays(start, context))
+    if rejection.sampler is not None:
+        teacher = Teacher(rejection.sampler, "rejection.sampler", context)
+        model = teacher.model.merge(teacher.load())
+    else:
+        start = starting_checkpoint(STAGE, recipe, context.run_dir)
+        model = context.abstract_model.merge(starting_arrays(start, context))
     with open_rollout(context, rl) as rollout:
         sections = map(dataclasses.asdict, (recipe.task, rl))
-        key = zlib.crc32(json.dumps([rollout.task.fingerprint, seed, samples, *sections]).encode())
+        key = zlib.crc32(json.dumps([rollout.task.fingerprint, seed, samples, rejection.sampler, *sections]).encode())
         rows = [row for row in read_rows(path) if row.get("key") == key]
         while rows and "next" not in rows[-1]:  # of a chunk that a kill left incomplete
             rows.pop()

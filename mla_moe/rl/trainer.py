@@ -19,7 +19,8 @@ A step, with the `rl.*` flags that control it:
    `kl_coef` is the weight of the KL to the reference policy, which is replaced by a copy of the current policy every
    `ref_sync_steps` steps (0: never); `dapo` has no KL. Truncated importance sampling (TIS) weights each token by the
    ratio of the trainer's to the sampler's probability, at most `tis_clip`. `off_policy_mask_threshold` masks
-   completions with a negative advantage whose mean log(old / new probability) per token is above it. `routing_replay`
+   completions with a negative advantage whose mean log(old / new probability) per token is above it. With `objective
+   distillation` the loss is the KL to `teacher` instead, and none of this paragraph's ratios. `routing_replay`
    sends each token to the experts that the sampler selected. `router_bias_update_rate` is the step size of the router
    biases.
 5. Evaluation (`rl/evaluate.py`) before the first step, every `eval_every` steps and at the end, on the first
@@ -51,6 +52,7 @@ from mla_moe.rl.group_sampling import GroupBatch, sample_groups
 from mla_moe.rl.learner import Learner
 from mla_moe.rl.objectives import kl_coefficient
 from mla_moe.rl.rollout import Rollout, open_rollout
+from mla_moe.rl.teacher import Teacher
 from mla_moe.text.round_trip import lost_fraction
 from mla_moe.training.console import Console, duration
 from mla_moe.training.initialization import starting_checkpoint, state_from_checkpoint
@@ -133,8 +135,19 @@ class RLTrainer(Trainer[RLState, GroupBatch]):
     def position(self) -> PromptPosition:
         return self._prompts
 
+    @cached_property
+    def teacher(self) -> Teacher | None:
+        return Teacher(self.rl.teacher, "rl.teacher", self.context) if self.rl.teacher is not None else None
+
     def prepare(self) -> None:
-        self.learner = Learner(self.context.abstract_model, self.tx, self.context.recipe, self.context.mesh)
+        context, teacher = self.context, self.teacher
+        model = teacher.model if teacher else None
+        self.learner = Learner(context.abstract_model, self.tx, context.recipe, context.mesh, model)
+        self._teacher_arrays = teacher.load() if teacher else {}
+
+    def memory_per_device(self) -> dict[str, float]:
+        memory = super().memory_per_device()
+        return memory | ({"teacher": self.teacher.bytes_per_device} if self.teacher else {})
 
     def model(self, state: RLState) -> Transformer:
         return self.context.abstract_model.merge(TrainState(*state[:-1]).arrays)
@@ -150,14 +163,15 @@ class RLTrainer(Trainer[RLState, GroupBatch]):
 
     def step(self, number: int, state: RLState, batch: GroupBatch) -> tuple[RLState, dict[str, Any]]:
         """Update the policy on each minibatch of groups, and sync the reference policy when it is due."""
-        if not batch.has_signal:
+        if self.teacher is None and not batch.has_signal:
             causes = ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in batch.uniform.items())
             why = f"in every group all rewards are equal ({causes})"
             if batch.prompts_too_long:
                 limit = f"longer than rl.max_prompt_tokens = {self.rl.max_prompt_tokens}"
                 why += f"; {batch.prompts_too_long} prompts skipped: {limit} (longest {self.rollout.longest_prompt})"
             self.context.console.print(f"step {number} has no signal: {why}")
-        updated, metrics = self.learner.update_policy(TrainState(*state[:-1]), state.reference, batch)
+        policy, teacher = TrainState(*state[:-1]), self._teacher_arrays
+        updated, metrics = self.learner.update_policy(policy, state.reference, batch, teacher)
         state = RLState(*updated, reference=state.reference)
         if kl_coefficient(self.rl) and self.rl.ref_sync_steps and number % self.rl.ref_sync_steps == 0:
             state = state._replace(reference=_copy(state.params))
@@ -180,6 +194,7 @@ class RLTrainer(Trainer[RLState, GroupBatch]):
         limit = self.context.recipe.data.max_lost_bytes_fraction
         lost = lost_fraction(self.context.tokenizer, questions, "the questions of task.name", limit)
         kl = f"KL coefficient {kl_coefficient(rl):g}" if kl_coefficient(rl) else "no KL"
+        kl = f"teacher {rl.teacher}, {self.teacher.size}" if self.teacher else kl
         prompts, count = rl.prompts_per_step, rl.prompts_per_step * rl.group_size
         return [
             ("task", " ".join((task.name, *task.options))),

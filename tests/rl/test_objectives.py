@@ -17,6 +17,7 @@ from mla_moe.rl.objectives import (
     add_sums,
     advantages,
     clip_range,
+    distillation_sums,
     is_informative,
     kl_coefficient,
     objective_sums,
@@ -304,3 +305,30 @@ def test_clip_range_and_kl_coefficient_by_objective():
     assert [clip_range(RLConfig(objective=o)) for o in OBJECTIVES] == published
     assert clip_range(RLConfig(objective="gspo", clip_ratio_high=0.1)) == (3e-4, 0.1)
     assert [kl_coefficient(RLConfig(objective=o, kl_coef=0.5)) for o in OBJECTIVES] == [0.5, 0.5, 0.0, 0.5]
+
+
+def test_distillation_is_the_mean_kl_over_the_tokens():
+    """In packed sequences, and in two microbatches; NaN at prompts and padding must not matter."""
+    rl = RLConfig(objective="distillation", teacher="teacher")
+    values, A = inputs("grpo")
+    logprob, tokens = packed(values, A, rl)
+    real, kl = tokens.completion_BT >= 0, np.random.default_rng(0).exponential(size=logprob.shape)
+    kl = jnp.where(real, kl, jnp.nan)
+
+    def loss(kl, logprob, tokens):
+        s = distillation_sums(logprob, jnp.where(tokens.completion_BT < 0, jnp.nan, 2.0), kl, tokens)
+        return s.loss, s
+
+    found = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    halves = [jax.tree.map(lambda x, rows=rows: x[rows], (kl, logprob, tokens)) for rows in (np.s_[:2], np.s_[2:])]
+    ((_, first), first_gradient), ((_, second), second_gradient) = (found(*half) for half in halves)
+    s, gradient = add_sums(first, second), jnp.concatenate([first_gradient, second_gradient])
+    np.testing.assert_allclose(s.loss, np.mean(kl[real]), rtol=1e-5)
+    np.testing.assert_allclose(gradient, np.where(real, 1 / sum(LENGTHS), 0), rtol=1e-6)
+    assert s.tokens == sum(LENGTHS)
+    np.testing.assert_allclose(s.kl / s.tokens, s.loss, rtol=1e-5)
+    np.testing.assert_allclose(s.entropy, 2.0 * sum(LENGTHS), rtol=1e-6)
+    diff = np.abs(values["old"] - values["sampler"])
+    np.testing.assert_allclose(
+        (s.sampler_logprob_diff, s.sampler_logprob_diff_max), (diff.sum(), diff.max()), rtol=1e-5
+    )

@@ -101,6 +101,10 @@ def _write_orbax(source: Checkpoint, target: Path, dtype: np.dtype | None) -> No
     keeps_dtype = arrays if dtype is None else abstract_model.bias_paths
     dtypes = {path: source.dtype(path) if path in keeps_dtype else np.dtype(dtype) for path in arrays}
     mappings = list(tensor_mappings(source.cfg, copies=False))
+    if isinstance(source, HFCheckpoint):  # in the order of the files, of which few are on this host at a time
+        tensors = source.tensors
+        order = {tensors.code_names.get(name, name): number for number, name in enumerate(tensors.stored)}
+        mappings.sort(key=lambda mapping: order[mapping.name])
     chunk_shapes = {m.path: _chunk_shape(m, arrays[m.path].shape) for m in mappings}
     others, config = files_to_copy(source.directory), hf_config(source.cfg, dtypes["embed"], beside=source.directory)
     total_bytes = sum(array.size * dtypes[path].itemsize for path, array in arrays.items())

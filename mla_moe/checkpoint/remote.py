@@ -1,7 +1,8 @@
 """Safetensors files of the Hub or of a bucket, of which only a few at a time are on this host.
 
-A conversion reads tensors in the order of the files, so that each file is downloaded once. Headers are read at first:
-all checks of `SafetensorsReader` come before any data.
+A conversion reads tensors in the order of the files, so that each file is downloaded once, and once more where the MTP
+module's embedding and head are compared with the model's. Headers are read at first: all checks of `SafetensorsReader`
+come before any data.
 """
 
 import shutil

@@ -24,6 +24,8 @@ _OVERLAP: CompilerOptions = {
     "xla_tpu_enable_concurrent_sparse_core_offloading": True,
     "xla_tpu_use_single_sparse_core_for_all_gather_offload": True,
     "xla_tpu_enable_sparse_core_offload_queuing_in_lhs": True,
+    # Of the next operations, the scheduler prefers what long chains of asynchronous ones wait for.
+    "xla_lhs_prioritize_async_depth_over_stall": True,
 }
 
 _OPTIONS: dict[str, CompilerOptions] = {

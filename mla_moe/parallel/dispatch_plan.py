@@ -16,7 +16,7 @@ def default_dispatch(platform: str | None = None) -> DispatchKernel:
     return "ragged" if (platform or target_platform()) in ("tpu", "gpu", "cuda") else "all_to_all"
 
 
-PAIRS_PER_CHUNK, PAIRS_PER_CHUNK_GPU = 32_000, 50_000
+PAIRS_PER_CHUNK, PAIRS_PER_CHUNK_GPU = 21_000, 50_000
 """About as many (token, expert) pairs of a device make a chunk of `ragged` dispatch: enough for whole matmul tiles of
 each of DeepSeek-V3's experts, with buffers of a few GB. On a GPU more: every chunk reads the experts' weights and adds
 to their gradients."""
@@ -62,8 +62,10 @@ def dispatch_plan(cfg: MoEConfig, tokens: int, devices: int, kernels: KernelConf
     max_local_experts = min(cfg.num_experts_per_tok, cfg.num_experts // devices)
     if dispatch == "ragged":
         min_pairs, slack, even_load = 1, 1.25, tokens * cfg.num_experts_per_tok / devices
-        pairs_per_chunk = PAIRS_PER_CHUNK_GPU if target_platform() == "gpu" else PAIRS_PER_CHUNK
-        num_chunks = max(round(tokens * cfg.num_experts_per_tok / pairs_per_chunk), 1)
+        gpu = target_platform() == "gpu"
+        chunks = tokens * cfg.num_experts_per_tok / (PAIRS_PER_CHUNK_GPU if gpu else PAIRS_PER_CHUNK)
+        # On TPU rather three small ones than one or two: the first dispatch and the last return are beside no experts.
+        num_chunks = max(round(chunks), 1 if gpu else min(round(2 * chunks), 3), 1)
     else:
         # Three standard deviations of a random routing, so that it rarely takes one more chunk.
         min_pairs, slack, even_load = max_local_experts, min(1 + 3 / math.sqrt(max(even_tokens, 1)), 1.25), even_tokens

@@ -87,6 +87,9 @@ def test_chunks_have_little_more_capacity_than_an_even_routing_needs(
     # A token is added while the chunk is not full, and may then have more pairs than are left.
     capacity, most = plan.chunk_capacity, plan.max_local_experts
     assert plan.max_pairs == devices * (capacity + most - 1 if ragged else capacity * most)
+    for pairs, chunks in (2 * PAIRS_PER_CHUNK, 3), (PAIRS_PER_CHUNK, 2), (PAIRS_PER_CHUNK // 3, 1):
+        fewer = make_dispatch_plan(cfg, pairs // K, devices, dispatch)
+        assert fewer.num_chunks == (chunks if ragged else plan.num_chunks)
     few = make_dispatch_plan(cfg, 2, devices, dispatch)
     assert few.chunk_capacity <= 2
     assert few.num_chunks == (1 if ragged else plan.num_chunks)

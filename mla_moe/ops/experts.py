@@ -83,7 +83,7 @@ def experts(
 
 def expert_products(
     experts_NK: Int[Array, "N K"],
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     dtype: DTypeLike,
     *,
     layer: Int[Array, ""] | None = None,

@@ -289,11 +289,12 @@ class _Chunk:
         """`ops.experts.expert_products` of this device's experts on the received tokens. Instead of a matrix that is
         None, one of `frozen` is used."""
         frozen_gate_up, frozen_down = frozen
-        shape = (trained[1] if frozen_down is None else frozen_down).shape
+        own_down = trained[1] if frozen_down is None else frozen_down
+        assert own_down is not None
         local_expert_MK = self.gather_received(self.routes.local_expert_PnK)
-        experts_MK = jnp.where(self.received_Pc.reshape(-1, 1), local_expert_MK, shape[0])
+        experts_MK = jnp.where(self.received_Pc.reshape(-1, 1), local_expert_MK, len(own_down))
         gate_up, down = expert_products(
-            experts_MK, shape, dtype, max_pairs=self.plan.max_pairs, activation=self.plan.activation,
+            experts_MK, own_down.shape, dtype, max_pairs=self.plan.max_pairs, activation=self.plan.activation,
             implementation=self.plan.grouped_matmul,
         )  # fmt: skip
         return (

@@ -75,12 +75,15 @@ class HFTensors(SafetensorsReader):
         fits = [s for s in schemes if s.code_name(name) == code_name and s.code_dtype == stored[code_name].dtype]
         if not fits:
             return
-        if fits[0].packed:
-            self._packed_shapes[name] = self._packed_shape(name, fits[0])
         once = name not in self.quantized and (code_name == name or name not in stored)
         check(once, "checkpoint", name, f"is there twice, also as {code_name}; keep one")
         self.code_names[code_name] = name
-        self.quantized[name] = next((s for s in fits if not any(self._scale_problems(name, s))), fits[0])
+        for scheme in (*fits, fits[0]):  # the last one is for the errors, if none fits
+            self.quantized[name] = scheme
+            if scheme.packed:
+                self._packed_shapes[name] = self._packed_shape(name, scheme)
+            if not any(self._scale_problems(name, scheme)):
+                return
 
     def check_unused(self) -> None:
         """Raise `CheckpointError` for quantized tensors that the architecture does not use, and a conversion to weights

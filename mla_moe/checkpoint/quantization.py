@@ -89,7 +89,7 @@ _FP8_CONFIG: Mapping[str, Any] = {
 }
 _INT4_IGNORE = (
     "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*", "re:.*lm_head.*",
-    "re:.*eh_proj.*",
+    "re:.*eh_proj.*", "re:.*shared_head.*",
 )  # fmt: skip
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _DEQUANTIZE = "is not read; use the release in bfloat16, FP8 or compressed-tensors INT4, or write bfloat16 with"
@@ -163,7 +163,8 @@ def _group(field: str, group: Mapping[str, Any], default_format: Any) -> Scheme:
     kind, bits, strategy = weights.get("type", "int"), weights.get("num_bits", 8), weights["strategy"]
     packed = form == "pack-quantized"
     fix = f"only {'INT4 and INT8' if kind == 'int' else 'FP8'} are read; write bfloat16 with compressed-tensors"
-    require(bits == 8 or (bits == 4 and kind == "int"), f"{field}.weights.num_bits", bits, fix)
+    ok = type(bits) is int and (bits == 8 or (bits == 4 and kind == "int"))
+    require(ok, f"{field}.weights.num_bits", bits, fix)
     require(kind == "int" or not packed, f"{_ENTRY}.format", form, "packs integers only")
     size, shape = weights.get("group_size"), weights.get("block_structure")
     if strategy == "group":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -168,28 +169,32 @@ def test_int4_stays_as_it_is_and_comes_back_from_bfloat16_and_orbax(int4, tmp_pa
 QUANTIZED = "model.layers.0.self_attn.o_proj.weight"
 
 
-def requantized(directory, target, case, dropped=()):
-    """A checkpoint with one matrix as the library stores one of its shape."""
+def requantized(directory, target, case, dropped=(), other_groups=None):
+    """A checkpoint with one matrix as the library stores one of its shape, by the last of several groups."""
     codes, scale, scheme = stored(case)
     shape = GOLDEN[f"{case}/original"].shape
-    given = SafetensorsReader(directory)
-    arrays = {n: given[n] for n in given.stored if n != QUANTIZED}
+    plain = SafetensorsReader(directory)
+    arrays = {n: plain[n] for n in plain.stored if n != QUANTIZED}
     arrays[scheme.code_name(QUANTIZED)] = codes
     arrays[scheme.scale_name(QUANTIZED)] = GOLDEN[f"{case}/weight_scale"].astype(scale.dtype)
     arrays[QUANTIZED.replace("weight", "input_scale")] = np.ones(1, np.float32)
     if scheme.packed:
         arrays[scheme.shape_name(QUANTIZED)] = np.array(shape, np.int32)
     entries = [TensorEntry(n, x.dtype, x.shape, lambda x=x: [x]) for n, x in arrays.items() if n not in dropped]
-    write_checkpoint(target, config(directory) | {"quantization_config": entry(case)}, entries, 1 << 30, {})
+    given = entry(case)
+    given["config_groups"] = (other_groups or {}) | given["config_groups"]
+    write_checkpoint(target, config(directory) | {"quantization_config": given}, entries, 1 << 30, {})
 
 
-@pytest.mark.parametrize("case", ["int4_rows", "int8_groups", "fp8_tensor"])
+@pytest.mark.parametrize("case", ["int4_rows", "int8_packed", "int8_groups", "fp8_tensor"])
 def test_matrices_of_the_library_are_read_in_a_checkpoint(cfg, case, tmp_path):
+    """Also beside experts in INT4, whose packed codes have the same name and type."""
     rows, columns = GOLDEN[f"{case}/original"].shape
     heads = next(h for h in (3, 4, 1) if columns % h == 0)
     sizes = dict(hidden_size=rows, num_attention_heads=heads, v_head_dim=columns // heads)
     save_pretrained(Transformer(dataclasses.replace(cfg, **sizes), rngs=nnx.Rngs(0)), tmp_path / "plain")
-    requantized(tmp_path / "plain", tmp_path / "quantized", case)
+    experts = {"experts": INT4["config_groups"]["group_0"] | {"format": "pack-quantized"}}
+    requantized(tmp_path / "plain", tmp_path / "quantized", case, other_groups=experts)
     convert(tmp_path / "quantized", tmp_path / "out", dtype=np.float32)
     codes, scale, scheme = stored(case)
     want = compressed_tensors.dequantize(codes, scale, scheme, np.float32, 0, (0, columns))
@@ -221,6 +226,15 @@ def test_a_vision_tower_is_named_as_not_quantized(tmp_path):
     assert {"re:.*self_attn.*", "re:.*vision_tower.*", "re:.*mm_projector.*"} <= set(ignore)
 
 
+def test_int4_excludes_every_plain_projection_also_of_an_mtp_module(int4):
+    """All but embeddings and routers, which are no linear layers in readers."""
+    ignored = [re.compile(rule.removeprefix("re:")) for rule in config(int4)["quantization_config"]["ignore"]]
+    plain = [name for name, t in SafetensorsReader(int4).stored.items() if len(t.shape) > 1 and t.dtype != np.int32]
+    rest = {name for name in plain if not any(rule.match(name) for rule in ignored) and "_scale" not in name}
+    assert any("shared_head.head" in name for name in plain)
+    assert all(name.endswith(("embed_tokens.weight", "mlp.gate.weight")) for name in rest), rest
+
+
 INT4 = entry("int4_groups")
 WEIGHTS = INT4["config_groups"]["group_0"]["weights"]
 REFUSED = {
@@ -249,7 +263,7 @@ def test_other_quantization_is_refused_by_its_name(given_entry, message):
 @pytest.mark.parametrize(
     "change",
     [{"symmetric": False}, {"actorder": "group"}, {"num_bits": 3}, {"strategy": "tensor_group"}, {"strategy": None},
-     {"group_size": 0}, {"type": "float"}, {"strategy": "block"}, {"num_bits": 4.0, "type": "float"}],
+     {"group_size": 0}, {"type": "float"}, {"strategy": "block"}, {"num_bits": 4.0}],
 )  # fmt: skip
 def test_other_weights_of_compressed_tensors_are_refused(change):
     group = {"config_groups": {"group_0": {"weights": WEIGHTS | change}}}

@@ -1,6 +1,7 @@
 """Preflight: checks what later stages need before the first stage starts, so that hours of training are not lost."""
 
 from collections.abc import Collection
+from pathlib import Path
 
 from mla_moe.checkpoint.reader import open_checkpoint
 from mla_moe.config import Recipe, require
@@ -19,6 +20,11 @@ def preflight(recipe: Recipe, started: Collection[str]) -> None:
                 for pattern in getattr(section, name):
                     find_files(pattern, f"{section.section}.{name}")
     runs = {stage for stage in ("rl", "rejection") if getattr(recipe, stage).steps and stage not in started}
+    if "rl" in runs and recipe.rl.teacher is not None:
+        own = Path(recipe.run_dir).resolve()
+        is_own = Path(recipe.rl.teacher).resolve() in (own, own / "checkpoints" / "rl")
+        fix = "is the student's own run, whose newest checkpoint changes; name another"
+        require(not is_own, "rl.teacher", recipe.rl.teacher, fix)
     for stage, field, teacher in (
         ("rl", "rl.teacher", recipe.rl.teacher),
         ("rejection", "rejection.sampler", recipe.rejection.sampler),

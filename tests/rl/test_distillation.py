@@ -10,7 +10,7 @@ from flax import nnx
 
 import mla_moe
 from mla_moe import ConfigError
-from mla_moe.config import LoRAConfig, RejectionConfig, RLConfig, SFTConfig
+from mla_moe.config import KernelConfig, LoRAConfig, RejectionConfig, RLConfig, SFTConfig
 from mla_moe.parallel.mesh import make_mesh
 from mla_moe.rl import rejection_sampling
 from mla_moe.rl.preflight import preflight
@@ -155,6 +155,20 @@ def test_a_teacher_that_does_not_fit_the_student_is_refused(recipe, teacher, tea
     refused("has 128 positions, fewer than", recipe=long)
     with pytest.raises(ConfigError, match=r"rejection.sampler = .*has 300 logits"):
         preflight(dataclasses.replace(recipe, rejection=RejectionConfig(steps=1, sampler=str(other))), {"rl"})
+
+
+def test_a_run_is_not_its_own_teacher(recipe, base):
+    """Its newest checkpoint would be the student itself when the run is resumed."""
+    for path in (base, f"{base}/checkpoints/rl"):
+        rl = dataclasses.replace(recipe.rl, objective="distillation", teacher=path, steps=1)
+        with pytest.raises(ConfigError, match=r"rl\.teacher = .*own run"):
+            preflight(dataclasses.replace(recipe, run_dir=base, rl=rl), ())
+
+
+def test_teacher_is_dropless_where_the_student_is_not(recipe, teacher, tmp_path):
+    kernels = KernelConfig(capacity_factor=0.1)
+    found = Teacher(teacher, "rl.teacher", context(dataclasses.replace(recipe, kernels=kernels), tmp_path))
+    assert found.model.kernels.capacity_factor is None
 
 
 @pytest.mark.parametrize("changes", [{"objective": "distillation"}, {"teacher": "somewhere"}])

@@ -5,6 +5,7 @@
 The model learns to repeat the token eight positions before. The router's bias is updated by the load of each expert.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
 adam = optax.adam(3e-3)
 
 
-@jax.jit
+@partial(jax.jit, compiler_options=mla_moe.compiler_options())
 def step(
     params: optax.Params, rest: Any, moments: optax.OptState, tokens: jax.Array
 ) -> tuple[optax.Params, Any, optax.OptState, jax.Array, jax.Array]:

@@ -52,7 +52,7 @@ class Convert:
             print(f"{shown(self.dst)}: written")
             return
         size = sum(file.stat().st_size for file in self.dst.rglob("*") if file.is_file())
-        print(f"{self.dst}: {size / 1e9:.2f} GB")
+        print(f"{self.dst}: {size / 1e9:.3g} GB" if size >= 1e7 else f"{self.dst}: {size / 1e6:.3g} MB")
 
 
 @contextlib.contextmanager

@@ -56,6 +56,8 @@ class AttentionConfig:
         require_field(self, "dropout", self.dropout < 1, "a probability below 1")
         message = "rotary embedding rotates pairs: use an even width"
         require_field(self, "qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, message)
+        ok = self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling)
+        require_field(self, "rope_scaling", ok, "is read by mla_moe.rope_scaling({…}): give what that returns")
         message = "scales rotary frequencies: set rope_theta"
         require_field(self, "rope_scaling", self.rope_theta is not None or self.rope_scaling is None, message)
         if self.index_topk is not None:

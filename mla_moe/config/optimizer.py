@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from mla_moe.config.errors import require, require_each
+from mla_moe.config.errors import require, require_each, structure
 from mla_moe.config.resume import field
 
 
@@ -27,6 +27,7 @@ class ScheduleConfig:
     """Fraction of the steps after the decay, at the final learning rate."""
 
     def __post_init__(self):
+        structure(Literal["cosine", "linear", "1-sqrt"], self.decay_shape, "optimizer.schedule.decay_shape")
         require(0 < self.peak_lr < math.inf, "optimizer.schedule.peak_lr", self.peak_lr, "a learning rate is positive")
         names = "warmup_fraction decay_fraction tail_fraction final_lr_fraction"
         require_each(self, "optimizer.schedule", names, lambda x: 0 <= x <= 1, "must be between 0 and 1")
@@ -61,6 +62,7 @@ class OptimizerConfig:
     moe_layers/moe/*. They do not count for clipping; the metric grad_norm is of all parameters."""
 
     def __post_init__(self):
+        structure(Literal["adamw", "muon"], self.name, "optimizer.name")
         require_each(self, "optimizer", "beta1 beta2 muon_momentum", lambda x: 0 <= x < 1, "at least 0 and below 1")
         message = "a positive norm; a very large one clips nothing"
         require_each(self, "optimizer", "max_grad_norm", lambda x: x > 0, message)

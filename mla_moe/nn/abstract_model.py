@@ -45,7 +45,8 @@ class AbstractModel:
 
         def create() -> Transformer:
             model = Transformer(cfg, rngs=nnx.Rngs(0), precision=self.precision, kernels=kernels, remat=remat)
-            add_adapters(model, lora, rngs=nnx.Rngs(0))
+            if lora.rank:
+                add_adapters(model, lora, rngs=nnx.Rngs(0))
             return model
 
         model = nnx.eval_shape(create)

@@ -152,6 +152,8 @@ class MLAttention(nnx.Module):
             query_segments = jnp.ones(x_BTD.shape[:2], jnp.int32) if segment_ids is None else segment_ids
         if mask is not None:
             require_shape("mask", mask, *kv_BSD.shape[:2])
+            fix = "must be boolean, False where a key is padding: give attention_mask == 1 of what transformers takes"
+            require(mask.dtype == jnp.bool_, "mask", shape_text(mask), fix)
             kv_segment_ids = jnp.where(mask, kv_segment_ids, jnp.iinfo(kv_segment_ids.dtype).min)
         dropout = self._dropout_key(self.deterministic if deterministic is None else deterministic, rngs)
         if selected_keys is None:

@@ -119,8 +119,9 @@ def adaptable(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Param]]:
 
 
 def add_adapters(model: nnx.Module, lora: LoRAConfig, *, rngs: nnx.Rngs) -> None:
-    """Give a `Transformer` the adapters that `lora` names, in place. Raises `ConfigError` for a target without a matrix
-    and for a model that has adapters."""
+    """Give a `Transformer` the adapters that `lora` names, in place. Raises `ConfigError` for a target without a
+    matrix, for a model that has adapters, and for the default rank, which is 0."""
+    require(lora.rank > 0, "lora.rank", lora.rank, "adapters need a rank, such as 16")
     weights = {"/".join(map(str, path)): (path, weight) for path, weight in adaptable(model)}
     for path, size in lora.sizes(weights).items():
         keys, weight = weights[path]

@@ -188,6 +188,7 @@ class MoE(nnx.Module):
 
     def _route(self, router: RouterFunction, x_ND: Array, replay: tuple[Array, ...] = ()) -> Routing:
         routing, N, K = router(x_ND, *replay), len(x_ND), self.cfg.num_experts_per_tok
+        require(isinstance(routing, Routing), "router", type(routing).__name__, "must return a mla_moe.Routing")
         require_shape("experts of the router", routing.experts_NK, N, K)
         require_shape("weights of the router", routing.weights_NK, N, K)
         require_shape("scores of the router", routing.scores_NE, N, self.cfg.num_experts)

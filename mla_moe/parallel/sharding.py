@@ -148,8 +148,13 @@ def named_shardings(model: Any, mesh: Mesh, rules: ShardingRules | None = None) 
     the metadata `out_sharding` are looked up in `rules`, then in `nnx.logical_axis_rules`, then in `sharding_rules` (or
     in the rules of `set_sharding_rules`); a name found in none of them is a mesh axis, or replicated. Rules name axes
     of the mesh, or those of `MESH_AXES`, to which `use_mesh_axes` gives the mesh's names. A mesh axis is used once per
-    array, by the first dimension that it divides; arrays without metadata are replicated.
+    array, by the first dimension that it divides; arrays without metadata are replicated. Raises `ConfigError` for a
+    rule that names another axis.
     """
+    for name, axes in (rules or {}).items():
+        for axis in mesh_axes(axes):
+            known = axis in (*mesh.axis_names, *MESH_AXES)
+            require(known, f"rules.{name}", axis, f"the mesh has {', '.join(map(str, mesh.axis_names))}")
     given = {**dict(get_logical_axis_rules()), **(rules or {})}
 
     def sharding(node: Any) -> Any:

@@ -97,7 +97,7 @@ class Rollout:
         end = None if split == "train" else self.task.count(split)
         limit = self.prompts_too_long + MAX_SKIPPED_RATIO * count
         while len(found) < count and (end is None or start < end):
-            fix = "most prompts are longer; increase it"
+            fix = f"most prompts are longer, up to {self.longest_prompt} tokens; increase it"
             require(self.prompts_too_long < limit, "rl.max_prompt_tokens", self._rl.max_prompt_tokens, fix)
             example = self.task.example(split, start)
             token_ids = render_prompt(self._template, example.question, self._tokenizer)

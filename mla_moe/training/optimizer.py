@@ -76,8 +76,8 @@ def grouped_optimizer(
 
     A transform for trees with the same keys as `weights`: states of NNX, Linen's `params`, dictionaries of plain
     arrays, nested or with paths such as `attention/q_b` as keys, and the parameters of an Equinox module. Raises
-    `ConfigError` for a weight that is not in `weights`, for a pattern of `cfg.freeze` that matches none, and if none is
-    left to train.
+    `ConfigError` for a weight that is not in `weights`, for a pattern of `cfg.freeze` that matches none, if none is
+    left to train, and if Muon would have no matrix.
     """
     adam = optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps)
     rate = optax.scale_by_learning_rate(learning_rate(cfg.schedule, steps))
@@ -92,6 +92,8 @@ def grouped_optimizer(
         transforms["muon"] = optax.chain(matrices, decay, muon_rate)
     names: Mapping[Group, str] = {"matrix": cfg.name, "decayed": "adamw", "undecayed": "undecayed", "frozen": "frozen"}
     labels = {_name(path): names[_group(weight)] for path, weight in _flatten(weights)[0]}
+    fix = "no weight is in the group matrix; give weights with Flax's metadata, before they become plain arrays"
+    require(cfg.name != "muon" or "muon" in labels.values(), "optimizer.name", "muon", fix)
     labels |= dict.fromkeys(_matching(cfg.freeze, list(labels)), "frozen")
     clip, some_frozen = optax.clip_by_global_norm(cfg.max_grad_norm), "frozen" in labels.values()
     if some_frozen:

@@ -28,7 +28,7 @@ from mla_moe.checkpoint.quantization import E4M3, Scheme, quantization_config, r
 from mla_moe.checkpoint.remote import RemoteCheckpoint
 from mla_moe.checkpoint.safetensors_reader import BFLOAT16, WEIGHT_DTYPES, SafetensorsReader
 from mla_moe.checkpoint.safetensors_writer import TensorEntry, tensor_entries, with_quantization
-from mla_moe.checkpoint.unused_tensors import stored_tensors
+from mla_moe.checkpoint.unused_tensors import QUANTIZED, stored_tensors
 from mla_moe.config import ModelConfig
 from mla_moe.config.errors import visible
 from mla_moe.nn.abstract_model import AbstractModel
@@ -89,8 +89,7 @@ class HFTensors(SafetensorsReader):
         """Raise `CheckpointError` for quantized tensors that the architecture does not use, and a conversion to weights
         that are not quantized would leave as they are."""
         for name in self.unused:
-            fix = "is quantized and no part of the model; convert a release whose other modules are not quantized"
-            check(name not in self.code_names, "checkpoint", name, fix)
+            check(name not in self.code_names, "checkpoint", name, QUANTIZED)
 
     def _packed_shape(self, name: str, scheme: Scheme) -> tuple[int, ...]:
         """The shape of a packed matrix: of its groups, or what its shape's tensor says. Empty without one."""

@@ -226,6 +226,20 @@ def test_a_vision_tower_is_named_as_not_quantized(tmp_path):
     assert {"re:.*self_attn.*", "re:.*vision_tower.*", "re:.*mm_projector.*"} <= set(ignore)
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("fc.weight", E4M3), ("fc.weight", np.int8), ("fc.weight_packed", np.int32)]
+)
+def test_a_quantized_vision_tower_is_not_copied_beside_other_weights(name, dtype, tmp_path):
+    """Its codes would be taken for weights: the written config.json does not describe them."""
+    write_case("kimi_k25_1", tmp_path / "released")
+    reader = SafetensorsReader(tmp_path / "released")
+    tower = TensorEntry(f"vision_tower.{name}", np.dtype(dtype), (8, 8), lambda: [np.zeros((8, 8), dtype)])
+    entries = [TensorEntry(n, t.dtype, t.shape, lambda n=n: [reader[n]]) for n, t in reader.stored.items()]
+    write_checkpoint(tmp_path / "mixed", config(tmp_path / "released"), [*entries, tower], 1 << 30, {})
+    with pytest.raises(ConfigError, match="no part of the model"):
+        save_pretrained(load_pretrained(tmp_path / "released"), tmp_path / "saved", like=tmp_path / "mixed")
+
+
 def test_int4_excludes_every_plain_projection_also_of_an_mtp_module(int4):
     """All but embeddings and routers, which are no linear layers in readers."""
     ignored = [re.compile(rule.removeprefix("re:")) for rule in config(int4)["quantization_config"]["ignore"]]

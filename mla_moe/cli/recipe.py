@@ -29,7 +29,7 @@ def open_recipe(path: str | Path, flags: Sequence[str], prog: str, description: 
     without a checkpoint."""
     recipe = load_recipe(path)
     if recipe.model_from == "init_from" and not {"--help", "-h"} & set(flags):
-        recipe = _with_model_of(recipe, _value(flags, "init-from") or recipe.init_from)
+        recipe = _with_model_of(recipe, _value(flags, "init-from") or recipe.init_from, flags)
     return with_overrides(recipe, flags, prog, description)
 
 
@@ -43,7 +43,7 @@ def _value(flags: Sequence[str], name: str) -> str | None:
     return found
 
 
-def _with_model_of(recipe: Recipe, init_from: str | None) -> Recipe:
+def _with_model_of(recipe: Recipe, init_from: str | None, flags: Sequence[str]) -> Recipe:
     from mla_moe.checkpoint.reader import open_checkpoint
     from mla_moe.checkpoint.tokenizer_files import tokenizer_file
 
@@ -55,8 +55,9 @@ def _with_model_of(recipe: Recipe, init_from: str | None) -> Recipe:
     sections, limit = {}, checkpoint.cfg.max_position_embeddings
     for section, most in ((recipe.sft, limit), (recipe.dpo, 2 * limit)):  # a pair has two sides
         if section.active and section.sequence_length > most:
-            note = "%s.sequence_length = %d is more than the model has positions; %d instead"
-            logger.warning(note, section.section, section.sequence_length, most)
+            if _value(flags, f"{section.section}.sequence-length") is None:  # otherwise the flag's value follows
+                note = "%s.sequence_length = %d is more than the model has positions; %d instead"
+                logger.warning(note, section.section, section.sequence_length, most)
             sections[section.section] = dataclasses.replace(section, sequence_length=most)
     return dataclasses.replace(
         recipe, model=checkpoint.cfg, model_from="recipe", init_from=init_from, data=data, **sections

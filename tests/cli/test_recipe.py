@@ -40,6 +40,15 @@ def test_model_and_tokenizer_are_those_of_the_checkpoint(checkpoint, cfg, name):
     assert split_recipe(["--help"]) == ("", ["--help"])
 
 
+def test_a_sequence_length_of_the_recipe_is_limited_and_logged_unless_a_flag_replaces_it(checkpoint, cfg, caplog):
+    flags = ["--init-from", str(checkpoint)]
+    assert open_recipe("configs/sft.py", flags, "train").sft.sequence_length == cfg.max_position_embeddings
+    assert "sft.sequence_length = 4096 is more than the model has positions" in caplog.text
+    caplog.clear()
+    assert open_recipe("configs/sft.py", [*flags, "--sft.sequence-length", "64"], "train").sft.sequence_length == 64
+    assert not caplog.records
+
+
 def test_preview_shows_tokens_and_where_the_loss_is(checkpoint, tmp_path, capsys):
     messages = [{"role": "user", "content": "hel\x1blo"}, {"role": "assistant", "content": "you"}]
     (tmp_path / "a.jsonl").write_text(json.dumps({"messages": messages}))

@@ -117,6 +117,24 @@ def test_linen_has_every_weight_in_params(small):
 
 
 @pytest.mark.slow
+class LinenDropout(nn.Module):
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        sizes = dict(hidden_size=8, num_heads=1, kv_lora_rank=4, qk_nope_head_dim=4, qk_rope_head_dim=2, v_head_dim=4)
+        attention = nnx.bridge.to_linen(mla_moe.MLAttention, **sizes, dropout=0.5, initializer_range=1.0)
+        return attention(x, rngs=self.make_rng("dropout")) if self.train else attention(x, deterministic=True)
+
+
+def test_linen_gives_dropout_its_key():
+    x = jax.random.normal(jax.random.key(0), (1, 5, 8))
+    variables = LinenDropout(train=False).init(jax.random.key(0), x)
+    outputs = [LinenDropout(train=True).apply(variables, x, rngs={"dropout": jax.random.key(i)}) for i in (1, 2, 1)]
+    assert bool((outputs[0] == outputs[2]).all())
+    assert bool((outputs[0] != outputs[1]).any())
+
+
 def test_linen_through_the_bridge(small, ours):
     host, start = LinenHost(small), nnx.to_pure_dict(nnx.state(ours.model))
     variables = jax.eval_shape(host.init, jax.random.key(0), batches()[0])

@@ -54,7 +54,7 @@ def run(tmp_path, monkeypatch):
 def test_a_run_is_profiled_and_rewound_to_a_checkpoint(run, tmp_path, capsys, monkeypatch):
     """One run: traces two steps, writes its program, keeps every second checkpoint, and resumes from step 2 once."""
     run_dir, profile, counted = tmp_path / "run", ProfileConfig(steps="2:3", hlo=True), []
-    monkeypatch.setattr(next_token, "train_flops_per_token", lambda *_: counted.append(1) or 1e6)
+    monkeypatch.setattr(next_token, "train_flops_per_token", lambda *_, **__: counted.append(1) or 1e6)
     with pytest.raises(ConfigError, match=r"resume_step = 2: the last stage has no such checkpoint; there are: none"):
         run(resume_step=2)
     run(profile=profile)

@@ -5,7 +5,7 @@ maxima. `chunk` is the number of tokens of each sequence whose logits exist at t
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,13 +54,21 @@ def cross_entropy(
     and logits are computed once instead of twice. With `sharding.tokens` each device returns 1/n of the sum over the n
     devices of that axis.
     """
-    return _cross_entropy_forward(h_BTD, head_DV, targets_BT, weights_BT, chunk, sharding, gradients=False)[0]
+    return _loss_and_gradients(h_BTD, head_DV, targets_BT, weights_BT, chunk, sharding, False, False)[0]
 
 
 def _cross_entropy_forward(
+    h_BTD: Any, head_DV: Any, targets_BT: Any, weights_BT: Any, chunk: int, sharding: VocabSharding
+) -> tuple[Array, tuple[Array | None, Array | None]]:
+    """Of a frozen head, as under LoRA, no gradient is computed."""
+    arrays = h_BTD.value, head_DV.value, targets_BT.value, weights_BT.value
+    return _loss_and_gradients(*arrays, chunk, sharding, True, head_DV.perturbed)
+
+
+def _loss_and_gradients(
     h_BTD: Array, head_DV: Array, targets_BT: Array, weights_BT: Array, chunk: int, sharding: VocabSharding,
-    gradients: bool = True,
-) -> tuple[Array, tuple[Array, Array] | None]:  # fmt: skip
+    gradients: bool, head_gradient: bool,
+) -> tuple[Array, tuple[Array | None, Array | None]]:  # fmt: skip
     def gather(x: Array, axis: str | None) -> Array:
         return x if axis is None else jax.lax.all_gather(x, axis, tiled=True)
 
@@ -73,41 +81,46 @@ def _cross_entropy_forward(
         h_BtD, targets_Bt, weights_Bt = (gather(x, sharding.tokens) for x in xs)
         s = vocab_logits(h_BtD, head_DV, targets_Bt, sharding.vocab)
         total += jnp.sum(weights_Bt * (s.logsumexp_Bt - s.target_logit_Bt))
-        if g_head_DV is None:
+        if not gradients:
             return (total, None), None
         p_BtV = jnp.exp(s.logits_BtV - s.logsumexp_Bt[..., None])
         g_BtV = weights_Bt[..., None] * (p_BtV - jax.nn.one_hot(s.local_target_Bt, head_DV.shape[1]))
         g_BtV = g_BtV.astype(h_BtD.dtype)
-        g_head_DV += jnp.einsum("BtD,BtV->DV", h_BtD, g_BtV, preferred_element_type=jnp.float32)
+        if g_head_DV is not None:
+            g_head_DV += jnp.einsum("BtD,BtV->DV", h_BtD, g_BtV, preferred_element_type=jnp.float32)
         g_BtD = jnp.einsum("BtV,DV->BtD", g_BtV, head_DV)
         if sharding.tokens is not None:
             g_BtD = jax.lax.psum_scatter(g_BtD, sharding.tokens, tiled=True)
         return (total, g_head_DV), g_BtD
 
     xs = tuple(_chunked(x, chunk) for x in (h_BTD, targets_BT, weights_BT.astype(jnp.float32)))
-    start = jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32) if gradients else None
+    start = jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32) if head_gradient else None
     (total, g_head_DV), g_cBtD = jax.lax.scan(body, start, xs)
     fraction = 1.0 if sharding.tokens is None else 1 / jax.lax.axis_size(sharding.tokens)
+    if g_cBtD is None:
+        return total * fraction, (None, None)
+    g_h_BTD = _unchunked(g_cBtD, h_BTD.shape[1])
     if g_head_DV is None:
-        return total * fraction, None
+        return total * fraction, (g_h_BTD, None)
     g_head_DV = g_head_DV.astype(head_DV.dtype)
     if sharding.embed is not None:
         g_head_DV = jax.lax.psum_scatter(g_head_DV, sharding.embed, tiled=True)
     # The barrier frees the head's float32 gradient before anything else runs.
-    total, g_cBtD, g_head_DV = jax.lax.optimization_barrier((total, g_cBtD, g_head_DV))
-    return total * fraction, (_unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV)
+    total, g_h_BTD, g_head_DV = jax.lax.optimization_barrier((total, g_h_BTD, g_head_DV))
+    return total * fraction, (g_h_BTD, g_head_DV)
 
 
 def _cross_entropy_backward(
-    chunk: int, sharding: VocabSharding, residuals: tuple[Array, Array], g: Array
+    chunk: int, sharding: VocabSharding, residuals: tuple[Array, Array | None], g: Array
 ) -> tuple[Array | None, ...]:
     g_h_BTD, g_head_DV = residuals
     if same_tokens := [axis for axis in sharding.vocab if axis != sharding.tokens]:
         g = jax.lax.psum(g, same_tokens)  # the derivative of the sums over the vocabulary
-    return g_h_BTD * g.astype(g_h_BTD.dtype), g_head_DV * g.astype(g_head_DV.dtype), None, None
+    g_head_DV = None if g_head_DV is None else g_head_DV * g.astype(g_head_DV.dtype)
+    return g_h_BTD * g.astype(g_h_BTD.dtype), g_head_DV, None, None
 
 
-cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward, symbolic_zeros=True)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))

@@ -59,7 +59,7 @@ def check_teacher(cfg: ModelConfig, field: str, path: str, recipe: Recipe) -> No
 
 def abstract_teacher(cfg: ModelConfig, student: AbstractModel) -> AbstractModel:
     """A model that is not trained: its parameters are in the student's compute dtype, and it has no MTP module. It is
-    dropless, also where the student's tokens are dropped at capacity: nobody would see what it loses."""
+    dropless, also where the student's tokens are dropped at capacity: no metric would show what it loses."""
     cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
     precision = Precision(param=student.precision.compute, compute=student.precision.compute)
     kernels = dataclasses.replace(student.kernels, capacity_factor=None)

@@ -45,3 +45,20 @@ def test_a_token_with_weight_zero_has_no_gradient():
     g = jax.grad(lambda h: cross_entropy(h, head, jnp.zeros((1, 4), jnp.int32), weights, chunk=2))(h)
     assert (g[0, 1::2] == 0).all()
     assert (jnp.abs(g[0, ::2]).sum(axis=-1) > 0).all()
+
+
+def test_a_frozen_head_has_no_gradient_to_compute():
+    B, T, D, V = 2, 13, 6, 17
+    h, head = jax.random.normal(jax.random.key(0), (B, T, D)), jax.random.normal(jax.random.key(1), (D, V))
+    targets, weights = jax.random.randint(jax.random.key(2), (B, T), 0, V), jnp.ones((B, T))
+
+    def trained(h, head):
+        return cross_entropy(h, head, targets, weights, chunk=4)
+
+    def frozen(h, head):
+        return trained(h, jax.lax.stop_gradient(head))
+
+    compiled = [jax.jit(jax.grad(f, n)).lower(h, head).compile() for f, n in ((trained, (0, 1)), (frozen, 0))]
+    np.testing.assert_array_equal(compiled[1](h, head), compiled[0](h, head)[0])
+    flops = [program.cost_analysis()["flops"] for program in compiled]
+    assert flops[0] - flops[1] > B * 4 * D * V  # the head's product, of a chunk

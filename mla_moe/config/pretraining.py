@@ -30,6 +30,9 @@ class TrainingConfig:
     """λ: weight of the multi-token-prediction (MTP) loss, if the model has an MTP module."""
     aux_loss_weight: float = 1e-4
     """α: weight of the sequence-wise auxiliary load-balancing loss."""
+    router_z_loss_weight: float = 0.0
+    """Weight of the router z-loss, which keeps the router's logits small (ST-MoE, arXiv 2202.08906, equation 5, with
+    1e-3): the mean over tokens of the squared logsumexp of the logits, added over the MoE layers."""
     router_bias_update_rate: float = 1e-3
     """γ: step size of the router bias update (auxiliary-loss-free load balancing); 0 freezes the bias."""
     router_bias_freeze_fraction: float = 0.0
@@ -52,7 +55,7 @@ class TrainingConfig:
         require_between(self, "training", "batch_size sequence_length gradient_accumulation_steps", 1, MAX_SIZE)
         require_between(self, "training", "steps", 0, MAX_SIZE)
         require_each(self, "training", "loss_chunk log_every max_skipped_steps", lambda x: x >= 1, "at least 1")
-        names = "eval_every mtp_loss_weight aux_loss_weight router_bias_update_rate"
+        names = "eval_every mtp_loss_weight aux_loss_weight router_z_loss_weight router_bias_update_rate"
         require_each(self, "training", names, lambda x: 0 <= x < math.inf, "0 or more")
         require_each(self, "training", "max_step_minutes", lambda x: 0 < x < 1e5, "a positive number, or None")
         require_each(self, "training", "loss_spike_threshold", lambda x: x > 0, "a positive number, or None")

@@ -27,6 +27,8 @@ class LossSums(NamedTuple):
     """Cross-entropy of the MTP module."""
     aux_loss: Float[Array, ""]
     """The sequence-wise auxiliary load-balancing loss without its weight, over all MoE layers and sequences."""
+    z_loss: Float[Array, ""]
+    """The router z-loss without its weight, over all MoE layers."""
     load_LE: Int[Array, "L E"]
     """Expert load: tokens per expert in each MoE layer, that of the MTP module last."""
     dropped: Int[Array, ""]

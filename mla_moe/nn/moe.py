@@ -42,6 +42,8 @@ class RouterStats(NamedTuple):
     """Expert load: tokens per expert."""
     aux_loss: Float[Array, ""]
     """The sequence-wise auxiliary loss of load balancing without its weight α, summed over sequences."""
+    z_loss: Float[Array, ""]
+    """The router z-loss without its weight, summed over tokens."""
     dropped: Int[Array, ""]
     """(Token, expert) pairs dropped at capacity; 0 where routing is dropless."""
 
@@ -115,7 +117,8 @@ class MoE(nnx.Module):
     ) -> tuple[Activations, RouterStats]:
         x_BTD = x_BTD.astype(self.precision.compute)
         if not x_BTD.size:
-            return x_BTD, RouterStats(jnp.zeros(self.cfg.num_experts, jnp.int32), jnp.float32(0), jnp.int32(0))
+            no_tokens_E, zero = jnp.zeros(self.cfg.num_experts, jnp.int32), jnp.float32(0)
+            return x_BTD, RouterStats(no_tokens_E, zero, zero, jnp.int32(0))
         if not_padding_BT is None:
             not_padding_BT = jnp.ones(x_BTD.shape[:2], bool)
         compute, loras = self.precision.compute, (adapter(self, "gate_up"), adapter(self, "down"))
@@ -253,12 +256,13 @@ def router_stats(
     not_padding_BT: Mask,
     mesh: MeshView | None = None,
     one_sequence: bool = False,
-) -> tuple[Int[Array, "E"], Float[Array, ""]]:
-    """Expert load, and the sequence-wise auxiliary load-balancing loss without α: `Σ_i f_i P_i` of each sequence
-    (DeepSeek-V3, equations 17-20), summed over sequences.
+) -> tuple[Int[Array, "E"], Float[Array, ""], Float[Array, ""]]:
+    """Expert load, the sequence-wise auxiliary load-balancing loss without α: `Σ_i f_i P_i` of each sequence
+    (DeepSeek-V3, equations 17-20), summed over sequences; and the router z-loss, the squared logsumexp of the logits
+    (ST-MoE, arXiv 2202.08906, equation 5), summed over tokens.
 
     `f_i` is E times the fraction of the sequence's (token, expert) pairs that expert i has, `P_i` the mean of its
-    normalised score without bias. Inside a `shard_map` over `mesh` both are summed over all devices. `one_sequence`:
+    normalised score without bias. Inside a `shard_map` over `mesh` all are summed over all devices. `one_sequence`:
     all tokens of all devices are one sequence, which each device has a part of; B is 1.
     """
     B, T = not_padding_BT.shape
@@ -272,8 +276,13 @@ def router_stats(
     load_BE = (selected_BTKE & not_padding_BT[..., None, None]).sum(axis=(1, 2), dtype=jnp.int32)
     p_NE = routing.scores_NE / (routing.scores_NE.sum(axis=-1, keepdims=True) + 1e-20)
     P_BE = jnp.einsum("BTE,BT->BE", p_NE.reshape(B, T, E), not_padding_BT.astype(jnp.float32))
-    load_BE, P_BE, tokens_B1 = total((load_BE, P_BE, not_padding_BT.sum(axis=1, keepdims=True)), parts)
+    z_BT = jnp.zeros((B, T), jnp.float32)
+    if routing.logits_NE is not None:
+        z_N = jnp.square(jax.nn.logsumexp(routing.logits_NE, axis=-1))
+        z_BT = jnp.where(not_padding_BT, z_N.reshape(B, T), 0)
+    counted = load_BE, P_BE, z_BT.sum(axis=1), not_padding_BT.sum(axis=1, keepdims=True)
+    load_BE, P_BE, z_B, tokens_B1 = total(counted, parts)
     tokens_B1 = jnp.maximum(tokens_B1, 1).astype(jnp.float32)
     f_BE = load_BE.astype(jnp.float32) * (E / (K * tokens_B1))
-    sums = load_BE.sum(axis=0), jnp.sum(f_BE * P_BE / tokens_B1)
+    sums = load_BE.sum(axis=0), jnp.sum(f_BE * P_BE / tokens_B1), z_B.sum()
     return sums if one_sequence else total(sums, BATCH_SPEC[0])

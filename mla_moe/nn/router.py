@@ -19,15 +19,18 @@ class Routing(NamedTuple):
     experts_NK: Int[Array, "N K"]
     weights_NK: Float[Array, "N K"]
     scores_NE: Float[Array, "N E"]
+    logits_NE: Float[Array, "N E"] | None = None
+    """Of the scores, for the router z-loss, which is 0 without them."""
 
 
 RouterFunction = Callable[..., Routing]
 """What `MoE` takes as `router`: `router(x_ND)` gives the `Routing` of N tokens, and `router(x_ND, replay_NK)` that with
 these experts, where an entry is not −1; a router that is never called with a replay need not take one.
 
-K is `num_experts_per_tok` and E `num_experts`. Gradients flow through the weights, and through the scores only by the
-auxiliary loss; the experts of a token are distinct. It is an `nnx.Module`, if it has parameters, or a function. Under a
-mesh it runs on each device's tokens, with all parameters, so it has no state that it changes.
+K is `num_experts_per_tok` and E `num_experts`. Gradients flow through the weights, through the scores only by the
+auxiliary loss, and through the logits only by the router z-loss; the experts of a token are distinct. It is an
+`nnx.Module`, if it has parameters, or a function. Under a mesh it runs on each device's tokens, with all parameters, so
+it has no state that it changes.
 """
 
 
@@ -89,4 +92,4 @@ def gate(
     weights_NK = jnp.take_along_axis(scores_NE, experts_NK, axis=-1)
     if cfg.norm_topk_prob:
         weights_NK /= weights_NK.sum(axis=-1, keepdims=True) + 1e-20
-    return Routing(experts_NK, weights_NK * cfg.routed_scaling_factor, scores_NE)
+    return Routing(experts_NK, weights_NK * cfg.routed_scaling_factor, scores_NE, logits_NE)

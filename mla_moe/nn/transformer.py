@@ -96,15 +96,17 @@ class Transformer(nnx.Module):
     @under_auto_axes(lambda _: P())
     def loss_sums(self, batch: Batch, *, chunk: int, mtp: bool) -> LossSums:
         """The losses of a microbatch, summed over its tokens: next-token cross-entropy, with `mtp` that of the MTP
-        module, and the sequence-wise auxiliary load-balancing loss; with the router's statistics. `chunk` is how many
-        tokens of each sequence have logits at one time."""
+        module, the sequence-wise auxiliary load-balancing loss and the router z-loss; with the router's statistics.
+        `chunk` is how many tokens of each sequence have logits at one time."""
         sequences = batch["segment_ids"], batch["positions"]
         h_BTD, stats = self.hidden(batch["tokens"], *sequences)
         weights_BT = loss.target_mask(batch).astype(jnp.float32)
         nats = loss.cross_entropy(h_BTD, self.head_DV, batch["targets"], weights_BT, chunk=chunk)
         loads = [] if stats is None else [stats.load_E]
-        aux_loss = jnp.float32(0) if stats is None else stats.aux_loss.sum()
-        dropped = jnp.int32(0) if stats is None else stats.dropped.sum()
+        aux_loss = z_loss = jnp.float32(0)
+        dropped = jnp.int32(0)
+        if stats is not None:
+            aux_loss, z_loss, dropped = stats.aux_loss.sum(), stats.z_loss.sum(), stats.dropped.sum()
         mtp_nats = jnp.float32(0)
         if mtp:
             # The gradients of the two uses of the head one after the other: each is as large as the head, in float32.
@@ -115,9 +117,10 @@ class Transformer(nnx.Module):
             mtp_nats = loss.cross_entropy(h_BTD, self.mtp_head_DV, targets_BT, weights_BT, chunk=chunk)
             loads.append(stats.load_E[None])
             aux_loss += stats.aux_loss
+            z_loss += stats.z_loss
             dropped += stats.dropped
         load_LE = jnp.concatenate(loads) if loads else jnp.zeros((0, self.cfg.n_routed_experts), jnp.int32)
-        return LossSums(nats, mtp_nats, aux_loss, load_LE, dropped)
+        return LossSums(nats, mtp_nats, aux_loss, z_loss, load_LE, dropped)
 
     @under_auto_axes(lambda tokens: (tokens, P()))
     def hidden(

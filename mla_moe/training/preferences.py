@@ -88,6 +88,7 @@ class RouterSums(NamedTuple):
     """The policy's router statistics, summed over microbatches."""
 
     aux_loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
     load_LE: Int[Array, "L E"]
     dropped: Int[Array, ""]
 
@@ -101,8 +102,8 @@ def make_preference_step(
 ) -> Wrapped:
     """The jitted step `(state, reference, batch) -> (state, metrics)`, which donates the state. `reference` has the
     arrays of the reference policy; those that it lacks are the policy's, with LoRA all but the adapters. The loss is
-    the mean over the pairs of a batch, plus the auxiliary load-balancing loss of the policy with its weight. The MTP
-    module stays unchanged."""
+    the mean over the pairs of a batch, plus the auxiliary load-balancing loss and the router z-loss of the policy with
+    their weights. The MTP module stays unchanged."""
     logprobs = _token_logprobs(abstract_model, training, mesh)
 
     @partial(
@@ -114,29 +115,39 @@ def make_preference_step(
     def step(state: TrainState, reference: Arrays, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH_SPEC))
         pairs = jnp.maximum((batch["segment_ids"].max(axis=1) // 2).sum(), 1)
-        of_microbatch = partial(gradient, state.params, state.fixed, reference, pairs, len(batch["tokens"]))
+        tokens = (batch["segment_ids"] != 0).sum()
+        of_microbatch = partial(gradient, state.params, state.fixed, reference, pairs, len(batch["tokens"]), tokens)
         grads, (sums, router) = accumulate_gradients(of_microbatch, batch, training.gradient_accumulation_steps)
         rate = training.router_bias_update_rate
         state, metrics = update_state(state, tx, grads, sums.loss, router.load_LE, rate, mtp=False)
         return state, metrics | preference_metrics(sums) | {
-            "tokens": (batch["segment_ids"] != 0).sum(),
+            "tokens": tokens,
             "load_LE": router.load_LE,
             "aux_loss": router.aux_loss / (len(batch["tokens"]) * max(router.load_LE.shape[0], 1)),
+            "router_z_loss": router.z_loss / (tokens * max(router.load_LE.shape[0], 1)),
             "dropped": router.dropped,
         }
 
     def loss(
-        params: Arrays, fixed: Arrays, reference: Arrays, pairs: Array, sequences: int, microbatch: Batch
+        params: Arrays,
+        fixed: Arrays,
+        reference: Arrays,
+        pairs: Array,
+        sequences: int,
+        tokens: Array,
+        microbatch: Batch,
     ) -> tuple[Array, tuple[PreferenceSums, RouterSums]]:
-        """A microbatch's part of the loss, normalised by the pairs of the full batch."""
+        """A microbatch's part of the loss, normalised by the pairs, sequences and tokens of the full batch."""
         reference_BT = jax.lax.stop_gradient(logprobs(fixed | reference, microbatch)[0])
         logprob_BT, stats = logprobs(params | fixed, microbatch)
         sums = preference_sums(logprob_BT, reference_BT, microbatch, dpo)
         if stats is None:
-            router = RouterSums(jnp.float32(0), jnp.zeros((0, 0), jnp.int32), jnp.int32(0))
+            router = RouterSums(jnp.float32(0), jnp.float32(0), jnp.zeros((0, 0), jnp.int32), jnp.int32(0))
         else:
-            router = RouterSums(stats.aux_loss.sum(), stats.load_E, stats.dropped.sum())
+            router = RouterSums(stats.aux_loss.sum(), stats.z_loss.sum(), stats.load_E, stats.dropped.sum())
         total = sums.loss / pairs + training.aux_loss_weight * router.aux_loss / sequences
+        if training.router_z_loss_weight:
+            total += training.router_z_loss_weight * router.z_loss / tokens
         return total, (sums, router)
 
     gradient = jax.grad(loss, has_aux=True)

@@ -115,6 +115,7 @@ def make_train_step(
             "tokens": counts.tokens_without_padding,
             "load_LE": sums.load_LE,
             "aux_loss": sums.aux_loss / (counts.sequences * max(sums.load_LE.shape[0], 1)),
+            "router_z_loss": sums.z_loss / (counts.tokens_without_padding * max(sums.load_LE.shape[0], 1)),
             "dropped": sums.dropped,
             "mtp_loss": sums.mtp_nats / jnp.maximum(counts.mtp_targets, 1),
         }
@@ -125,6 +126,8 @@ def make_train_step(
             model = abstract_model.merge(params | fixed)
             sums = model.loss_sums(microbatch, chunk=training.loss_chunk, mtp=with_mtp)
         total = sums.nats / jnp.maximum(counts.targets, 1) + training.aux_loss_weight * sums.aux_loss / counts.sequences
+        if training.router_z_loss_weight:  # otherwise the backward pass keeps no logits of the router
+            total += training.router_z_loss_weight * sums.z_loss / counts.tokens_without_padding
         if with_mtp:
             total += training.mtp_loss_weight * sums.mtp_nats / jnp.maximum(counts.mtp_targets, 1)
         return total, sums

@@ -1,5 +1,7 @@
+import contextlib
 import dataclasses
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from mla_moe.nn.router import Routing
 from mla_moe.ops.experts import block_size
 from mla_moe.parallel.mesh import make_mesh
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 run = jax.jit(lambda module, x: module(x))
 
 
@@ -92,15 +95,32 @@ def test_auxiliary_loss_is_that_of_the_paper(cfg):
     """1 with an even load; E/K if all tokens select the same K experts with full scores."""
     E, K, T = cfg.n_routed_experts, cfg.num_experts_per_tok, 8
     even = Routing(jnp.arange(T * K).reshape(T, K) % E, jnp.ones((T, K)), jnp.ones((T, E)))
-    _, aux_loss = router_stats(cfg.moe, even, jnp.ones((1, T), bool))
+    _, aux_loss, _ = router_stats(cfg.moe, even, jnp.ones((1, T), bool))
     np.testing.assert_allclose(aux_loss, 1.0, rtol=1e-6)
     peaked = Routing(
         jnp.zeros((T, K), jnp.int32) + jnp.arange(K), jnp.ones((T, K)), jnp.zeros((T, E)).at[:, :K].set(1.0)
     )
-    _, aux_loss = router_stats(cfg.moe, peaked, jnp.ones((1, T), bool))
+    _, aux_loss, _ = router_stats(cfg.moe, peaked, jnp.ones((1, T), bool))
     np.testing.assert_allclose(aux_loss, E / K, rtol=1e-6)
-    _, aux_loss = router_stats(cfg.moe, even, jnp.arange(T)[None] < 1)  # one token is a sequence too
+    _, aux_loss, _ = router_stats(cfg.moe, even, jnp.arange(T)[None] < 1)  # one token is a sequence too
     np.testing.assert_allclose(aux_loss, 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [None, MeshConfig(data=2, fsdp=2, expert=2), MeshConfig(data=4, context=2)], ids=str)
+def test_router_z_loss_and_its_gradients_equal_pytorch(cfg, sizes):
+    golden = np.load(GOLDEN / "router_z_loss.npz")
+    m = MoE(cfg, rngs=nnx.Rngs(0))
+    m.router.weight[...] = jnp.asarray(golden["weight"])
+    graph, params, rest = nnx.split(m, nnx.Param, ...)
+
+    def z_loss(params, x):
+        return nnx.merge(graph, params, rest).with_stats(x, jnp.asarray(golden["not_padding"]))[1].z_loss
+
+    with jax.set_mesh(make_mesh(sizes)) if sizes else contextlib.nullcontext():
+        loss, (of_params, of_x) = jax.jit(jax.value_and_grad(z_loss, argnums=(0, 1)))(params, jnp.asarray(golden["x"]))
+    np.testing.assert_allclose(loss, golden["loss"], rtol=1e-5)
+    np.testing.assert_allclose(of_params.router.weight[...], golden["weight_gradient"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(of_x, golden["x_gradient"], rtol=1e-4, atol=1e-5)
 
 
 def test_block_size_follows_the_tokens_per_expert():

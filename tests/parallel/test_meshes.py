@@ -67,7 +67,8 @@ def compile_loss(cfg: ModelConfig, mesh: Mesh, batch: Batch, rules: ShardingRule
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             model = abstract_model.merge(params | biases)
             s, n = model.loss_sums(batch, chunk=8, mtp=cfg.num_nextn_predict_layers > 0), loss_counts(batch)
-        return s.nats / n.targets + 0.3 * s.mtp_nats / n.mtp_targets + 0.01 * s.aux_loss / n.sequences, s
+        router = 0.01 * s.aux_loss / n.sequences + 0.01 * s.z_loss / n.tokens_without_padding
+        return s.nats / n.targets + 0.3 * s.mtp_nats / n.mtp_targets + router, s
 
     program = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(params, biases, batch).compile()
 
@@ -112,6 +113,7 @@ def test_loss_and_gradients_equal_those_of_one_device(compiled: Compile, sizes: 
     assert other_loss == pytest.approx(loss, rel=1e-6)
     np.testing.assert_array_equal(other.load_LE, s.load_LE)
     assert other.aux_loss == pytest.approx(s.aux_loss, rel=1e-5)
+    assert other.z_loss == pytest.approx(s.z_loss, rel=1e-5)
     assert other.dropped == 0
     assert_same_gradients(other_grads, grads)
     if ROUTING[routing]:

@@ -4,6 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from mla_moe.config import MeshConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
@@ -14,7 +15,10 @@ from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training.optimizer import make_optimizer
 from mla_moe.training.step import abstract_state, init_state, make_eval_step, make_train_step, update_router_biases
 
-TRAINING = TrainingConfig(steps=10, batch_size=8, sequence_length=16, loss_chunk=8, router_bias_update_rate=0.5)
+TRAINING = TrainingConfig(
+    steps=10, batch_size=8, sequence_length=16, loss_chunk=8, router_z_loss_weight=0.1, router_bias_update_rate=0.5
+)
+ROUTER = "moe_layers/moe/router/weight"
 OPTIMIZER = OptimizerConfig("adamw", ScheduleConfig(peak_lr=1e-2, warmup_fraction=0.0, decay_fraction=0.0))
 
 
@@ -168,12 +172,38 @@ def test_training_lowers_the_loss_and_updates_every_parameter(abstract_model):
 
 
 @pytest.mark.slow
+def test_the_router_z_loss_is_added_with_its_weight(abstract_model):
+    """To the gradient, of which Adam's first moment is a tenth: the mean over tokens, added over layers."""
+    optimizer = dataclasses.replace(OPTIMIZER, beta1=0.9, max_grad_norm=1e9)
+    without = dataclasses.replace(TRAINING, router_z_loss_weight=0.0)
+    (state, m), (other, n) = (run(abstract_model, t, optimizer=optimizer) for t in (TRAINING, without))
+    batch = packed_batch()
+    counts, arrays = loss_counts(batch), abstract_model.init(0, ONE_DEVICE)
+
+    @jax.jit
+    def gradient(weight):
+        def z_loss(weight):
+            model = abstract_model.merge(arrays | {ROUTER: weight})
+            return model.loss_sums(batch, chunk=8, mtp=True).z_loss / counts.tokens_without_padding
+
+        return jax.value_and_grad(z_loss)(weight)
+
+    z_loss, expected = gradient(arrays[ROUTER])
+    assert float(z_loss) > 1
+    np.testing.assert_allclose(m["router_z_loss"], z_loss / len(m["load_LE"]), rtol=1e-5)
+    np.testing.assert_allclose(n["router_z_loss"], m["router_z_loss"], rtol=1e-5)
+    moments = [optax.tree.get_all_with_path(s.optimizer, "mu")[0][1][ROUTER] for s in (state, other)]
+    difference = 10 * (moments[0] - moments[1])
+    np.testing.assert_allclose(difference, 0.1 * expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("gradient_accumulation_steps", [pytest.param(2, marks=pytest.mark.thorough), 8])
 def test_gradient_accumulation_equals_the_full_batch(abstract_model, gradient_accumulation_steps):
     full, m = run(abstract_model)
     training = dataclasses.replace(TRAINING, gradient_accumulation_steps=gradient_accumulation_steps)
     accumulated, n = run(abstract_model, training)
-    for name in ("loss", "mtp_loss", "grad_norm", "aux_loss", "load_LE"):
+    for name in ("loss", "mtp_loss", "grad_norm", "aux_loss", "router_z_loss", "load_LE"):
         np.testing.assert_allclose(m[name], n[name], rtol=1e-4, err_msg=name)
     assert_close(full, accumulated, rtol=1e-3, atol=1e-4)
 
@@ -190,7 +220,7 @@ def test_gradient_accumulation_equals_the_full_batch(abstract_model, gradient_ac
 def test_a_step_on_eight_devices_equals_one_device(abstract_model, sizes):
     one, m = run(abstract_model)
     eight, n = run(abstract_model, sizes=sizes)
-    for name in ("loss", "mtp_loss", "grad_norm", "load_LE"):
+    for name in ("loss", "mtp_loss", "grad_norm", "router_z_loss", "load_LE"):
         np.testing.assert_allclose(m[name], n[name], rtol=1e-5, err_msg=name)
     # Adam's first update is the gradient's sign, which depends on rounding near 0: compare the moments instead.
     moments = [jax.tree.leaves(s.optimizer) for s in (one, eight)]

@@ -156,13 +156,20 @@ def _mappings(cfg: ModelConfig, copies: bool) -> Iterator[TensorMapping]:
     V, D = cfg.vocab_size, cfg.hidden_size
     yield TensorMapping("model.embed_tokens.weight", "embed", (ALL, ALL), (V,), (D,))
     for layer in range(cfg.num_hidden_layers):
-        dense = layer < cfg.first_k_dense_replace
+        prefix, dense = f"model.layers.{layer}", layer < cfg.first_k_dense_replace
         stack, index = ("dense_layers", layer) if dense else ("moe_layers", layer - cfg.first_k_dense_replace)
-        yield from _block(cfg, f"model.layers.{layer}", stack, (index,), experts=not dense)
+        if cfg.moe_shortcut:  # the experts of a pair of layers have the names of its first layer
+            index, second = divmod(index, cfg.layers_per_moe)
+            path = f"{stack}/{'second' if second else 'first'}"
+            yield from _block(cfg, prefix, path, (index,), experts=False)
+            if not second:
+                yield from _experts(cfg, prefix, stack, (index,))
+            continue
+        yield from _block(cfg, prefix, stack, (index,), experts=not dense)
         if cfg.index_topk is not None and not cfg.shared_indexers[layer]:
             first = 0 if dense else cfg.first_k_dense_replace
             own = cfg.shared_indexers[first:layer].count(False)
-            yield from _indexer(cfg, f"model.layers.{layer}", stack, (own,))
+            yield from _indexer(cfg, prefix, stack, (own,))
     yield TensorMapping("model.norm.weight", "norm/scale", (ALL,), (D,))
     if not cfg.tie_word_embeddings:
         yield TensorMapping("lm_head.weight", "head", (ALL, ALL), (V,), (D,))
@@ -196,12 +203,6 @@ def _block(
         index = layer_index + (ALL,) * len(rows + columns)
         return TensorMapping(f"{prefix}.{name}", f"{path_prefix}/{path}", index, rows, columns)
 
-    def mlp(name: str, path: str, width: int, index: tuple[int, ...]) -> Iterator[TensorMapping]:
-        name, path = f"{prefix}.{name}", f"{path_prefix}/{path}"
-        for g, part in enumerate(("gate_proj", "up_proj")):
-            yield TensorMapping(f"{name}.{part}.weight", f"{path}/gate_up", (*index, ALL, g, ALL), (width,), (D,))
-        yield TensorMapping(f"{name}.down_proj.weight", f"{path}/down", (*index, ALL, ALL), (D,), (width,))
-
     yield mapped("input_layernorm.weight", "attention_norm/scale", (D,))
     if Q is None:
         yield mapped("self_attn.q_proj.weight", "attention/q", (H, N + R), (D,))
@@ -214,19 +215,32 @@ def _block(
     yield mapped("self_attn.kv_b_proj.weight", "attention/kv_b", (H, N + V), (C,))
     yield mapped("self_attn.o_proj.weight", "attention/o", (D,), (H, V))
     yield mapped("post_attention_layernorm.weight", "mlp_norm/scale", (D,))
-    if not experts:
-        yield from mlp("mlp", "mlp", cfg.intermediate_size, layer_index)
-        return
-    E, F = cfg.n_routed_experts, cfg.moe_intermediate_size
-    yield mapped("mlp.gate.weight", "moe/router/weight", (E,), (D,))
+    if experts:
+        yield from _experts(cfg, prefix, path_prefix, layer_index)
+        if cfg.post_mlp_norm:
+            yield mapped("post_mlp_layernorm.weight", "moe_norm/scale", (D,))
+    else:
+        yield from _mlp(f"{prefix}.mlp", f"{path_prefix}/mlp", layer_index, D, cfg.intermediate_size)
+
+
+def _experts(cfg: ModelConfig, prefix: str, path_prefix: str, layer_index: tuple[int, ...]) -> Iterator[TensorMapping]:
+    """The tensors of one mixture of experts."""
+    D, F, E = cfg.hidden_size, cfg.moe_intermediate_size, cfg.moe.router_width
+    name, path = f"{prefix}.mlp", f"{path_prefix}/moe"
+    yield TensorMapping(f"{name}.gate.weight", f"{path}/router/weight", (*layer_index, ALL, ALL), (E,), (D,))
     if cfg.topk_method == "noaux_tc":
-        yield mapped("mlp.gate.e_score_correction_bias", "moe/router/bias", (E,))
-    for e in range(E):
-        yield from mlp(f"mlp.experts.{e}", "moe", F, (*layer_index, e))
+        yield TensorMapping(f"{name}.gate.e_score_correction_bias", f"{path}/router/bias", (*layer_index, ALL), (E,))
+    for e in range(cfg.n_routed_experts):
+        yield from _mlp(f"{name}.experts.{e}", path, (*layer_index, e), D, F)
     if cfg.n_shared_experts:
-        yield from mlp("mlp.shared_experts", "moe/shared", cfg.n_shared_experts * F, layer_index)
-    if cfg.post_mlp_norm:
-        yield mapped("post_mlp_layernorm.weight", "moe_norm/scale", (D,))
+        yield from _mlp(f"{name}.shared_experts", f"{path}/shared", layer_index, D, cfg.n_shared_experts * F)
+
+
+def _mlp(name: str, path: str, index: tuple[int, ...], D: int, F: int) -> Iterator[TensorMapping]:
+    """The three matrices of one MLP or expert of width D and hidden width F."""
+    for g, part in enumerate(("gate_proj", "up_proj")):
+        yield TensorMapping(f"{name}.{part}.weight", f"{path}/gate_up", (*index, ALL, g, ALL), (F,), (D,))
+    yield TensorMapping(f"{name}.down_proj.weight", f"{path}/down", (*index, ALL, ALL), (D,), (F,))
 
 
 def _indexer(cfg: ModelConfig, prefix: str, path_prefix: str, layer_index: tuple[int, ...]) -> Iterator[TensorMapping]:

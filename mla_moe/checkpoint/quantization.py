@@ -77,7 +77,7 @@ FP8_BLOCKS = Scheme("fp8", "float", 8, (128, 128))
 INT4_GROUPS = Scheme("compressed-tensors", "int", 4, (1, 32), packed=True)
 TARGETS: Mapping[str, Scheme] = {"fp8": FP8_BLOCKS, "int4": INT4_GROUPS}
 
-_PROJECTION = re.compile(r"\.(self_attn|mlp)\.((?!indexer\.).*_proj(_with_mqa)?|indexer\.(wq_b|wk))\.weight$")
+_PROJECTION = re.compile(r"\.(self_attn|mlps?)\.((?!indexer\.).*_proj(_with_mqa)?|indexer\.(wq_b|wk))\.weight$")
 _EXPERT = re.compile(r"\.mlp\.experts\.\d+\.\w+_proj\.weight$")
 _NEVER_CONVERTED = re.compile(r"(embed_tokens|lm_head|mlp\.gate|eh_proj|shared_head\.head)$")
 """Modules that readers of FP8 blocks leave alone without being told."""
@@ -89,7 +89,7 @@ _FP8_CONFIG: Mapping[str, Any] = {
 }
 _INT4_IGNORE = (
     "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*", "re:.*lm_head.*",
-    "re:.*eh_proj.*", "re:.*shared_head.*",
+    "re:.*eh_proj.*", "re:.*shared_head.*", "re:.*mlps.*",
 )  # fmt: skip
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _DEQUANTIZE = "is not read; use the release in bfloat16, FP8 or compressed-tensors INT4, or write bfloat16 with"

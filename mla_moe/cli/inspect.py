@@ -73,6 +73,7 @@ def _indexer(cfg: ModelConfig) -> list[tuple[str, str]]:
 def _router(cfg: ModelConfig) -> list[tuple[str, str]]:
     return [
         ("routed / shared / top-k", f"{cfg.n_routed_experts} / {cfg.n_shared_experts} / {cfg.num_experts_per_tok}"),
+        *([("zero-computation experts", f"{cfg.zero_expert_num}")] if cfg.zero_expert_num else []),
         ("groups / top groups", f"{cfg.n_group} / {cfg.topk_group}"),
         ("score, normalised", f"{cfg.scoring_func}, {'yes' if cfg.norm_topk_prob else 'no'}"),
         ("routed scaling", f"{cfg.routed_scaling_factor:g}"),

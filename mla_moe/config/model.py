@@ -37,6 +37,8 @@ class ModelConfig:
     """Routed experts per MoE layer."""
     num_experts_per_tok: int
     """Routed experts per token (top-k)."""
+    zero_expert_num: int = 0
+    """Zero-computation experts, which return their input: the router selects among them too."""
     n_shared_experts: int = 1
     """Shared experts, which process every token."""
     first_k_dense_replace: int = 1
@@ -72,10 +74,17 @@ class ModelConfig:
     """YaRN context extension, or None."""
     rope_interleave: bool = True
     """Rotary embedding rotates the pairs (2i, 2i + 1) of the width; false: (i, i + R / 2), its halves."""
+    mla_scale_q_lora: bool = False
+    """Multiply the query latent by √(hidden_size / q_lora_rank), behind its norm."""
+    mla_scale_kv_lora: bool = False
+    """Multiply the key-value latent by √(hidden_size / kv_lora_rank), behind its norm."""
     rms_norm_eps: float = 1e-6
     """Added to the mean square in RMSNorm."""
     post_mlp_norm: bool = False
     """RMSNorm on the output of each mixture of experts, shared experts included."""
+    moe_shortcut: bool = False
+    """Shortcut-connected MoE: all layers have dense MLPs, and each pair of layers a mixture of experts beside. It reads
+    what the MLP of the first layer does, and its output is added to that of the second."""
     index_topk: int | None = None
     """Keys per query that an indexer selects (DeepSeek Sparse Attention, DSA); None attends to all."""
     index_n_heads: int = 64
@@ -100,8 +109,15 @@ class ModelConfig:
     scores. It says how a checkpoint is read and written: the other fields say what a model computes."""
 
     def __post_init__(self):
-        require_values(self, may_be_zero=("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers"))
+        zero = "n_shared_experts", "zero_expert_num", "first_k_dense_replace", "num_nextn_predict_layers"
+        require_values(self, may_be_zero=zero)
         L = self.num_hidden_layers
+        if self.moe_shortcut:
+            fix = "must be 0: every pair of layers has a mixture of experts (moe_shortcut)"
+            require_field(self, "first_k_dense_replace", self.first_k_dense_replace == 0, fix)
+            require_field(self, "num_hidden_layers", L % 2 == 0, "must be even: moe_shortcut has pairs of layers")
+            require_field(self, "index_topk", self.index_topk is None, "no layers of moe_shortcut have an indexer")
+            require_field(self, "post_mlp_norm", not self.post_mlp_norm, "no layers of moe_shortcut have this norm")
         ok = self.first_k_dense_replace <= L
         require_field(self, "first_k_dense_replace", ok, f"at most num_hidden_layers = {L}")
         require_field(self, "num_nextn_predict_layers", self.num_nextn_predict_layers <= 1, "0 or 1 MTP module")
@@ -115,8 +131,13 @@ class ModelConfig:
         _ = self.attention, self.moe  # which check what remains
 
     @property
+    def layers_per_moe(self) -> int:
+        """Layers that a mixture of experts belongs to."""
+        return 2 if self.moe_shortcut else 1
+
+    @property
     def num_moe_layers(self) -> int:
-        return self.num_hidden_layers - self.first_k_dense_replace
+        return (self.num_hidden_layers - self.first_k_dense_replace) // self.layers_per_moe
 
     @property
     def shared_indexers(self) -> tuple[bool, ...]:

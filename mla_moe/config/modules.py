@@ -34,6 +34,10 @@ class AttentionConfig:
     """Context extension of the rotary embedding: `LinearScaling`, `Yarn`, `Llama3Scaling`, or None."""
     rope_interleave: bool = True
     """Rotary embedding rotates the pairs (2i, 2i + 1) of the width; false: (i, i + R / 2), its halves."""
+    mla_scale_q_lora: bool = False
+    """Multiply the query latent by √(hidden_size / q_lora_rank), behind its norm (LongCat-Flash)."""
+    mla_scale_kv_lora: bool = False
+    """Multiply the key-value latent by √(hidden_size / kv_lora_rank), behind its norm."""
     causal: bool = True
     """Whether a token attends to itself and earlier ones only."""
     sliding_window: int | None = None
@@ -60,6 +64,8 @@ class AttentionConfig:
         require_field(self, "rope_scaling", ok, "is read by mla_moe.rope_scaling({…}): give what that returns")
         message = "scales rotary frequencies: set rope_theta"
         require_field(self, "rope_scaling", self.rope_theta is not None or self.rope_scaling is None, message)
+        message = "scales the query latent: set q_lora_rank"
+        require_field(self, "mla_scale_q_lora", self.q_lora_rank is not None or not self.mla_scale_q_lora, message)
         if self.index_topk is not None:
             message = "an indexer reads the query latent: set q_lora_rank, or no index_topk"
             require_field(self, "q_lora_rank", self.q_lora_rank is not None, message)
@@ -78,6 +84,9 @@ class MoEConfig:
     """Routed experts."""
     num_experts_per_tok: int = 2
     """Routed experts per token (top-k)."""
+    zero_expert_num: int = 0
+    """Zero-computation experts, which return their input: the router selects among them too, as the experts behind the
+    routed ones (LongCat-Flash, arXiv 2509.01322, section 2.1)."""
     moe_intermediate_size: int | None = None
     """Hidden width of one expert; None is `hidden_size`."""
     n_shared_experts: int = 0
@@ -106,9 +115,15 @@ class MoEConfig:
         """The hidden width of one expert."""
         return self.moe_intermediate_size or self.hidden_size
 
+    @property
+    def router_width(self) -> int:
+        """Experts that the router selects among: routed ones, then zero-computation ones."""
+        return self.num_experts + self.zero_expert_num
+
     def __post_init__(self):
-        require_values(self, may_be_zero=("n_shared_experts",))
-        E, K, G = self.num_experts, self.num_experts_per_tok, self.n_group
+        require_values(self, may_be_zero=("n_shared_experts", "zero_expert_num"))
+        E, K, G = self.router_width, self.num_experts_per_tok, self.n_group
+        require_field(self, "zero_expert_num", G == 1 or not self.zero_expert_num, "needs a router without groups")
         require_field(self, "num_experts_per_tok", K <= E, f"choose at most the number of experts, {E}")
         require_field(self, "n_group", E % G == 0, f"must divide the number of experts, {E}")
         require_field(self, "topk_group", self.topk_group <= G, f"at most n_group = {G}")

@@ -272,7 +272,8 @@ class MLAttention(nnx.Module):
         if self.cfg.q_lora_rank is None:
             return x_BTD
         compute = self.precision.compute
-        return self.q_a_norm(project(einsum, "BTD,DQ->BTQ", x_BTD, self, "q_a", compute)).astype(compute)
+        latent_BTQ = self.q_a_norm(project(einsum, "BTD,DQ->BTQ", x_BTD, self, "q_a", compute)).astype(compute)
+        return self._scaled(latent_BTQ) if self.cfg.mla_scale_q_lora else latent_BTQ
 
     def queries(
         self, latent_BTQ: Float[Array, "B T Q"], positions_BT: Ids, cos_sin: CosSin, einsum: Einsum
@@ -291,7 +292,14 @@ class MLAttention(nnx.Module):
         """What the KV cache holds of a token: the normed latent, and the rotated key part that all heads share."""
         both_BTC = project(einsum, "BTD,DC->BTC", x_BTD, self, "kv_a", self.precision.compute)
         c_BTC, k_pe_BTR = jnp.split(both_BTC, [self.cfg.kv_lora_rank], axis=-1)
-        return self.kv_a_norm(c_BTC).astype(c_BTC.dtype), self._rotate(k_pe_BTR[:, :, None], cos_sin)[:, :, 0]
+        c_BTC = self.kv_a_norm(c_BTC).astype(c_BTC.dtype)
+        c_BTC = self._scaled(c_BTC) if self.cfg.mla_scale_kv_lora else c_BTC
+        return c_BTC, self._rotate(k_pe_BTR[:, :, None], cos_sin)[:, :, 0]
+
+    def _scaled(self, latent_BTC: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        """A normed latent with the norm that activations of width D have, so that its rank does not change the variance
+        of queries and keys (LongCat-Flash, arXiv 2509.01322, section 2.3.1)."""
+        return latent_BTC * math.sqrt(self.cfg.hidden_size / latent_BTC.shape[-1])
 
     def _rotate(self, x_BTHR: Float[Array, "B T H R"], cos_sin: CosSin) -> Float[Array, "B T H R"]:
         return rotate(x_BTHR, *cos_sin, interleaved=self.cfg.rope_interleave)

@@ -14,7 +14,7 @@ from mla_moe.config import KernelConfig, ModelConfig
 from mla_moe.nn.attention import MLAttention
 from mla_moe.nn.indexer import selection
 from mla_moe.nn.kv_cache import AttentionMetadata, CacheEntries, NewSelectedKeys, NewTokens
-from mla_moe.nn.layers import MLP, Activations, Ids, RMSNorm
+from mla_moe.nn.layers import MLP, Activations, Ids, Mask, RMSNorm
 from mla_moe.nn.moe import MoE, RouterStats
 from mla_moe.nn.param import Precision, normal
 from mla_moe.ops.key_selection import SelectedKeys
@@ -43,9 +43,16 @@ class SequenceInfo(NamedTuple):
     shares_keys: Bool[Array, ""] | bool = False
     """Whether this layer uses those."""
 
+    @property
+    def not_padding_BT(self) -> Mask | None:
+        return None if self.segment_ids_BT is None else self.segment_ids_BT != 0
+
 
 class Block(nnx.Module):
     """Pre-norm layer: `x + attention(norm(x))`, then `x + mlp(norm(x))`, with a dense MLP or a mixture of experts."""
+
+    num_layers = 1
+    """Layers of the KV cache."""
 
     def __init__(
         self, cfg: ModelConfig, *, experts: bool, has_indexer: bool = True, rngs: nnx.Rngs, precision: Precision,
@@ -68,31 +75,33 @@ class Block(nnx.Module):
     ) -> tuple[Activations, SelectedKeys | None, RouterStats | None]:
         """For training. Returns the output, the keys that an indexer selects, and the router's statistics, None for a
         dense layer."""
-        segments_BT, positions_BT, replay_BTK, selected_BTW, shares_keys = sequences
-        with jax.named_scope("attention"):
-            h_BTD = self.attention_norm(x_BTD)
-            select = partial(self.attention.select_keys, jax.lax.stop_gradient(h_BTD), segments_BT, positions_BT)
-            selected_BTW = selection(select, selected_BTW, shares_keys)
-            x_BTD += self.attention(h_BTD, segment_ids=segments_BT, positions=positions_BT, selected_keys=selected_BTW)
+        x_BTD, selected_BTW = self.attend(x_BTD, sequences)
         with jax.named_scope("mlp"):
             h_BTD = self.mlp_norm(x_BTD)
             if self.experts:
-                not_padding_BT = None if segments_BT is None else segments_BT != 0
-                y_BTD, stats = self.moe.with_stats(h_BTD, not_padding_BT, replay_BTK)
+                y_BTD, stats = self.moe.with_stats(h_BTD, sequences.not_padding_BT, sequences.replay_BTK)
             else:
                 y_BTD, stats = self.mlp(h_BTD), None
             if self.post_mlp_norm:
                 y_BTD = self.moe_norm(y_BTD)
             return constrain_activations(x_BTD + y_BTD), selected_BTW, stats
 
+    def attend(self, x_BTD: Activations, sequences: SequenceInfo) -> tuple[Activations, SelectedKeys | None]:
+        """The first half, `x + attention(norm(x))`, and the keys that an indexer selects."""
+        segments_BT, positions_BT, _, selected_BTW, shares_keys = sequences
+        with jax.named_scope("attention"):
+            h_BTD = self.attention_norm(x_BTD)
+            select = partial(self.attention.select_keys, jax.lax.stop_gradient(h_BTD), segments_BT, positions_BT)
+            selected_BTW = selection(select, selected_BTW, shares_keys)
+            x_BTD += self.attention(h_BTD, segment_ids=segments_BT, positions=positions_BT, selected_keys=selected_BTW)
+        return x_BTD, selected_BTW
+
     def extend(
         self, x_bTD: NewTokens, cache_LBSW: CacheEntries, metadata: AttentionMetadata
     ) -> tuple[NewTokens, CacheEntries, NewSelectedKeys | None, Int[Array, "b T K"] | None]:
         """For prefill and decode: new tokens over the latent cache. Returns the output, the cache, the keys that an
         indexer selects, and each token's experts (None for a dense layer)."""
-        with jax.named_scope("attention"):
-            y_bTD, cache_LBSW, selected_bTw = self.attention.extend(self.attention_norm(x_bTD), cache_LBSW, metadata)
-            x_bTD = constrain_decode_activations(x_bTD + y_bTD)
+        x_bTD, cache_LBSW, selected_bTw = self.extend_attention(x_bTD, cache_LBSW, metadata)
         with jax.named_scope("mlp"):
             h_bTD = self.mlp_norm(x_bTD)
             if self.experts:
@@ -103,9 +112,57 @@ class Block(nnx.Module):
                 y_bTD = self.moe_norm(y_bTD)
         return constrain_decode_activations(x_bTD + y_bTD), cache_LBSW, selected_bTw, experts
 
+    def extend_attention(
+        self, x_bTD: NewTokens, cache_LBSW: CacheEntries, metadata: AttentionMetadata
+    ) -> tuple[NewTokens, CacheEntries, NewSelectedKeys | None]:
+        """The first half of `extend`."""
+        with jax.named_scope("attention"):
+            y_bTD, cache_LBSW, selected_bTw = self.attention.extend(self.attention_norm(x_bTD), cache_LBSW, metadata)
+            return constrain_decode_activations(x_bTD + y_bTD), cache_LBSW, selected_bTw
 
-def stack_layers(abstract: Block, shares: Sequence[bool], rngs: nnx.Rngs) -> Block:
-    """Initialise layers like `abstract` as one `Block`, whose parameters have a leading axis of layers; those of
+
+class ShortcutBlock(nnx.Module):
+    """Two dense layers and a mixture of experts beside them (shortcut-connected MoE; LongCat-Flash, arXiv 2509.01322,
+    section 2.2). The experts' input is that of the first layer's MLP, and nothing waits for their output before the
+    second layer has run: dispatch and combine can overlap with it."""
+
+    num_layers, experts = 2, True
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs, precision: Precision, kernels: KernelConfig):
+        layer = partial(Block, cfg, experts=False, rngs=rngs, precision=precision, kernels=kernels)
+        self.first, self.second = layer(), layer()
+        self.moe = MoE(cfg, rngs=rngs, precision=precision, kernels=kernels)
+
+    def __call__(self, x_BTD: Activations, sequences: SequenceInfo) -> tuple[Activations, None, RouterStats]:
+        """As `Block`."""
+        x_BTD, _ = self.first.attend(x_BTD, sequences)
+        with jax.named_scope("mlp"):
+            h_BTD = self.first.mlp_norm(x_BTD)
+            y_BTD, stats = self.moe.with_stats(h_BTD, sequences.not_padding_BT, sequences.replay_BTK)
+            x_BTD = constrain_activations(x_BTD + self.first.mlp(h_BTD))
+        x_BTD, _, _ = self.second(x_BTD, sequences)
+        return constrain_activations(x_BTD + y_BTD), None, stats
+
+    def extend(
+        self, x_bTD: NewTokens, cache_LBSW: CacheEntries, metadata: AttentionMetadata
+    ) -> tuple[NewTokens, CacheEntries, None, Int[Array, "b T K"]]:
+        """As `Block.extend`, of two layers of the cache."""
+        x_bTD, cache_LBSW, _ = self.first.extend_attention(x_bTD, cache_LBSW, metadata)
+        with jax.named_scope("mlp"):
+            h_bTD = self.first.mlp_norm(x_bTD)
+            y_bTD, experts = self.moe.extend(h_bTD, metadata.expert_layer)
+            x_bTD = constrain_decode_activations(x_bTD + self.first.mlp(h_bTD, plain_einsum))
+        metadata = metadata._replace(layer=metadata.layer + 1)
+        x_bTD, cache_LBSW, _, _ = self.second.extend(x_bTD, cache_LBSW, metadata)
+        return constrain_decode_activations(x_bTD + y_bTD), cache_LBSW, None, experts
+
+
+Stack = Block | ShortcutBlock
+"""Stacked layers: each parameter has a leading axis."""
+
+
+def stack_layers(abstract: Stack, shares: Sequence[bool], rngs: nnx.Rngs) -> Stack:
+    """Initialise layers like `abstract` as one module, whose parameters have a leading axis of layers; those of
     indexers one of the layers that do not share another's keys."""
 
     def stacked(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
@@ -138,7 +195,7 @@ def _by_layer(shares: Sequence[bool]) -> tuple[Array, Array | None]:
 
 
 def run_layers(
-    layers: Block,
+    layers: Stack,
     x_BTD: Activations,
     sequences: SequenceInfo,
     replay_lBTK: Int[Array, "l B T K"] | None,
@@ -166,7 +223,7 @@ def run_layers(
 
 
 def extend_layers(
-    layers: Block | nnx.List,
+    layers: Stack | nnx.List,
     x_bTD: NewTokens,
     cache_LBSW: CacheEntries,
     metadata: AttentionMetadata,
@@ -178,7 +235,8 @@ def extend_layers(
     if isinstance(layers, nnx.List):
         experts, selected_bTw = [], metadata.selected_bTw
         for index, (block, shared) in enumerate(zip(layers, shares, strict=True)):
-            at = metadata._replace(layer=metadata.layer + index, selected_bTw=selected_bTw, shares_keys=shared)
+            layer = metadata.layer + index * block.num_layers
+            at = metadata._replace(layer=layer, selected_bTw=selected_bTw, shares_keys=shared)
             x_bTD, cache_LBSW, selected_bTw, layer_experts = block.extend(x_bTD, cache_LBSW, at)
             experts.append(layer_experts)
         stacked = None if experts[0] is None else jnp.stack(experts)
@@ -192,7 +250,8 @@ def extend_layers(
         x_bTD, cache_LBSW, selected_bTw = carry
         index, layer_state, (own, shared) = layer
         block = nnx.merge(graph, stacked_experts, jax.tree.map(lambda w: w[own], indexers), layer_state)
-        at = metadata._replace(layer=metadata.layer + index, expert_layer=index if block.experts else None)
+        layer = metadata.layer + index * block.num_layers
+        at = metadata._replace(layer=layer, expert_layer=index if block.experts else None)
         at = at._replace(selected_bTw=selected_bTw, shares_keys=shares[0] if shared is None else shared)
         x_bTD, cache_LBSW, selected_bTw, experts = block.extend(x_bTD, cache_LBSW, at)
         return (x_bTD, cache_LBSW, selected_bTw if carries else None), experts

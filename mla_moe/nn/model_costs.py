@@ -12,7 +12,8 @@ class ParameterCount(NamedTuple):
     total: int
     """All parameters and router biases, without the MTP module."""
     active: int
-    """Parameters used per token: of the routed experts `num_experts_per_tok`."""
+    """Parameters used per token: of the routed experts `num_experts_per_tok`; with zero-computation experts fewer, the
+    mean if the router selects all as often."""
     mtp: int
     """Parameters of the MTP module, without embedding and head if it shares the model's."""
 
@@ -28,7 +29,7 @@ def count_parameters(cfg: ModelConfig) -> ParameterCount:
             continue
         total += size
         routed = "experts" in variable.get_metadata("out_sharding")
-        active += size * cfg.num_experts_per_tok // cfg.n_routed_experts if routed else size
+        active += size * cfg.num_experts_per_tok // cfg.moe.router_width if routed else size
     return ParameterCount(total, active, mtp)
 
 

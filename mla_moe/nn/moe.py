@@ -39,7 +39,7 @@ class RouterStats(NamedTuple):
     """Statistics of a layer's routing, without padding. Stacked layers add a leading axis."""
 
     load_E: Int[Array, "E"]
-    """Expert load: tokens per expert."""
+    """Expert load: tokens per expert, zero-computation ones included."""
     aux_loss: Float[Array, ""]
     """The sequence-wise auxiliary loss of load balancing without its weight α, summed over sequences."""
     z_loss: Float[Array, ""]
@@ -55,7 +55,8 @@ Tokens = tuple[Activations, Mask, Int[Array, "B T K"] | None]
 
 
 class MoE(nnx.Module):
-    """`shared(x) + Σ_k weight_k · expert_k(x)` over the K routed experts of each token (DeepSeek-V3, equation 12).
+    """`shared(x) + Σ_k weight_k · expert_k(x)` over the K routed experts of each token (DeepSeek-V3, equation 12). Of
+    zero-computation experts `expert_k(x)` is x.
 
     Settings are the fields of `MoEConfig`, as keywords: `MoE(hidden_size=512, num_experts=8, rngs=rngs)`; or `cfg`, or
     the MoE layers of a `ModelConfig`, with the fields given as keywords replaced.
@@ -117,7 +118,7 @@ class MoE(nnx.Module):
     ) -> tuple[Activations, RouterStats]:
         x_BTD = x_BTD.astype(self.precision.compute)
         if not x_BTD.size:
-            no_tokens_E, zero = jnp.zeros(self.cfg.num_experts, jnp.int32), jnp.float32(0)
+            no_tokens_E, zero = jnp.zeros(self.cfg.router_width, jnp.int32), jnp.float32(0)
             return x_BTD, RouterStats(no_tokens_E, zero, zero, jnp.int32(0))
         if not_padding_BT is None:
             not_padding_BT = jnp.ones(x_BTD.shape[:2], bool)
@@ -146,22 +147,36 @@ class MoE(nnx.Module):
         x_ND = x_BTD.reshape(B * T, D).astype(self.precision.compute)
         with jax.named_scope("route"):
             routing = self._route(self.router, x_ND)
+        experts_NK, zero_N = self._split(routing)
         with jax.named_scope("experts"):
             if target_platform() == "cpu" and jax.sharding.get_abstract_mesh().empty and layer is None:
-                inputs = x_ND, routing.experts_NK, routing.weights_NK
+                inputs = x_ND, experts_NK, routing.weights_NK
                 y_ND = selected_experts(*inputs, self.gate_up[...], self.down[...], self.activation)
             else:
-                y_ND = self._decode_experts(x_ND, routing, layer)
+                y_ND = self._decode_experts(x_ND, experts_NK, routing.weights_NK, layer)
+        if zero_N is not None:
+            y_ND += x_ND * zero_N[:, None].astype(x_ND.dtype)
         if self.cfg.n_shared_experts:
             with jax.named_scope("shared"):
                 y_ND += self.shared(x_ND[None], plain_einsum)[0]
         return y_ND.reshape(B, T, D), routing.experts_NK.reshape(B, T, -1)
 
-    def _decode_experts(self, x_ND: Float[Array, "N D"], routing: Routing, layer: Array | None) -> Float[Array, "N D"]:
+    def _split(self, routing: Routing) -> tuple[Int[Array, "N K"], Float[Array, "N"] | None]:
+        """The routed experts of each token, with `num_experts` (unassigned) in place of zero-computation ones, and the
+        sum of the weights of these, None if there are none."""
+        if not self.cfg.zero_expert_num:
+            return routing.experts_NK, None
+        zero_NK = routing.experts_NK >= self.cfg.num_experts
+        weight_N = jnp.where(zero_NK, routing.weights_NK, 0).sum(axis=1)
+        return jnp.minimum(routing.experts_NK, self.cfg.num_experts), weight_N
+
+    def _decode_experts(
+        self, x_ND: Float[Array, "N D"], experts_NK: Array, weights_NK: Array, layer: Array | None
+    ) -> Float[Array, "N D"]:
         """`ops.experts` for the few tokens of a decode step. Under a mesh without token dispatch: each device of
         `expert` runs its own experts on all tokens, and a psum combines the outputs."""
         gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
-        inputs = x_ND, routing.experts_NK, routing.weights_NK, gate_up, down
+        inputs = x_ND, experts_NK, weights_NK, gate_up, down
         mesh = current_mesh()
         run = partial(experts, activation=self.activation, implementation=self.kernels.grouped_matmul)
         if mesh is None:
@@ -194,7 +209,7 @@ class MoE(nnx.Module):
         require(isinstance(routing, Routing), "router", type(routing).__name__, "must return a mla_moe.Routing")
         require_shape("experts of the router", routing.experts_NK, N, K)
         require_shape("weights of the router", routing.weights_NK, N, K)
-        require_shape("scores of the router", routing.scores_NE, N, self.cfg.num_experts)
+        require_shape("scores of the router", routing.scores_NE, N, self.cfg.router_width)
         return routing
 
     def _sharded(
@@ -235,9 +250,10 @@ class MoE(nnx.Module):
             routing = self._route(router, x_ND, () if replay_BTK is None else (replay_BTK.reshape(B * T, -1),))
             stats = router_stats(self.cfg, routing, not_padding_BT, mesh, one_sequence)
         dropped = jnp.int32(0)
+        experts_NK, zero_N = self._split(routing)
         with jax.named_scope("experts"):
             gate_up, down, adapters = weights
-            inputs = x_ND, routing.experts_NK, routing.weights_NK, gate_up, down
+            inputs = x_ND, experts_NK, routing.weights_NK, gate_up, down
             if mesh is None or mesh.shape["expert"] == 1:
                 run = partial(experts, activation=self.activation, implementation=self.kernels.grouped_matmul)
                 y_ND = run(*inputs, adapters=adapters)
@@ -247,6 +263,8 @@ class MoE(nnx.Module):
                 dropped = psum(dropped, TOKEN_AXES)
             if down.shape[1] < self.cfg.expert_width:  # the hidden width is sharded over `tensor`
                 y_ND = psum(y_ND, "tensor")
+        if zero_N is not None:
+            y_ND += x_ND * zero_N[:, None].astype(x_ND.dtype)
         return y_ND.reshape(B, T, D), RouterStats(*stats, dropped)
 
 
@@ -266,7 +284,7 @@ def router_stats(
     all tokens of all devices are one sequence, which each device has a part of; B is 1.
     """
     B, T = not_padding_BT.shape
-    E, K = cfg.num_experts, cfg.num_experts_per_tok
+    E, K = cfg.router_width, cfg.num_experts_per_tok
 
     def total(x: Any, axes: str | tuple[str, ...]) -> Any:
         return x if mesh is None else psum(x, axes)

@@ -27,10 +27,10 @@ RouterFunction = Callable[..., Routing]
 """What `MoE` takes as `router`: `router(x_ND)` gives the `Routing` of N tokens, and `router(x_ND, replay_NK)` that with
 these experts, where an entry is not −1; a router that is never called with a replay need not take one.
 
-K is `num_experts_per_tok` and E `num_experts`. Gradients flow through the weights, through the scores only by the
-auxiliary loss, and through the logits only by the router z-loss; the experts of a token are distinct. It is an
-`nnx.Module`, if it has parameters, or a function. Under a mesh it runs on each device's tokens, with all parameters, so
-it has no state that it changes.
+K is `num_experts_per_tok` and E `router_width`, which counts zero-computation experts too. Gradients flow through the
+weights, through the scores only by the auxiliary loss, and through the logits only by the router z-loss; the experts of
+a token are distinct. It is an `nnx.Module`, if it has parameters, or a function. Under a mesh it runs on each device's
+tokens, with all parameters, so it has no state that it changes.
 """
 
 
@@ -50,10 +50,10 @@ class Router(nnx.Module):
 
     def __init__(self, cfg: MoEConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        axes = {"embed": cfg.hidden_size, "router": cfg.num_experts}
+        axes = {"embed": cfg.hidden_size, "router": cfg.router_width}
         self.weight = matrix(rngs, axes, contracts=("embed",), std=cfg.initializer_range, dtype=jnp.float32)
         if cfg.router_bias:
-            self.bias = router_bias(cfg.num_experts)
+            self.bias = router_bias(cfg.router_width)
 
     def __call__(self, x_ND: Float[Array, "N D"], replay_NK: Int[Array, "N K"] | None = None) -> Routing:
         """Route N tokens. Routing replay: `replay_NK` gives their experts, −1 for the router's choice; the weights come

@@ -17,6 +17,8 @@ from mla_moe.nn.block import (
     Block,
     Remat,
     SequenceInfo,
+    ShortcutBlock,
+    Stack,
     extend_layers,
     indexer_of_layer,
     of_indexer,
@@ -69,9 +71,11 @@ class Transformer(nnx.Module):
         self.cfg, self.remat = cfg, remat
         self.precision = precision = precision or Precision.default()
 
-        def layers(shares: Sequence[bool], experts: bool) -> Block:
-            own = not all(shares)
-            block = partial(Block, cfg, experts=experts, has_indexer=own, precision=precision, kernels=kernels)
+        def layers(shares: Sequence[bool], experts: bool) -> Stack:
+            block = partial(Block, cfg, experts=experts, has_indexer=not all(shares))
+            if experts and cfg.moe_shortcut:
+                block = partial(ShortcutBlock, cfg)
+            block = partial(block, precision=precision, kernels=kernels)
             return stack_layers(nnx.eval_shape(lambda: block(rngs=nnx.Rngs(0))), shares, rngs)
 
         self.embed = token_embedding(cfg, rngs, precision)
@@ -119,7 +123,7 @@ class Transformer(nnx.Module):
             aux_loss += stats.aux_loss
             z_loss += stats.z_loss
             dropped += stats.dropped
-        load_LE = jnp.concatenate(loads) if loads else jnp.zeros((0, self.cfg.n_routed_experts), jnp.int32)
+        load_LE = jnp.concatenate(loads) if loads else jnp.zeros((0, self.cfg.moe.router_width), jnp.int32)
         return LossSums(nats, mtp_nats, aux_loss, z_loss, load_LE, dropped)
 
     @under_auto_axes(lambda tokens: (tokens, P()))
@@ -147,9 +151,9 @@ class Transformer(nnx.Module):
         return self.norm(x_BTD), stats
 
     def _shares(self, *, experts: bool) -> Sequence[bool]:
-        """`ModelConfig.shared_indexers` of the dense layers, or of those with experts."""
-        first = self.cfg.first_k_dense_replace
-        return self.cfg.shared_indexers[first:] if experts else self.cfg.shared_indexers[:first]
+        """`ModelConfig.shared_indexers` of the stacked dense layers, or of those with experts."""
+        first, step = self.cfg.first_k_dense_replace, self.cfg.layers_per_moe
+        return self.cfg.shared_indexers[first::step] if experts else self.cfg.shared_indexers[:first]
 
     def _no_keys(self, shape: tuple[int, ...], num_keys: int) -> SelectedKeys | None:
         """What stands for the keys of a layer before the first if some layers share keys; None if no indexer selects

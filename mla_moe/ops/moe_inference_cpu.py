@@ -29,8 +29,8 @@ def selected_experts(
     down_EFD: Num[Array, "E F D"],
     activation: Activation = jax.nn.silu,
 ) -> Float[Array, "N D"]:
-    """`Σ_k weight_k · down_k(activation(gate_k x) · up_k x)` over each token's experts. The weights may be those of
-    `pack_bfloat16`."""
+    """`Σ_k weight_k · down_k(activation(gate_k x) · up_k x)` over each token's experts. A pair with the expert `E` is
+    unassigned and adds nothing. The weights may be those of `pack_bfloat16`."""
     E, D, _, F = gate_up_ED2F.shape
     gate_up_EDf = gate_up_ED2F.reshape(E, D, 2 * F)
 
@@ -44,7 +44,7 @@ def selected_experts(
         return mlp
 
     if x_ND.shape[0] == 1:
-        return _one_token(expert, x_ND, experts_NK, weights_NK).astype(x_ND.dtype)
+        return _one_token(expert, E, x_ND, experts_NK, weights_NK).astype(x_ND.dtype)
     few = experts_NK.size <= MAX_MEAN_ROWS * E
     mean_rows = max(experts_NK.size // E, 1)
     block = 1 if few else min(max(1 << (mean_rows.bit_length() - 1), 8), 32)
@@ -66,9 +66,10 @@ def _unpack(weight: Array) -> Array:
     return jax.lax.bitcast_convert_type(weight.astype(jnp.uint32) << 16, jnp.float32)
 
 
-def _one_token(expert: Expert, x_1D: Array, experts_1K: Array, weights_1K: Array) -> Array:
+def _one_token(expert: Expert, num_experts: int, x_1D: Array, experts_1K: Array, weights_1K: Array) -> Array:
     def add(k: Array, y_1D: Array) -> Array:
-        return y_1D + expert(experts_1K[0, k])(x_1D) * weights_1K[0, k]
+        e = experts_1K[0, k]
+        return jax.lax.cond(e < num_experts, lambda: y_1D + expert(e)(x_1D) * weights_1K[0, k], lambda: y_1D)
 
     return jax.lax.fori_loop(0, experts_1K.shape[1], add, jnp.zeros(x_1D.shape, jnp.float32))
 

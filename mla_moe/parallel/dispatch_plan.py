@@ -61,9 +61,10 @@ def dispatch_plan(cfg: MoEConfig, tokens: int, devices: int, kernels: KernelConf
     even_tokens = tokens * expected_device_fraction(cfg, devices)
     max_local_experts = min(cfg.num_experts_per_tok, cfg.num_experts // devices)
     if dispatch == "ragged":
-        min_pairs, slack, even_load = 1, 1.25, tokens * cfg.num_experts_per_tok / devices
+        pairs = tokens * cfg.num_experts_per_tok * cfg.num_experts / cfg.router_width
+        min_pairs, slack, even_load = 1, 1.25, pairs / devices
         gpu = target_platform() == "gpu"
-        chunks = tokens * cfg.num_experts_per_tok / (PAIRS_PER_CHUNK_GPU if gpu else PAIRS_PER_CHUNK)
+        chunks = pairs / (PAIRS_PER_CHUNK_GPU if gpu else PAIRS_PER_CHUNK)
         # On TPU rather three small ones than one or two: the first dispatch and the last return are beside no experts.
         num_chunks = max(round(chunks), 1 if gpu else min(round(2 * chunks), 3), 1)
     else:
@@ -85,7 +86,7 @@ def expected_device_fraction(cfg: MoEConfig, devices: int) -> float:
     with its node-limited routing (4 of 8 groups; arXiv 2412.19437, section 2.1.2)."""
     E, K, G = cfg.num_experts, cfg.num_experts_per_tok, cfg.n_group
     topk_group, local_experts = cfg.topk_group, E // devices
-    selectable, group_size = E // G * topk_group, E // G
+    selectable, group_size = cfg.router_width // G * topk_group, E // G
 
     def any_selected(local_selectable: int) -> float:
         """The probability that at least one of these experts is among the K of all selectable ones."""

@@ -60,7 +60,8 @@ def dispatch_routes(experts_nK: Int[Array, "n K"], plan: DispatchPlan) -> Dispat
     dropped = jnp.int32(0)
     if plan.device_capacity is not None:
         over_nP = exclusive_cumsum(send_nP > 0) >= plan.device_capacity
-        dropped = jnp.take_along_axis(over_nP, device_PnK[this], axis=1).sum(dtype=jnp.int32)
+        over_nK = jnp.take_along_axis(over_nP, device_PnK[this], axis=1, mode="clip")
+        dropped = (over_nK & (device_PnK[this] < plan.devices)).sum(dtype=jnp.int32)
         send_nP = jnp.where(over_nP, 0, send_nP)
         recv_nP = jnp.where(exclusive_cumsum(recv_nP > 0) >= plan.device_capacity, 0, recv_nP)
         load_PQ = jnp.minimum(load_PQ, plan.device_capacity * plan.max_local_experts)
@@ -98,7 +99,8 @@ def expert_parallel_experts(
     adapters: ExpertAdapters = ExpertAdapters(),
 ) -> tuple[Float[Array, "n D"], Int[Array, ""]]:
     """`ops.experts.experts` of this device's tokens over the experts of all devices, and the number of pairs that were
-    dropped at capacity. `experts_nK` number all experts; the weights and adapters are those of this device."""
+    dropped at capacity. `experts_nK` number all experts, and E is unassigned; the weights and adapters are those of
+    this device."""
     routes = dispatch_routes(experts_nK, plan)
     gate_up_eDF = gate_up_eD2F.reshape(*gate_up_eD2F.shape[:2], -1)  # here, and not for each chunk
     matrices = gate_up_eDF, down_eFD

@@ -179,8 +179,9 @@ def _gradient_program(
     head = 2 * passes * cfg.vocab_size * cfg.hidden_size * (1 + cfg.num_nextn_predict_layers) * tokens / devices
     local_tokens = tokens // accumulation_steps // devices
     if full:
-        itemsize = jnp.dtype(abstract_model.precision.compute).itemsize
-        memory = memory | {"layer inputs": float(cfg.num_hidden_layers * local_tokens * cfg.hidden_size * itemsize)}
+        itemsize, inputs = jnp.dtype(abstract_model.precision.compute).itemsize, cfg.num_hidden_layers
+        inputs //= cfg.layers_per_moe
+        memory = memory | {"layer inputs": float(inputs * local_tokens * cfg.hidden_size * itemsize)}
     key_blocks = length / attention.block_size(length) / 2  # on and below the diagonal
     expected = replace(even_routing(recipe, mesh, local_tokens), key_blocks=key_blocks)
     # The backward pass computes the attention scores again, and with full rematerialisation each layer's forward pass.
@@ -217,10 +218,10 @@ def decode(recipe: Recipe, topology: Topology, options: DecodeOptions) -> StageP
     # The devices along `expert` have the same tokens; a few experts are selected by no token.
     local_batch, K = batch // (mesh.shape["data"] * mesh.shape["fsdp"]), cfg.num_experts_per_tok
     e = cfg.n_routed_experts // mesh.shape["expert"]
-    active = e * (1 - (1 - K / cfg.n_routed_experts) ** local_batch)
+    active = e * (1 - (1 - K / cfg.moe.router_width) ** local_batch)
     kernel = resolve_kernels(recipe.kernels, mesh.devices.flat[0].platform).grouped_matmul
     block = block_size(local_batch * min(K, e), e, kernel)
-    rows = active * block * math.ceil(local_batch * K / cfg.n_routed_experts / block)
+    rows = active * block * math.ceil(local_batch * K / cfg.moe.router_width / block)
     expected = ExpectedRouting(1.0, rows, active, key_blocks=cache.shape[2] / cached_attention.BLOCK)
     return StageProgram(traced, mesh, memory, useful, 0.0, expected, batch, {}, 0.0)
 
@@ -245,9 +246,10 @@ def even_routing(recipe: Recipe, mesh: Mesh, tokens: int) -> ExpectedRouting:
     """The experts' work and the token dispatch for `tokens` tokens per device."""
     cfg, devices = recipe.model, mesh.shape["expert"]
     kernels = resolve_kernels(recipe.kernels, mesh.devices.flat[0].platform)
-    local_experts, pairs = cfg.n_routed_experts // devices, tokens * cfg.num_experts_per_tok
+    local_experts = cfg.n_routed_experts // devices
+    pairs = tokens * cfg.num_experts_per_tok * cfg.n_routed_experts / cfg.moe.router_width
     if devices == 1:
-        block = block_size(pairs, local_experts, kernels.grouped_matmul)
+        block = block_size(tokens * cfg.num_experts_per_tok, local_experts, kernels.grouped_matmul)
         return ExpectedRouting(expert_rows=pairs + local_experts * (block - 1) / 2)
     plan = dispatch_plan(cfg.moe, tokens, devices, kernels)
     block = block_size(plan.max_pairs, local_experts, kernels.grouped_matmul)

@@ -78,6 +78,9 @@ def _spread(count: int, most: int) -> np.ndarray:
 
 
 def _layer_name(model: Mapping[str, Any] | None, index: int) -> str:
-    """MoE layers come after the dense layers; the MTP module comes after the last layer."""
+    """MoE layers come after the dense layers; the MTP module comes after the last layer. With `moe_shortcut` experts
+    are those of a pair of layers, which has the number of its first."""
+    if model and model.get("moe_shortcut"):
+        index *= 2
     layer = index + (model["first_k_dense_replace"] if model else 0)
     return "MTP module" if model and layer >= model["num_hidden_layers"] else f"Layer {layer}"

@@ -24,6 +24,7 @@ from family import CASES, HERE, NEW_TOKENS, batch, cotangent, projections, promp
 from make import mtp_logits, mtp_names
 from safetensors.torch import load_file, save_file
 from transformers.modeling_layers import MtpModel
+from transformers.models.longcat_flash.modeling_longcat_flash import LongcatFlashExperts
 
 EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
 
@@ -32,6 +33,20 @@ def auto_class(config: dict):
     """Models with a vision tower, and transformers' only class of Mistral 4, are not among those of causal models."""
     vision = "text_config" in config or config["model_type"] == "mistral4"
     return transformers.AutoModelForImageTextToText if vision else transformers.AutoModelForCausalLM
+
+
+def experts_as_released(init):
+    """LongCat-Flash without gate and up projections of zero-computation experts, which transformers 5.24.0 creates and
+    never uses: no released file has them, and it loads none without this."""
+
+    def without(self, config):
+        init(self, config)
+        self.gate_up_proj = torch.nn.Parameter(self.gate_up_proj[: self.num_routed_experts].detach())
+
+    return without
+
+
+LongcatFlashExperts.__init__ = experts_as_released(LongcatFlashExperts.__init__)
 
 
 def load(directory: Path, dtype: torch.dtype):

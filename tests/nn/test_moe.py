@@ -28,11 +28,15 @@ def dense_moe(m, x):
     weights_NE = jnp.einsum("NK,NKE->NE", routing.weights_NK, jax.nn.one_hot(routing.experts_NK, m.cfg.num_experts))
     gu = jnp.einsum("ND,EDgF->NEgF", x.reshape(-1, D), m.gate_up[...])
     y = jnp.einsum("NEF,EFD->NED", jax.nn.silu(gu[:, :, 0]) * gu[:, :, 1], m.down[...])
-    return jnp.einsum("NED,NE->ND", y, weights_NE).reshape(x.shape) + m.shared(x)
+    zero_N = jnp.where(routing.experts_NK >= m.cfg.num_experts, routing.weights_NK, 0).sum(axis=1)
+    y_ND = jnp.einsum("NED,NE->ND", y, weights_NE) + x.reshape(-1, D) * zero_N[:, None]
+    return y_ND.reshape(x.shape) + m.shared(x)
 
 
-@pytest.fixture(params=["v3", "v2", "one expert has half of the load"])
+@pytest.fixture(params=["v3", "v2", "one expert has half of the load", "zero-computation experts"])
 def moe(request, cfg, v2_cfg):
+    if request.param.startswith("zero"):
+        return MoE(cfg.moe, zero_expert_num=3, n_group=1, topk_group=1, rngs=nnx.Rngs(0))
     m = MoE(v2_cfg if request.param == "v2" else cfg, rngs=nnx.Rngs(0))
     if request.param.startswith("one"):
         m.router.bias[...] = jnp.array([9.0, 8.0, -9, -9, -9, -9, 0, 0])

@@ -16,7 +16,7 @@ from mla_moe.config import KernelConfig, ModelConfig
 from mla_moe.config.parallelism import DispatchKernel
 from mla_moe.ops.experts import experts, reference
 from mla_moe.parallel.dispatch_plan import PAIRS_PER_CHUNK, DispatchPlan, dispatch_plan, expected_device_fraction
-from mla_moe.parallel.expert_parallel import expert_parallel_experts
+from mla_moe.parallel.expert_parallel import dispatch_routes, expert_parallel_experts
 
 E, K, D, F, N = 16, 3, 8, 5, 8 * 40
 
@@ -29,7 +29,10 @@ def inputs(routing: str) -> tuple[jax.Array, ...]:
     score = jax.random.normal(keys[4], (N, E))
     if routing == "half":  # one expert gets half of the tokens, and four get none
         score = score.at[: N // 2, 3].add(100.0).at[:, 10:14].add(-100.0)
-    return x, jax.lax.top_k(score, K)[1], w, gate_up, down
+    selected = jax.lax.top_k(score, K)[1]
+    if routing == "half":
+        selected = selected.at[::7, 1].set(E)  # unassigned
+    return x, selected, w, gate_up, down
 
 
 def value_and_grads(f: Callable[..., jax.Array], x: jax.Array, selected: jax.Array, *rest: jax.Array) -> Any:
@@ -112,3 +115,17 @@ def test_expert_parallel_experts_equal_those_of_one_device(
     )  # fmt: skip
     args = inputs(routing)
     assert_close(value_and_grads(expert_parallel, *args), value_and_grads(reference, *args))
+
+
+def test_unassigned_pairs_are_not_counted_as_dropped_at_capacity(cfg: ModelConfig) -> None:
+    """Every token has one pair for the first device, which takes half of them, and one that is unassigned."""
+    cfg = dataclasses.replace(cfg, n_routed_experts=E, num_experts_per_tok=2, n_group=1, topk_group=1)
+    plan = dispatch_plan(cfg.moe, 16, 2, KernelConfig(dispatch="all_to_all", capacity_factor=1.0))
+    capacity = plan.device_capacity
+    assert capacity is not None
+    assert capacity < 16
+    mesh = jax.make_mesh((2,), ("expert",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    count = lambda experts: dispatch_routes(experts, plan).dropped[None]  # noqa: E731
+    run = jax.shard_map(count, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
+    experts_NK = jnp.stack([jnp.zeros(32, jnp.int32), jnp.full(32, E)], axis=1)
+    assert jax.jit(run)(experts_NK).tolist() == [16 - capacity] * 2

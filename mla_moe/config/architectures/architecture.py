@@ -15,7 +15,10 @@ FIXED: Mapping[str, Any] = {
 """Fields of `config.json` that have one value in most architectures."""
 DSA = ("index_topk", "index_n_heads", "index_head_dim", "indexer_rope_interleave", "indexer_types")
 """Those of `EXTENSIONS` that describe the indexer of DeepSeek Sparse Attention."""
-EXTENSIONS = ("rope_interleave", "post_mlp_norm", *DSA)
+EXTENSIONS = (
+    "rope_interleave", "mla_scale_q_lora", "mla_scale_kv_lora", "zero_expert_num", "moe_shortcut", "post_mlp_norm",
+    *DSA,
+)  # fmt: skip
 """Fields of `ModelConfig` that not every architecture has: at its default such a field changes nothing."""
 
 
@@ -121,7 +124,7 @@ class Architecture:
     def is_unused(self, cfg: ModelConfig, name: str) -> bool:
         """Whether a tensor of a checkpoint is no part of the model `cfg`, though of released files. Conversions between
         such files keep it."""
-        return name.partition(".")[0] in self.unused_modules
+        return name.startswith(tuple(f"{module}." for module in self.unused_modules))
 
     def _missing_fields(self) -> list["dataclasses.Field[Any]"]:
         """The fields of a `ModelConfig` that are no part of this architecture."""

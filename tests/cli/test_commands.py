@@ -24,6 +24,8 @@ from mla_moe.text.chat_tokenizer import load_chat_tokenizer
 from mla_moe.text.tokenizer import ByteTokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
+RELEASED = json.loads((Path(__file__).parents[1] / "config" / "released.json").read_text())
+"""The `config.json` of models, as they are released, and their published total and active parameters."""
 
 # vocabulary; hidden / layers / heads; widths; dense layers; experts; groups; score; scaling; parameters
 TABLE = {
@@ -56,6 +58,29 @@ def test_inspect_prints_the_published_table(preset, capsys):
     out = capsys.readouterr().out
     for value in TABLE[preset]:
         assert value in out
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_inspect_of_a_released_config_json_prints_the_published_parameters(name, capsys, caplog, tmp_path):
+    """It is the preset, and no field is ignored. Active ones are published with or without the embedding, a lookup, and
+    indexers; of LongCat-Flash as the mean."""
+    config, (total, active) = RELEASED[name]["config"], RELEASED[name]["published"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    found, used = (int(re.search(rf"{row} +([\d,]+)", out)[1].replace(",", "")) for row in ("parameters", "per token"))
+    assert found == pytest.approx(total, rel=0.03)
+    cfg = mla_moe.ModelConfig.from_hf(tmp_path)
+    assert cfg == mla_moe.preset(name)
+    lookup = cfg.vocab_size * cfg.hidden_size
+    H, width, Q = cfg.index_n_heads, cfg.index_head_dim, cfg.q_lora_rank
+    indexers = (
+        0
+        if cfg.index_topk is None
+        else cfg.shared_indexers.count(False) * (Q * H * width + cfg.hidden_size * (H + width) + 2 * width)
+    )
+    assert any(n == pytest.approx(active, rel=0.025) for n in (used, used - lookup, used - lookup - indexers))
+    assert not caplog.records
 
 
 def test_inspect_reads_a_checkpoint_and_its_config_file(capsys, tmp_path):

@@ -32,6 +32,7 @@ from mla_moe.nn.model_costs import (
         ("deepseek-v3.2", 671_877_944_064, 11_624_027_648),
         ("glm-5", 743_911_218_432, 9_952_920_576),
         ("glm-5.2", 743_377_019_904, 9_952_920_576),
+        ("longcat-flash", 560_664_980_480, 0),
     ],
 )
 def test_presets_have_the_published_number_of_parameters(name, total, mtp):

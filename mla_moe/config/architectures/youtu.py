@@ -21,6 +21,7 @@ class Youtu(Architecture):
     differs = "dense MLPs alone; tied embeddings"
     aliases = ("youtu_llm",)
     extensions = ("rope_interleave",)
+    reads = ("embedding_initializer_range",)
     required = ()
     presets: Mapping[str, Mapping[str, Any]] = {
         "youtu-llm-2b": dict(

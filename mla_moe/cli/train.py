@@ -83,7 +83,7 @@ def run(recipe: Recipe) -> int:
         run_dir = open_run_directory(recipe)
         preflight(recipe, started_stages(run_dir))
         stages = {
-            pretrain: recipe.training.steps,
+            pretrain: recipe.training.active,
             train_sft: recipe.sft.active,
             train_dpo: recipe.dpo.active,
             train_rl: recipe.rl.steps,

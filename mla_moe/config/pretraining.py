@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Literal
 
-from mla_moe.config.errors import MAX_SIZE, require_between, require_each, require_field
+from mla_moe.config.errors import MAX_SIZE, require, require_between, require_each, require_field
 from mla_moe.config.resume import field
 
 
@@ -13,7 +13,10 @@ class TrainingConfig:
     """Pretraining on packed text."""
 
     steps: int = 1000
-    """Optimizer steps; 0 skips the stage."""
+    """Optimizer steps; 0 skips the stage, unless `epochs` is set."""
+    epochs: float | None = None
+    """Passes over the text, in place of steps (steps = 0). Their number follows from how the documents are packed, for
+    which the stage tokenizes all of the text once, when it first starts."""
     batch_size: int = field(32, full_state="equal")
     """Global batch size: packed sequences per step, over all devices and microbatches."""
     sequence_length: int = field(1024, full_state="equal")
@@ -54,6 +57,9 @@ class TrainingConfig:
     def __post_init__(self):
         require_between(self, "training", "batch_size sequence_length gradient_accumulation_steps", 1, MAX_SIZE)
         require_between(self, "training", "steps", 0, MAX_SIZE)
+        require_each(self, "training", "epochs", lambda x: 0 < x < 1e6, "a positive number, or None")
+        fix = "is in place of training.steps; set those to 0"
+        require(not (self.steps and self.epochs), "training.epochs", self.epochs, fix)
         require_each(self, "training", "loss_chunk log_every max_skipped_steps", lambda x: x >= 1, "at least 1")
         names = "eval_every mtp_loss_weight aux_loss_weight router_z_loss_weight router_bias_update_rate"
         require_each(self, "training", names, lambda x: 0 <= x < math.inf, "0 or more")
@@ -63,3 +69,8 @@ class TrainingConfig:
         ok = self.batch_size % self.gradient_accumulation_steps == 0
         message = f"must divide training.batch_size = {self.batch_size}"
         require_field(self, "training.gradient_accumulation_steps", ok, message)
+
+    @property
+    def active(self) -> bool:
+        """Whether the stage runs."""
+        return self.steps > 0 or self.epochs is not None

@@ -122,7 +122,7 @@ class Recipe:
         require_between(self, "", "resume_step", 1, MAX_SIZE)
         limit = self.model.max_position_embeddings if self.model_from == "recipe" else MAX_SIZE
         message = f"at most model.max_position_embeddings = {limit}"
-        if self.training.steps:
+        if self.training.active:
             require_field(self.training, "training.sequence_length", self.training.sequence_length <= limit, message)
         if self.rl.steps or self.rejection.steps:
             length = self.rl.max_prompt_tokens + self.rl.max_new_tokens
@@ -144,7 +144,10 @@ class Recipe:
             ok = self.init_from is not None
             require_field(self, "init_parts", ok, "set init_from to the checkpoint of a run")
             message = "resumes pretraining, which training.steps = 0 skips; set init_parts = 'params'"
-            require_field(self, "init_parts", self.training.steps > 0, message)
+            require_field(self, "init_parts", self.training.active, message)
+        message = "each source has its own epochs with data.weights; set training.steps"
+        ok = self.training.epochs is None or not self.data.weights
+        require(ok, "training.epochs", self.training.epochs, message)
 
     @property
     def fine_tunes(self) -> bool:

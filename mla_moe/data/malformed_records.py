@@ -21,6 +21,9 @@ def too_long(field: str, where: str, max_record_bytes: int) -> MalformedRecordEr
     return MalformedRecordError(field, where, f"is longer than data.max_record_bytes = {max_record_bytes:,}")
 
 
+_TEXT, _EMPTY, _MALFORMED = 1, 2, 3
+
+
 class SkipMalformed(Sequence[str]):
     """Documents, with malformed ones replaced by empty text, which packing skips. Both are counted when they are read.
 
@@ -38,7 +41,7 @@ class SkipMalformed(Sequence[str]):
         """`fingerprint` identifies the files, to detect other data on resume."""
         self._source, self._max_fraction, self.fingerprint = source, max_fraction, fingerprint
         self._skipped: set[int] = set()
-        self._empty = np.zeros(len(source), bool)
+        self._found = np.zeros(len(source), np.int8)  # a byte for each document
 
     @property
     def malformed(self) -> int:
@@ -48,7 +51,14 @@ class SkipMalformed(Sequence[str]):
     @property
     def empty(self) -> int:
         """Number of empty documents so far."""
-        return int(self._empty.sum())
+        return int((self._found == _EMPTY).sum())
+
+    def with_text(self, part: range) -> float:
+        """Number of the documents `part` that have text, as far as they have been read; of the others the same share is
+        taken to have some."""
+        found = self._found[part.start : part.stop]
+        read = np.count_nonzero(found)
+        return len(part) * np.count_nonzero(found == _TEXT) / read if read else float(len(part))
 
     def __len__(self) -> int:
         return len(self._source)
@@ -56,10 +66,10 @@ class SkipMalformed(Sequence[str]):
     def __getitem__(self, index: int) -> str:
         try:
             text = self._source[index]
-            self._empty[index] = not text
+            self._found[index] = _TEXT if text else _EMPTY
             return text
         except MalformedRecordError as error:
-            new = index not in self._skipped
+            new, self._found[index] = index not in self._skipped, _MALFORMED
             self._skipped.add(index)
             if self.malformed > self._max_fraction * len(self):
                 count = f"with it {self.malformed} of {len(self)} records are malformed"

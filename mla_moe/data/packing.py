@@ -9,6 +9,8 @@ Each stage is Grain's. Its iterator saves and restores its position exactly: the
 rereads only the documents of the packed sequences that were in progress.
 """
 
+import array
+import bisect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -22,7 +24,8 @@ Batch = dict[str, np.ndarray]
 """`tokens`, `targets`, `segment_ids`, `positions`, each int32 [batch_size, sequence_length].
 
 Segments are numbered from 1 in each packed sequence; 0 is padding, where the other arrays are 0 too. Attention is
-masked between segments.
+masked between segments. Training batches also have `documents`, int32 [batch_size, sources]: how many documents, or
+examples, of each source begin in a sequence.
 """
 
 Item = TypeVar("Item")
@@ -44,8 +47,9 @@ def train_batches(
     shards: int = 1,
     ranges: Mapping[str, range] | None = None,
 ) -> grain.DatasetIterator[Batch]:
-    """Endless training batches of one of `shards` streams, `batch_size` packed sequences each. With `data.weights` each
-    source, whose documents `ranges` has, is shuffled and packed alone, and packed sequences are drawn by weight.
+    """Endless training batches of one of `shards` streams, `batch_size` packed sequences each. `ranges` has the
+    documents of each source; by default there is one. With `data.weights` each source is shuffled and packed alone, and
+    packed sequences are drawn by weight.
 
     In every epoch the shards of the streams are disjoint and cover all documents. A stream starts its next epoch when
     its shard is exhausted, without waiting for other streams. Its saved state resumes with the very next batch;
@@ -54,6 +58,7 @@ def train_batches(
     if len(source) < shards:
         raise ConfigError("data.train", data.train, f"{len(source)} documents cannot feed {shards} streams")
     parts = [range(len(source))]
+    ends = [found.stop for found in ranges.values()] if ranges else [len(source)]
     if data.weights:
         parts = [(ranges or {}).get(pattern, range(0)) for pattern in data.train]
         for pattern, part in zip(data.train, parts, strict=True):
@@ -61,8 +66,9 @@ def train_batches(
             require(len(part) >= shards, "data.weights", pattern, fix)
     packed, buffer_seed = [], 0
     for part in parts:
-        documents, buffer_seed = shuffled(source, seed, shard, shards, part)
-        packed.append(pack_documents(documents, tokenizer, sequence_length))
+        documents, buffer_seed = shuffled(_Numbered(source, ends), seed, shard, shards, part)
+        encoded = documents.map(lambda found: (found[0], _with_bos_eos(found[1], tokenizer)))
+        packed.append(_pack_encoded(encoded, sequence_length, len(ends)))
     mixed = grain.IterDataset.mix(packed, data.weights) if data.weights else packed[0]
     return batched(mixed, data, buffer_seed, batch_size=batch_size, shards=shards)
 
@@ -93,26 +99,54 @@ def pack_documents(
     documents: grain.MapDataset[str], tokenizer: Tokenizer, sequence_length: int
 ) -> grain.IterDataset[Batch]:
     """Tokenize, split into windows, and pack the windows into sequences (first fit)."""
-    windows = grain.experimental.FlatMapIterDataset(
-        documents.map(lambda text: _with_bos_eos(text, tokenizer)).to_iter_dataset(READ), _Windows(sequence_length)
-    )
-    return pack_pieces(windows, sequence_length, ("tokens", "targets"))
+    return _pack_encoded(documents.map(lambda text: (0, _with_bos_eos(text, tokenizer))), sequence_length)
+
+
+def _pack_encoded(
+    documents: grain.MapDataset[tuple[int, np.ndarray]], sequence_length: int, sources: int = 0
+) -> grain.IterDataset[Batch]:
+    """The documents, each after the number of its source."""
+    windows = grain.experimental.FlatMapIterDataset(documents.to_iter_dataset(READ), _Windows(sequence_length))
+    return pack_pieces(windows, sequence_length, ("tokens", "targets"), sources)
 
 
 def pack_pieces(
-    pieces: grain.IterDataset[Batch], sequence_length: int, features: Sequence[str]
+    pieces: grain.IterDataset[Batch], sequence_length: int, features: Sequence[str], sources: int = 0
 ) -> grain.IterDataset[Batch]:
     """Pack pieces into sequences, first fit; each piece is its own segment. `tokens` is one of the features, and the
-    features of a piece have equal lengths."""
+    features of a piece have equal lengths. With `sources` each piece has `source`, the number of its source, or −1 for
+    one that does not begin a document, and each sequence gets `documents`."""
     packed = grain.experimental.FirstFitPackIterDataset(
         pieces,
         length_struct=dict.fromkeys(features, sequence_length),
         num_packing_bins=_BINS,
         shuffle_bins=False,  # `batched` shuffles
+        meta_features=("source",) if sources else (),
     )
     # Grain numbers segments and positions per feature; they are equal for features of equal length.
     names = {name: name for name in features} | {"segment_ids": "tokens_segment_ids", "positions": "tokens_positions"}
-    return packed.map(lambda sequence: {name: sequence[key] for name, key in names.items()})
+
+    def renamed(sequence: Batch) -> Batch:
+        found = {name: sequence[key] for name, key in names.items()}
+        if sources:
+            counts = np.bincount(np.add(sequence["source"], 1), minlength=sources + 1)
+            found["documents"] = counts[1:].astype(np.int32)
+        return found
+
+    return packed.map(renamed)
+
+
+def of_one_source(example: Batch) -> Batch:
+    """An example as `pack_pieces` needs it to count examples."""
+    return example | {"source": np.array(0)}
+
+
+def window_lengths(documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int) -> "array.array[int]":
+    """The lengths of the windows of all documents, which takes as long as tokenizing them."""
+    windows, found = _Windows(sequence_length), array.array("i")
+    for text in documents:
+        found.extend(len(window["tokens"]) for window in windows.flat_map((0, _with_bos_eos(text, tokenizer))))
+    return found
 
 
 def packed_sequences_per_epoch(lengths: Sequence[int], sequence_length: int) -> float:
@@ -145,9 +179,25 @@ class _Windows(grain.experimental.FlatMapTransform):
     def __init__(self, length: int):
         self._length = length
 
-    def flat_map(self, element: np.ndarray) -> list[Batch]:
-        if len(element) == 2:  # bos and eos alone would teach that documents are empty
+    def flat_map(self, element: tuple[int, np.ndarray]) -> list[Batch]:
+        source, ids = element
+        if len(ids) == 2:  # bos and eos alone would teach that documents are empty
             return []
-        tokens, targets = element[:-1], element[1:]
-        starts = range(0, len(tokens), self._length)
-        return [{"tokens": tokens[s : s + self._length], "targets": targets[s : s + self._length]} for s in starts]
+        return [
+            {"tokens": ids[s:stop], "targets": ids[s + 1 : stop + 1], "source": np.array(-1 if s else source)}
+            for s, stop in ((s, min(s + self._length, len(ids) - 1)) for s in range(0, len(ids) - 1, self._length))
+        ]
+
+
+class _Numbered(Sequence[tuple[int, Item]]):
+    """The documents of several sources, each after the number of its source."""
+
+    def __init__(self, documents: Sequence[Item], ends: Sequence[int]):
+        """`ends` are where the documents of each source end."""
+        self._documents, self._ends = documents, ends
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def __getitem__(self, index: int) -> tuple[int, Item]:
+        return bisect.bisect_right(self._ends, index), self._documents[index]

@@ -8,7 +8,7 @@ from mla_moe.config import ConfigError, DataConfig
 from mla_moe.data.chat_dataset import ChatDataset
 from mla_moe.data.chat_encoding import ChatRecords
 from mla_moe.data.evaluation import filled_batches
-from mla_moe.data.packing import READ, Batch, batched, pack_pieces, shuffled
+from mla_moe.data.packing import READ, Batch, batched, of_one_source, pack_pieces, shuffled
 from mla_moe.data.sft import SFT_FEATURES
 
 _FEATURES = ("tokens", "targets", "loss_mask", "side", "position")
@@ -74,8 +74,8 @@ def preference_batches(
     """Endless batches with `SFT_FEATURES` of one of `shards` streams, like `train_batches`. A pair is never split; its
     chosen and rejected sides are segments 2 k − 1 and 2 k of a packed sequence, k = 1, 2, …"""
     shard_items, buffer_seed = shuffled(pairs, seed, shard, shards)
-    packed = pack_pieces(shard_items.to_iter_dataset(READ), sequence_length, _FEATURES).map(_as_segments)
-    return batched(packed, data, buffer_seed, batch_size=batch_size, shards=shards)
+    packed = pack_pieces(shard_items.map(of_one_source).to_iter_dataset(READ), sequence_length, _FEATURES, 1)
+    return batched(packed.map(_as_segments), data, buffer_seed, batch_size=batch_size, shards=shards)
 
 
 def preference_eval_batches(pairs: PreferenceDataset, *, batch_size: int, sequence_length: int) -> list[Batch]:
@@ -87,7 +87,5 @@ def preference_eval_batches(pairs: PreferenceDataset, *, batch_size: int, sequen
 def _as_segments(sequence: Batch) -> Batch:
     pair, side = sequence["segment_ids"], sequence["side"]
     segments = np.where(pair > 0, 2 * (pair - 1) + side, 0).astype(np.int32)
-    return {name: sequence[name] for name in SFT_FEATURES[:3]} | {
-        "segment_ids": segments,
-        "positions": sequence["position"],
-    }
+    kept = {name: sequence[name] for name in (*SFT_FEATURES[:3], "documents") if name in sequence}
+    return kept | {"segment_ids": segments, "positions": sequence["position"]}

@@ -10,7 +10,7 @@ from mla_moe.config import ConfigError, DataConfig
 from mla_moe.data.chat_dataset import ChatDataset
 from mla_moe.data.chat_encoding import ChatRecords
 from mla_moe.data.evaluation import filled_batches
-from mla_moe.data.packing import READ, Batch, batched, pack_pieces, shuffled
+from mla_moe.data.packing import READ, Batch, batched, of_one_source, pack_pieces, shuffled
 
 SFT_FEATURES = ("tokens", "targets", "loss_mask", "segment_ids", "positions")
 """Arrays of an SFT batch: those of a pretraining batch, and `loss_mask`, 1 where the target is trained on."""
@@ -72,7 +72,7 @@ def sft_batches(
     """Endless batches of one of `shards` streams, like `train_batches`; an example is never split. Needs at least as
     many examples as streams."""
     shard_items, buffer_seed = shuffled(examples, seed, shard, shards)
-    packed = pack_pieces(shard_items.to_iter_dataset(READ), sequence_length, SFT_FEATURES[:3])
+    packed = pack_pieces(shard_items.map(of_one_source).to_iter_dataset(READ), sequence_length, SFT_FEATURES[:3], 1)
     return batched(packed, data, buffer_seed, batch_size=batch_size, shards=shards)
 
 

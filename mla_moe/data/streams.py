@@ -3,10 +3,13 @@
 A global batch is the next sequences of every stream, in order of the streams. A process runs the streams whose
 sequences are on its devices. The position of each stream is saved separately, so that another number of processes
 resumes with the same batches.
+
+The documents that were trained on are counted by source and stream, and saved with the positions.
 """
 
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -16,6 +19,8 @@ import numpy as np
 
 from mla_moe.config import ConfigError, require
 from mla_moe.data.packing import Batch
+
+logger = logging.getLogger(__name__)
 
 
 def stream_count(streams: int | None, batch_size: int, documents: int) -> int:
@@ -29,7 +34,8 @@ def stream_count(streams: int | None, batch_size: int, documents: int) -> int:
 
 
 class Batches:
-    """Iterator over this process's sequences of each global batch."""
+    """Iterator over this process's sequences of each global batch. Instead of those of the batch, `documents` has the
+    documents of each source since the start of the stage, in this process's streams: int [sources]."""
 
     def __init__(
         self,
@@ -49,6 +55,9 @@ class Batches:
         self._make, self._source = make, source
         self._mine = range(rows.start // per_stream, rows.stop // per_stream)
         self._prefetched: Future[list[Batch]] | None = None
+        self._documents: dict[int, list[int]] = {}
+        self.share = len(self._mine) / streams
+        """The streams that this process reads, as a fraction of all."""
 
     @cached_property
     def _streams(self) -> Mapping[int, grain.DatasetIterator[Batch]]:
@@ -61,7 +70,11 @@ class Batches:
     def __next__(self) -> Batch:
         prefetched, self._prefetched = self._prefetched, None
         parts = self._next_of_each_stream() if prefetched is None else prefetched.result()
-        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        for number, part in zip(self._mine, parts, strict=True):
+            new = part["documents"].sum(axis=0, dtype=int)
+            self._documents[number] = (new + self._documents.get(number, 0)).tolist()
+        batch = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+        return batch | {"documents": np.sum(list(self._documents.values()), axis=0)}
 
     def _next_of_each_stream(self) -> list[Batch]:
         return [next(stream) for stream in self._streams.values()]
@@ -69,7 +82,9 @@ class Batches:
     def states(self) -> dict[int, str]:
         """The data position of each stream, as JSON."""
         return {
-            number: json.dumps({"source": self._source, "stream": stream.get_state()})
+            number: json.dumps(
+                {"source": self._source, "documents": self._documents.get(number), "stream": stream.get_state()}
+            )
             for number, stream in self._streams.items()
         }
 
@@ -81,6 +96,10 @@ class Batches:
             if position["source"] != self._source:
                 fix = "number, sizes or data.max_record_bytes differ from the checkpoint's; restore them or start anew"
                 raise ConfigError("data", "other files", fix)
+            if "documents" not in position:
+                logger.warning("stream %d: the checkpoint is older than the count of epochs; it starts here", number)
+            elif position["documents"]:
+                self._documents[number] = position["documents"]
             stream.set_state(position["stream"])
             stream.start_prefetch()
 

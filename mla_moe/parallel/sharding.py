@@ -244,7 +244,7 @@ def check_divisible(recipe: Recipe, mesh: Mesh) -> None:
         checks += [("rl.micro_batch_size", rl.micro_batch_size, batch_shards, f"packed {microbatch}")]
         checks += [("rl.packed_length", rl.packed_row_length, context, over_context)]
     training, sft, dpo = recipe.training, recipe.sft, recipe.dpo
-    active = {"training": training.steps > 0, "sft": recipe.fine_tunes, "dpo": dpo.active}
+    active = {"training": training.active, "sft": recipe.fine_tunes, "dpo": dpo.active}
     stages = [(name, stage) for (name, runs), stage in zip(active.items(), (training, sft, dpo), strict=True) if runs]
     for name, stage in stages:
         size = stage.batch_size // stage.gradient_accumulation_steps

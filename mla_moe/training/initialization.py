@@ -15,8 +15,11 @@ from mla_moe.training.run_context import RunContext
 from mla_moe.training.step import TrainState, abstract_state, init_state
 
 
-def initial_state(context: RunContext, tx: optax.GradientTransformation, position: DataPosition) -> TrainState:
-    """The first state of pretraining, from `recipe.init_from` and `recipe.init_parts`, sharded over the mesh.
+def initial_state(
+    context: RunContext, tx: optax.GradientTransformation, steps: int, position: DataPosition
+) -> TrainState:
+    """The first state of pretraining for so many `steps`, from `recipe.init_from` and `recipe.init_parts`, sharded over
+    the mesh.
 
     A full state restores the `position` in the data too. Raises `ConfigError` for a checkpoint of another model, and
     for the full state of a run with other data or another optimizer.
@@ -41,14 +44,14 @@ def initial_state(context: RunContext, tx: optax.GradientTransformation, positio
             raise ConfigError(name, leaf.value, fix)
     state = restore_step(source.directory, abstract_state(context.abstract_model, tx, context.mesh), position)
     fix = f"{recipe.init_from} has done {state.step} already; set more steps"
-    require(int(state.step) < recipe.training.steps, "training.steps", recipe.training.steps, fix)
+    require(int(state.step) < steps, "training.steps", steps, fix)
     return state
 
 
 def starting_checkpoint(stage: str, recipe: Recipe, run_dir: Path) -> str | Path:
     """The checkpoint from which a stage after pretraining starts: that of the last earlier stage in the run, else
     `recipe.init_from`. Raises `ConfigError` if there is neither."""
-    active = {"pretrain": recipe.training.steps, "sft": recipe.sft.active, "dpo": recipe.dpo.active}
+    active = {"pretrain": recipe.training.active, "sft": recipe.sft.active, "dpo": recipe.dpo.active}
     active["rl"] = recipe.rl.steps
     for earlier in reversed(STAGES[: STAGES.index(stage)]):
         if active[earlier]:

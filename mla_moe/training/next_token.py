@@ -112,16 +112,15 @@ class NextTokenTrainer(Trainer[TrainState, Batch]):
         self.position.close()
 
     def step(self, number: int, state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any]]:
-        return self._compiled_step(
-            state, *self.constants, put_batch(batch, self.training.batch_size, self.context.mesh)
-        )
+        arrays = put_batch(self.batch_arrays(batch), self.training.batch_size, self.context.mesh)
+        return self._compiled_step(state, *self.constants, arrays)
 
     def row(self, number: int, values: dict[str, Any], batch: Batch, seconds: float) -> dict[str, float]:
         tokens, load_LE = int(values.pop("tokens")), values.pop("load_LE")
         row = {"loss": values.pop("loss"), "lr": self.learning_rate(number), "tokens_per_s": tokens / seconds}
         if self._peak_flops:
             row["mfu"] = row["tokens_per_s"] * self._flops_per_token / self._peak_flops
-        row |= values | {"step_seconds": seconds, "tokens": tokens}
+        row |= values | {"step_seconds": seconds, "tokens": tokens} | self.epochs(batch["documents"])
         if load_LE.size:
             row["moe/load_max"] = float((load_LE.max(axis=1) / np.maximum(load_LE.mean(axis=1), 1e-9)).max())
             row["moe/dropped"] = values["dropped"]
@@ -129,8 +128,12 @@ class NextTokenTrainer(Trainer[TrainState, Batch]):
             row.pop("mtp_loss", None)
         return {name: float(value) for name, value in row.items()}
 
+    def epochs(self, documents: np.ndarray) -> dict[str, float]:
+        """Metrics: how often each source has been passed, given the documents of each in this process's streams."""
+        return {"data/epochs": documents.sum() / (len(self.dataset) * self.position.share)}
+
     def batch_arrays(self, batch: Batch) -> Mapping[str, np.ndarray]:
-        return batch
+        return {name: batch[name] for name in self.features}
 
     @property
     def _abstract_batch(self) -> jax.ShapeDtypeStruct:

@@ -1,15 +1,21 @@
 """Pretraining: next-token prediction on text, with held-out evaluation and sampled continuations at the end."""
 
+import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import grain
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from mla_moe.checkpoint.manager import DataPosition
 from mla_moe.config import Recipe, require
+from mla_moe.config.files import read_json_object
 from mla_moe.data import (
     Batch,
     EvalText,
@@ -20,11 +26,13 @@ from mla_moe.data import (
     sample_documents,
     train_batches,
 )
+from mla_moe.data.packing import packed_sequences_per_epoch, window_lengths
 from mla_moe.inference.generate import generate
 from mla_moe.nn.model_costs import kv_cache_bytes_per_token, mha_kv_cache_bytes_per_token, train_flops_per_token
 from mla_moe.text.round_trip import lost_fraction
 from mla_moe.training.console import Console, bytes_, duration, si
 from mla_moe.training.initialization import initial_state
+from mla_moe.training.metrics import write_atomically
 from mla_moe.training.next_token import NextTokenTrainer
 from mla_moe.training.run_context import RunContext, open_split
 from mla_moe.training.step import TrainState
@@ -34,14 +42,35 @@ _HELDOUT_BYTES = 2 << 30
 
 
 def pretrain(recipe: Recipe, run_dir: Path, console: Console) -> None:
-    """Train to `recipe.training.steps`, from the newest checkpoint if there is one. Raises as `Trainer.train` does."""
+    """Train to `recipe.training.steps`, or for `epochs`, from the newest checkpoint if there is one. Raises as
+    `Trainer.train` does."""
     PretrainTrainer(RunContext.create(recipe, run_dir, console)).train()
 
 
 class PretrainTrainer(NextTokenTrainer):
     def __init__(self, context: RunContext):
-        super().__init__("pretrain", context, context.recipe.training, context.recipe.optimizer)
-        self._dataset = open_split(context.recipe, "train")
+        self._dataset, training = open_split(context.recipe, "train"), context.recipe.training
+        if training.epochs is not None:
+            training = dataclasses.replace(training, steps=self._steps(context, training.epochs), epochs=None)
+        super().__init__("pretrain", context, training, context.recipe.optimizer)
+        self._repeated: set[str] = set()
+
+    def _steps(self, context: RunContext, epochs: float) -> int:
+        """The steps of so many epochs. They are stored in the run's directory: counting takes a pass over the text."""
+        path, training = context.run_dir / "steps_of_epochs.json", context.recipe.training
+        of = {"batch_size": training.batch_size, "sequence_length": training.sequence_length}
+        counted = {"epochs": epochs, "data": self._dataset.fingerprint, **of}
+        known = read_json_object(path, "run_dir") if path.exists() else {}
+        if type(known.get("steps")) is int and known.items() >= counted.items():
+            return known["steps"]
+        context.console.print(f"tokenizing {bytes_(self._dataset.nbytes)} of text to count the steps of its epochs")
+        lengths = window_lengths(self._dataset, context.tokenizer, training.sequence_length)
+        per_epoch = packed_sequences_per_epoch(lengths, training.sequence_length)
+        steps = max(1, round(epochs * per_epoch / training.batch_size))
+        multihost_utils.sync_global_devices("steps are counted")  # all have looked for the file
+        if jax.process_index() == 0:
+            write_atomically(path, json.dumps(counted | {"steps": steps}) + "\n")
+        return steps
 
     @property
     def dataset(self) -> SkipMalformed:
@@ -49,7 +78,7 @@ class PretrainTrainer(NextTokenTrainer):
 
     def initial_state(self, position: DataPosition) -> tuple[TrainState, int | None]:
         context, init_from = self.context, self.context.recipe.init_from
-        state = initial_state(context, self.tx, position)
+        state = initial_state(context, self.tx, self.training.steps, position)
         step = int(state.step) or None
         if init_from:
             context.console.print(f"started from {init_from}" + (f", step {step}" if step else ""))
@@ -58,6 +87,16 @@ class PretrainTrainer(NextTokenTrainer):
     def open_stream(self, **options: int) -> grain.DatasetIterator[Batch]:
         data, dataset = self.context.recipe.data, self.dataset
         return train_batches(data, dataset, self.context.tokenizer, ranges=dataset.ranges, **options)
+
+    def epochs(self, documents: np.ndarray) -> dict[str, float]:
+        ranges = self.dataset.ranges
+        sizes = {name: self.dataset.with_text(found) * self.position.share for name, found in ranges.items()}
+        passed = {name: count / sizes[name] for name, count in zip(ranges, documents, strict=True) if sizes[name]}
+        if repeated := [name for name in passed if passed[name] > 1 and name not in self._repeated]:
+            self._repeated.update(repeated)
+            names = ", ".join(repeated)
+            self.context.console.print(f"data.train: all documents of {names} have been read; now they repeat")
+        return {f"data/epochs/{name}": count for name, count in passed.items()}
 
     @cached_property
     def _train_samples(self) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mla_moe.config import ConfigError, DataConfig
-from mla_moe.data import open_documents, train_batches
+from mla_moe.data import Batches, open_documents, train_batches
 from mla_moe.data.packing import pack_documents
 from mla_moe.text.tokenizer import ByteTokenizer
 
@@ -84,7 +84,7 @@ def test_training_batches_carry_whole_epochs():
 def test_batches_have_their_shape_and_type():
     with stream(varied(40), batch=3, length=24) as batches:
         batch = next(batches)
-    assert sorted(batch) == sorted(FIELDS)
+    assert sorted(batch) == sorted([*FIELDS, "documents"])
     assert all(batch[f].shape == (3, 24) and batch[f].dtype == np.int32 for f in FIELDS)
 
 
@@ -235,3 +235,63 @@ def test_sources_have_the_share_of_their_weight():
         stream(source, data=data, ranges=ranges, shards=3),
     ):
         pass
+
+
+def in_streams(source, ranges, *, processes, streams=4, data=None, start=None):
+    """`Batches` of each process, and their global batches."""
+    data = data or DataConfig(shuffle_buffer_size=8, prefetch=2)
+
+    def open_stream(number):
+        options = {"batch_size": 8 // streams, "sequence_length": 16, "seed": 0, "shards": streams, "ranges": ranges}
+        return train_batches(data, source, BYTE, shard=number, **options)
+
+    rows = [slice(8 // processes * p, 8 // processes * (p + 1)) for p in range(processes)]
+    readers = [Batches(open_stream, mine, 8, streams) for mine in rows]
+    if start:
+        for reader in readers:
+            reader.restore(start.__getitem__)
+    return readers
+
+
+def global_batch(readers):
+    parts = [next(reader) for reader in readers]
+    joined = {name: np.concatenate([part[name] for part in parts]) for name in FIELDS}
+    return joined | {"documents": sum(part["documents"] for part in parts)}
+
+
+def test_the_order_is_the_same_with_one_two_and_four_processes():
+    """Global batches and the count of documents, of two sources, one of which has empty documents; from the start with
+    two processes, and resumed with four."""
+    source, ranges = [*varied(30), *names(20)], {"a": range(30), "b": range(30, 50)}
+    expected, states = [], {}
+    with contextlib.closing(in_streams(source, ranges, processes=1)[0]) as reader:
+        for step in range(12):
+            expected.append(global_batch([reader]))
+            if step == 5:
+                states = reader.states()
+    for processes, start, batches in ((2, None, expected), (4, states, expected[6:])):
+        with contextlib.ExitStack() as at_exit:
+            readers = in_streams(source, ranges, processes=processes, start=start)
+            for reader in readers:
+                at_exit.enter_context(contextlib.closing(reader))
+            for batch in batches:
+                found = global_batch(readers)
+                assert equal(found, batch)
+                assert found["documents"].tolist() == batch["documents"].tolist()
+
+
+@pytest.mark.parametrize("weights", [(), (3.0, 1.0)])
+def test_documents_are_counted_by_source_when_they_are_trained_on(weights):
+    """In several windows each counts once, where it begins; empty ones do not count."""
+    long, short = ["a" * 40, "", "b" * 5] * 8, ["c" * 3] * 20
+    source, ranges = [*long, *short], {"long": range(24), "short": range(24, 44)}
+    data = DataConfig(train=("long", "short"), weights=weights, shuffle_buffer_size=4)
+    begun = collections.Counter()
+    with contextlib.closing(in_streams(source, ranges, processes=1, streams=1, data=data)[0]) as reader:
+        for _ in range(16):
+            batch = next(reader)
+            begins = (batch["positions"] == 0) & (batch["tokens"] == BYTE.bos_id)
+            begun["short"] += int((begins & (batch["targets"] == ord("c"))).sum())
+            begun["long"] += int((begins & (batch["targets"] != ord("c"))).sum())
+            assert batch["documents"].tolist() == [begun["long"], begun["short"]]
+    assert begun["long"] > 16  # more than an epoch

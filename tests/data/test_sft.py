@@ -191,7 +191,7 @@ def test_a_stream_resumes_exactly(tmp_path):
         state, after = stream.get_state(), [next(stream) for _ in range(4)]
         stream.set_state(state)
         for a, b in zip(after, (next(stream) for _ in range(4)), strict=True):
-            assert set(a) == set(SFT_FEATURES)
+            assert set(a) == {*SFT_FEATURES, "documents"}
             assert all((a[key] == b[key]).all() for key in a)
     batches = sft_eval_batches(found, batch_size=8, sequence_length=16)
     assert sum(int(batch["loss_mask"].sum()) for batch in batches) == found.trained_tokens

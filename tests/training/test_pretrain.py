@@ -1,5 +1,7 @@
+import contextlib
 import dataclasses
 import gc
+import itertools
 import json
 import math
 import os
@@ -102,6 +104,9 @@ def test_run_writes_its_documented_files(finished_run, recipe):
     assert [name for name in evals[1] if name.startswith("eval/loss/")] == sources
     assert evals[1][sources[2]] == evals[1]["eval/loss"]
     assert all(abs(evals[1][name] - steps[-1]["loss"]) < 0.2 for name in sources)  # all of the same words
+    epochs = [[row[f"data/epochs/{name}"] for name in recipe.data.train] for row in steps]
+    assert min(epochs[0]) > 0
+    assert all(x <= y for before, after in itertools.pairwise(epochs) for x, y in zip(before, after, strict=True))
     assert Recipe.from_json((finished_run / "recipe.json").read_text()).training == recipe.training
     assert [row["prompt"] for row in read_rows(finished_run / "samples.jsonl")] == ["ab"]
     assert len(read_rows(finished_run / "expert_load.jsonl")) == STEPS
@@ -167,6 +172,32 @@ def test_bytes_that_the_tokenizer_loses(finished_run, recipe, tmp_path, capsys):
     trainer.describe()
     scores = trainer.evaluate(0, trainer.initial_state(trainer.position)[0], NullWriter())
     assert scores["eval/bits_per_byte"] == pytest.approx((scores["eval/loss"] * 5 / math.log(2) + 8 * 6) / 10)
+
+
+def test_epochs_in_place_of_steps(recipe, tmp_path, capsys):
+    """The steps in which every document is trained on three times, counted once; a repeated source is named."""
+    training = dataclasses.replace(recipe.training, steps=0, epochs=3.0)
+    context = RunContext.create(
+        dataclasses.replace(recipe, training=training, data=dataclasses.replace(recipe.data, shuffle_buffer_size=1)),
+        tmp_path,
+        Console(enabled=True),
+    )
+    trainer = PretrainTrainer(context)
+    steps = trainer.training.steps
+    assert json.loads((tmp_path / "steps_of_epochs.json").read_text())["steps"] == steps > 10
+    first = second = {}
+    with contextlib.closing(trainer):
+        for step in range(1, steps + 1):
+            second = trainer.epochs(next(trainer.position)["documents"])
+            first = second if step == steps // 3 else first
+    names = [f"data/epochs/{name}" for name in recipe.data.train]
+    assert [first[name] for name in names] == pytest.approx([1, 1], abs=0.4)
+    assert sum(second[name] for name in names) / 2 == pytest.approx(3, abs=0.2)
+    assert "tokenizing" in (out := capsys.readouterr().out)
+    assert all(name in out.partition("documents of")[2] for name in recipe.data.train)
+    assert 1 <= out.count("now they repeat") <= 2
+    assert PretrainTrainer(context).training.steps == steps
+    assert "tokenizing" not in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jax.typing import DTypeLike
 
-from mla_moe.checkpoint.files import CheckpointError
+from mla_moe.checkpoint.files import CheckpointError, check
 from mla_moe.checkpoint.hf_mapping import Index, TensorMapping
 from mla_moe.checkpoint.orbax_checkpoint import OrbaxCheckpoint, mapped_checkpoint
 from mla_moe.checkpoint.quantization import Scheme
@@ -18,6 +18,7 @@ from mla_moe.config import ConfigError, LoRAConfig, ModelConfig
 from mla_moe.nn.abstract_model import AbstractModel, Arrays, is_adapter
 from mla_moe.nn.lora import RANK, adapter_axes
 from mla_moe.nn.param import BATCH_AXES
+from mla_moe.nn.stacked_lora import AdapterWeights
 from mla_moe.parallel.sharding import logical_axes
 
 if TYPE_CHECKING:
@@ -81,6 +82,17 @@ class AdapterCheckpoint:
             return not np.array_equal(array, base)
 
         return [path for path in self._own if not is_adapter(path) and differs(path)]
+
+    def weights(self) -> AdapterWeights:
+        """The adapters alone, for inference beside others. Raises `CheckpointError` if they do not fit the base, are
+        not finite, or if router biases were updated, which all adapters share."""
+        fix, wanted = f"of {self.directory} does not fit the base {self.base_name}", self._model.variables
+        for path in self._model.adapter_paths:
+            check(path in self._own and self.array(path).shape == wanted[path].shape, "adapter", path, fix)
+            check(bool(np.isfinite(self.array(path)).all()), "adapter", path, f"of {self.directory} is not finite")
+        moved, fix = self.changed_biases(), "were updated in training, and adapters share them; serve it alone"
+        check(not moved, "adapter", ", ".join(moved), fix)
+        return AdapterWeights(self._scales, {path: self.array(path) for path in self._model.adapter_paths})
 
     def dtype(self, path: str) -> np.dtype:
         """The dtype of an array as stored; of a merged weight that of the base."""

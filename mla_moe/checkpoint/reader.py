@@ -38,6 +38,19 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     return open_adapters(checkpoint, _open_base) if checkpoint.lora.rank else checkpoint
 
 
+def open_adapter(path: str | Path, base: Checkpoint) -> AdapterCheckpoint:
+    """The adapters of a run or of a directory in PEFT's layout over `base`, whatever base they name. Raises
+    `CheckpointError` for anything else, and if `base` has adapters itself."""
+    check(not isinstance(base, AdapterCheckpoint), "checkpoint", str(base.directory), "has adapters itself; merge them")
+    path = local_checkpoint(path)
+    if (step := find_step(path)) is None:
+        check(is_peft(path), "adapter", str(path), "is neither a run nor a directory in PEFT's layout")
+        return open_peft(path, lambda _: base)
+    checkpoint = OrbaxCheckpoint(step)
+    check(checkpoint.lora.rank > 0, "adapter", str(path), "has no adapters: it is a complete model")
+    return open_adapters(checkpoint, lambda _: base)
+
+
 def _open_base(path: str | Path) -> Checkpoint:
     """A complete model. Adapters of adapters are refused: they could be their own base."""
     path = local_checkpoint(path)

@@ -2,13 +2,17 @@
 
 import dataclasses
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
+from mla_moe.checkpoint.reader import open_adapter, open_checkpoint
 from mla_moe.cli.generate import load_model_and_tokenizer
-from mla_moe.config.errors import require_between
-from mla_moe.config.hub import is_hub, parse_url
+from mla_moe.config.errors import require, require_between, visible
+from mla_moe.config.hub import is_hub, parse_url, shown
+from mla_moe.nn.stacked_lora import AdapterWeights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +22,9 @@ class Serve:
     checkpoint: tyro.conf.Positional[Path]
     """A Hugging Face directory, hf://ORG/NAME, s3://… or gs://…, or a run's directory or checkpoint. Without a
     tokenizer, tokens are bytes."""
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """NAME=PATH of LoRA adapters of this model, once for each: a directory in PEFT's layout, or a run's. Clients choose
+    one by `model` in a request; requests of different adapters run in the same batch."""
     host: str = "127.0.0.1"
     """Address to listen on; by default only this machine can connect. Any other needs an API key, or --no-auth."""
     port: int = 8000
@@ -61,6 +68,12 @@ class Serve:
         require_between(self, "", "max_requests_per_client", 1, 1 << 20)
         require_between(self, "", "max_seconds", 1e-3, 1e6)
 
+        for value in self.adapter:
+            name, _, path = value.partition("=")
+            require(bool(name and path), "adapter", value, "write NAME=PATH")
+        names = [value.partition("=")[0] for value in self.adapter]
+        require(len(set(names)) == len(names), "adapter", names, "each adapter needs a name of its own")
+
     def run(self) -> None:
         from mla_moe.inference.access import Access, read_keys, require_access
         from mla_moe.inference.async_engine import EngineDeadError
@@ -73,16 +86,18 @@ class Serve:
         access = Access((*self.allowed_host, self.host), self.cors_origin, keys)
         model, tokenizer = load_model_and_tokenizer(self.checkpoint)
         length = min(4096, model.cfg.max_position_embeddings) if self.max_model_len is None else self.max_model_len
-        engine = Engine(
-            model, max_num_seqs=self.max_num_seqs, max_model_len=length, decode=tokenizer.decode,
-            speculative=self.speculative, int8_kv_cache=self.int8_kv_cache,
-        )  # fmt: skip
         path = self.checkpoint
         name = parse_url(path, "checkpoint").id if is_hub(path) else path.resolve().name
+        adapters = load_adapters(self.adapter, path)
+        require(name not in adapters, "adapter", name, "is the name of the model itself; choose another")
+        engine = Engine(
+            model, max_num_seqs=self.max_num_seqs, max_model_len=length, decode=tokenizer.decode,
+            speculative=self.speculative, int8_kv_cache=self.int8_kv_cache, adapters=tuple(adapters.values()),
+        )  # fmt: skip
         app = application(
             engine, tokenizer, name, max_waiting=self.max_waiting, timeout=self.max_seconds,
             max_requests_per_client=self.max_requests_per_client, access=access,
-            exit_on_engine_failure=self.exit_on_engine_failure,
+            exit_on_engine_failure=self.exit_on_engine_failure, adapters=tuple(adapters),
         )  # fmt: skip
         host = f"[{self.host}]" if ":" in self.host else self.host
         print(f"http://{host}:{self.port}/v1  (stop with Ctrl-C)")
@@ -90,3 +105,24 @@ class Serve:
             serve(app, self.host, self.port)
         except EngineDeadError:
             raise SystemExit("error: engine = failed: its traceback is above; start the server again") from None
+
+
+def load_adapters(values: Sequence[str], checkpoint: Path) -> dict[str, AdapterWeights]:
+    """The adapters of `NAME=PATH` by name. One that names another base than `checkpoint` is noted on standard error:
+    the same model may be in several places. Raises `CheckpointError` for one that does not fit."""
+    base = open_checkpoint(checkpoint) if values else None
+    adapters = {}
+    for value in values:
+        name, _, path = value.partition("=")
+        assert base is not None
+        source = open_adapter(path, base)
+        adapters[name], served = source.weights(), (shown(checkpoint), str(base.directory.resolve()))
+        if is_hub(source.base_name):
+            model, _, revision = source.base_name.partition("@")
+            same = model == served[0].partition("@")[0] and revision in ("", base.directory.name)
+        else:
+            same = source.base_name in served
+        if not same:
+            note = f"note: adapter {name} names the base {source.base_name}, and is served on {served[0]}"
+            print(visible(note), file=sys.stderr)
+    return adapters

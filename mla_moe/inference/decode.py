@@ -34,6 +34,8 @@ class DecodeState(NamedTuple):
     """Stop tokens, padded with `NO_TOKEN`."""
     draft_B: Int[AnyArray, "B"]
     """Draft of the MTP module for the token after `token_B`, or `NO_TOKEN`."""
+    adapter_B: Int[AnyArray, "B"]
+    """The adapter of the request; 0 is none."""
     sampling: SamplingParams
 
 
@@ -70,7 +72,7 @@ def empty_batch(max_num_seqs: int) -> DecodeState:
     keys = np.zeros((max_num_seqs, 2), np.uint32)
     sampling = SamplingParams(zeros(np.float32), zeros(), 1 + zeros(np.float32), zeros(np.float32), keys)
     stops, drafts = np.full((max_num_seqs, MAX_STOPS), NO_TOKEN, np.int32), NO_TOKEN + zeros()
-    return DecodeState(zeros(), zeros(), zeros(bool), zeros(), zeros(), stops, drafts, sampling)
+    return DecodeState(zeros(), zeros(), zeros(bool), zeros(), zeros(), stops, drafts, zeros(), sampling)
 
 
 def add_request(batch: DecodeState, slot: int, completion: Completion) -> None:
@@ -79,7 +81,7 @@ def add_request(batch: DecodeState, slot: int, completion: Completion) -> None:
     batch.token_B[slot] = completion.tokens[-1] if generated else request.prompt[-1]
     batch.position_B[slot] = len(request.prompt) + generated - 1
     batch.active_B[slot], batch.generated_B[slot] = True, generated
-    batch.remaining_B[slot] = request.max_new_tokens - generated
+    batch.remaining_B[slot], batch.adapter_B[slot] = request.max_new_tokens - generated, request.adapter
     batch.stop_BJ[slot] = batch.draft_B[slot] = NO_TOKEN
     batch.stop_BJ[slot, : len(request.stop_ids)] = request.stop_ids
     sampling, key = batch.sampling, jax.random.fold_in(jax.random.key(request.seed), request.sample_index)
@@ -91,7 +93,8 @@ def add_request(batch: DecodeState, slot: int, completion: Completion) -> None:
 def decode_step(model: Transformer, options: ProgramOptions, carry: Carry) -> Carry:
     i, cache_LBSW, state, output = carry
     cache = KVCache(cache_LBSW, state.position_B)
-    h_BTD, cache, experts = model.extend(state.token_B[:, None], cache, active=state.active_B)
+    tokens_B1, adapters_B = state.token_B[:, None], state.adapter_B
+    h_BTD, cache, experts = model.extend(tokens_B1, cache, active=state.active_B, adapter_ids=adapters_B)
     logits_BV = constrain_decode_logits(model.logits(h_BTD)[:, 0])
     scaled = options.temperature_scaled_logprobs
     token_B, logprob_B = sample(logits_BV, state.sampling, state.generated_B, scaled_logprobs=scaled)

@@ -8,6 +8,7 @@
 A step schedules (`scheduler`, `prefix_cache`), runs compiled `programs`, and updates the completions.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from mla_moe.inference.request import CONTEXT_TOKENS, Completion, IncrementalDet
 from mla_moe.inference.scheduler import Scheduler
 from mla_moe.inference.weights import mesh_of, prepare_for_inference
 from mla_moe.nn.kv_cache import round_up_capacity
+from mla_moe.nn.stacked_lora import AdapterWeights
 from mla_moe.nn.transformer import Transformer
 from mla_moe.text.tokenizer import Decode
 
@@ -49,6 +51,7 @@ class Engine:
     `temperature_scaled_logprobs` gives log-probabilities at the requests' temperatures instead of 1. `speculative` is
     speculative decoding with draft tokens of the MTP module: the same tokens, up to rounding, in fewer steps.
     `int8_kv_cache` stores the KV cache in 8 bits: half of bfloat16's bytes, and text of equal quality but not the same.
+    `adapters` are LoRA adapters of which each request names one, by its number from 1 on; all run in the same batch.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Engine:
         temperature_scaled_logprobs: bool = False,
         speculative: bool = False,
         int8_kv_cache: bool = False,
+        adapters: Sequence[AdapterWeights] = (),
     ):
         cfg = self.cfg = model.cfg
         limit = cfg.max_position_embeddings
@@ -75,9 +79,9 @@ class Engine:
         self.max_model_len = min(cache_capacity - speculative, limit)  # the last position is for a draft token
         self.max_num_seqs, self._speculative, self._detokenize = max_num_seqs, speculative, decode
         record_experts = record_experts and cfg.num_moe_layers > 0
-        self._mesh = mesh_of(model)
+        self._mesh, self._adapters = mesh_of(model), adapters
         self._options = ProgramOptions(speculative, record_experts, temperature_scaled_logprobs, self._mesh)
-        self.graph, self.weights = prepare_for_inference(model)
+        self.graph, self.weights = prepare_for_inference(model, adapters)
         dtype = jnp.int8 if int8_kv_cache else None
         with self._set_mesh():
             self.cache_LBSW = model.init_cache(max_num_seqs, cache_capacity, dtype, mtp=speculative).entries_LBSW
@@ -94,7 +98,7 @@ class Engine:
     def load_weights(self, model: Transformer) -> None:
         """Replace the weights by others of the same model, and clear the prefix cache of the old ones."""
         self.drop_weights()  # before there are others
-        self.graph, self.weights = prepare_for_inference(model)
+        self.graph, self.weights = prepare_for_inference(model, self._adapters)
         self._prefix_cache.clear()
 
     def drop_weights(self) -> None:
@@ -128,6 +132,8 @@ class Engine:
         require(total <= self.max_model_len, "len(prompt)", len(request.prompt), fix)
         wrong = [t for t in request.prompt if not 0 <= t < self.cfg.vocab_size]
         require(not wrong, "prompt", wrong[:4], f"token ids must be below vocab_size = {self.cfg.vocab_size}")
+        fix = f"the engine has {len(self._adapters)} adapters, numbered from 1 on; 0 is none"
+        require(0 <= request.adapter <= len(self._adapters), "adapter", request.adapter, fix)
         fix = "stop strings need an engine with a tokenizer's decode"
         require(not request.stop or self._detokenize is not None, "stop", request.stop, fix)
         if self._detokenize is None:

@@ -68,27 +68,35 @@ def _require_shallow(body: dict[str, Any]) -> None:
 
 
 class ModelNotFoundError(ConfigError):
-    """A request for another model than the server's."""
+    """A request for a model that the server does not have."""
+
+
+def model_number(name: str, models: Sequence[str]) -> int:
+    """The place of a name among those of the model and of its adapters, or `ModelNotFoundError`."""
+    if name not in models:
+        raise ModelNotFoundError("model", name, f"does not exist; there is {', '.join(models)}")
+    return models.index(name)
 
 
 def parse_request(
-    content: bytes | bytearray, tokenizer: ChatTokenizer, name: str, max_model_len: int, *, chat: bool
+    content: bytes | bytearray, tokenizer: ChatTokenizer, models: Sequence[str], max_model_len: int, *, chat: bool
 ) -> tuple[dict[str, Any], list[list[int]], list[Request]]:
-    """The fields of a body, its prompts, and a request for every choice. `name` is the model's.
+    """The fields of a body, its prompts, and a request for every choice. `models` are the names of the model, which a
+    body without a name asks for, and of its adapters.
 
     Counts and lengths are checked first: what a body of some megabytes can ask for would be encoded for seconds.
-    Raises `ConfigError`, and `ModelNotFoundError` for another model.
+    Raises `ConfigError`, and `ModelNotFoundError` for an unknown model.
     """
     body = parse_body(content, CHAT if chat else COMPLETION)
-    if body.get("model", name) not in ("", name):
-        raise ModelNotFoundError("model", body["model"], f"does not exist; the only model is {name}")
+    body["model"] = body.get("model") or models[0]
+    adapter = model_number(body["model"], models)
     n = body.get("n", 1)
     require(1 <= n <= MAX_CHOICES, "n", n, f"must be in [1, {MAX_CHOICES}]")
     if chat:
         prompts = [tokenizer.encode_chat(parse_messages(body.get("messages"), max_model_len))]
     else:
         prompts = parse_prompts(body.get("prompt"), tokenizer, max_model_len, MAX_CHOICES // n)
-    return body, prompts, build_requests(body, prompts, tokenizer, max_model_len)
+    return body, prompts, build_requests(body, prompts, tokenizer, max_model_len, adapter)
 
 
 def parse_prompts(prompt: Any, tokenizer: ChatTokenizer, max_model_len: int, most: int) -> list[list[int]]:
@@ -136,7 +144,11 @@ def _message(field: str, message: Any) -> Message:
 
 
 def build_requests(
-    body: dict[str, Any], prompts: Sequence[list[int]], tokenizer: ChatTokenizer, max_model_len: int
+    body: dict[str, Any],
+    prompts: Sequence[list[int]],
+    tokenizer: ChatTokenizer,
+    max_model_len: int,
+    adapter: int = 0,
 ) -> list[Request]:
     """`n` requests for each prompt. Without a seed a random one is drawn."""
     stop = body.get("stop", [])
@@ -147,7 +159,7 @@ def build_requests(
     require(all(isinstance(s, str) for s in stop), "stop", stop, "must be a string, or a list of strings")
     sampling = {name: body[name] for name in ("top_k", "top_p", "min_p") if name in body}
     sampling |= {"temperature": body.get("temperature", 1.0), "stop": tuple(stop), "stop_ids": tokenizer.stop_ids}
-    sampling["seed"] = body.get("seed", uuid.uuid4().int) % (1 << 32)
+    sampling["adapter"], sampling["seed"] = adapter, body.get("seed", uuid.uuid4().int) % (1 << 32)
     most = [body.get(limit, max(min(default, max_model_len - len(prompt)), 1)) for prompt in prompts]
     choices = [choice for choice in zip(prompts, most, strict=True) for _ in range(body.get("n", 1))]
     return [Request(*choice, sample_index=index, **sampling) for index, choice in enumerate(choices)]

@@ -23,7 +23,7 @@ from mla_moe.config import ConfigError
 from mla_moe.inference.access import Access
 from mla_moe.inference.async_engine import AsyncEngine, DecodeError, EngineDeadError, QueueFullError, RequestOutput
 from mla_moe.inference.engine import Engine
-from mla_moe.inference.openai_api import Choice, ModelNotFoundError, error_body, parse_request, usage
+from mla_moe.inference.openai_api import Choice, ModelNotFoundError, error_body, model_number, parse_request, usage
 from mla_moe.inference.request import Completion, Owner
 from mla_moe.text.chat_tokenizer import ChatTokenizer
 
@@ -58,8 +58,10 @@ def application(
     max_requests_per_client: int | None = None,
     access: Access | None = None,
     exit_on_engine_failure: bool = False,
+    adapters: Sequence[str] = (),
 ) -> Starlette:
-    """The ASGI application. `name` is the model's name for clients, `timeout` the most seconds for one request.
+    """The ASGI application. `name` is the model's name for clients, `adapters` are those of the engine's adapters, in
+    their order; a request's `model` is one of these. `timeout` is the most seconds for one request.
     `max_requests_per_client` is for choices that run or wait; a client is an API key if there are several, else an
     address. `access` is by default that of programs of this machine. With `exit_on_engine_failure`, `serve` ends when
     the engine fails."""
@@ -67,7 +69,9 @@ def application(
     async_engine = AsyncEngine(engine, max_waiting, max_requests_per_client, lambda: app.state.on_engine_failure())
     bodies = RequestBodies()
     cached_token_bytes = functools.cache(tokenizer.token_bytes)
-    model = {"id": name, "object": "model", "created": int(time.time()), "owned_by": "mla_moe"}
+    names = name, *adapters
+    model = {"object": "model", "created": int(time.time()), "owned_by": "mla_moe", "root": name}
+    cards = [{"id": each} | model | {"parent": None if each == name else name} for each in names]
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[None]:
@@ -89,7 +93,7 @@ def application(
             return tokenizer.encode_raw(text)
 
         limited = dataclasses.replace(tokenizer, encode_raw=encode_raw)
-        body, prompts, requests = parse_request(content, limited, name, engine.max_model_len, chat=chat)
+        body, prompts, requests = parse_request(content, limited, names, engine.max_model_len, chat=chat)
         completions = [engine.check(request) for request in requests]
         for completion in completions:
             completion.owner = owner
@@ -102,7 +106,7 @@ def application(
         body, prompts, submitted = await bodies.parse(http, owner.client, parse)
         async_engine.submit(submitted)
         kind, stream = "chat.completion" if chat else "text_completion", body.get("stream", False)
-        head: dict[str, Any] = {"id": f"{kind[:4]}-{owner.group}", "created": int(time.time()), "model": name}
+        head: dict[str, Any] = {"id": f"{kind[:4]}-{owner.group}", "created": int(time.time()), "model": body["model"]}
         token_bytes = None if body.get("logprobs", False) is False else cached_token_bytes  # for completions 0 is on
         choices = [Choice(i, token_bytes, chat=chat, stream=stream) for i in range(len(submitted))]
         if stream:
@@ -123,12 +127,10 @@ def application(
         return await asyncio.to_thread(respond)  # log-probabilities of many tokens take seconds
 
     async def models(_: HTTPRequest) -> Response:
-        return JSONResponse({"object": "list", "data": [model]})
+        return JSONResponse({"object": "list", "data": cards})
 
     async def one_model(http: HTTPRequest) -> Response:
-        if http.path_params["id"] == name:
-            return JSONResponse(model)
-        raise ModelNotFoundError("model", http.path_params["id"], f"does not exist; the only model is {name}")
+        return JSONResponse(cards[model_number(http.path_params["id"], names)])
 
     async def health(http: HTTPRequest) -> Response:
         used, available = engine.occupancy

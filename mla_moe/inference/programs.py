@@ -31,6 +31,7 @@ class PrefillBatch(NamedTuple):
     start_b: Int[AnyArray, "b"]
     """Position of a chunk's first token."""
     slots_b: Int[AnyArray, "b"]
+    adapter_b: Int[AnyArray, "b"]
 
 
 @partial(jax.jit, static_argnames=("graph", "options"), donate_argnames=("cache_LBSW",))
@@ -75,7 +76,8 @@ def prefill(
     model = graph.merge(weights)
     length_B = jnp.zeros(cache_LBSW.shape[1], jnp.int32).at[batch.slots_b].set(batch.start_b)
     cache, slots = KVCache(cache_LBSW, length_B), batch.slots_b
-    h_bTD, extended, experts = model.extend(batch.tokens_bT, cache, slots=slots, form="expanded")
+    adapters = batch.adapter_b
+    h_bTD, extended, experts = model.extend(batch.tokens_bT, cache, slots=slots, form="expanded", adapter_ids=adapters)
     if options.speculative:
         cache = KVCache(extended.entries_LBSW, length_B)
         _, extended = model.mtp_extend(h_bTD, batch.next_bT, cache, slots=slots, form="expanded")

@@ -49,10 +49,12 @@ class Request:
     """Folded into the seed, so that several completions of one prompt differ."""
     stop_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
+    adapter: int = 0
+    """Of an engine with several adapters, which one, from 1 on; 0 is the model without adapter."""
 
     def __post_init__(self):
         require(are_integers(self.prompt), "prompt", self.prompt, "must be a list of token ids, which are integers")
-        for field in ("max_new_tokens", "top_k", "seed", "sample_index"):
+        for field in ("max_new_tokens", "top_k", "seed", "sample_index", "adapter"):
             require(are_integers([getattr(self, field)]), field, getattr(self, field), "must be an integer")
         require(len(self.prompt) > 0, "prompt", [], "needs at least one token; start with the tokenizer's bos_id")
         require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "must be at least 1")

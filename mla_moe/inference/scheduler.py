@@ -38,6 +38,10 @@ class _Prefill(NamedTuple):
         """What is prefilled: all inputs but the last."""
         return self.inputs[:-1]
 
+    @property
+    def adapter(self) -> int:
+        return self.completion.request.adapter
+
 
 class Scheduler:
     """Assigns waiting requests to sequence slots, and keeps the batch that decodes."""
@@ -93,10 +97,12 @@ class Scheduler:
             self.waiting.remove(completion)
             inputs = np.asarray([*completion.request.prompt, *completion.tokens], np.int32)
             tokens = inputs[:-1]
-            slot = self._prefix_cache.allocate(tokens, [s for s, other in enumerate(self.running) if other is None])
+            free = [slot for slot, other in enumerate(self.running) if other is None]
+            slot = self._prefix_cache.allocate(tokens, free, completion.request.adapter)
             self.running[slot] = completion
             prefill = _Prefill(completion, inputs, slot)
-            if any(np.array_equal(other.tokens, tokens) for other in self._prefilling):
+            same_adapter = (other for other in self._prefilling if other.adapter == prefill.adapter)
+            if any(np.array_equal(other.tokens, tokens) for other in same_adapter):
                 self._duplicates.append(prefill)
                 continue
             copy = self._prefix_cache.copy_longer_prefix(tokens, slot)
@@ -122,7 +128,7 @@ class Scheduler:
         return True
 
     def _num_cached_tokens(self, prefill: _Prefill) -> int:
-        return int(self._prefix_cache.shared_prefix(prefill.tokens)[prefill.slot])
+        return int(self._prefix_cache.shared_prefix(prefill.tokens, prefill.adapter)[prefill.slot])
 
     def _next_prefill(self) -> PrefillBatch:
         """The next chunk of the first few prompts."""
@@ -133,12 +139,13 @@ class Scheduler:
         size = min(size, self._cache_capacity)
         batch_size = 1 if len(prefills) == 1 else PREFILL_BATCH
         tokens_bT, next_bT = np.zeros((2, batch_size, size), np.int32)
-        start_b, slots_b = np.zeros((2, batch_size), np.int32)
+        start_b, slots_b, adapter_b = np.zeros((3, batch_size), np.int32)
         for row in range(batch_size):
             # Padding repeats the first chunk: the same entries written twice change nothing.
             prefill, start = (prefills[row], starts[row]) if row < len(prefills) else (prefills[0], starts[0])
             # At the end of the cache a chunk starts early enough to fit, and some tokens are prefilled twice.
             start_b[row], slots_b[row] = min(start, self._cache_capacity - size), prefill.slot
+            adapter_b[row] = prefill.adapter
             tokens = prefill.inputs[start_b[row] :][: size + 1]
             tokens_bT[row, : len(tokens) - 1], next_bT[row, : len(tokens) - 1] = tokens[:-1], tokens[1:]
         for prefill, start in zip(prefills, start_b.tolist(), strict=False):
@@ -146,13 +153,13 @@ class Scheduler:
             if start + size >= len(prefill.tokens):
                 self._prefilling.remove(prefill)
                 self._start_decoding(prefill)
-        return PrefillBatch(tokens_bT, next_bT, start_b, slots_b)
+        return PrefillBatch(tokens_bT, next_bT, start_b, slots_b, adapter_b)
 
     def _share_prompts(self) -> list[PrefixCopy]:
         """Copies for duplicates whose prompt has been prefilled."""
         copies, duplicates = [], []
         for prefill in self._duplicates:
-            shared_B = self._prefix_cache.shared_prefix(prefill.tokens)
+            shared_B = self._prefix_cache.shared_prefix(prefill.tokens, prefill.adapter)
             source, length = int(shared_B.argmax()), len(prefill.tokens)
             if shared_B[source] < length:
                 duplicates.append(prefill)

@@ -1,5 +1,6 @@
 """Weights in the layout of inference: in the compute dtype already, so that no decode step converts or copies them."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -9,6 +10,7 @@ from jax.typing import DTypeLike
 
 from mla_moe.config import require
 from mla_moe.nn.lora import merge_adapters
+from mla_moe.nn.stacked_lora import AdapterWeights, stack_adapters
 from mla_moe.nn.transformer import Transformer, unstack_layers
 from mla_moe.ops.kernel_choice import target_platform
 from mla_moe.ops.moe_inference_cpu import pack_bfloat16
@@ -32,15 +34,16 @@ class ModelGraph:
         return nnx.merge(self.graph, state)
 
 
-def prepare_for_inference(model: Transformer) -> tuple[ModelGraph, nnx.State]:
+def prepare_for_inference(model: Transformer, adapters: Sequence[AdapterWeights] = ()) -> tuple[ModelGraph, nnx.State]:
     """Matrices in the compute dtype, routers and the head weights of indexers in float32. On one CPU layers are
     unstacked, and experts keep the dtype of their parameters: memory bandwidth limits decoding there.
 
-    Adapters are merged into their weights. On a mesh weights are sharded by `DECODE_RULES`; elsewhere arrays that need
+    Adapters of the model are merged into their weights; `adapters` stay beside them, and each sequence has one of them
+    or none. On a mesh weights are sharded by `DECODE_RULES`; elsewhere arrays that need
     no change are shared with `model`.
     """
     mesh, compute = mesh_of(model), model.precision.compute
-    model = merge_adapters(model)
+    model = stack_adapters(merge_adapters(model), adapters)
     one_cpu = mesh is None and target_platform() == "cpu"
     graph, state = nnx.split(model)
     if mesh is not None:

@@ -32,7 +32,7 @@ from mla_moe.nn.kv_cache import (
     write_cache,
 )
 from mla_moe.nn.layers import Activations, Ids, RMSNorm, require_shape, shape_text
-from mla_moe.nn.lora import adapted, project
+from mla_moe.nn.lora import adapted, adapter, project
 from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.rope import CosSin, query_scale, rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
@@ -229,12 +229,12 @@ class MLAttention(nnx.Module):
         """`prefill` and `decode` in one layer of a cache that several layers share: write the entries of new tokens,
         and attend over their sequences. Returns the output, the new entries, and the keys that an indexer selects."""
         require(self.cfg.causal, "causal", False, "a token in a cache does not see later ones; call the module instead")
-        x_bTD, layer = x_bTD.astype(self.precision.compute), metadata.layer
+        x_bTD, layer, ids_b = x_bTD.astype(self.precision.compute), metadata.layer, metadata.adapter_ids_b
         with jax.named_scope("queries"):
-            latent_bTQ = self.query_latent(x_bTD, plain_einsum)
-            q_bTHA = self.queries(latent_bTQ, metadata.positions_bT, metadata.cos_sin, plain_einsum)
+            latent_bTQ = self.query_latent(x_bTD, plain_einsum, ids_b)
+            q_bTHA = self.queries(latent_bTQ, metadata.positions_bT, metadata.cos_sin, plain_einsum, ids_b)
         with jax.named_scope("latent"):
-            new_bTW = jnp.concatenate(self.compress_kv(x_bTD, metadata.cos_sin, plain_einsum), axis=-1)
+            new_bTW = jnp.concatenate(self.compress_kv(x_bTD, metadata.cos_sin, plain_einsum, ids_b), axis=-1)
             if cache_LBSW.dtype == jnp.int8:
                 new_bTW = quantize(new_bTW, self.cfg.kv_lora_rank)
             if self.cfg.index_topk is not None:
@@ -249,12 +249,14 @@ class MLAttention(nnx.Module):
         if self.cfg.index_topk is not None and self.cfg.index_topk < cache_LBSW.shape[2]:
             select = lambda: self.indexer.select_cached(x_bTD, latent_bTQ, cache_LBSW, metadata)  # noqa: E731
             selected_bTw = selection(select, metadata.selected_bTw, metadata.shares_keys)
+        lora = adapter(self, "kv_b")
         with jax.named_scope("attend"):
             y_bTHV = cached_attention(
                 q_bTHA,
                 cache_LBSW,
-                adapted(self, "kv_b").astype(self.precision.compute),
+                self.kv_b[...].astype(self.precision.compute),
                 metadata.positions_bT,
+                lora=None if lora is None else lora.factors(self.precision.compute, ids_b),
                 layer=layer,
                 slots_b=slots_b,
                 scale=softmax_scale(self.cfg),
@@ -264,33 +266,41 @@ class MLAttention(nnx.Module):
                 index_width=index_columns(self.cfg, cache_LBSW.dtype),
                 constrain=constrain_slots if slots_b is None else constrain_decode_activations,
             )
-        y_bTD = project(plain_einsum, "bTHV,HVD->bTD", y_bTHV, self, "o", self.precision.compute)
+        y_bTD = project(plain_einsum, "bTHV,HVD->bTD", y_bTHV, self, "o", self.precision.compute, ids_b)
         return y_bTD, cache_LBSW, selected_bTw
 
-    def query_latent(self, x_BTD: Activations, einsum: Einsum) -> Float[Array, "B T Q"]:
+    def query_latent(
+        self, x_BTD: Activations, einsum: Einsum, adapter_ids: Int[Array, "B"] | None = None
+    ) -> Float[Array, "B T Q"]:
         """What the queries of all heads come from: the normed latent, or without `q_lora_rank` the input."""
         if self.cfg.q_lora_rank is None:
             return x_BTD
         compute = self.precision.compute
-        latent_BTQ = self.q_a_norm(project(einsum, "BTD,DQ->BTQ", x_BTD, self, "q_a", compute)).astype(compute)
+        latent_BTQ = project(einsum, "BTD,DQ->BTQ", x_BTD, self, "q_a", compute, adapter_ids)
+        latent_BTQ = self.q_a_norm(latent_BTQ).astype(compute)
         return self._scaled(latent_BTQ) if self.cfg.mla_scale_q_lora else latent_BTQ
 
     def queries(
-        self, latent_BTQ: Float[Array, "B T Q"], positions_BT: Ids, cos_sin: CosSin, einsum: Einsum
+        self,
+        latent_BTQ: Float[Array, "B T Q"],
+        positions_BT: Ids,
+        cos_sin: CosSin,
+        einsum: Einsum,
+        adapter_ids: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B T H A"]:
         """Queries of all heads; the last R values of each are rotated by position."""
         name = "q" if self.cfg.q_lora_rank is None else "q_b"
-        q_BTHA = project(einsum, "BTQ,QHA->BTHA", latent_BTQ, self, name, self.precision.compute)
+        q_BTHA = project(einsum, "BTQ,QHA->BTHA", latent_BTQ, self, name, self.precision.compute, adapter_ids)
         q_nope, q_pe = jnp.split(q_BTHA, [self.cfg.qk_nope_head_dim], axis=-1)
         q_BTHA = jnp.concatenate([q_nope, self._rotate(q_pe, cos_sin)], axis=-1)
         scale_BT = query_scale(self.cfg, positions_BT)
         return q_BTHA if scale_BT is None else q_BTHA * scale_BT[..., None, None].astype(q_BTHA.dtype)
 
     def compress_kv(
-        self, x_BTD: Activations, cos_sin: CosSin, einsum: Einsum
+        self, x_BTD: Activations, cos_sin: CosSin, einsum: Einsum, adapter_ids: Int[Array, "B"] | None = None
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B T R"]]:
         """What the KV cache holds of a token: the normed latent, and the rotated key part that all heads share."""
-        both_BTC = project(einsum, "BTD,DC->BTC", x_BTD, self, "kv_a", self.precision.compute)
+        both_BTC = project(einsum, "BTD,DC->BTC", x_BTD, self, "kv_a", self.precision.compute, adapter_ids)
         c_BTC, k_pe_BTR = jnp.split(both_BTC, [self.cfg.kv_lora_rank], axis=-1)
         c_BTC = self.kv_a_norm(c_BTC).astype(c_BTC.dtype)
         c_BTC = self._scaled(c_BTC) if self.cfg.mla_scale_kv_lora else c_BTC

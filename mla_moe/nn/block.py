@@ -105,9 +105,9 @@ class Block(nnx.Module):
         with jax.named_scope("mlp"):
             h_bTD = self.mlp_norm(x_bTD)
             if self.experts:
-                y_bTD, experts = self.moe.extend(h_bTD, metadata.expert_layer)
+                y_bTD, experts = self.moe.extend(h_bTD, metadata.expert_layer, metadata.adapter_ids_b)
             else:
-                y_bTD, experts = self.mlp(h_bTD, plain_einsum), None
+                y_bTD, experts = self.mlp(h_bTD, plain_einsum, metadata.adapter_ids_b), None
             if self.post_mlp_norm:
                 y_bTD = self.moe_norm(y_bTD)
         return constrain_decode_activations(x_bTD + y_bTD), cache_LBSW, selected_bTw, experts
@@ -150,8 +150,9 @@ class ShortcutBlock(nnx.Module):
         x_bTD, cache_LBSW, _ = self.first.extend_attention(x_bTD, cache_LBSW, metadata)
         with jax.named_scope("mlp"):
             h_bTD = self.first.mlp_norm(x_bTD)
-            y_bTD, experts = self.moe.extend(h_bTD, metadata.expert_layer)
-            x_bTD = constrain_decode_activations(x_bTD + self.first.mlp(h_bTD, plain_einsum))
+            y_bTD, experts = self.moe.extend(h_bTD, metadata.expert_layer, metadata.adapter_ids_b)
+            first_bTD = self.first.mlp(h_bTD, plain_einsum, metadata.adapter_ids_b)
+            x_bTD = constrain_decode_activations(x_bTD + first_bTD)
         metadata = metadata._replace(layer=metadata.layer + 1)
         x_bTD, cache_LBSW, _, _ = self.second.extend(x_bTD, cache_LBSW, metadata)
         return constrain_decode_activations(x_bTD + y_bTD), cache_LBSW, None, experts

@@ -77,7 +77,7 @@ class NewPositions(NamedTuple):
 
 
 class AttentionMetadata(NamedTuple):
-    """Where new tokens are in the KV cache, and how attention reads it. What follows `form` differs between layers."""
+    """Where new tokens are in the KV cache, and how attention reads it. Fields from `layer` on are one layer's."""
 
     slots_b: Slots | None
     """The sequence slot of each batch element; None: the batch is all slots in order."""
@@ -86,6 +86,8 @@ class AttentionMetadata(NamedTuple):
     """Both as in `NewPositions`."""
     cos_sin: CosSin
     form: Form
+    adapter_ids_b: Int[Array, "b"] | None = None
+    """Of a model with several adapters (`nn.stacked_lora`): that of each sequence, 0 for none."""
     layer: LayerIndex = 0
     """The index in the cache."""
     selected_bTw: NewSelectedKeys | None = None

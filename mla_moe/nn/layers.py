@@ -79,11 +79,14 @@ class MLP(nnx.Module):
         self.down = matrix(rngs, down, contracts=("hidden",), std=std, dtype=precision.param)
         self.activation, self.precision = activation, precision
 
-    def __call__(self, x_BTD: Activations, einsum: Einsum = sharded_einsum) -> Activations:
-        """For training; with `plain_einsum` for prefill and decode."""
-        gu_BT2F = project(einsum, "BTD,DgF->BTgF", x_BTD, self, "gate_up", self.precision.compute)
+    def __call__(
+        self, x_BTD: Activations, einsum: Einsum = sharded_einsum, adapter_ids: Int[Array, "*N"] | None = None
+    ) -> Activations:
+        """For training; with `plain_einsum` for prefill and decode. `adapter_ids`: see `project`."""
+        compute = self.precision.compute
+        gu_BT2F = project(einsum, "BTD,DgF->BTgF", x_BTD, self, "gate_up", compute, adapter_ids)
         h_BTF = gated(gu_BT2F, 2, self.activation)[:, :, 0]
-        return project(einsum, "BTF,FD->BTD", h_BTF, self, "down", self.precision.compute)
+        return project(einsum, "BTF,FD->BTD", h_BTF, self, "down", compute, adapter_ids)
 
 
 def token_embedding(cfg: ModelConfig, rngs: nnx.Rngs, precision: Precision) -> nnx.Param:

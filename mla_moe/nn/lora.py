@@ -19,10 +19,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mla_moe.config import LoRAConfig, require
 from mla_moe.nn.param import BATCH_AXES, uniform
+from mla_moe.ops.lora import LoRAFactors, keep_own
 from mla_moe.parallel.sharded_einsum import Einsum
 from mla_moe.parallel.sharding import axis_metadata, logical_axes
 
@@ -64,9 +65,14 @@ class LoRA(nnx.Module):
         self.b = nnx.Param(jnp.zeros(b_shape, dtype), **metadata, **axis_metadata(axes.b))
         self.scale = scale
 
-    def factors(self, dtype: DTypeLike) -> tuple[Array, Array]:
+    def factors(self, dtype: DTypeLike, adapter_ids: Int[Array, "*N"] | None = None) -> LoRAFactors:
         """A and scale · B."""
-        return self.a[...].astype(dtype), (self.scale * self.b[...]).astype(dtype)
+        a, b = self.a[...].astype(dtype), (self.scale * self.b[...]).astype(dtype)
+        return LoRAFactors(a, b, self.own(adapter_ids))
+
+    def own(self, adapter_ids: Int[Array, "*N"] | None) -> Bool[Array, "*N r"] | None:
+        """`LoRAFactors.own_Nr`: every row has this adapter. Of several adapters see `nn.stacked_lora`."""
+        return None
 
     def product(self, weight: nnx.Variable) -> Float[Array, "*axes"]:
         """`scale · A B`, with the axes of the weight."""
@@ -74,7 +80,7 @@ class LoRA(nnx.Module):
         letters = dict(zip(names, "abcdefgh", strict=False)) | {RANK: _RANK_LETTER}
         factors = ["".join(letters[axis] for axis in logical_axes(factor)) for factor in (self.a, self.b)]
         out = "".join(letters[axis] for axis in names)
-        return jnp.einsum(f"{','.join(factors)}->{out}", *self.factors(jnp.float32))
+        return jnp.einsum(f"{','.join(factors)}->{out}", *self.factors(jnp.float32)[:2])
 
 
 def adapter(module: nnx.Module, name: str) -> LoRA | None:
@@ -84,9 +90,16 @@ def adapter(module: nnx.Module, name: str) -> LoRA | None:
 
 
 def project(
-    einsum: Einsum, equation: str, x: Float[Array, "*x"], module: nnx.Module, name: str, dtype: DTypeLike
+    einsum: Einsum,
+    equation: str,
+    x: Float[Array, "*x"],
+    module: nnx.Module,
+    name: str,
+    dtype: DTypeLike,
+    adapter_ids: Int[Array, "*N"] | None = None,
 ) -> Float[Array, "*y"]:
-    """`einsum(equation, x, W)` of activations and a module's weight, plus `scale · (x A) B` if it has an adapter."""
+    """`einsum(equation, x, W)` of activations and a module's weight, plus `scale · (x A) B` if it has an adapter. Of
+    several adapters (`nn.stacked_lora`), `adapter_ids` are those of the first axes of `x`."""
     weight, lora = getattr(module, name), adapter(module, name)
     if lora is None:
         return einsum(equation, x, weight, dtype)
@@ -96,7 +109,7 @@ def project(
     a, b = ("".join(letters[axis] for axis in logical_axes(factor) if axis in letters) for factor in (lora.a, lora.b))
     kept = "".join(letter for letter in a if letter not in x_letters)
     z_letters = "".join(letter for letter in x_letters if letter not in weight_letters) + kept
-    z = einsum(f"{x_letters},{a}->{z_letters}", x, lora.a, dtype)
+    z = keep_own(einsum(f"{x_letters},{a}->{z_letters}", x, lora.a, dtype), lora.own(adapter_ids))
     frozen = weight.replace(jax.lax.stop_gradient(weight.get_value()))
     return einsum(equation, x, frozen, dtype) + lora.scale * einsum(f"{z_letters},{b}->{y_letters}", z, lora.b, dtype)
 

@@ -17,6 +17,7 @@ from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.router import FunctionRouter, Router, RouterFunction, Routing
 from mla_moe.ops.experts import ExpertAdapters, experts, find_activation
 from mla_moe.ops.kernel_choice import target_platform
+from mla_moe.ops.lora import LoRAFactors
 from mla_moe.ops.moe_inference_cpu import selected_experts
 from mla_moe.parallel.collectives import axis_index, psum, shard_map
 from mla_moe.parallel.dispatch_plan import dispatch_plan
@@ -122,11 +123,9 @@ class MoE(nnx.Module):
             return x_BTD, RouterStats(no_tokens_E, zero, zero, jnp.int32(0))
         if not_padding_BT is None:
             not_padding_BT = jnp.ones(x_BTD.shape[:2], bool)
-        compute, loras = self.precision.compute, (adapter(self, "gate_up"), adapter(self, "down"))
-        gate_up, down = (w[...].astype(compute) for w in (self.gate_up, self.down))
-        adapters = ExpertAdapters(*(None if lora is None else lora.factors(compute) for lora in loras))
+        gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
         mesh = token_mesh(x_BTD.shape)
-        inputs = (gate_up, down, adapters), (x_BTD, not_padding_BT, replay_BTK)
+        inputs = (gate_up, down, self._adapters()), (x_BTD, not_padding_BT, replay_BTK)
         if mesh is None:
             y_BTD, stats = self._routed(self.router, one_sequence, *inputs)
         else:
@@ -137,28 +136,30 @@ class MoE(nnx.Module):
         return y_BTD, stats
 
     def extend(
-        self, x_BTD: Activations, layer: Int[Array, ""] | None = None
+        self, x_BTD: Activations, layer: Int[Array, ""] | None = None, adapter_ids_B: Int[Array, "B"] | None = None
     ) -> tuple[Activations, Int[Array, "B T K"]]:
         """For prefill and decode: the output and each token's experts; not differentiable. With `layer` the experts'
-        weights are those of a stack of layers, and the kernels read that layer without a copy."""
+        weights are those of a stack of layers, and the kernels read that layer without a copy. `adapter_ids_B`: see
+        `Transformer.extend`."""
         B, T, D = x_BTD.shape
-        fix = "is for training; decode with the model that merge_adapters returns"
-        require(not hasattr(self, "lora"), "lora", "adapters of experts", fix)
         x_ND = x_BTD.reshape(B * T, D).astype(self.precision.compute)
+        ids_N = None if adapter_ids_B is None else jnp.repeat(adapter_ids_B, T, total_repeat_length=B * T)
         with jax.named_scope("route"):
-            routing = self._route(self.router, x_ND)
+            of_router = {"adapter_ids_N": ids_N} if hasattr(self.router, "lora") else {}
+            routing = self._route(partial(self.router, **of_router), x_ND)
         experts_NK, zero_N = self._split(routing)
         with jax.named_scope("experts"):
+            adapters = self._adapters(ids_N)
             if target_platform() == "cpu" and jax.sharding.get_abstract_mesh().empty and layer is None:
-                inputs = x_ND, experts_NK, routing.weights_NK
-                y_ND = selected_experts(*inputs, self.gate_up[...], self.down[...], self.activation)
+                inputs = x_ND, experts_NK, routing.weights_NK, self.gate_up[...], self.down[...]
+                y_ND = selected_experts(*inputs, self.activation, adapters)
             else:
-                y_ND = self._decode_experts(x_ND, experts_NK, routing.weights_NK, layer)
+                y_ND = self._decode_experts(x_ND, experts_NK, routing.weights_NK, layer, adapters)
         if zero_N is not None:
             y_ND += x_ND * zero_N[:, None].astype(x_ND.dtype)
         if self.cfg.n_shared_experts:
             with jax.named_scope("shared"):
-                y_ND += self.shared(x_ND[None], plain_einsum)[0]
+                y_ND += self.shared(x_ND[None], plain_einsum, None if ids_N is None else ids_N[None])[0]
         return y_ND.reshape(B, T, D), routing.experts_NK.reshape(B, T, -1)
 
     def _split(self, routing: Routing) -> tuple[Int[Array, "N K"], Float[Array, "N"] | None]:
@@ -170,8 +171,18 @@ class MoE(nnx.Module):
         weight_N = jnp.where(zero_NK, routing.weights_NK, 0).sum(axis=1)
         return jnp.minimum(routing.experts_NK, self.cfg.num_experts), weight_N
 
+    def _adapters(self, adapter_ids_N: Int[Array, "N"] | None = None) -> ExpertAdapters:
+        loras = adapter(self, "gate_up"), adapter(self, "down")
+        compute = self.precision.compute
+        return ExpertAdapters(*(None if lora is None else lora.factors(compute, adapter_ids_N) for lora in loras))
+
     def _decode_experts(
-        self, x_ND: Float[Array, "N D"], experts_NK: Array, weights_NK: Array, layer: Array | None
+        self,
+        x_ND: Float[Array, "N D"],
+        experts_NK: Array,
+        weights_NK: Array,
+        layer: Array | None,
+        adapters: ExpertAdapters,
     ) -> Float[Array, "N D"]:
         """`ops.experts` for the few tokens of a decode step. Under a mesh without token dispatch: each device of
         `expert` runs its own experts on all tokens, and a psum combines the outputs."""
@@ -180,25 +191,30 @@ class MoE(nnx.Module):
         mesh = current_mesh()
         run = partial(experts, activation=self.activation, implementation=self.kernels.grouped_matmul)
         if mesh is None:
-            return run(*inputs, layer=layer)
+            return run(*inputs, layer=layer, adapters=adapters)
         self._require_divisible(mesh)
 
         def local(
-            x_nD: Array, experts_nK: Array, weights_nK: Array, gate_up: Array, down: Array, layer: Array | None
-        ) -> Array:
+            x_nD: Array, experts_nK: Array, weights_nK: Array, gate_up: Array, down: Array, adapters: ExpertAdapters,
+            layer: Array | None,
+        ) -> Array:  # fmt: skip
             e = down.shape[-3]
             local_nK = experts_nK - axis_index("expert") * e
             local_nK = jnp.where((local_nK >= 0) & (local_nK < e), local_nK, e)
             max_pairs = len(x_nD) * min(local_nK.shape[1], e)
-            y_nD = run(x_nD, local_nK, weights_nK, gate_up, down, layer=layer, max_pairs=max_pairs)
+            inputs = x_nD, local_nK, weights_nK, gate_up, down
+            y_nD = run(*inputs, layer=layer, adapters=adapters, max_pairs=max_pairs)
             return psum(y_nD.astype(jnp.float32), ("expert", *width)).astype(x_nD.dtype)
 
         batch = P(dividing_axes(mesh, len(x_ND), DECODE_BATCH_AXES))
         width = dividing_axes(mesh, down.shape[-2], ("tensor",))
         stack = (None,) * (down.ndim - 3)
         between = (None,) * (gate_up.ndim - down.ndim + 1)  # width, and gate and up where they are an axis
-        specs = batch, batch, batch, P(*stack, "expert", *between, width), P(*stack, "expert", width), P()
-        return shard_map(local, specs, batch)(*inputs, layer)
+        columns, rows, whole = (P(*stack, "expert", *axes) for axes in ((*between, width), (width,), ()))
+        of_loras = map(LoRAFactors._make, ((whole, columns, batch), (rows, whole, batch)))
+        of_loras = (None if lora is None else specs for lora, specs in zip(adapters, of_loras, strict=True))
+        specs = batch, batch, batch, columns, rows, ExpertAdapters(*of_loras), P()
+        return shard_map(local, specs, batch)(*inputs, adapters, layer)
 
     def _require_divisible(self, mesh: MeshView) -> None:
         E, devices = self.cfg.num_experts, mesh.shape["expert"]
@@ -220,7 +236,7 @@ class MoE(nnx.Module):
         self._require_divisible(mesh)
         graph, router = nnx.split(self.router)
         loras = adapter(self, "gate_up"), adapter(self, "down")
-        factors: Any = (None if lora is None else (lora.a, lora.b) for lora in loras)
+        factors = (None if lora is None else LoRAFactors._make((lora.a, lora.b, None)) for lora in loras)
         weights_with_axes = self.gate_up, self.down, ExpertAdapters(*factors)
         specs = jax.tree.map(lambda w: weight_spec(w, mesh), weights_with_axes, is_leaf=is_weight)
 

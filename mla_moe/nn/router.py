@@ -9,8 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from mla_moe.config import MoEConfig
-from mla_moe.nn.lora import adapted
+from mla_moe.nn.lora import project
 from mla_moe.nn.param import matrix, router_bias
+from mla_moe.parallel.sharded_einsum import plain_einsum
 
 
 class Routing(NamedTuple):
@@ -55,10 +56,17 @@ class Router(nnx.Module):
         if cfg.router_bias:
             self.bias = router_bias(cfg.router_width)
 
-    def __call__(self, x_ND: Float[Array, "N D"], replay_NK: Int[Array, "N K"] | None = None) -> Routing:
+    def __call__(
+        self,
+        x_ND: Float[Array, "N D"],
+        replay_NK: Int[Array, "N K"] | None = None,
+        adapter_ids_N: Int[Array, "N"] | None = None,
+    ) -> Routing:
         """Route N tokens. Routing replay: `replay_NK` gives their experts, −1 for the router's choice; the weights come
-        from the router in both cases."""
-        logits_NE = jnp.einsum("ND,DE->NE", x_ND.astype(jnp.float32), adapted(self, "weight"), precision="highest")
+        from the router in both cases. `adapter_ids_N`: see `project`."""
+        x32_ND = x_ND.astype(jnp.float32)
+        with jax.default_matmul_precision("highest"):
+            logits_NE = project(plain_einsum, "ND,DE->NE", x32_ND, self, "weight", jnp.float32, adapter_ids_N)
         bias_E = self.bias[...] if self.cfg.router_bias else None
         return gate(self.cfg, logits_NE, bias_E, replay_NK)
 

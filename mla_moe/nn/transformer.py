@@ -249,9 +249,11 @@ class Transformer(nnx.Module):
         active: Active | None = None,
         slots: Slots | None = None,
         form: Form = "absorbed",
+        adapter_ids: Int[Array, "b"] | None = None,
     ) -> tuple[NewTokens, KVCache, Int[Array, "l b T K"] | None]:
         """Prefill or decode: append T new tokens to each of b sequences. `lengths`, `active` and `slots` are those of
-        `prefill` and `decode_step`; `form` is how attention reads the latent cache (`ops.cached_attention`).
+        `prefill` and `decode_step`; `form` is how attention reads the latent cache (`ops.cached_attention`), and
+        `adapter_ids` which of several adapters each sequence has (`nn.stacked_lora`).
 
         Returns hidden states after the final norm, the new cache, and the selected experts of each MoE layer. Raises
         `ConfigError` if a cache is full. Under `jax.jit`, where lengths are not known, the outputs of a sequence whose
@@ -263,7 +265,8 @@ class Transformer(nnx.Module):
         require_cache(self.cfg.attention, cache, layers=self.cfg.num_hidden_layers + has_mtp)
         new = new_positions(cache, tokens.shape, lengths, active, slots)
         metadata, entries_LBSW = self._attention_metadata(new, slots, form), cache.entries_LBSW
-        metadata = metadata._replace(selected_bTw=self._no_keys(tokens.shape, cache.max_length))
+        no_keys = self._no_keys(tokens.shape, cache.max_length)
+        metadata = metadata._replace(selected_bTw=no_keys, adapter_ids_b=adapter_ids)
         x_bTD, experts = constrain_decode_activations(self._cast(self.embed)[tokens]), None
         if self.cfg.first_k_dense_replace:
             shares, layers = self._shares(experts=False), self.dense_layers
@@ -300,7 +303,7 @@ class Transformer(nnx.Module):
         self, new: NewPositions, slots_b: Slots | None, form: Form, layer: int = 0
     ) -> AttentionMetadata:
         cos_sin = rotary(self.cfg.attention, new.positions_bT)
-        return AttentionMetadata(slots_b, new.positions_bT, new.length_b, cos_sin, form, layer)
+        return AttentionMetadata(slots_b, new.positions_bT, new.length_b, cos_sin, form, layer=layer)
 
     def _cast(self, weight: nnx.Param) -> Array:
         return weight[...].astype(self.precision.compute)

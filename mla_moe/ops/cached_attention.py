@@ -19,6 +19,7 @@ from mla_moe.ops.attention import masked_attention
 from mla_moe.ops.blockwise_attention import SoftmaxSums, add_block, empty_sums
 from mla_moe.ops.key_selection import selected_range
 from mla_moe.ops.kv_quantization import SCALE_BYTES, dequantize
+from mla_moe.ops.lora import LoRAFactors, keep_own
 
 Form = Literal["reference", "expanded", "absorbed"]
 
@@ -52,6 +53,7 @@ def cached_attention(
     slots_b: Int[Array, "b"] | None,
     scale: float,
     form: Form,
+    lora: LoRAFactors | None = None,
     window: int | None = None,
     selected_bTw: UInt32[Array, "b T w"] | None = None,
     index_width: int = 0,
@@ -59,11 +61,12 @@ def cached_attention(
 ) -> Float[Array, "b T H V"]:
     """`softmax(scale · q kᵀ + mask) v`: a token at `positions` attends to its sequence slot's entries up to itself.
 
-    `kv_b` is `[W_UK; W_UV]` of each head, so k = N + V. `slots_b` is the sequence slot of each batch element; None
-    means all slots in order. `window` is the sliding window: of these entries the last so many; `selected_bTw` are
-    those that an indexer has selected (DSA), whose keys are the last `index_width` columns of the cache. Positions at
-    or beyond the cache capacity S mark padding and give arbitrary finite values. `constrain` is the sharding constraint
-    of absorbed queries and values, where heads and slots are on different axes.
+    `kv_b` is `[W_UK; W_UV]` of each head, so k = N + V; `lora` are the factors of its adapters, `[C, r]` and
+    `[r, H, k]`. `slots_b` is the sequence slot of each batch element; None means all slots in order. `window` is the
+    sliding window: of these entries the last so many; `selected_bTw` are those that an indexer has selected (DSA),
+    whose keys are the last `index_width` columns of the cache. Positions at or beyond the cache capacity S mark padding
+    and give arbitrary finite values. `constrain` is the sharding constraint of absorbed queries and values, where heads
+    and slots are on different axes.
     """
     (B, T, H, A), S, Z = q_bTHA.shape, cache_LBSW.shape[2], cache_LBSW.shape[3] - index_width
     quantized = cache_LBSW.dtype == jnp.int8
@@ -85,6 +88,9 @@ def cached_attention(
 
     def expand(entries_bsW: Array) -> tuple[Array, Array]:
         kv_bsHk = jnp.einsum("bsC,CHk->bsHk", entries_bsW[..., :C], kv_b_CHk)
+        if lora is not None:
+            z_bsr = keep_own(jnp.einsum("bsC,Cr->bsr", entries_bsW[..., :C], lora.a), lora.own_Nr)
+            kv_bsHk += jnp.einsum("bsr,rHk->bsHk", z_bsr, lora.b)
         k_pe = jnp.broadcast_to(entries_bsW[:, :, None, C:], (*kv_bsHk.shape[:3], W - C))
         return jnp.concatenate([kv_bsHk[..., :N], k_pe], axis=-1), kv_bsHk[..., N:]
 
@@ -94,7 +100,11 @@ def cached_attention(
         q, V, equations = q_bTHA, uv_CHV.shape[2], ("bTHA,bsHA->bHTs", "bHTs,bsHV->bHTV")
     else:
         q_nope, q_pe = q_bTHA[..., :N], q_bTHA[..., N:]
-        q_bTHW = jnp.concatenate([jnp.einsum("bTHN,CHN->bTHC", q_nope, uk_CHN), q_pe], axis=-1)
+        q_bTHC = jnp.einsum("bTHN,CHN->bTHC", q_nope, uk_CHN)
+        if lora is not None:
+            z_bTHr = keep_own(jnp.einsum("bTHN,rHN->bTHr", q_nope, lora.b[..., :N]), lora.own_Nr)
+            q_bTHC += jnp.einsum("bTHr,Cr->bTHC", z_bTHr, lora.a)
+        q_bTHW = jnp.concatenate([q_bTHC, q_pe], axis=-1)
         # The rotary key is weighted too and dropped later: cheaper than slicing the latent out of the entries.
         q, V, equations = jnp.moveaxis(constrain(q_bTHW), 2, 1), W, ("bHTW,bsW->bHTs", "bHTs,bsW->bHTW")
 
@@ -113,4 +123,9 @@ def cached_attention(
     y_bHTV /= sum_bHT[..., None]
     if form == "expanded":
         return jnp.moveaxis(y_bHTV, 1, 2).astype(q_bTHA.dtype)
-    return jnp.einsum("bHTC,CHV->bTHV", constrain(y_bHTV[..., :C].astype(q_bTHA.dtype)), uv_CHV)
+    y_bHTC = constrain(y_bHTV[..., :C].astype(q_bTHA.dtype))
+    y_bTHV = jnp.einsum("bHTC,CHV->bTHV", y_bHTC, uv_CHV)
+    if lora is not None:
+        z_bHTr = keep_own(jnp.einsum("bHTC,Cr->bHTr", y_bHTC, lora.a), lora.own_Nr)
+        y_bTHV += jnp.einsum("bHTr,rHV->bTHV", z_bHTr, lora.b[..., N:])
+    return y_bTHV

@@ -13,6 +13,7 @@ from mla_moe.config.errors import require
 from mla_moe.config.parallelism import GroupedMatmulKernel
 from mla_moe.ops.grouped_matmul import grouped_matmul
 from mla_moe.ops.kernel_choice import supported_grouped_matmul_kernel
+from mla_moe.ops.lora import LoRAFactors, keep_own
 from mla_moe.ops.permutation import permutation, permute, unpermute, weights_by_row
 
 Activation = Callable[[Array], Array]
@@ -22,8 +23,10 @@ Activation = Callable[[Array], Array]
 class ExpertAdapters(NamedTuple):
     """LoRA adapters of the experts: for each expert a product of low rank beside its matrix. None: without one."""
 
-    gate_up: tuple[Float[Array, "E D r"], Float[Array, "E r *gF"]] | None = None
-    down: tuple[Float[Array, "E F r"], Float[Array, "E r D"]] | None = None
+    gate_up: LoRAFactors | None = None
+    """`[E, D, r]` and `[E, r, 2F]`, or gate and up an axis."""
+    down: LoRAFactors | None = None
+    """`[E, F, r]` and `[E, r, D]`."""
 
 
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -71,8 +74,8 @@ def experts(
     grouped matmul, unpermute.
 
     A pair with the expert `E` is unassigned and adds nothing; at most `max_pairs` pairs may be assigned. Gate and up
-    can be one axis. With `layer` the weights are a stack of layers, of which no slice is copied. `adapters` are of one
-    layer; a row is multiplied by its expert's factors one after the other, and gradients are of the factors alone.
+    can be one axis. With `layer` weights and adapters are a stack of layers, of which no slice is copied. A row is
+    multiplied by its expert's factors one after the other, and gradients are of the factors alone.
     """
     gate_up, down = expert_products(
         experts_NK, down_EFD.shape[-3:], x_ND.dtype, layer=layer, max_pairs=max_pairs, activation=activation,
@@ -100,29 +103,30 @@ def expert_products(
     block = block_size(experts_NK.size if max_pairs is None else max_pairs, E, implementation)
     p = permutation(experts_NK, E, block, max_pairs)
 
-    def multiply(x_RD: Array, w_EDF: Array, factors: tuple[Array, Array] | None) -> Array:
-        run = partial(grouped_matmul, block=block, implementation=implementation)
-        if factors is None:
-            return run(x_RD, w_EDF, p.group_sizes_E, group_offset)
-        a_EDr, b_ErF = factors
-        y_RF = run(x_RD, jax.lax.stop_gradient(w_EDF), p.group_sizes_E, group_offset)
-        z_Rr = run(x_RD, a_EDr, p.group_sizes_E)
-        return y_RF + run(z_Rr, b_ErF.reshape(*b_ErF.shape[:2], -1), p.group_sizes_E)
+    def multiply(x_RD: Array, w_EDF: Array, lora: LoRAFactors | None) -> Array:
+        def run(x_RD: Array, w_EDF: Array) -> Array:
+            sizes_E = p.group_sizes_E
+            return grouped_matmul(x_RD, w_EDF, sizes_E, group_offset, block=block, implementation=implementation)
+
+        if lora is None:
+            return run(x_RD, w_EDF)
+        rank, own_Rr = lora.a.shape[-1], None if lora.own_Nr is None else lora.own_Nr[p.token_R]
+        y_RF = run(x_RD, jax.lax.stop_gradient(w_EDF))
+        z_Rr = keep_own(run(x_RD, lora.a.reshape(-1, x_RD.shape[1], rank)), own_Rr)
+        return y_RF + run(z_Rr, lora.b.reshape(-1, rank, y_RF.shape[1]))
 
     @jax.checkpoint  # to permute again, and to apply the activation again, costs less than to save the results
-    def gate_up(x_ND: Array, gate_up_EDgF: Array, factors: tuple[Array, Array] | None) -> Array:
-        return multiply(permute(x_ND, p), gate_up_EDgF.reshape(-1, D, 2 * F), factors)
+    def gate_up(x_ND: Array, gate_up_EDgF: Array, lora: LoRAFactors | None) -> Array:
+        return multiply(permute(x_ND, p), gate_up_EDgF.reshape(-1, D, 2 * F), lora)
 
     @jax.checkpoint
-    def weighted_down(
-        gate_up_R2F: Array, weight_R: Array, down_EFD: Array, factors: tuple[Array, Array] | None
-    ) -> Array:
+    def weighted_down(gate_up_R2F: Array, weight_R: Array, down_EFD: Array, lora: LoRAFactors | None) -> Array:
         # Weighted before the product: so the weights' derivative does not need the product's result.
         h_RF = gated(gate_up_R2F, 1, activation).astype(weight_R.dtype) * weight_R[:, None]
-        return multiply(h_RF.astype(dtype), down_EFD.reshape(-1, F, D), factors)
+        return multiply(h_RF.astype(dtype), down_EFD.reshape(-1, F, D), lora)
 
-    def down(gate_up_R2F: Array, weights_NK: Array, down_EFD: Array, factors: tuple[Array, Array] | None) -> Array:
-        return unpermute(weighted_down(gate_up_R2F, weights_by_row(weights_NK, p), down_EFD, factors), p)
+    def down(gate_up_R2F: Array, weights_NK: Array, down_EFD: Array, lora: LoRAFactors | None) -> Array:
+        return unpermute(weighted_down(gate_up_R2F, weights_by_row(weights_NK, p), down_EFD, lora), p)
 
     return gate_up, down
 

@@ -11,14 +11,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from mla_moe.ops.experts import Activation
+from mla_moe.ops.experts import Activation, ExpertAdapters
+from mla_moe.ops.lora import LoRAFactors, keep_own
 from mla_moe.ops.permutation import permutation, permute, unpermute, weights_by_row
 
 MAX_MEAN_ROWS = 2
 """Mean rows per expert up to which rows are multiplied one by one: a matmul would rearrange the weights first."""
 
-Expert = Callable[[Array], Callable[[Array], Array]]
-"""From an expert's index to its function of tokens."""
+Expert = Callable[[Array], Callable[[Array, Array], Array]]
+"""From an expert's index to its function of activations and of the indices of their tokens."""
 
 
 def selected_experts(
@@ -28,18 +29,23 @@ def selected_experts(
     gate_up_ED2F: Num[Array, "E D 2 F"],
     down_EFD: Num[Array, "E F D"],
     activation: Activation = jax.nn.silu,
+    adapters: ExpertAdapters = ExpertAdapters(),
 ) -> Float[Array, "N D"]:
     """`Σ_k weight_k · down_k(activation(gate_k x) · up_k x)` over each token's experts. A pair with the expert `E` is
     unassigned and adds nothing. The weights may be those of `pack_bfloat16`."""
     E, D, _, F = gate_up_ED2F.shape
     gate_up_EDf = gate_up_ED2F.reshape(E, D, 2 * F)
 
-    def expert(e: Array) -> Callable[[Array], Array]:
+    def expert(e: Array) -> Callable[[Array, Array], Array]:
         gate_up_Df, down_FD = (_unpack(w[e]).astype(x_ND.dtype) for w in (gate_up_EDf, down_EFD))
 
-        def mlp(x_mD: Array) -> Array:
+        def mlp(x_mD: Array, token_m: Array) -> Array:
             h_mf = x_mD @ gate_up_Df
-            return jnp.matmul(activation(h_mf[:, :F]) * h_mf[:, F:], down_FD, preferred_element_type=jnp.float32)
+            if adapters.gate_up is not None:
+                h_mf += _low_rank(x_mD, adapters.gate_up, e, token_m).astype(h_mf.dtype)
+            h_mF = activation(h_mf[:, :F]) * h_mf[:, F:]
+            y_mD = jnp.matmul(h_mF, down_FD, preferred_element_type=jnp.float32)
+            return y_mD if adapters.down is None else y_mD + _low_rank(h_mF, adapters.down, e, token_m)
 
         return mlp
 
@@ -50,8 +56,15 @@ def selected_experts(
     block = 1 if few else min(max(1 << (mean_rows.bit_length() - 1), 8), 32)
     p = permutation(experts_NK, E, block)
     x_RD = permute(x_ND, p)
-    y_RD = _by_row(expert, x_RD, p.group_sizes_E) if few else _by_block(expert, x_RD, p.group_sizes_E, block)
+    rows = (x_RD, p.token_R), p.group_sizes_E
+    y_RD = _by_row(expert, *rows) if few else _by_block(expert, *rows, block)
     return unpermute(y_RD * weights_by_row(weights_NK, p)[:, None], p).astype(x_ND.dtype)
+
+
+def _low_rank(x_mD: Array, lora: LoRAFactors, e: Array, token_m: Array) -> Float[Array, "m F"]:
+    """`x A B` of one expert, in float32."""
+    z_mr = keep_own(x_mD @ lora.a[e], None if lora.own_Nr is None else lora.own_Nr[token_m])
+    return jnp.matmul(z_mr, lora.b[e].reshape(z_mr.shape[1], -1), preferred_element_type=jnp.float32)
 
 
 def pack_bfloat16(weight: Float[Array, "*axes"]) -> Num[Array, "*axes"]:
@@ -68,13 +81,18 @@ def _unpack(weight: Array) -> Array:
 
 def _one_token(expert: Expert, num_experts: int, x_1D: Array, experts_1K: Array, weights_1K: Array) -> Array:
     def add(k: Array, y_1D: Array) -> Array:
-        e = experts_1K[0, k]
-        return jax.lax.cond(e < num_experts, lambda: y_1D + expert(e)(x_1D) * weights_1K[0, k], lambda: y_1D)
+        e, token_1 = experts_1K[0, k], jnp.zeros(1, jnp.int32)
+        weighted = lambda: y_1D + expert(e)(x_1D, token_1) * weights_1K[0, k]  # noqa: E731
+        return jax.lax.cond(e < num_experts, weighted, lambda: y_1D)
 
     return jax.lax.fori_loop(0, experts_1K.shape[1], add, jnp.zeros(x_1D.shape, jnp.float32))
 
 
-def _by_row(expert: Expert, x_RD: Array, group_sizes_E: Array) -> Array:
+Rows = tuple[Float[Array, "R D"], Int[Array, "R"]]
+"""Activations sorted by expert, and the token of each."""
+
+
+def _by_row(expert: Expert, rows: Rows, group_sizes_E: Array) -> Array:
     """Loop over selected experts, and over the rows of each: an expert's weights are converted once."""
     end_E, used_E = jnp.cumsum(group_sizes_E), jnp.argsort(group_sizes_E == 0)
 
@@ -83,21 +101,21 @@ def _by_row(expert: Expert, x_RD: Array, group_sizes_E: Array) -> Array:
         mlp = expert(e)
 
         def one_row(r: Array, y_RD: Array) -> Array:
-            x_1D = jax.lax.dynamic_slice_in_dim(x_RD, r, 1)
-            return jax.lax.dynamic_update_slice_in_dim(y_RD, mlp(x_1D), r, 0)
+            row = (jax.lax.dynamic_slice_in_dim(of_rows, r, 1) for of_rows in rows)
+            return jax.lax.dynamic_update_slice_in_dim(y_RD, mlp(*row), r, 0)
 
         return jax.lax.fori_loop(end_E[e] - group_sizes_E[e], end_E[e], one_row, y_RD)
 
-    return jax.lax.fori_loop(0, (group_sizes_E > 0).sum(), one_expert, jnp.zeros(x_RD.shape, jnp.float32))
+    return jax.lax.fori_loop(0, (group_sizes_E > 0).sum(), one_expert, jnp.zeros(rows[0].shape, jnp.float32))
 
 
-def _by_block(expert: Expert, x_RD: Array, group_sizes_E: Array, block: int) -> Array:
+def _by_block(expert: Expert, rows: Rows, group_sizes_E: Array, block: int) -> Array:
     """Loop over blocks of expert-sorted rows, one expert per block."""
     end_E = jnp.cumsum(group_sizes_E) // block
 
     def one_block(i: Array, y_RD: Array) -> Array:
         e = jnp.searchsorted(end_E, i, side="right")
-        x_mD = jax.lax.dynamic_slice_in_dim(x_RD, i * block, block)
-        return jax.lax.dynamic_update_slice_in_dim(y_RD, expert(e)(x_mD), i * block, 0)
+        of_block = (jax.lax.dynamic_slice_in_dim(of_rows, i * block, block) for of_rows in rows)
+        return jax.lax.dynamic_update_slice_in_dim(y_RD, expert(e)(*of_block), i * block, 0)
 
-    return jax.lax.fori_loop(0, end_E[-1], one_block, jnp.zeros(x_RD.shape, jnp.float32))
+    return jax.lax.fori_loop(0, end_E[-1], one_block, jnp.zeros(rows[0].shape, jnp.float32))

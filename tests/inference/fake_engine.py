@@ -12,7 +12,7 @@ class FakeEngine:
     """It checks requests as the real one does, and generates `aaa…`, or fails with `failure`."""
 
     max_num_seqs, max_model_len, cfg, num_running = 4, 64, SimpleNamespace(vocab_size=258), 0
-    occupancy, num_preemptions = (0, 0), 0
+    occupancy, num_preemptions, _adapters = (0, 0), 0, ()
     check = Engine.check
 
     def __init__(self, failure=None):

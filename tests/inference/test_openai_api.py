@@ -98,7 +98,7 @@ def test_the_first_word_of_a_completion_keeps_its_space():
     """As with vLLM: prompt and completion are then joined as they are."""
     pieces = [" a", " b", " prompt"]
     cfg, decode = SimpleNamespace(vocab_size=3), lambda ids: "".join(pieces[i] for i in ids).lstrip()
-    engine = SimpleNamespace(max_model_len=8, cfg=cfg, _detokenize=decode)
+    engine = SimpleNamespace(max_model_len=8, cfg=cfg, _detokenize=decode, _adapters=())
     completion = Engine.check(engine, Request([2], 2))
     completion.append_tokens([0, 1], [0.0, 0.0])
     assert completion.text == " a b"
@@ -160,7 +160,7 @@ def test_limits_come_before_work(body, field):
     tokenizer = SimpleNamespace(encode_raw=never, stop_ids=())
     start = time.process_time()
     with pytest.raises(ConfigError) as caught:
-        parse_request(json.dumps(body).encode(), tokenizer, "tiny", 32, chat=False)
+        parse_request(json.dumps(body).encode(), tokenizer, ["tiny"], 32, chat=False)
     assert caught.value.field == field
     assert len(json.dumps(error_body(str(caught.value), "", field))) < 2000
     assert time.process_time() - start < 2
@@ -180,7 +180,7 @@ def test_limits_come_before_work(body, field):
 def test_limits_of_chats_come_before_the_template(messages, field):
     tokenizer = SimpleNamespace(encode_chat=never, stop_ids=())
     with pytest.raises(ConfigError) as caught:
-        parse_request(json.dumps({"messages": messages}).encode(), tokenizer, "tiny", 32, chat=True)
+        parse_request(json.dumps({"messages": messages}).encode(), tokenizer, ["tiny"], 32, chat=True)
     assert caught.value.field == field
 
 
@@ -188,7 +188,7 @@ def test_messages_may_be_nested():
     """As calls of tools, whose arguments are JSON."""
     message = {"role": "user", "content": "hi", "x": nested(29)}
     tokenizer = SimpleNamespace(encode_chat=lambda messages: [len(messages)], stop_ids=())
-    _, prompts, _ = parse_request(json.dumps({"messages": [message]}).encode(), tokenizer, "tiny", 32, chat=True)
+    _, prompts, _ = parse_request(json.dumps({"messages": [message]}).encode(), tokenizer, ["tiny"], 32, chat=True)
     assert prompts == [[1]]
 
 
@@ -196,5 +196,5 @@ def test_what_fits_is_encoded():
     encoded = []
     tokenizer = SimpleNamespace(encode_raw=lambda text: encoded.append(text) or [1], stop_ids=())
     body = {"prompt": ["7" * 2048, "b"], "n": 32, "model": ""}
-    _, prompts, requests = parse_request(json.dumps(body).encode(), tokenizer, "tiny", 32, chat=False)
+    _, prompts, requests = parse_request(json.dumps(body).encode(), tokenizer, ["tiny"], 32, chat=False)
     assert (encoded, prompts, len(requests)) == (body["prompt"], [[1], [1]], 64)

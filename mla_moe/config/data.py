@@ -17,7 +17,7 @@ class DataConfig:
     """Globs of .txt/.py/.md (one document per file), .jsonl, .json, .parquet or .arrayrecord files, or cpython:train:
     the sources of the running Python's standard library and its language reference. Each entry is a source. Globs
     may be URLs: hf://datasets/ORG/NAME@REVISION/PATH, s3://… or gs://…."""
-    weights: tuple[float, ...] = ()
+    weights: tuple[float, ...] = field((), change="stated")
     """For each source of `train` its share of the packed sequences, relative to the others; sources repeat as often as
     that takes. By default all documents are shuffled together, so that shares are as the sizes of the sources."""
     heldout: tuple[str, ...] = ("cpython:heldout",)

@@ -42,8 +42,8 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon"] = field("adamw", full_state="equal")
     """adamw, or muon with Moonlight's RMS scaling of updates."""
-    schedule: ScheduleConfig = ScheduleConfig()
-    muon_peak_lr: float | None = None
+    schedule: ScheduleConfig = field(ScheduleConfig(), change="stated")
+    muon_peak_lr: float | None = field(None, change="stated")
     """Peak learning rate of the matrices under Muon. None: the schedule's peak_lr, which fits Muon's scaled updates."""
     beta1: float = 0.9
     """AdamW: decay rate of the gradient's moving average."""

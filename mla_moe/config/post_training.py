@@ -90,9 +90,9 @@ class FineTuningConfig:
     section: ClassVar[str]
     """The recipe's section, which errors name."""
 
-    steps: int = 0
+    steps: int = field(0, change="stated")
     """Optimizer steps; 0 skips the stage, unless `epochs` is set."""
-    epochs: float | None = None
+    epochs: float | None = field(None, change="stated")
     """Passes over the data, in place of steps. Their number follows from how the examples are packed."""
     data: tuple[str, ...] = ()
     """Globs of .jsonl, .json or .parquet files of examples."""
@@ -100,11 +100,11 @@ class FineTuningConfig:
     """Held-out examples in the same formats, for the loss after every eval_every steps, at the start and at the end."""
     eval_every: int = field(0, resume="free")
     """Steps between evaluations on held-out examples; 0 evaluates only before the first and after the last step."""
-    batch_size: int = 32
+    batch_size: int = field(32, change="stated")
     """Packed sequences per step. A sequence has several examples."""
     sequence_length: int = 1024
     """Tokens per packed sequence, and of the longest example."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = field(1, change="stated")
     """Gradient accumulation: microbatches per step, whose gradients are added before one update."""
     optimizer: OptimizerConfig = OptimizerConfig()
     router_bias_update_rate: float = 0.0
@@ -193,7 +193,7 @@ class DPOConfig(FineTuningConfig):
 class RLConfig:
     """Reinforcement learning from rule rewards: GRPO and related objectives (DeepSeek-R1)."""
 
-    steps: int = 0
+    steps: int = field(0, change="stated")
     """RL steps: each samples completions and makes `minibatches` optimizer updates. 0 skips the stage."""
     objective: Literal["grpo", "dr_grpo", "dapo", "gspo", "distillation"] = "grpo"
     """Objective: grpo (as in R1), dr_grpo (no division by standard deviation or length), dapo (clip-higher, dynamic
@@ -202,7 +202,7 @@ class RLConfig:
     teacher: str | None = None
     """Checkpoint of the teacher of distillation: what init_from takes, with the same vocabulary. It may be another
     model; its parameters are in memory too, in the compute dtype, on the same mesh."""
-    prompts_per_step: int = 32
+    prompts_per_step: int = field(32, change="stated")
     """Prompts per step."""
     group_size: int = 16
     """Completions per prompt. Advantages are relative to the mean reward of this group."""
@@ -220,7 +220,7 @@ class RLConfig:
     """ε_low: the importance ratio is clipped at 1 − ε_low. None: the objective's own (0.2; gspo 3e-4)."""
     clip_ratio_high: float | None = None
     """ε_high: the importance ratio is clipped at 1 + ε_high. None: the objective's own (0.2; dapo 0.28; gspo 4e-4)."""
-    kl_coef: float = 1e-3
+    kl_coef: float = field(1e-3, change="stated")
     """β: weight of the KL from the reference policy in the loss; 0 keeps no reference policy."""
     ref_sync_steps: int = 400
     """Steps between updates of the reference policy to the current policy; 0 keeps the initial one."""
@@ -289,7 +289,7 @@ class RejectionConfig:
     """Rejection sampling after RL: completions of training prompts that are correct and in format become data for
     fine-tuning (DeepSeek-R1, section 2.3.3). They are sampled as in `rl` and trained on as in `sft`."""
 
-    steps: int = 0
+    steps: int = field(0, change="stated")
     """Optimizer steps of the fine-tuning; 0 skips the stage."""
     prompts: int = 1024
     """Training prompts to sample completions of."""

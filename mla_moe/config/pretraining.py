@@ -12,16 +12,16 @@ from mla_moe.config.resume import field
 class TrainingConfig:
     """Pretraining on packed text."""
 
-    steps: int = 1000
+    steps: int = field(1000, change="stated")
     """Optimizer steps; 0 skips the stage, unless `epochs` is set."""
-    epochs: float | None = None
+    epochs: float | None = field(None, change="stated")
     """Passes over the text, in place of steps (steps = 0). Their number follows from how the documents are packed, for
     which the stage tokenizes all of the text once, when it first starts."""
-    batch_size: int = field(32, full_state="equal")
+    batch_size: int = field(32, full_state="equal", change="stated")
     """Global batch size: packed sequences per step, over all devices and microbatches."""
     sequence_length: int = field(1024, full_state="equal")
     """Tokens per packed sequence."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = field(1, change="stated")
     """Gradient accumulation: microbatches per step, whose gradients are added before one update."""
     loss_chunk: int = field(512, resume="free")
     """Tokens of a sequence whose logits are in memory at one time."""

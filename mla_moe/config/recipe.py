@@ -93,20 +93,24 @@ class Recipe:
     resume_step: int | None = field(None, resume="free")
     """Resume from the checkpoint of this step of the last stage that has checkpoints, instead of the newest. Newer ones
     are renamed to STEP.after_RESUME_STEP, and the same command again resumes from the newest that is left."""
+    resume_changes: tuple[str, ...] = field((), resume="free")
+    """Fields or sections of which the resumed run may have other values, such as training.steps or optimizer.schedule;
+    optimizer state and place in the data are kept. Steps, epochs, batch size, microbatches and learning-rate schedule
+    of the newest stage, data.weights and rl.kl_coef can change so. history.jsonl has the changes and recipes before."""
     model_from: Literal["recipe", "init_from"] = "recipe"
     """Where `model` and `data.tokenizer` come from: recipe, or init_from. A command that opens the recipe then takes
     them from that checkpoint, and cuts sequences of fine-tuning to its positions; flags may change this after that."""
-    data: DataConfig = field(DataConfig(), full_state="equal")
-    optimizer: OptimizerConfig = OptimizerConfig()
+    data: DataConfig = field(DataConfig(), full_state="equal", stage="pretrain")
+    optimizer: OptimizerConfig = field(OptimizerConfig(), stage="pretrain")
     mesh: MeshConfig = field(MeshConfig(), resume="free")
     kernels: KernelConfig = KernelConfig()
-    training: TrainingConfig = TrainingConfig()
+    training: TrainingConfig = field(TrainingConfig(), stage="pretrain")
     task: TaskConfig = field(TaskConfig(), resume=("sft", "dpo", "rl", "rejection"))
     lora: LoRAConfig = field(LoRAConfig(), resume=("sft", "dpo", "rl", "rejection"))
-    sft: SFTConfig = field(SFTConfig(), resume=("sft", "dpo", "rl", "rejection"))
-    dpo: DPOConfig = field(DPOConfig(), resume=("dpo", "rl", "rejection"))
-    rl: RLConfig = field(RLConfig(), resume=("rl", "rejection"))
-    rejection: RejectionConfig = field(RejectionConfig(), resume=("rejection",))
+    sft: SFTConfig = field(SFTConfig(), resume=("sft", "dpo", "rl", "rejection"), stage="sft")
+    dpo: DPOConfig = field(DPOConfig(), resume=("dpo", "rl", "rejection"), stage="dpo")
+    rl: RLConfig = field(RLConfig(), resume=("rl", "rejection"), stage="rl")
+    rejection: RejectionConfig = field(RejectionConfig(), resume=("rejection",), stage="rejection")
     checkpoint: CheckpointConfig = field(CheckpointConfig(), resume="free")
     sample: SampleConfig = field(SampleConfig(), resume="free")
     track: tuple[Literal["wandb", "trackio", "mlflow"], ...] = field((), resume="free")
@@ -120,6 +124,10 @@ class Recipe:
             require_number(name, leaf.value)
         require_field(self, "seed", 0 <= self.seed < 1 << 31, "in [0, 2**31)")
         require_between(self, "", "resume_step", 1, MAX_SIZE)
+        stated = [name for name, leaf in leaves(self).items() if leaf.may_be_stated]
+        for name in self.resume_changes:
+            known = any(f"{leaf}.".startswith(f"{name}.") for leaf in stated)
+            require(known, "resume_changes", name, f"cannot change in a run; those that can are {', '.join(stated)}")
         limit = self.model.max_position_embeddings if self.model_from == "recipe" else MAX_SIZE
         message = f"at most model.max_position_embeddings = {limit}"
         if self.training.active:

@@ -16,14 +16,18 @@ def field(
     default: Any,
     *,
     resume: Resume | None = None,
+    change: Literal["stated"] | None = None,
+    stage: str | None = None,
     full_state: Literal["equal"] | None = None,
     init_from: Literal["may_differ"] | None = None,
 ) -> Any:
-    """A dataclass field with a resume policy. What is None is as in the section around the field. `full_state="equal"`:
+    """A dataclass field with a resume policy. What is None is as in the section around the field. `change="stated"`:
+    while `stage` is the newest that has started, a resumed run may change the value if its recipe says so
+    (`resume_changes`), because state and data position keep their meaning. `full_state="equal"`:
     with `init_parts = "full_state"`, pretraining resumes the optimizer and data position of another run, which must
     have the same value. `init_from="may_differ"`: the checkpoint that initializes a stage may have another value of
     this model field; all other model fields must be equal."""
-    policy = {"resume": resume, "full_state": full_state, "init_from": init_from}
+    policy = {"resume": resume, "change": change, "stage": stage, "full_state": full_state, "init_from": init_from}
     return dataclasses.field(default=default, metadata={k: v for k, v in policy.items() if v is not None})
 
 
@@ -37,6 +41,15 @@ class Leaf(NamedTuple):
         """Whether a run of which these stages have started may go on with another value."""
         resume: Resume = self.policy.get("resume", "fixed")
         return resume == "free" or (isinstance(resume, tuple) and not started_stages & set(resume))
+
+    @property
+    def may_be_stated(self) -> bool:
+        """Whether `resume_changes` may name the field."""
+        return self.policy.get("change") == "stated" and "stage" in self.policy
+
+    def may_change_if_stated(self, started_stages: Set[str]) -> bool:
+        """Whether a run of which these stages have started may resume with another value, if its recipe says so."""
+        return self.may_be_stated and not started_stages & set(STAGES[STAGES.index(self.policy["stage"]) + 1 :])
 
     @property
     def equal_for_full_state(self) -> bool:

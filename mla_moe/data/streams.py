@@ -56,7 +56,7 @@ class Batches:
         self._mine = range(rows.start // per_stream, rows.stop // per_stream)
         self._prefetched: Future[list[Batch]] | None = None
         self._documents: dict[int, list[int]] = {}
-        self.share = len(self._mine) / streams
+        self._count, self.share = streams, len(self._mine) / streams
         """The streams that this process reads, as a fraction of all."""
 
     @cached_property
@@ -83,7 +83,12 @@ class Batches:
         """The data position of each stream, as JSON."""
         return {
             number: json.dumps(
-                {"source": self._source, "documents": self._documents.get(number), "stream": stream.get_state()}
+                {
+                    "source": self._source,
+                    "streams": self._count,
+                    "documents": self._documents.get(number),
+                    "stream": stream.get_state(),
+                }
             )
             for number, stream in self._streams.items()
         }
@@ -96,6 +101,9 @@ class Batches:
             if position["source"] != self._source:
                 fix = "number, sizes or data.max_record_bytes differ from the checkpoint's; restore them or start anew"
                 raise ConfigError("data", "other files", fix)
+            if (saved := position.get("streams", self._count)) != self._count:
+                fix = f"the checkpoint's position is in {saved}; set that, and a batch size that it divides"
+                raise ConfigError("data.streams", self._count, fix)
             if "documents" not in position:
                 logger.warning("stream %d: the checkpoint is older than the count of epochs; it starts here", number)
             elif position["documents"]:

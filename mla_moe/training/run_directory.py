@@ -13,8 +13,9 @@ from jax.experimental import multihost_utils
 from mla_moe.checkpoint.manager import CheckpointManager
 from mla_moe.config import ConfigError, Recipe, load_recipe, require
 from mla_moe.config.files import read_json_object
-from mla_moe.config.resume import STAGES, leaves
+from mla_moe.config.resume import STAGES
 from mla_moe.training.metrics import read_rows, write_atomically
+from mla_moe.training.resume_changes import record_changes, stated_changes
 
 logger = logging.getLogger(__name__)
 
@@ -33,19 +34,15 @@ def open_run_directory(recipe: Recipe) -> Path:
     odd = set("*?[") & set(os.path.abspath(run_dir))
     require(not odd, "run_dir", recipe.run_dir, f"checkpoints cannot be written below a name with {' '.join(odd)}")
     former = load_recipe(path) if path.exists() else None
-    if former and stages:  # a start that failed leaves no rows
-        old, new = leaves(former), leaves(recipe)
-        for name in old | new:  # fields of an optional section may be in one of them only
-            before, after = (side[name].value if name in side else None for side in (old, new))
-            if before != after and not (new | old)[name].may_change(stages):
-                message = f"{run_dir} holds a run with {before!r}; keep that value or give another --run-dir"
-                raise ConfigError(name, after, message)
+    changes = stated_changes(former, recipe, stages) if former and stages else {}  # a failed start leaves no rows
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError("run_dir", recipe.run_dir, f"cannot be created: {error.strerror}") from None
     if jax.process_index() == 0:
         _lock(run_dir)
+        if former and changes:
+            record_changes(run_dir, former, changes)
         write_atomically(path, recipe.to_json())
         if former and not stages and recipe.data.tokenizer.startswith("bpe:"):
             (run_dir / "tokenizer.json").unlink(missing_ok=True)  # of a start that failed, perhaps on other text

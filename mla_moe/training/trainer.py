@@ -19,7 +19,7 @@ import optax
 
 from mla_moe.checkpoint.base_reference import BaseReference
 from mla_moe.checkpoint.manager import CheckpointManager, DataPosition, FixedPosition
-from mla_moe.config import OptimizerConfig, TrainingConfig
+from mla_moe.config import OptimizerConfig, TrainingConfig, require
 from mla_moe.parallel.sharding import bytes_per_device
 from mla_moe.training.checkpoint_schedule import CheckpointSchedule
 from mla_moe.training.console import Progress
@@ -157,6 +157,9 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
             is_needed = not later_stage_has_checkpoint(context.run_dir, self.name)
             if is_needed and context.recipe.resume_step is not None:
                 rewind(checkpoints, context.run_dir, context.recipe.resume_step, log)
+            done, section = checkpoints.latest or 0, "training" if self.name == "pretrain" else self.name
+            fix = f"{done} are done; set at least as many, or resume from an earlier checkpoint with --resume-step"
+            require(done <= self.training.steps or not is_needed, f"{section}.steps", self.training.steps, fix)
             if checkpoints.latest == self.training.steps and is_needed:  # restored to see that it is not damaged
                 checkpoints.restore(self.abstract_state, FixedPosition(), log)
             if checkpoints.latest == self.training.steps:

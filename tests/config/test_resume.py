@@ -12,7 +12,7 @@ FREE = (
     "kernels.compiler_options data.prefetch data.max_lost_bytes_fraction training.loss_chunk training.remat "
     "training.max_skipped_steps training.loss_spike_threshold training.log_every training.eval_every "
     "rl.micro_batch_size rl.max_num_seqs rl.eval_every data.max_record_bytes training.max_step_minutes profile. "
-    "resume_step track sft.eval_every sft.eval_samples dpo.eval_every"
+    "resume_step resume_changes track sft.eval_every sft.eval_samples dpo.eval_every"
 )
 
 
@@ -34,6 +34,29 @@ def test_sections_may_change_until_a_stage_that_uses_them_starts():
     assert changeable("pretrain", "sft") == free | section("dpo.", "rl.", "rejection.")
     assert changeable("rl") == free | section("rejection.")
     assert changeable("rejection") == free
+
+
+def test_fields_that_may_change_if_that_is_stated():
+    """Those of the newest stage; those of stages that have not started may change in any case."""
+
+    def stated(*started):
+        return {name for name, leaf in LEAVES.items() if leaf.may_change_if_stated(set(started))}
+
+    def of(prefix, *names, optimizer):
+        fields = {f"{prefix}.{name}" for name in names} | {f"{optimizer}.muon_peak_lr"}
+        return fields | {name for name in LEAVES if name.startswith(f"{optimizer}.schedule.")}
+
+    sizes = "steps", "epochs", "batch_size", "gradient_accumulation_steps"
+    rejection = {"rejection.steps"}
+    rl = rejection | of("rl", "steps", "prompts_per_step", "kl_coef", optimizer="rl.optimizer")
+    dpo = rl | of("dpo", *sizes, optimizer="dpo.optimizer")
+    sft = dpo | of("sft", *sizes, optimizer="sft.optimizer")
+    pretrain = sft | of("training", *sizes, optimizer="optimizer") | {"data.weights"}
+    assert stated("pretrain", "sft", "dpo", "rl", "rejection") == rejection
+    assert stated("pretrain", "sft", "rl") == rl
+    assert stated("dpo") == dpo
+    assert stated("pretrain", "sft") == sft
+    assert stated("pretrain") == pretrain
 
 
 def test_fields_that_must_be_equal_to_restore_the_full_state_of_another_run():

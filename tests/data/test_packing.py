@@ -237,16 +237,16 @@ def test_sources_have_the_share_of_their_weight():
         pass
 
 
-def in_streams(source, ranges, *, processes, streams=4, data=None, start=None):
+def in_streams(source, ranges, *, processes, streams=4, data=None, start=None, batch_size=8):
     """`Batches` of each process, and their global batches."""
     data = data or DataConfig(shuffle_buffer_size=8, prefetch=2)
 
     def open_stream(number):
-        options = {"batch_size": 8 // streams, "sequence_length": 16, "seed": 0, "shards": streams, "ranges": ranges}
-        return train_batches(data, source, BYTE, shard=number, **options)
+        sizes = {"batch_size": batch_size // streams, "sequence_length": 16, "shards": streams}
+        return train_batches(data, source, BYTE, seed=0, shard=number, ranges=ranges, **sizes)
 
-    rows = [slice(8 // processes * p, 8 // processes * (p + 1)) for p in range(processes)]
-    readers = [Batches(open_stream, mine, 8, streams) for mine in rows]
+    rows = [slice(batch_size // processes * p, batch_size // processes * (p + 1)) for p in range(processes)]
+    readers = [Batches(open_stream, mine, batch_size, streams) for mine in rows]
     if start:
         for reader in readers:
             reader.restore(start.__getitem__)
@@ -295,3 +295,22 @@ def test_documents_are_counted_by_source_when_they_are_trained_on(weights):
             begun["long"] += int((begins & (batch["targets"] != ord("c"))).sum())
             assert batch["documents"].tolist() == [begun["long"], begun["short"]]
     assert begun["long"] > 16  # more than an epoch
+
+
+def test_another_batch_size_resumes_with_the_next_sequences():
+    """Of each stream: the place is one in the data, not a number of steps."""
+    source, ranges = varied(30), {"a": range(30)}
+    with contextlib.closing(in_streams(source, ranges, processes=1, streams=2)[0]) as reader:
+        for _ in range(3):
+            next(reader)
+        states, after = reader.states(), [next(reader) for _ in range(6)]
+    (reader,) = in_streams(source, ranges, processes=1, streams=2, batch_size=24, start=states)
+    with contextlib.closing(reader):
+        large = [next(reader) for _ in range(2)]
+    for name in FIELDS:
+        streams = (np.stack([batch[name] for batch in batches]) for batches in (after, large))
+        small, found = (np.stack(np.split(rows, 2, axis=1)).reshape(2, 24, 16) for rows in streams)
+        np.testing.assert_array_equal(found, small)
+    assert large[-1]["documents"].tolist() == after[-1]["documents"].tolist()
+    with pytest.raises(ConfigError, match=r"^data.streams = 1: the checkpoint's position is in 2"):
+        in_streams(source, ranges, processes=1, streams=1, start=states)

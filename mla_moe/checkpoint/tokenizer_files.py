@@ -67,9 +67,13 @@ def _check_links(files: Mapping[str, Path]) -> None:
 
 def tokenizer_file(path: Path) -> Path | None:
     """The `tokenizer.json` of a checkpoint, or the file that a run's recipe names, which may no longer exist; None if
-    its tokens are bytes. Raises `CheckpointError` for a directory with a tokenizer of another format."""
+    its tokens are bytes. Raises `CheckpointError` for a directory with a tokenizer of another format, and for a run on
+    token ids without a tokenizer."""
     directory = find_step(path) or path
     if run := run_directory(directory):
+        if (spec := _spec(run)).startswith("ids:"):
+            fix = "the run had token ids and no tokenizer; convert it, and put the tokenizer's files beside the weights"
+            raise CheckpointError("data.tokenizer", spec, fix)
         return _recipe_tokenizer(run)
     if (file := directory / "tokenizer.json").is_file():
         return file
@@ -80,10 +84,14 @@ def tokenizer_file(path: Path) -> Path | None:
     return None
 
 
-def _recipe_tokenizer(run: Path) -> Path | None:
+def _spec(run: Path) -> str:
     data = read_json(run / "recipe.json").get("data")
-    spec = str(data.get("tokenizer", "byte")) if isinstance(data, dict) else "byte"
-    if spec == "byte":
+    return str(data.get("tokenizer", "byte")) if isinstance(data, dict) else "byte"
+
+
+def _recipe_tokenizer(run: Path) -> Path | None:
+    spec = _spec(run)
+    if spec == "byte" or spec.startswith("ids:"):
         return None
     return run / "tokenizer.json" if spec.startswith("bpe:") else tokenizer_path(spec)
 
@@ -115,4 +123,4 @@ def _token_ids(config: Mapping[str, Any], directory: Path) -> dict[str, int]:
     if file := files_to_copy(directory).get("tokenizer.json"):
         return text_worker().open(file)
     run = run_directory(directory)
-    return dict(BYTE_SPECIAL_IDS) if run and _recipe_tokenizer(run) is None else {}
+    return dict(BYTE_SPECIAL_IDS) if run and _spec(run) == "byte" else {}

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from typing import Literal
 
 from mla_moe.config.errors import MAX_SIZE, require_between, require_each, require_field
 from mla_moe.config.resume import field
@@ -14,7 +15,8 @@ class DataConfig:
     """Text for pretraining and for evaluation, tokenized and packed into sequences."""
 
     train: tuple[str, ...] = ("cpython:train",)
-    """Globs of .txt/.py/.md (one document per file), .jsonl, .json, .parquet or .arrayrecord files, or cpython:train:
+    """Globs of .txt/.py/.md (one document per file), .jsonl, .json, .parquet or .arrayrecord files, .npy or .bin files
+    of token ids, each document of which ends in eos, or cpython:train:
     the sources of the running Python's standard library and its language reference. Each entry is a source. Globs
     may be URLs: hf://datasets/ORG/NAME@REVISION/PATH, s3://… or gs://…."""
     weights: tuple[float, ...] = field((), change="stated")
@@ -23,15 +25,19 @@ class DataConfig:
     heldout: tuple[str, ...] = ("cpython:heldout",)
     """Held-out text for evaluation, given in the same way: one entry per source of `train`, in the same order."""
     text_field: str = "text"
-    """Key (JSON lines) or column (Parquet) that holds a document's text."""
+    """Key (JSON lines) or column (Parquet) of a document's text, or of its token ids. Where there is none, input_ids or
+    tokens is taken."""
+    token_dtype: Literal["uint16", "uint32", "int32"] = "uint16"
+    """Type of the token ids in .bin files, little-endian."""
     max_malformed_fraction: float = 0.01
     """Largest fraction of malformed documents, which are skipped and counted. Beyond it the run stops and names one."""
     max_record_bytes: int = field(4 << 20, resume="free")
     """Longest document, line or record in bytes: more is not in memory at a time. A longer text file is read in windows
     of this size, each a document; another longer record counts as malformed. At most 256 GiB: no limit in practice."""
     tokenizer: str = "byte"
-    """byte, the path of a tokenizer.json, hf://ORG/NAME for that of a model of the Hub, or bpe:SIZE to train a BPE
-    tokenizer with SIZE tokens on the training text. With --init-from, bpe:SIZE uses that checkpoint's tokenizer."""
+    """byte, the path of a tokenizer.json, hf://ORG/NAME for that of a model of the Hub, ids:EOS for token ids whose
+    tokenizer is not known, EOS being the id that ends a document, or bpe:SIZE to train a BPE tokenizer with SIZE tokens
+    on the training text. With --init-from, bpe:SIZE uses that checkpoint's tokenizer."""
     max_lost_bytes_fraction: float = field(0.01, resume="free")
     """Largest fraction of the bytes of a sample of the text that the tokenizer may lose, as one without some characters
     does. Beyond it the run does not start; bits per byte counts 8 bits for each lost byte."""
@@ -56,6 +62,9 @@ class DataConfig:
         message = "must be at least 0 and less than 1"
         require_each(self, "data", "max_lost_bytes_fraction", lambda x: 0 <= x < 1, message)
         require_between(self, "data", "streams shuffle_buffer_size prefetch", 1, MAX_SIZE)
+        if self.tokenizer.startswith("ids:"):
+            ok = re.fullmatch("[0-9]{1,9}", self.tokenizer.removeprefix("ids:")) is not None
+            require_field(self, "data.tokenizer", ok, "ids:EOS with the token id EOS that ends a document")
         if self.tokenizer.startswith("bpe:"):
             size = self.tokenizer.removeprefix("bpe:")
             ok = re.fullmatch("[0-9]{3,6}", size) is not None and int(size) >= 300

@@ -4,8 +4,13 @@ import logging
 from collections.abc import Mapping, Sequence, Set
 
 import numpy as np
+from jaxtyping import Int
 
 from mla_moe.config import ConfigError
+
+TokenIds = Int[np.ndarray, "T"]
+Document = str | TokenIds
+"""A text, or token ids."""
 
 logger = logging.getLogger(__name__)
 
@@ -24,7 +29,7 @@ def too_long(field: str, where: str, max_record_bytes: int) -> MalformedRecordEr
 _TEXT, _EMPTY, _MALFORMED = 1, 2, 3
 
 
-class SkipMalformed(Sequence[str]):
+class SkipMalformed(Sequence[Document]):
     """Documents, with malformed ones replaced by empty text, which packing skips. Both are counted when they are read.
 
     Raises `ConfigError` that names the record once more than `max_fraction` of all records are malformed.
@@ -37,7 +42,7 @@ class SkipMalformed(Sequence[str]):
     nbytes: int
     """Bytes of the files."""
 
-    def __init__(self, source: Sequence[str], max_fraction: float, fingerprint: int):
+    def __init__(self, source: Sequence[Document], max_fraction: float, fingerprint: int):
         """`fingerprint` identifies the files, to detect other data on resume."""
         self._source, self._max_fraction, self.fingerprint = source, max_fraction, fingerprint
         self._skipped: set[int] = set()
@@ -63,10 +68,10 @@ class SkipMalformed(Sequence[str]):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Document:
         try:
             text = self._source[index]
-            self._found[index] = _TEXT if text else _EMPTY
+            self._found[index] = _TEXT if len(text) else _EMPTY
             return text
         except MalformedRecordError as error:
             new, self._found[index] = index not in self._skipped, _MALFORMED

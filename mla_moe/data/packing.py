@@ -18,6 +18,7 @@ import grain
 import numpy as np
 
 from mla_moe.config import ConfigError, DataConfig, require
+from mla_moe.data.malformed_records import Document, TokenIds
 from mla_moe.text.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
@@ -37,7 +38,7 @@ _BINS = 128  # sequences packed at one time: 1-2 % is padding; more bins would m
 
 def train_batches(
     data: DataConfig,
-    source: Sequence[str],
+    source: Sequence[Document],
     tokenizer: Tokenizer,
     *,
     batch_size: int,
@@ -67,7 +68,7 @@ def train_batches(
     packed, buffer_seed = [], 0
     for part in parts:
         documents, buffer_seed = shuffled(_Numbered(source, ends), seed, shard, shards, part)
-        encoded = documents.map(lambda found: (found[0], _with_bos_eos(found[1], tokenizer)))
+        encoded = documents.map(lambda found: (found[0], document_ids(found[1], tokenizer)))
         packed.append(_pack_encoded(encoded, sequence_length, len(ends)))
     mixed = grain.IterDataset.mix(packed, data.weights) if data.weights else packed[0]
     return batched(mixed, data, buffer_seed, batch_size=batch_size, shards=shards)
@@ -96,10 +97,10 @@ def batched(
 
 
 def pack_documents(
-    documents: grain.MapDataset[str], tokenizer: Tokenizer, sequence_length: int
+    documents: grain.MapDataset[Document], tokenizer: Tokenizer, sequence_length: int
 ) -> grain.IterDataset[Batch]:
     """Tokenize, split into windows, and pack the windows into sequences (first fit)."""
-    return _pack_encoded(documents.map(lambda text: (0, _with_bos_eos(text, tokenizer))), sequence_length)
+    return _pack_encoded(documents.map(lambda text: (0, document_ids(text, tokenizer))), sequence_length)
 
 
 def _pack_encoded(
@@ -141,11 +142,11 @@ def of_one_source(example: Batch) -> Batch:
     return example | {"source": np.array(0)}
 
 
-def window_lengths(documents: Sequence[str], tokenizer: Tokenizer, sequence_length: int) -> "array.array[int]":
+def window_lengths(documents: Sequence[Document], tokenizer: Tokenizer, sequence_length: int) -> "array.array[int]":
     """The lengths of the windows of all documents, which takes as long as tokenizing them."""
     windows, found = _Windows(sequence_length), array.array("i")
     for text in documents:
-        found.extend(len(window["tokens"]) for window in windows.flat_map((0, _with_bos_eos(text, tokenizer))))
+        found.extend(len(window["tokens"]) for window in windows.flat_map((0, document_ids(text, tokenizer))))
     return found
 
 
@@ -162,9 +163,16 @@ def packed_sequences_per_epoch(lengths: Sequence[int], sequence_length: int) -> 
     return sum(lengths) * full / packed
 
 
-def _with_bos_eos(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    ids = map(tokenizer.encode, pieces(text))
-    return np.concatenate([[tokenizer.bos_id], *ids, [tokenizer.eos_id]], dtype=np.int32)
+def document_ids(document: Document, tokenizer: Tokenizer) -> TokenIds:
+    """The token ids of a text between bos and eos; token ids as they are, with eos at the end. An empty document has
+    none: bos and eos alone would teach that documents are empty."""
+    if isinstance(document, str):
+        begin, ids = [tokenizer.bos_id], map(tokenizer.encode, pieces(document))
+    else:
+        ends = len(document) > 0 and document[-1] == tokenizer.eos_id
+        begin, ids = [], [document[:-1] if ends else document]
+    found = np.concatenate([begin, *ids, [tokenizer.eos_id]]).astype(np.int32)
+    return found if len(found) > len(begin) + 1 else found[:0]
 
 
 def pieces(text: str) -> Iterator[str]:
@@ -181,8 +189,6 @@ class _Windows(grain.experimental.FlatMapTransform):
 
     def flat_map(self, element: tuple[int, np.ndarray]) -> list[Batch]:
         source, ids = element
-        if len(ids) == 2:  # bos and eos alone would teach that documents are empty
-            return []
         return [
             {"tokens": ids[s:stop], "targets": ids[s + 1 : stop + 1], "source": np.array(-1 if s else source)}
             for s, stop in ((s, min(s + self._length, len(ids) - 1)) for s in range(0, len(ids) - 1, self._length))

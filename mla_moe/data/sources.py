@@ -1,4 +1,4 @@
-"""Sources of documents: every supported format becomes one sequence of strings with random access.
+"""Sources of documents: every supported format becomes one sequence of texts, or of token ids, with random access.
 
 Grain shuffles by index and reads from several threads, so a source has a length, returns document `i` at any time, and
 keeps no file open.
@@ -21,7 +21,8 @@ from mla_moe.config.storage import is_url, local_files, require_path
 from mla_moe.data import arithmetic, cpython
 from mla_moe.data.frozen_files import FrozenFiles, fingerprint
 from mla_moe.data.lines import Lines, locate
-from mla_moe.data.malformed_records import MalformedRecordError, SkipMalformed, too_long
+from mla_moe.data.malformed_records import Document, MalformedRecordError, SkipMalformed, too_long
+from mla_moe.data.token_ids import KEYS, TokenFiles, TokenFormat, record_ids
 
 logger = logging.getLogger(__name__)
 MAX_JSON_FILE_BYTES = 512 << 20
@@ -38,27 +39,29 @@ def open_documents(
     text_field: str,
     max_malformed_fraction: float = 0.0,
     max_record_bytes: int = DataConfig.max_record_bytes,
+    tokens: TokenFormat | None = None,
 ) -> SkipMalformed:
     """The documents of all files that match `patterns`, in the order of the patterns and sorted by path within each.
 
     A pattern is a path, a glob (`**` includes subfolders), or `cpython:train`, `cpython:heldout`, `arithmetic:train` or
     `arithmetic:heldout`. The suffix selects the reader (`_READERS`); any other file is one UTF-8 document, and several
     if it is longer than `max_record_bytes`. `text_field` is the key or column of the text; `field` is the recipe field
-    that errors name. Malformed records, and longer ones, are skipped, up to `max_malformed_fraction` of all.
+    that errors name. Malformed records, and longer ones, are skipped, up to `max_malformed_fraction` of all. Records
+    and files of token ids need `tokens`.
     """
-    parts: list[Sequence[str]] = []
+    parts: list[Sequence[Document]] = []
     ranges: dict[str, range] = {}
     found = files_by_pattern(patterns, field, _BUILT_IN)
     for pattern, files in found.items():
         start = sum(map(len, parts))
         for read, paths in itertools.groupby(files.values(), key=_reader):
-            parts.append(read(list(paths), field, text_field, max_record_bytes))
+            parts.append(read(list(paths), field, text_field, max_record_bytes, tokens))
         ranges[pattern] = range(start, sum(map(len, parts)))
     source = SkipMalformed(ConcatenatedDocuments(parts), max_malformed_fraction, fingerprint(parts))
     source.ranges, source.files = ranges, set().union(*found.values())
     files = (getattr(part, "files", None) for part in parts)
     source.nbytes = sum(sum(part.sizes) for part in files if part)
-    if not any(source):  # reads until the first text, which also checks the format before training
+    if not any(map(len, source)):  # reads until the first text, which also checks the format before training
         raise ConfigError(field, tuple(patterns), "contains no text: every document is empty; name other files")
     return source
 
@@ -98,17 +101,17 @@ def find_files(pattern: str, field: str) -> list[str]:
     return matches
 
 
-class ConcatenatedDocuments(Sequence[str]):
+class ConcatenatedDocuments(Sequence[Document]):
     """Several sources, concatenated."""
 
-    def __init__(self, parts: Sequence[Sequence[str]]):
+    def __init__(self, parts: Sequence[Sequence[Document]]):
         self._parts = parts
         self._ends = list(itertools.accumulate(len(part) for part in parts))
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Document:
         part, offset = locate(self._ends, index)
         return self._parts[part][offset]
 
@@ -117,7 +120,7 @@ class TextFiles(Sequence[str]):
     """UTF-8 text files, each one document. A file longer than `max_record_bytes` is read in windows of that size, each
     a document, which begin at the next whole character."""
 
-    def __init__(self, paths: list[str], field: str, text_field: str, max_record_bytes: int):
+    def __init__(self, paths: list[str], field: str, text_field: str, max_record_bytes: int, *_: object):
         self.files, self._field, self._window = FrozenFiles(paths, field), field, max_record_bytes
         counts = [max(1, -(-(size - _SPLIT) // max_record_bytes)) for size in self.files.sizes]
         self._ends = array.array("q", itertools.accumulate(counts))
@@ -167,27 +170,34 @@ def has_lone_surrogate(text: str) -> bool:
     return not text.isascii() and _LONE_SURROGATE.search(text) is not None
 
 
-class JsonLines(Sequence[str]):
+class JsonLines(Sequence[Document]):
     """JSON-lines files: one JSON object per line."""
 
-    def __init__(self, paths: list[str], field: str, text_field: str, max_record_bytes: int):
+    def __init__(
+        self, paths: list[str], field: str, text_field: str, max_record_bytes: int, tokens: TokenFormat | None = None
+    ):
         self._lines, self._field, self._key = Lines(paths, field, max_record_bytes), field, text_field
+        self._tokens = tokens
         self.files = self._lines.files
 
     def __len__(self) -> int:
         return len(self._lines)
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Document:
         line, where = self._lines[index], self._lines.where(index)
         try:
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise MalformedRecordError(self._field, where, f"is not JSON: {error}") from None
-        return _text_of(value, self._key, self._field, where)
+        return _document_of(value, self._key, self._tokens, self._field, where)
 
 
-def _text_of(record: Any, key: str, field: str, where: str) -> str:
-    text = record.get(key) if isinstance(record, dict) else None
+def _document_of(record: Any, key: str, tokens: TokenFormat | None, field: str, where: str) -> Document:
+    """What is under `key`, text or token ids; without it the token ids under one of their usual keys."""
+    found = record if isinstance(record, dict) else {}
+    text = next((found[name] for name in (key, *KEYS) if name in found), None)
+    if isinstance(text, list):
+        return record_ids(text, tokens, field, where)
     if not isinstance(text, str):
         raise MalformedRecordError(field, where, f"needs an object with text under {key!r} (data.text_field)")
     if has_lone_surrogate(text):
@@ -195,12 +205,14 @@ def _text_of(record: Any, key: str, field: str, where: str) -> str:
     return text
 
 
-class Json(Sequence[str]):
+class Json(Sequence[Document]):
     """JSON files, each one object or an array of objects, held in memory: a large corpus should be JSON lines."""
 
-    def __init__(self, paths: list[str], field: str, text_field: str, max_record_bytes: int):
+    def __init__(
+        self, paths: list[str], field: str, text_field: str, max_record_bytes: int, tokens: TokenFormat | None = None
+    ):
         self.files, self._field, self._key = FrozenFiles(paths, field), field, text_field
-        self._most, self._records = max_record_bytes, []
+        self._most, self._records, self._tokens = max_record_bytes, [], tokens
         for path, size in zip(paths, self.files.sizes, strict=True):
             size_limit = f"is larger than {MAX_JSON_FILE_BYTES >> 20} MB and read at once"
             fix = f"{size_limit}; write it as JSON lines, with suffix .jsonl"
@@ -215,29 +227,32 @@ class Json(Sequence[str]):
     def __len__(self) -> int:
         return self._ends[-1]
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Document:
         file, number = locate(self._ends, index)
         where = f"{self.files.paths[file]}, record {number + 1}"
-        text = _text_of(self._records[file][number], self._key, self._field, where)
-        if len(text.encode()) > self._most:
+        text = _document_of(self._records[file][number], self._key, self._tokens, self._field, where)
+        if isinstance(text, str) and len(text.encode()) > self._most:
             raise too_long(self._field, where, self._most)
         return text
 
 
-class Parquet(Sequence[str]):
+class Parquet(Sequence[Document]):
     """A text column of Parquet files.
 
     The format is decoded one row group at a time, so a shuffled read costs a row group. A few are cached, and files
     with small row groups (about a thousand rows) are fast. Convert a large corpus to ArrayRecord: it has random access.
     """
 
-    def __init__(self, paths: list[str], field: str, text_field: str, max_record_bytes: int):
+    def __init__(
+        self, paths: list[str], field: str, text_field: str, max_record_bytes: int, tokens: TokenFormat | None = None
+    ):
         try:
             import pyarrow
             import pyarrow.parquet
         except ImportError:
             raise ConfigError(field, paths[0], "Parquet needs pyarrow: pip install 'mla_moe[parquet]'") from None
-        self._field, self._column, self.files = field, text_field, FrozenFiles(paths, field)
+        self._field, self._tokens, self.files = field, tokens, FrozenFiles(paths, field)
+        self._columns: list[str] = []
         self._groups: list[tuple[int, int]] = []
         self._ends: list[int] = []
         self._most, largest = max_record_bytes, 1
@@ -247,14 +262,19 @@ class Parquet(Sequence[str]):
                     schema, metadata = file.schema_arrow, file.metadata
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise ConfigError(field, path, f"is not a Parquet file: {error}") from None
-            if text_field not in schema.names:
+            column = next((name for name in (text_field, *KEYS) if name in schema.names), None)
+            if column is None:
                 raise ConfigError("data.text_field", text_field, f"{path} has the columns {', '.join(schema.names)}")
-            kind = schema.field(text_field).type
-            if kind not in (pyarrow.string(), pyarrow.large_string()):
-                raise ConfigError("data.text_field", text_field, f"{path} has type {kind} in it; name a text column")
+            kind = schema.field(column).type
+            is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)
+            has_ids = is_list and pyarrow.types.is_integer(kind.value_type)
+            if kind not in (pyarrow.string(), pyarrow.large_string()) and not has_ids:
+                fix = f"{path} has type {kind} in it; name a column of text or of token ids"
+                raise ConfigError("data.text_field", text_field, fix)
+            self._columns.append(column)
             for group in map(metadata.row_group, range(metadata.num_row_groups)):
                 columns = map(group.column, range(group.num_columns))
-                size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema == text_field)
+                size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == column)
                 fix = f"has a row group of {size >> 20} MB of text, read at once; write it with row_group_size=1000"
                 require(size <= MAX_ROW_GROUP_BYTES, field, path, fix)
                 largest = max(largest, size)
@@ -272,7 +292,7 @@ class Parquet(Sequence[str]):
         with self.files.open(number) as opened:
             try:  # a separate reader per call, since readers are not thread-safe
                 with pyarrow.parquet.ParquetFile(opened) as file:
-                    rows = file.read_row_group(group, columns=[self._column]).column(0)
+                    rows = file.read_row_group(group, columns=[self._columns[number]]).column(0)
             except (pyarrow.ArrowException, OSError, ValueError) as error:
                 raise ConfigError(self._field, where, f"cannot be read: {error}") from None
         expected = self._ends[index] - (self._ends[index - 1] if index else 0)
@@ -285,25 +305,27 @@ class Parquet(Sequence[str]):
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def __getitem__(self, index: int) -> str:
+    def __getitem__(self, index: int) -> Document:
         group, row = locate(self._ends or [0], index)
         cell, (file, number) = self._rows(group)[row], self._groups[group]
         where = f"{self.files.paths[file]}, row group {number}, row {row}"
-        if cell.is_valid and cell.as_buffer().size > self._most:
+        if not cell.is_valid:
+            raise MalformedRecordError(self._field, where, f"{self._columns[file]!r} is null")
+        ids = getattr(cell, "values", None)
+        if (cell.as_buffer().size if ids is None else ids.nbytes) > self._most:
             raise too_long(self._field, where, self._most)
+        if ids is not None:
+            return record_ids(ids.to_pylist() if ids.null_count else ids.to_numpy(), self._tokens, self._field, where)
         try:
-            text = cell.as_py()
+            return cell.as_py()
         except UnicodeDecodeError as error:
             raise MalformedRecordError(self._field, where, f"is not UTF-8 text ({error.reason})") from None
-        if text is None:
-            raise MalformedRecordError(self._field, where, f"{self._column!r} is null")
-        return text
 
 
 class ArrayRecord(Sequence[str]):
     """ArrayRecord files whose records are UTF-8 text."""
 
-    def __init__(self, paths: list[str], field: str, text_field: str, max_record_bytes: int):
+    def __init__(self, paths: list[str], field: str, text_field: str, max_record_bytes: int, *_: object):
         from grain.sources import ArrayRecordDataSource
 
         self.files, self._field, self._most = FrozenFiles(paths, field), field, max_record_bytes
@@ -328,10 +350,11 @@ def _compressed(paths: list[str], field: str, *_: object) -> Sequence[str]:
     raise ConfigError(field, paths[0], "is compressed; decompress it first")
 
 
-_Reader = Callable[[list[str], str, str, int], Sequence[str]]
+_Reader = Callable[[list[str], str, str, int, TokenFormat | None], Sequence[Document]]
 _READERS: Mapping[str, _Reader] = {
     ".jsonl": JsonLines, ".ndjson": JsonLines, ".json": Json, ".parquet": Parquet, ".arrayrecord": ArrayRecord,
-    ".array_record": ArrayRecord, **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip"), _compressed),
+    ".array_record": ArrayRecord, ".npy": TokenFiles, ".bin": TokenFiles,
+    **dict.fromkeys((".gz", ".bz2", ".xz", ".zst", ".zip"), _compressed),
 }  # fmt: skip
 _BUILT_IN: Mapping[str, _Reader] = {
     **{name: lambda names, *_: cpython.documents(*names) for name in cpython.NAMES},

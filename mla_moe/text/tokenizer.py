@@ -65,6 +65,26 @@ class Tokenizer(Protocol):
         ...
 
 
+class UnknownTokenizer:
+    """Of token ids whose tokenizer is not known, but for the id that ends a document: `ids:EOS`. It has no text."""
+
+    def __init__(self, eos_id: int):
+        self.name, self.vocab_size, self.bos_id, self.eos_id = f"ids:{eos_id}", eos_id + 1, eos_id, eos_id
+
+    def encode(self, text: str, *, special: bool = False) -> np.ndarray:
+        fix = "has token ids only: a text, such as that of a file or of sample.prompts, needs a tokenizer; name it"
+        raise ConfigError(_FIELD, self.name, fix)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return " ".join(map(self.token_name, ids))
+
+    def token_bytes(self, token: int) -> bytes:
+        return b""
+
+    def token_name(self, token: int) -> str:
+        return f"<{int(token)}>"
+
+
 class ByteTokenizer:
     """UTF-8 bytes as token ids 0 … 255, then bos (256) and eos (257)."""
 
@@ -180,8 +200,8 @@ def _sample(documents: Sequence[str]) -> Iterator[str]:
 def load_tokenizer(
     spec: str, run_dir: str | Path, documents: Sequence[str], inherited: Path | None = None
 ) -> Tokenizer:
-    """The tokenizer that `data.tokenizer` names: `byte`, the path of a `tokenizer.json`, a model of the Hub, or
-    `bpe:SIZE`.
+    """The tokenizer that `data.tokenizer` names: `byte`, the path of a `tokenizer.json`, a model of the Hub, `ids:EOS`,
+    or `bpe:SIZE`.
 
     `bpe:SIZE` is trained on `documents` when the run starts and saved in `run_dir`, from where a resumed run loads it.
     A run that is initialized from a checkpoint takes the checkpoint's tokenizer `inherited` instead, because token ids
@@ -189,6 +209,8 @@ def load_tokenizer(
     """
     if spec == "byte":
         return ByteTokenizer()
+    if spec.startswith("ids:"):
+        return UnknownTokenizer(int(spec.removeprefix("ids:")))
     if not spec.startswith("bpe:"):
         return HFTokenizer(tokenizer_path(spec))
     size, path = int(spec.removeprefix("bpe:")), Path(run_dir) / "tokenizer.json"

@@ -18,6 +18,7 @@ from mla_moe.config import Recipe, require
 from mla_moe.config.files import read_json_object
 from mla_moe.data import (
     Batch,
+    Document,
     EvalText,
     SkipMalformed,
     bits_per_byte,
@@ -49,7 +50,7 @@ def pretrain(recipe: Recipe, run_dir: Path, console: Console) -> None:
 
 class PretrainTrainer(NextTokenTrainer):
     def __init__(self, context: RunContext):
-        self._dataset, training = open_split(context.recipe, "train"), context.recipe.training
+        self._dataset, training = open_split(context.recipe, "train", context.tokenizer), context.recipe.training
         if training.epochs is not None:
             training = dataclasses.replace(training, steps=self._steps(context, training.epochs), epochs=None)
         super().__init__("pretrain", context, training, context.recipe.optimizer)
@@ -99,7 +100,7 @@ class PretrainTrainer(NextTokenTrainer):
         return {f"data/epochs/{name}": count for name, count in passed.items()}
 
     @cached_property
-    def _train_samples(self) -> dict[str, list[str]]:
+    def _train_samples(self) -> dict[str, list[Document]]:
         """A sample of the training text of each source."""
         samples = {name: sample_documents(self.dataset, found) for name, found in self.dataset.ranges.items()}
         return {name: texts for name, texts in samples.items() if texts}
@@ -109,7 +110,7 @@ class PretrainTrainer(NextTokenTrainer):
         """The held-out text of each source, and the bits per byte of gzip -9 for all of it."""
         if not self.context.recipe.data.heldout:
             return {}, math.nan
-        text = open_split(self.context.recipe, "heldout")
+        text = open_split(self.context.recipe, "heldout", self.context.tokenizer)
         note = f"has {bytes_(text.nbytes)}, all of which is in memory and evaluated each time; name smaller files"
         require(text.nbytes <= _HELDOUT_BYTES, "data.heldout", self.context.recipe.data.heldout, note)
         if text.nbytes > _HELDOUT_BYTES // 16:
@@ -118,8 +119,8 @@ class PretrainTrainer(NextTokenTrainer):
             note = f"data.heldout: {len(both)} of its files are training text too, {both[0]} among them"
             self.context.console.print(f"{note}; a loss on them says nothing about other text")
         sources = {name: [text[index] for index in found] for name, found in text.ranges.items()}
-        batches = {name: self._batches(documents) for name, documents in sources.items() if any(documents)}
-        return batches, gzip_bits_per_byte(text)
+        batches = {name: self._batches(documents) for name, documents in sources.items() if any(map(len, documents))}
+        return batches, gzip_bits_per_byte(text, self.context.tokenizer)
 
     @cached_property
     def _eval_texts(self) -> dict[str, EvalText]:
@@ -129,7 +130,7 @@ class PretrainTrainer(NextTokenTrainer):
         samples = self._train_samples if several else {}
         return {name: self._batches(documents) for name, documents in samples.items()} | self._heldout[0]
 
-    def _batches(self, documents: Sequence[str]) -> EvalText:
+    def _batches(self, documents: Sequence[Document]) -> EvalText:
         size, length = self.eval_batch_size, self.training.sequence_length
         return eval_text(documents, self.context.tokenizer, batch_size=size, sequence_length=length)
 
@@ -143,16 +144,21 @@ class PretrainTrainer(NextTokenTrainer):
         fits = not sample.prompts or sample.max_new_tokens <= room
         fix = f"after the longest of sample.prompts the model has {room} positions"
         require(fits, "sample.max_new_tokens", sample.max_new_tokens, fix)
-        size = bytes_(sum(text.size for text in heldout.values()))
+        size = bytes_(sum(text.size or 0 for text in heldout.values()))
         text = f"{size}; gzip -9 needs {gzip_bits:.3f} bits per byte" if heldout else "none"
+        text = "token ids; their bytes are not known" if math.isnan(gzip_bits) and heldout else text
         limit, samples = self.context.recipe.data.max_lost_bytes_fraction, self._train_samples.items()
-        lost = [lost_fraction(self.context.tokenizer, texts, name, limit) for name, texts in samples]
+        texts = {name: [text for text in found if isinstance(text, str)] for name, found in samples}
+        lost = [lost_fraction(self.context.tokenizer, found, name, limit) for name, found in texts.items()]
+        ids = ", ".join(name for name, found in samples if len(texts[name]) < len(found))
+        eos = f"{ids}; eos is {self.context.tokenizer.eos_id}"
         tokens = f"{training.batch_size * training.sequence_length:,} in {training.batch_size} packed sequences"
         return [
             ("KV cache per token", f"{bytes_(mla)}; multi-head attention {bytes_(mha)} ({mha / mla:.1f} x)"),
             ("FLOPs per token", f"{si(flops)} to train on {training.sequence_length} tokens"),
             ("tokens per step", tokens),
             ("held-out text", text),
+            *([("token ids in", eos)] if ids else []),
             ("lost by the tokenizer", f"{max(lost, default=0):.2%} of the bytes of a sample"),
         ]
 
@@ -166,6 +172,8 @@ class PretrainTrainer(NextTokenTrainer):
         if not heldout:
             return scores
         total = sum(nats[name] for name in heldout)
+        if any(text.size is None for text in heldout.values()):
+            return {"eval/loss": total / sum(tokens[name] for name in heldout), **scores}
         if len(heldout) > 1:
             each = {name: bits_per_byte(nats[name], [text]) for name, text in heldout.items()}
             scores |= {f"eval/bits_per_byte/{name}": bits for name, bits in each.items()}

@@ -3,11 +3,11 @@
 import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from mla_moe.checkpoint.reader import open_checkpoint
 from mla_moe.checkpoint.tokenizer_files import tokenizer_file
 from mla_moe.config import LoRAConfig, Recipe, require
-from mla_moe.data import SkipMalformed, open_documents
+from mla_moe.data import SkipMalformed, TokenFormat, open_documents
 from mla_moe.nn.abstract_model import AbstractModel
 from mla_moe.nn.model_costs import count_parameters
 from mla_moe.nn.param import Precision, resolve_kernels
@@ -79,7 +79,7 @@ def open_tokenizer(recipe: Recipe, run_dir: Path) -> Tokenizer:
     text, inherited = (), None
     if spec.startswith("bpe:") and not (run_dir / "tokenizer.json").exists():
         if recipe.init_from is None:
-            text = open_split(recipe, "train")
+            text = cast(Sequence[str], open_split(recipe, "train", None))  # which refuses token ids
         else:
             inherited = tokenizer_file(open_checkpoint(recipe.init_from).directory)
             fix = "has no tokenizer, and its model does not know the ids of a new one; name the model's own"
@@ -95,7 +95,7 @@ def open_tokenizer(recipe: Recipe, run_dir: Path) -> Tokenizer:
 def open_chat_tokenizer(recipe: Recipe, run_dir: Path, tokenizer: Tokenizer) -> ChatTokenizer:
     """The tokenizer with the chat template and the stop tokens that are beside its file."""
     spec = recipe.data.tokenizer
-    is_file = spec != "byte" and not spec.startswith("bpe:")
+    is_file = spec != "byte" and not spec.startswith(("bpe:", "ids:"))
     return load_chat_tokenizer(Path(tokenizer.name).parent if is_file else run_dir, tokenizer)
 
 
@@ -151,12 +151,14 @@ class RunContext:
         ]
 
 
-def open_split(recipe: Recipe, split: Literal["train", "heldout"]) -> SkipMalformed:
-    """The documents of `data.train` or `data.heldout`."""
+def open_split(recipe: Recipe, split: Literal["train", "heldout"], tokenizer: Tokenizer | None) -> SkipMalformed:
+    """The documents of `data.train` or `data.heldout`. Those of token ids need the tokenizer."""
+    size, dtype = recipe.model.vocab_size, recipe.data.token_dtype
     return open_documents(
         getattr(recipe.data, split),
         field=f"data.{split}",
         text_field=recipe.data.text_field,
         max_malformed_fraction=recipe.data.max_malformed_fraction,
         max_record_bytes=recipe.data.max_record_bytes,
+        tokens=None if tokenizer is None else TokenFormat(size, tokenizer.eos_id, dtype),
     )

@@ -33,9 +33,9 @@ def test_gzip_compresses_the_concatenated_text():
     rows = [f"row {i % 10}: the same words in every row\n" for i in range(100)]
     assert {len(row) for row in rows} == {35}
     done = subprocess.run(["gzip", "-9"], input="".join(rows).encode(), capture_output=True, check=True)
-    assert gzip_bits_per_byte(rows) == 8 * len(done.stdout) / 3500 < 1
-    assert gzip_bits_per_byte(rows[:1]) > 11  # the header alone has 18 bytes
-    assert gzip_bits_per_byte(["a" * 10_000]) < 0.1
+    assert gzip_bits_per_byte(rows, BYTE) == 8 * len(done.stdout) / 3500 < 1
+    assert gzip_bits_per_byte(rows[:1], BYTE) > 11  # the header alone has 18 bytes
+    assert gzip_bits_per_byte(["a" * 10_000], BYTE) < 0.1
 
 
 def test_a_sample_is_of_bounded_size_and_without_empty_documents():

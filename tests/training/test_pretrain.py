@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,27 @@ def test_bytes_that_the_tokenizer_loses(finished_run, recipe, tmp_path, capsys):
     assert scores["eval/bits_per_byte"] == pytest.approx((scores["eval/loss"] * 5 / math.log(2) + 8 * 6) / 10)
 
 
+@pytest.mark.slow
+def test_a_resumed_run_changes_what_it_states(finished_run, recipe, tmp_path):
+    """More steps with twice the batch and another learning rate: state, place and rows stay, and it is written down."""
+    shutil.copytree(finished_run, tmp_path / "run")
+    training = dataclasses.replace(recipe.training, steps=10, batch_size=16, gradient_accumulation_steps=2)
+    schedule = ScheduleConfig(peak_lr=1e-3, warmup_fraction=0.0, decay_fraction=0.0)
+    changes = {"training": training, "optimizer": dataclasses.replace(recipe.optimizer, schedule=schedule)}
+    start(recipe, tmp_path / "run", **changes, resume_changes=("training", "optimizer.schedule"))
+    before, found = rows(finished_run), rows(tmp_path / "run")
+    assert found[: len(before)] == before
+    old, new = ([row for row in some if "loss" in row] for some in (before, found))
+    assert [(row["step"], row["lr"]) for row in new[STEPS:]] == [(9, pytest.approx(1e-3)), (10, pytest.approx(1e-3))]
+    assert new[-1]["tokens"] > 1.8 * old[-1]["tokens"]
+    assert new[-1]["loss"] < old[0]["loss"] - 0.1
+    assert all(new[-1][name] > old[-1][name] > 0 for name in new[-1] if name.startswith("data/epochs/"))
+    assert len((tmp_path / "run" / "history.jsonl").read_text().splitlines()) == 1
+    fewer = changes | {"training": dataclasses.replace(training, steps=9)}
+    with pytest.raises(ConfigError, match=r"^training.steps = 9: 10 are done"):
+        start(recipe, tmp_path / "run", **fewer, resume_changes=("training",))
+
+
 def test_epochs_in_place_of_steps(recipe, tmp_path, capsys):
     """The steps in which every document is trained on three times, counted once; a repeated source is named."""
     training = dataclasses.replace(recipe.training, steps=0, epochs=3.0)
@@ -198,6 +220,25 @@ def test_epochs_in_place_of_steps(recipe, tmp_path, capsys):
     assert 1 <= out.count("now they repeat") <= 2
     assert PretrainTrainer(context).training.steps == steps
     assert "tokenizing" not in capsys.readouterr().out
+
+
+def test_token_ids_without_a_tokenizer_have_a_loss_and_no_bits_per_byte(recipe, tmp_path, monkeypatch):
+    random = np.random.default_rng(0)
+    for name in ("train", "heldout"):
+        documents = [[*random.integers(0, 250, random.integers(1, 90)), 257] for _ in range(30)]
+        np.concatenate(documents).astype("<u2").tofile(tmp_path / f"{name}.bin")
+    files = {name: (str(tmp_path / f"{name}.bin"),) for name in ("train", "heldout")}
+    data = dataclasses.replace(recipe.data, **files, tokenizer="ids:257")
+    settings = dataclasses.replace(recipe, data=data, sample=SampleConfig())
+    monkeypatch.setattr("mla_moe.training.run_context.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    trainer = PretrainTrainer(RunContext.create(settings, tmp_path, Console(enabled=True)))
+    rows = dict(trainer.describe())
+    assert rows["held-out text"] == "token ids; their bytes are not known"
+    assert rows["token ids in"] == f"{files['train'][0]}; eos is 257"
+    with contextlib.closing(trainer):
+        scores = trainer.evaluate(0, trainer.initial_state(trainer.position)[0], NullWriter())
+        assert next(trainer.position)["tokens"].max() < 250
+    assert scores == {"eval/loss": pytest.approx(math.log(258), rel=0.05)}
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A checkpoint of LoRA adapters: those of a run or of a PEFT directory, over the checkpoint of their base."""
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +13,8 @@ from jax.typing import DTypeLike
 from mla_moe.checkpoint.files import CheckpointError, check
 from mla_moe.checkpoint.hf_mapping import Index, TensorMapping
 from mla_moe.checkpoint.orbax_checkpoint import OrbaxCheckpoint, mapped_checkpoint
-from mla_moe.checkpoint.quantization import Scheme
+from mla_moe.checkpoint.quantization import Scheme, StoredMatrix
+from mla_moe.checkpoint.quantized_base import QuantizedBase
 from mla_moe.checkpoint.safetensors_writer import TensorEntry
 from mla_moe.config import ConfigError, LoRAConfig, ModelConfig
 from mla_moe.nn.abstract_model import AbstractModel, Arrays, is_adapter
@@ -29,7 +31,8 @@ ALL = slice(None)
 
 class AdapterCheckpoint:
     """Adapters and their base, by parameter path. Reads the merged weights, `W + scale · A B` computed in float32, or
-    with `unmerged` the weights of the base and the adapters."""
+    with `unmerged` the weights of the base and the adapters. Merged with is the base as it was in training: dequantized
+    where `lora.quantize_base` quantizes it."""
 
     full_state_run: Path | None = None
 
@@ -55,7 +58,12 @@ class AdapterCheckpoint:
 
     @cached_property
     def _model(self) -> AbstractModel:
-        return AbstractModel(self.cfg, lora=self.lora)
+        return AbstractModel(self.cfg, lora=dataclasses.replace(self.lora, quantize_base=()))
+
+    @cached_property
+    def _quantized(self) -> QuantizedBase:
+        """The base as it was while the adapters were trained."""
+        return QuantizedBase(self.base, self.lora)
 
     @cached_property
     def _scales(self) -> dict[str, float]:
@@ -112,9 +120,19 @@ class AdapterCheckpoint:
         for place in np.ndindex(*shard.shape[:batch]):
             matrix = tuple(r[i] for r, i in zip(ranges, place, strict=False))
             one = *(slice(i, i + 1) for i in matrix), *index[batch:]
-            base = self.base.read(path, np.float32, one).reshape(shard.shape[batch:])
-            shard[place] = (base + self._product(path, (*matrix, *index[batch:]))).astype(dtype)
+            if path in self._quantized.formats:
+                values = self._quantized.dequantized(path, one)
+            else:
+                values = self.base.read(path, np.float32, one)
+            values = values.reshape(shard.shape[batch:])
+            if path in self._scales:
+                values = values + self._product(path, (*matrix, *index[batch:]))
+            shard[place] = values.astype(dtype)
         return shard
+
+    def stored_matrix(self, path: str, place: tuple[int, ...]) -> StoredMatrix | None:
+        """A matrix of the base as it is stored, if it is quantized."""
+        return None if self._is_merged(path) else self.base.stored_matrix(path, place)
 
     def read_rows(self, mapping: TensorMapping, dtype: DTypeLike, rows: slice, index: Index) -> np.ndarray:
         """Some rows of a tensor in the Hugging Face layout; see `TensorMapping.row_slices`."""
@@ -123,11 +141,17 @@ class AdapterCheckpoint:
             return mapping.to_hf_tensor(self.array(path)[index].astype(dtype, copy=False))
         if not self._is_merged(path):
             return self.base.read_rows(mapping, dtype, rows, index)
-        product = mapping.to_hf_tensor(self._product(path, index))
-        return (self.base.read_rows(mapping, np.float32, rows, index) + product).astype(dtype)
+        if path in self._quantized.formats:
+            values = mapping.to_hf_tensor(self._quantized.dequantized(path, index))
+        else:
+            values = self.base.read_rows(mapping, np.float32, rows, index)
+        if path in self._scales:
+            values = values + mapping.to_hf_tensor(self._product(path, index))
+        return values.astype(dtype)
 
     def _is_merged(self, path: str) -> bool:
-        return self._merged and path in self._scales
+        """Whether a matrix is not the base's: it has an adapter, or was trained with as it is quantized."""
+        return self._merged and (path in self._scales or path in self._quantized.formats)
 
     def _product(self, path: str, index: Index) -> np.ndarray:
         """`scale · A B` at an index of the weight."""

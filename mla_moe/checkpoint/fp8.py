@@ -41,18 +41,19 @@ def dequantize(
     return out
 
 
-def quantize(weight: Matrix) -> tuple[Matrix, Scales]:
+def quantize(weight: Matrix, block: tuple[int, int] = BLOCK) -> tuple[Matrix, Scales]:
     """FP8 values, and float32 scales with which the largest value of each block is 448. Raises `CheckpointError` for
     values that are not finite."""
-    out, scale = np.empty(weight.shape, E4M3), np.empty(FP8_BLOCKS.scale_shape(weight.shape), np.float32)
-    starts = np.arange(0, weight.shape[1], BLOCK[1])
-    for i, rows in _block_slices(weight.shape[0], BLOCK[0], 0):
+    scheme = FP8_BLOCKS._replace(block=block)
+    out, scale = np.empty(weight.shape, E4M3), np.empty(scheme.scale_shape(weight.shape), np.float32)
+    starts = np.arange(0, weight.shape[1], block[1])
+    for i, rows in _block_slices(weight.shape[0], block[0], 0):
         x = weight[rows].astype(np.float32)
         peaks = np.maximum.reduceat(np.abs(x).max(axis=0), starts)
         fix = "cannot be quantized to FP8; write another dtype"
         check(bool(np.isfinite(peaks).all()), "weight", "nan or infinity", fix)
         scale[i] = np.maximum(peaks / _MAX, np.finfo(np.float32).tiny)
-        x /= np.repeat(scale[i], BLOCK[1])[: weight.shape[1]]
+        x /= np.repeat(scale[i], block[1])[: weight.shape[1]]
         out[rows] = _round_to_e4m3(x)
     return out, scale
 

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,14 @@ from mla_moe.checkpoint.hf_mapping import (
     rows_per_read,
     tensor_mappings,
 )
-from mla_moe.checkpoint.quantization import E4M3, Scheme, quantization_config, read_schemes, without_quantization
+from mla_moe.checkpoint.quantization import (
+    E4M3,
+    Scheme,
+    StoredMatrix,
+    quantization_config,
+    read_schemes,
+    without_quantization,
+)
 from mla_moe.checkpoint.remote import RemoteCheckpoint
 from mla_moe.checkpoint.safetensors_reader import BFLOAT16, WEIGHT_DTYPES, SafetensorsReader
 from mla_moe.checkpoint.safetensors_writer import TensorEntry, tensor_entries, with_quantization
@@ -113,14 +120,19 @@ class HFTensors(SafetensorsReader):
         if scheme is None:
             tensor = self._rows(name)
             return (tensor[rows, columns] if tensor.ndim == 2 else tensor[rows]).astype(dtype, copy=False)
-        codes, scale_name, shape = self[scheme.code_name(name)], scheme.scale_name(name), self.shape(name)
-        scale = self[scale_name].reshape(scheme.scale_shape(shape))
-        finite = bool(np.isfinite(scale.astype(np.float32)).all())
-        check(finite, "checkpoint", scale_name, "is not finite; fetch the file again")
+        codes, scale, shape = self[scheme.code_name(name)], self.scale(name, scheme), self.shape(name)
         start, stop, _ = columns.indices(shape[1])
         if scheme.method == "fp8":
             return fp8.dequantize(codes[rows, columns], scale, dtype, scheme.block, (rows.start or 0, start))
         return compressed_tensors.dequantize(codes[rows], scale, scheme, dtype, rows.start or 0, (start, stop))
+
+    def scale(self, name: str, scheme: Scheme) -> np.ndarray:
+        """The scales of a quantized matrix. Raises `CheckpointError` if one is not finite."""
+        scale_name = scheme.scale_name(name)
+        scale = self[scale_name].reshape(scheme.scale_shape(self.shape(name)))
+        finite = bool(np.isfinite(scale.astype(np.float32)).all())
+        check(finite, "checkpoint", scale_name, "is not finite; fetch the file again")
+        return scale
 
     def chunks(self, name: str, dtype: DTypeLike) -> Iterator[np.ndarray]:
         """All rows in `dtype`, some at a time: complete FP8 blocks, see `rows_per_read`."""
@@ -227,6 +239,20 @@ class HFCheckpoint:
             kept = tuple(s for i, s in zip(mapping.index, index, strict=True) if not isinstance(i, int))
             shard[target] = mapping.from_hf_tensor(self.tensors.read(mapping.name, dtype, *mapping.hf_slices(kept)))
         return shard
+
+    def stored_matrix(self, path: str, place: tuple[int, ...]) -> StoredMatrix | None:
+        """A matrix of a parameter as it is stored, if it is quantized; `place` is its index there."""
+        mapping = self._by_place[path, place]
+        scheme = self.tensors.quantized.get(mapping.name)
+        if scheme is None:
+            return None
+        scale = self.tensors.scale(mapping.name, scheme)
+        return StoredMatrix(mapping, scheme, self.tensors[scheme.code_name(mapping.name)], scale)
+
+    @cached_property
+    def _by_place(self) -> Mapping[tuple[str, tuple[int, ...]], TensorMapping]:
+        mappings = (mapping for of_path in self._mappings.values() for mapping in of_path)
+        return {(m.path, tuple(i for i in m.index if isinstance(i, int))): m for m in mappings}
 
     def read_rows(self, mapping: TensorMapping, dtype: DTypeLike, rows: slice, _: Index) -> np.ndarray:
         """Some rows of a tensor in the Hugging Face layout; see `TensorMapping.row_slices`."""

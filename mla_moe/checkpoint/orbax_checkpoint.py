@@ -112,6 +112,9 @@ class OrbaxCheckpoint:
             self._shard_checksums.setdefault(path, {})[str(index)] = checksum_of_shard(shard, index, shape)
         return shard.astype(dtype, copy=False)
 
+    def stored_matrix(self, path: str, place: tuple[int, ...]) -> None:
+        """No matrix is stored quantized; see `HFCheckpoint.stored_matrix`."""
+
     def read_rows(self, mapping: TensorMapping, dtype: DTypeLike, _: slice, index: Index) -> np.ndarray:
         """Some rows of a tensor in the Hugging Face layout; see `TensorMapping.row_slices`. The last rows of an array
         complete its checksum, which is then compared."""

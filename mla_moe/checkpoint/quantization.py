@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from mla_moe.checkpoint.files import check
+from mla_moe.checkpoint.hf_mapping import TensorMapping
 from mla_moe.config import ModelConfig, require
 
 E4M3 = np.dtype(ml_dtypes.float8_e4m3fn)
@@ -71,6 +72,15 @@ class Scheme(NamedTuple):
         """Whether a conversion to this scheme quantizes a tensor: for FP8 all projections, as in DeepSeek's releases,
         and those of an indexer but for the weights of its heads; for INT4 those of the routed experts, as in Kimi's."""
         return (_PROJECTION if self.kind == "float" else _EXPERT).search(name) is not None
+
+
+class StoredMatrix(NamedTuple):
+    """A quantized matrix as a Hugging Face directory has it, `[outputs, inputs]`."""
+
+    mapping: TensorMapping
+    scheme: Scheme
+    codes: np.ndarray
+    scale: np.ndarray
 
 
 FP8_BLOCKS = Scheme("fp8", "float", 8, (128, 128))

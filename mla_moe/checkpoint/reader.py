@@ -15,9 +15,11 @@ from mla_moe.checkpoint.hub import local_checkpoint
 from mla_moe.checkpoint.orbax_checkpoint import OrbaxCheckpoint
 from mla_moe.checkpoint.orbax_layout import find_step
 from mla_moe.checkpoint.peft import is_peft, open_peft
+from mla_moe.checkpoint.quantized_base import QuantizedBase
 from mla_moe.config import ModelConfig
 from mla_moe.config.storage import is_url, local_file
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
+from mla_moe.nn.quantized import scale_path
 
 Checkpoint = HFCheckpoint | OrbaxCheckpoint | AdapterCheckpoint
 
@@ -83,19 +85,25 @@ def load_arrays(
 ) -> Arrays:
     """Load all arrays, or those of `paths`, sharded over a mesh: each process reads its own shards only.
 
-    Dtypes are the abstract model's. With `keep_dtypes` they are the checkpoint's, except for routers.
+    Dtypes are the abstract model's. With `keep_dtypes` they are the checkpoint's, except for routers. What the model
+    quantizes is quantized, unless the checkpoint has it in that format.
     """
+    quantized = {name for path in abstract_model.formats for name in (path, scale_path(path))}
+    source = QuantizedBase(checkpoint, abstract_model.lora) if quantized else checkpoint
     arrays, abstract_arrays = {}, abstract_model.abstract(mesh)
     abstract_arrays = {path: abstract_arrays[path] for path in (abstract_arrays if paths is None else paths)}
-    nbytes = {path: x.size * checkpoint.dtype(path).itemsize for path, x in abstract_arrays.items()}
+    nbytes = {
+        path: x.size * (x.dtype if path in quantized else checkpoint.dtype(path)).itemsize
+        for path, x in abstract_arrays.items()
+    }
     with progress_bar("Loading", sum(nbytes.values())) as advance:
         for path, abstract in abstract_arrays.items():
             dtype = checkpoint.dtype(path) if keep_dtypes and not is_router(path) else abstract.dtype
-            read: Any = partial(checkpoint.read, path, dtype)
+            read: Any = partial(source.read, path, dtype)
             arrays[path] = jax.make_array_from_callback(abstract.shape, abstract.sharding, read)
             advance(nbytes[path])
     if not isinstance(checkpoint, HFCheckpoint):  # safetensors have no checksums
-        checkpoint.verify(arrays)
+        checkpoint.verify({path: x for path, x in arrays.items() if path not in quantized})
     return arrays
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 import math
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from mla_moe.config.errors import MAX_SIZE, ConfigError, require, require_between, require_each
 
@@ -16,6 +16,11 @@ GROUPS: Mapping[str, str] = {
     "router": "moe_layers/moe/router/weight",
 }
 """Names of groups of matrices, with the glob of their paths: `moe/gate_up` and `moe/down` are the routed experts'."""
+
+
+QuantizedFormat = Literal["fp8", "int8", "int4"]
+
+_FORMATS: Mapping[str, QuantizedFormat | None] = {form: form for form in get_args(QuantizedFormat)} | {"none": None}
 
 
 class AdapterSize(NamedTuple):
@@ -39,12 +44,22 @@ class LoRAConfig:
     own; of several that match, the last one counts."""
     rslora: bool = False
     """Rank-stabilized scale, alpha / √rank (arXiv 2312.03732)."""
+    quantize_base: tuple[str, ...] = ()
+    """QLoRA: formats in which the base's matrices are in memory. fp8 (blocks of 128 x 128), int8 (a scale for each
+    output) or int4 (groups of 32 inputs) is of all; NAME=FORMAT of those that a name or glob of targets matches, as in
+    experts=int4, NAME=none of none; of several that match, the last one counts. Those of a checkpoint in the same
+    format are taken as they are."""
 
     def __post_init__(self):
         require_between(self, "lora", "rank", 0, MAX_SIZE)
         require_each(self, "lora", "alpha", lambda x: 0 < x < math.inf, "a positive number")
         for target in self.targets:
             self._parsed(target)
+        fix = "needs adapters to train; set lora.rank"
+        require(self.rank > 0 or not self.quantize_base, "lora.quantize_base", self.quantize_base, fix)
+        for entry in self.quantize_base:
+            fix = f"write NAME=FORMAT or FORMAT, which is one of {', '.join(_FORMATS)}"
+            require(entry.rpartition("=")[2] in _FORMATS, "lora.quantize_base", entry, fix)
 
     def scale(self, size: AdapterSize) -> float:
         return size.alpha / (math.sqrt(size.rank) if self.rslora else size.rank)
@@ -62,6 +77,17 @@ class LoRAConfig:
         fix = "give at least one matrix an adapter, or set lora.rank = 0 to train all parameters"
         require(bool(found) or not self.rank, "lora.targets", self.targets, fix)
         return found
+
+    def formats(self, paths: Iterable[str]) -> dict[str, QuantizedFormat]:
+        """The formats of those matrices that are quantized, by path. Raises `ConfigError` for a name of none."""
+        paths, forms = list(paths), dict[str, QuantizedFormat | None]()
+        for entry in self.quantize_base:
+            name, equals, form = entry.rpartition("=")
+            matches = fnmatch.filter(paths, GROUPS.get(name, name)) if equals else paths
+            fix = f"matches no matrix of this model; there are {', '.join(GROUPS)}, and {', '.join(paths)}"
+            require(bool(matches) or name in GROUPS, "lora.quantize_base", entry, fix)
+            forms |= dict.fromkeys(matches, _FORMATS[form])
+        return {path: form for path, form in forms.items() if form is not None}
 
     def _parsed(self, target: str) -> tuple[str, AdapterSize]:
         name, _, size = target.partition("=")

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from mla_moe.config import KernelConfig, LoRAConfig, ModelConfig
 from mla_moe.nn.lora import adaptable, add_adapters
 from mla_moe.nn.param import Precision, RouterBias
+from mla_moe.nn.quantized import quantizable, quantize_shapes
 from mla_moe.nn.transformer import Remat, Transformer
 from mla_moe.parallel.mesh import MeshView
 from mla_moe.parallel.sharding import TRAINING_RULES, ShardingRules, logical_axes, partition_spec, set_sharding_rules
@@ -50,6 +51,9 @@ class AbstractModel:
             return model
 
         model = nnx.eval_shape(create)
+        self.formats = lora.formats("/".join(map(str, path)) for path, _ in quantizable(model))
+        """Of the quantized matrices, by path."""
+        quantize_shapes(model, self.formats)
         if rules != TRAINING_RULES:
             set_sharding_rules(model, rules)
         self.adaptable_paths = ["/".join(map(str, path)) for path, _ in adaptable(model)]
@@ -60,6 +64,8 @@ class AbstractModel:
         """Those that are trained."""
         self.frozen_paths = [path for path in params if path not in self.param_paths]
         for path in self.frozen_paths:
+            if path in self.formats:
+                continue
             self.variables[path] = _in_dtype(self.variables[path], self.precision.compute)
         self.bias_paths = [p for p, v in self.variables.items() if isinstance(v, RouterBias)]
 

@@ -11,7 +11,7 @@ A B added (`adapted`). No gradient is computed of a weight with an adapter.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +23,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mla_moe.config import LoRAConfig, require
 from mla_moe.nn.param import BATCH_AXES, uniform
+from mla_moe.nn.quantized import dequantize_weights, is_quantized, module_at, value_of, weight_of
 from mla_moe.ops.lora import LoRAFactors, keep_own
+from mla_moe.parallel.quantized_weight import QuantizedWeight
 from mla_moe.parallel.sharded_einsum import Einsum
 from mla_moe.parallel.sharding import axis_metadata, logical_axes
 
@@ -101,8 +103,15 @@ def project(
     """`einsum(equation, x, W)` of activations and a module's weight, plus `scale · (x A) B` if it has an adapter. Of
     several adapters (`nn.stacked_lora`), `adapter_ids` are those of the first axes of `x`."""
     weight, lora = getattr(module, name), adapter(module, name)
+    frozen = weight_of(module, name)
+    if isinstance(frozen, QuantizedWeight):
+        # Dequantized again for the backward pass, which would otherwise keep the matrices of all layers.
+        y = jax.checkpoint(lambda x: einsum(equation, x, frozen, dtype))(x)
+    else:
+        frozen = weight if lora is None else weight.replace(jax.lax.stop_gradient(weight.get_value()))
+        y = einsum(equation, x, frozen, dtype)
     if lora is None:
-        return einsum(equation, x, weight, dtype)
+        return y
     (x_letters, weight_letters), y_letters = equation.split("->")[0].split(","), equation.split("->")[1]
     letters = dict(zip(logical_axes(weight)[-len(weight_letters) :], weight_letters, strict=True))
     letters |= {RANK: _RANK_LETTER}
@@ -110,16 +119,15 @@ def project(
     kept = "".join(letter for letter in a if letter not in x_letters)
     z_letters = "".join(letter for letter in x_letters if letter not in weight_letters) + kept
     z = keep_own(einsum(f"{x_letters},{a}->{z_letters}", x, lora.a, dtype), lora.own(adapter_ids))
-    frozen = weight.replace(jax.lax.stop_gradient(weight.get_value()))
-    return einsum(equation, x, frozen, dtype) + lora.scale * einsum(f"{z_letters},{b}->{y_letters}", z, lora.b, dtype)
+    return y + lora.scale * einsum(f"{z_letters},{b}->{y_letters}", z, lora.b, dtype)
 
 
 def adapted(module: nnx.Module, name: str) -> Float[Array, "*axes"]:
     """A module's weight, plus `scale · A B` if it has an adapter."""
-    weight, lora = getattr(module, name), adapter(module, name)
+    value, lora = value_of(module, name), adapter(module, name)
     if lora is None:
-        return weight[...]
-    return jax.lax.stop_gradient(weight[...]) + lora.product(weight).astype(weight[...].dtype)
+        return value
+    return jax.lax.stop_gradient(value) + lora.product(getattr(module, name)).astype(value.dtype)
 
 
 def adaptable(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Param]]:
@@ -138,7 +146,7 @@ def add_adapters(model: nnx.Module, lora: LoRAConfig, *, rngs: nnx.Rngs) -> None
     weights = {"/".join(map(str, path)): (path, weight) for path, weight in adaptable(model)}
     for path, size in lora.sizes(weights).items():
         keys, weight = weights[path]
-        module = _module(model, keys[:-1])
+        module = module_at(model, keys[:-1])
         if not hasattr(module, "lora"):
             module.lora = nnx.Dict()
         require(keys[-1] not in module.lora, "lora", path, "has an adapter already; merge_adapters first")
@@ -146,19 +154,21 @@ def add_adapters(model: nnx.Module, lora: LoRAConfig, *, rngs: nnx.Rngs) -> None
 
 
 def merge_adapters(model: Any) -> Any:
-    """A copy of a model in which each adapter is added to its weight, so that it has none. Without adapters the model
-    itself."""
-    paths = [path for path, _ in adaptable(model) if adapter(_module(model, path[:-1]), path[-1]) is not None]
-    if not paths:
+    """A copy of a model in which quantized weights are dequantized and each adapter is added to its weight, so that it
+    has none. Without either the model itself."""
+    paths = [path for path, _ in adaptable(model) if adapter(module_at(model, path[:-1]), path[-1]) is not None]
+    if not paths and not is_quantized(model):
         return model
-    model = nnx.clone(model)
+    graph, state = nnx.split(model)
+    model = nnx.merge(graph, jax.tree.map(lambda x: x, state))  # new variables of the same arrays
+    dequantize_weights(model, model.precision.compute)
     for path in paths:
-        module = _module(model, path[:-1])
+        module = module_at(model, path[:-1])
         weight, lora = getattr(module, path[-1]), adapter(module, path[-1])
         assert lora is not None
         weight.set_value(_merge(weight, lora))
     for path in paths:
-        module = _module(model, path[:-1])
+        module = module_at(model, path[:-1])
         if hasattr(module, "lora"):
             del module.lora
     return model
@@ -175,9 +185,3 @@ def _merge(weight: nnx.Param, lora: LoRA) -> Array:
     stacked = logical_axes(weight)[0] == "layers"
     run = partial(jax.lax.map, merged) if stacked else merged
     return jax.jit(run, out_shardings=weight.get_value().sharding)(state)
-
-
-def _module(model: nnx.Module, path: Sequence[Any]) -> Any:
-    for name in path:
-        model = getattr(model, name)
-    return model

@@ -14,11 +14,13 @@ from mla_moe.config import KernelConfig, ModelConfig, MoEConfig, require
 from mla_moe.nn.layers import MLP, Activations, Mask, require_shape
 from mla_moe.nn.lora import adapter
 from mla_moe.nn.param import Precision, matrix
+from mla_moe.nn.quantized import weight_of
 from mla_moe.nn.router import FunctionRouter, Router, RouterFunction, Routing
 from mla_moe.ops.experts import ExpertAdapters, experts, find_activation
 from mla_moe.ops.kernel_choice import target_platform
 from mla_moe.ops.lora import LoRAFactors
 from mla_moe.ops.moe_inference_cpu import selected_experts
+from mla_moe.ops.quantized_matrix import Matrix, QuantizedMatrix
 from mla_moe.parallel.collectives import axis_index, psum, shard_map
 from mla_moe.parallel.dispatch_plan import dispatch_plan
 from mla_moe.parallel.expert_parallel import expert_parallel_experts
@@ -32,8 +34,9 @@ from mla_moe.parallel.mesh import (
     token_mesh,
     under_auto_axes,
 )
+from mla_moe.parallel.quantized_weight import QuantizedWeight, all_gather_matrix, matrix_of
 from mla_moe.parallel.sharded_einsum import plain_einsum, weight_spec
-from mla_moe.parallel.sharding import DECODE_BATCH_AXES, all_gather_weight, is_weight
+from mla_moe.parallel.sharding import DECODE_BATCH_AXES, is_weight
 
 
 class RouterStats(NamedTuple):
@@ -49,8 +52,8 @@ class RouterStats(NamedTuple):
     """(Token, expert) pairs dropped at capacity; 0 where routing is dropless."""
 
 
-ExpertWeights = tuple[Array, Array, ExpertAdapters]
-"""Gate and up projection, down projection, and their adapters, in the compute dtype."""
+ExpertWeights = tuple[Matrix, Matrix, ExpertAdapters]
+"""Gate and up projection, down projection, and their adapters, in the compute dtype or quantized."""
 Tokens = tuple[Activations, Mask, Int[Array, "B T K"] | None]
 """Activations, where they are no padding, and the experts of a routing replay."""
 
@@ -123,7 +126,8 @@ class MoE(nnx.Module):
             return x_BTD, RouterStats(no_tokens_E, zero, zero, jnp.int32(0))
         if not_padding_BT is None:
             not_padding_BT = jnp.ones(x_BTD.shape[:2], bool)
-        gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
+        compute = self.precision.compute
+        gate_up, down = (matrix_of(weight_of(self, name), compute) for name in ("gate_up", "down"))
         mesh = token_mesh(x_BTD.shape)
         inputs = (gate_up, down, self._adapters()), (x_BTD, not_padding_BT, replay_BTK)
         if mesh is None:
@@ -237,14 +241,14 @@ class MoE(nnx.Module):
         graph, router = nnx.split(self.router)
         loras = adapter(self, "gate_up"), adapter(self, "down")
         factors = (None if lora is None else LoRAFactors._make((lora.a, lora.b, None)) for lora in loras)
-        weights_with_axes = self.gate_up, self.down, ExpertAdapters(*factors)
-        specs = jax.tree.map(lambda w: weight_spec(w, mesh), weights_with_axes, is_leaf=is_weight)
+        weights_with_axes = weight_of(self, "gate_up"), weight_of(self, "down"), ExpertAdapters(*factors)
+        is_leaf = lambda node: is_weight(node) or isinstance(node, QuantizedWeight)  # noqa: E731
+        specs = jax.tree.map(lambda w: weight_spec(w, mesh), weights_with_axes, is_leaf=is_leaf)
 
         def local(router: nnx.State, weights: ExpertWeights, tokens: Tokens) -> tuple[Array, RouterStats]:
-            gather = partial(all_gather_weight, keep_sharded=("expert", "tensor"))
-            return self._routed(
-                nnx.merge(graph, router), one_sequence, jax.tree.map(gather, weights, specs), tokens, mesh
-            )
+            gather = partial(all_gather_matrix, keep_sharded=("expert", "tensor"))
+            weights = jax.tree.map(gather, weights, specs, is_leaf=lambda node: isinstance(node, QuantizedMatrix))
+            return self._routed(nnx.merge(graph, router), one_sequence, weights, tokens, mesh)
 
         in_specs, out_specs = (P(), specs, BATCH_SPEC), (BATCH_SPEC, P())
         return shard_map(local, in_specs, out_specs)(router, weights, tokens)

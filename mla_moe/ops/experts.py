@@ -15,6 +15,7 @@ from mla_moe.ops.grouped_matmul import grouped_matmul
 from mla_moe.ops.kernel_choice import supported_grouped_matmul_kernel
 from mla_moe.ops.lora import LoRAFactors, keep_own
 from mla_moe.ops.permutation import permutation, permute, unpermute, weights_by_row
+from mla_moe.ops.quantized_matrix import Matrix, QuantizedMatrix
 
 Activation = Callable[[Array], Array]
 """An elementwise function."""
@@ -61,8 +62,8 @@ def experts(
     x_ND: Float[Array, "N D"],
     experts_NK: Int[Array, "N K"],
     weights_NK: Float[Array, "N K"],
-    gate_up_EDgF: Float[Array, "*axes"],
-    down_EFD: Float[Array, "*L E F D"],
+    gate_up_EDgF: Float[Array, "*axes"] | QuantizedMatrix,
+    down_EFD: Float[Array, "*L E F D"] | QuantizedMatrix,
     *,
     layer: Int[Array, ""] | None = None,
     adapters: ExpertAdapters = ExpertAdapters(),
@@ -103,11 +104,14 @@ def expert_products(
     block = block_size(experts_NK.size if max_pairs is None else max_pairs, E, implementation)
     p = permutation(experts_NK, E, block, max_pairs)
 
-    def multiply(x_RD: Array, w_EDF: Array, lora: LoRAFactors | None) -> Array:
+    def multiply(x_RD: Array, w: Matrix, shape: tuple[int, int], lora: LoRAFactors | None) -> Array:
         def run(x_RD: Array, w_EDF: Array) -> Array:
             sizes_E = p.group_sizes_E
             return grouped_matmul(x_RD, w_EDF, sizes_E, group_offset, block=block, implementation=implementation)
 
+        # Dequantized here, within the checkpoints: again for the backward pass, which keeps the codes.
+        w_EDF = jax.lax.stop_gradient(w.dequantize(dtype)) if isinstance(w, QuantizedMatrix) else w
+        w_EDF = w_EDF.reshape(-1, *shape)
         if lora is None:
             return run(x_RD, w_EDF)
         rank, own_Rr = lora.a.shape[-1], None if lora.own_Nr is None else lora.own_Nr[p.token_R]
@@ -116,16 +120,16 @@ def expert_products(
         return y_RF + run(z_Rr, lora.b.reshape(-1, rank, y_RF.shape[1]))
 
     @jax.checkpoint  # to permute again, and to apply the activation again, costs less than to save the results
-    def gate_up(x_ND: Array, gate_up_EDgF: Array, lora: LoRAFactors | None) -> Array:
-        return multiply(permute(x_ND, p), gate_up_EDgF.reshape(-1, D, 2 * F), lora)
+    def gate_up(x_ND: Array, gate_up_EDgF: Matrix, lora: LoRAFactors | None) -> Array:
+        return multiply(permute(x_ND, p), gate_up_EDgF, (D, 2 * F), lora)
 
     @jax.checkpoint
-    def weighted_down(gate_up_R2F: Array, weight_R: Array, down_EFD: Array, lora: LoRAFactors | None) -> Array:
+    def weighted_down(gate_up_R2F: Array, weight_R: Array, down_EFD: Matrix, lora: LoRAFactors | None) -> Array:
         # Weighted before the product: so the weights' derivative does not need the product's result.
         h_RF = gated(gate_up_R2F, 1, activation).astype(weight_R.dtype) * weight_R[:, None]
-        return multiply(h_RF.astype(dtype), down_EFD.reshape(-1, F, D), lora)
+        return multiply(h_RF.astype(dtype), down_EFD, (F, D), lora)
 
-    def down(gate_up_R2F: Array, weights_NK: Array, down_EFD: Array, lora: LoRAFactors | None) -> Array:
+    def down(gate_up_R2F: Array, weights_NK: Array, down_EFD: Matrix, lora: LoRAFactors | None) -> Array:
         return unpermute(weighted_down(gate_up_R2F, weights_by_row(weights_NK, p), down_EFD, lora), p)
 
     return gate_up, down

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mla_moe.ops.experts import ExpertAdapters, expert_products
 from mla_moe.ops.permutation import exclusive_cumsum
+from mla_moe.ops.quantized_matrix import Matrix, QuantizedMatrix
 from mla_moe.parallel.dispatch_plan import DispatchPlan
 
 
@@ -93,8 +94,8 @@ def expert_parallel_experts(
     x_nD: Float[Array, "n D"],
     experts_nK: Int[Array, "n K"],
     weights_nK: Float[Array, "n K"],
-    gate_up_eD2F: Float[Array, "e D 2 F"],
-    down_eFD: Float[Array, "e F D"],
+    gate_up_eD2F: Float[Array, "e D 2 F"] | QuantizedMatrix,
+    down_eFD: Float[Array, "e F D"] | QuantizedMatrix,
     plan: DispatchPlan,
     adapters: ExpertAdapters = ExpertAdapters(),
 ) -> tuple[Float[Array, "n D"], Int[Array, ""]]:
@@ -102,18 +103,23 @@ def expert_parallel_experts(
     dropped at capacity. `experts_nK` number all experts, and E is unassigned; the weights and adapters are those of
     this device."""
     routes = dispatch_routes(experts_nK, plan)
-    gate_up_eDF = gate_up_eD2F.reshape(*gate_up_eD2F.shape[:2], -1)  # here, and not for each chunk
-    matrices = gate_up_eDF, down_eFD
-    trained = *(w if a is None else None for w, a in zip(matrices, adapters, strict=True)), adapters
-    frozen = tuple(None if a is None else w for w, a in zip(matrices, adapters, strict=True))
+    matrices = _joined(gate_up_eD2F), down_eFD  # here, and not for each chunk
+    fixed = [a is not None or isinstance(w, QuantizedMatrix) for w, a in zip(matrices, adapters, strict=True)]
+    trained = *(None if f else w for w, f in zip(matrices, fixed, strict=True)), adapters
+    frozen = tuple(w if f else None for w, f in zip(matrices, fixed, strict=True))
     y_nD = _dispatch_compute_combine((x_nD, weights_nK, trained), frozen, routes, plan)
     return y_nD, routes.dropped
 
 
+def _joined(gate_up: Matrix) -> Matrix:
+    """Gate and up projection as one axis, unless they are quantized."""
+    return gate_up if isinstance(gate_up, QuantizedMatrix) else gate_up.reshape(*gate_up.shape[:2], -1)
+
+
 Trained = tuple[Array | None, Array | None, ExpertAdapters]
-"""`gate_up_eDF` and `down_eFD`, each unless it has an adapter, and the adapters."""
-Frozen = tuple[Array | None, ...]
-"""`gate_up_eDF` and `down_eFD`, each if it has an adapter."""
+"""`gate_up_eDF` and `down_eFD`, each unless it has an adapter or is quantized, and the adapters."""
+Frozen = tuple[Matrix | None, ...]
+"""`gate_up_eDF` and `down_eFD`, each if it has an adapter or is quantized."""
 Inputs = tuple[Array, Array, Trained]
 """The differentiable arguments: `x_nD`, `weights_nK`, and the weights of the experts."""
 Residuals = tuple[Inputs, Frozen, DispatchRoutes]
@@ -123,6 +129,7 @@ Residuals = tuple[Inputs, Frozen, DispatchRoutes]
 def _dispatch_compute_combine(inputs: Inputs, frozen: Frozen, routes: DispatchRoutes, plan: DispatchPlan) -> Array:
     x_nD, weights_nK, trained = inputs
     *_, adapters = trained
+    frozen = _dequantized(frozen, x_nD.dtype)
     weights_PnK = jax.lax.all_gather(weights_nK, plan.axis)
 
     def body(chunk: "_Chunk", received: tuple[Array, ...], sums: tuple[Array, ...]) -> tuple[Array, "Finish"]:
@@ -136,6 +143,12 @@ def _dispatch_compute_combine(inputs: Inputs, frozen: Frozen, routes: DispatchRo
 
     y_nD, _ = _over_chunks(body, (x_nD,), (), routes, plan)
     return y_nD.astype(x_nD.dtype)
+
+
+def _dequantized(frozen: Frozen, dtype: DTypeLike) -> Frozen:
+    """For all chunks, in the forward and again in the backward pass."""
+    gate_up, down = (w.dequantize(dtype) if isinstance(w, QuantizedMatrix) else w for w in frozen)
+    return None if gate_up is None else _joined(gate_up), down
 
 
 Finish = Callable[[Array], tuple[Array, Any]]
@@ -207,6 +220,7 @@ def _forward(inputs: Inputs, frozen: Frozen, routes: DispatchRoutes, plan: Dispa
 def _backward(plan: DispatchPlan, residuals: Residuals, g_nD: Array) -> tuple[Inputs, None, None]:
     inputs, frozen, routes = residuals
     x_nD, weights_nK, trained = inputs
+    frozen = _dequantized(frozen, x_nD.dtype)
     weights_PnK = jax.lax.all_gather(weights_nK, plan.axis)
 
     def body(chunk: _Chunk, received: tuple[Array, ...], sums: tuple[Array, Trained]) -> tuple[Array, Finish]:
@@ -294,7 +308,7 @@ class _Chunk:
         own_down = trained[1] if frozen_down is None else frozen_down
         assert own_down is not None
         local_expert_MK = self.gather_received(self.routes.local_expert_PnK)
-        experts_MK = jnp.where(self.received_Pc.reshape(-1, 1), local_expert_MK, len(own_down))
+        experts_MK = jnp.where(self.received_Pc.reshape(-1, 1), local_expert_MK, own_down.shape[0])
         gate_up, down = expert_products(
             experts_MK, own_down.shape, dtype, max_pairs=self.plan.max_pairs, activation=self.plan.activation,
             implementation=self.plan.grouped_matmul,

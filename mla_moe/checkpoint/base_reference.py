@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from mla_moe.checkpoint.adapter import AdapterCheckpoint, open_base_of
+from mla_moe.checkpoint.bucket_run import location
 from mla_moe.checkpoint.files import check
 from mla_moe.checkpoint.hub import parse_model
 from mla_moe.checkpoint.orbax_checkpoint import array_checksums
@@ -36,7 +37,9 @@ class BaseReference(NamedTuple):
         elif is_hub(start):
             name = f"hf://{parse_model(start, 'init_from').id}@{source.directory.name}"  # the commit
         else:
-            name = shown(start) if is_bucket(start) else str(source.directory.resolve())
+            name = location(source.directory.resolve())
+            if is_bucket(start) and not is_bucket(name):  # in Hugging Face's layout, of which this is a copy
+                name = shown(start)
         reference = cls(name, frozen["embed"].dtype.name, _checksum(frozen))
         if stored := read_json_item(source.directory, "adapter", required=False):
             reference._check(stored.get("dtype"), stored.get("checksum"), source.directory)

@@ -9,6 +9,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from mla_moe.checkpoint.adapter import AdapterCheckpoint
+from mla_moe.checkpoint.bucket_run import read_run
 from mla_moe.checkpoint.files import atomic_directory, check, progress_bar, write_side_files
 from mla_moe.checkpoint.hf_checkpoint import HFCheckpoint
 from mla_moe.checkpoint.hf_mapping import TensorMapping, tensor_mappings
@@ -23,7 +24,7 @@ from mla_moe.checkpoint.save_errors import as_save_error
 from mla_moe.checkpoint.tokenizer_files import files_to_copy, hf_config
 from mla_moe.checkpoint.unused_tensors import UNUSED
 from mla_moe.config import require
-from mla_moe.config.storage import is_url, require_path, shown
+from mla_moe.config.storage import is_bucket, is_url, require_path, shown
 from mla_moe.nn.abstract_model import AbstractModel
 
 
@@ -85,6 +86,8 @@ def _open_remote(src: str | Path, dst: str | Path, stack: contextlib.ExitStack) 
     if beside:
         beside.mkdir(parents=True, exist_ok=True)
     temporary = stack.enter_context(tempfile.TemporaryDirectory(prefix=".mla_moe-", dir=beside))
+    if is_bucket(src) and (run := read_run(src, "checkpoint")):
+        return open_checkpoint(run)
     remote = RemoteCheckpoint(src, Path(temporary))
     return open_checkpoint(src) if is_peft(remote.directory) else HFCheckpoint(remote.directory, remote)
 

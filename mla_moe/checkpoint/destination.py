@@ -11,10 +11,7 @@ from mla_moe.checkpoint.files import CheckpointError, atomic_directory, check
 from mla_moe.checkpoint.hub import INDEX, parse_model
 from mla_moe.config.errors import without_secrets
 from mla_moe.config.hub import hub_errors, is_hub, shown
-from mla_moe.config.storage import is_url, open_url, storage_errors
-
-_PART_BYTES = 16 << 20
-"""Of an upload to a bucket, of which the client holds ten in memory."""
+from mla_moe.config.storage import is_url, open_url, storage_errors, upload_object
 
 
 @contextlib.contextmanager
@@ -74,13 +71,9 @@ def _bucket_directory(url: Any) -> Generator[tuple[Path, Callable[[Path], None]]
     written: list[str] = []
 
     def upload(file: Path) -> None:
-        target, size = f"{root}/{file.name}", file.stat().st_size
-        written.append(target)
-        with storage_errors("path", url):
-            with ThreadPoolExecutor(1) as pool:  # after Ctrl-C the client goes on: its end is waited for
-                pool.submit(fs.put_file, str(file), target, chunksize=_PART_BYTES).result()
-            found = fs.info(target)["size"]
-        check(found == size, "path", shown(url), f"{file.name} has {found} bytes there instead of {size}; start again")
+        written.append(target := f"{root}/{file.name}")
+        with ThreadPoolExecutor(1) as pool:  # after Ctrl-C the client goes on: its end is waited for
+            pool.submit(upload_object, fs, file, target, "path", url).result()
         file.unlink()
 
     try:

@@ -5,6 +5,7 @@ from collections.abc import Collection
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from mla_moe.checkpoint.bucket_run import read_run
 from mla_moe.checkpoint.files import read_json
 from mla_moe.checkpoint.tokenizer_files import SIDE_FILES
 from mla_moe.config import require
@@ -49,9 +50,11 @@ def is_side_file(name: str) -> bool:
 
 def local_checkpoint(path: str | Path, field: str = "checkpoint") -> Path:
     """The local directory of a checkpoint: `path` itself, or the cached copies of a model of the Hub or of a directory
-    in a bucket. Of those only the safetensors that the reader takes are downloaded, and what is beside them. Raises
-    `ConfigError` on `field` if the Hub or the bucket refuses or lacks a file."""
+    in a bucket, or the mirror of a run there. Of the former only the safetensors that the reader takes are downloaded,
+    and what is beside them. Raises `ConfigError` on `field` if the Hub or the bucket refuses or lacks a file."""
     if is_bucket(path):
+        if run := read_run(path, field):
+            return run
         objects = list_objects(path, field)
         folder = cache_folder(objects)
         copy_objects(path, field, {name: objects[name] for name in objects if is_side_file(name)}, folder)

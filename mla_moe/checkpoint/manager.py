@@ -11,10 +11,9 @@ import itertools
 import logging
 import sys
 import warnings
-import zlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -22,6 +21,9 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from mla_moe.checkpoint.base_reference import BaseReference
+from mla_moe.checkpoint.bucket_run import location, mirror_of
+from mla_moe.checkpoint.bucket_steps import BucketSteps, read_state
+from mla_moe.checkpoint.data_position import DataPosition, StreamsArgs, StreamsHandler
 from mla_moe.checkpoint.files import CheckpointError
 from mla_moe.checkpoint.orbax_checkpoint import array_checksums, config_checksum
 from mla_moe.checkpoint.orbax_layout import read_json_item, require_known_format
@@ -34,27 +36,6 @@ _CHUNK_BYTES = 64 << 20
 """Larger arrays are stored in chunks, so that another mesh or a conversion reads little more than it needs."""
 
 
-@runtime_checkable
-class DataPosition(Protocol):
-    """The position in the data, saved with the state: `data.Batches` over text, or the number of prompts used."""
-
-    def states(self) -> Mapping[int, str]:
-        """The position in each data stream, by the stream's number, as JSON."""
-
-    def restore(self, read: Callable[[int], str]) -> None:
-        """Move to a saved position; `read` returns the position in a stream by its number."""
-
-
-class FixedPosition:
-    """A position that is not saved, and that restoring a checkpoint does not move."""
-
-    def states(self) -> Mapping[int, str]:
-        return {}
-
-    def restore(self, read: Callable[[int], str]) -> None:
-        pass
-
-
 State = TypeVar("State", bound=NamedTuple)
 """The training state of a stage, such as `TrainState`."""
 
@@ -63,13 +44,8 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
     """Saves and restores the full state of a stage: parameters, optimizer, router biases, step, and data position."""
 
     def __init__(self, run_dir: Path, stage: str, config: CheckpointConfig):
-        policies = ocp.checkpoint_managers
-        kept: list[Any] = [policies.LatestN(config.max_to_keep)]
-        kept += [policies.EveryNSteps(config.keep_every)] if config.keep_every else []
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
-        )
-        self._manager = ocp.CheckpointManager((run_dir / "checkpoints" / stage).absolute(), options=options)
+        directory, mirror = (run_dir / "checkpoints" / stage).absolute(), mirror_of(run_dir)
+        self._manager = _orbax_manager(directory, config) if mirror is None else BucketSteps(directory, mirror, config)
         self._quiet = suppress_repeated_errors()
         self._quiet.__enter__()
 
@@ -143,6 +119,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         damaged, none is renamed and `CheckpointError` is raised.
         """
         self._manager.wait_until_finished()
+        self._manager.reload()
         directory = Path(self._manager.directory)
         steps = self.steps[::-1]
         with _suppress_read_errors():
@@ -156,7 +133,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
                     self._set_aside(steps[:number], "damaged")
                 return state
         fix = "all its checkpoints are damaged; remove it to restart the stage"
-        raise CheckpointError("checkpoint", str(directory), fix)
+        raise CheckpointError("checkpoint", location(directory), fix)
 
     def _set_aside(self, steps: Sequence[int], suffix: str) -> None:
         """Rename checkpoints to `STEP.suffix`, or `STEP.suffix.2` and so on where that exists."""
@@ -166,27 +143,43 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
                 names = itertools.chain([suffix], (f"{suffix}.{number}" for number in itertools.count(2)))
                 free = next(path for name in names if not (path := directory / f"{step}.{name}").exists())
                 (directory / str(step)).rename(free)
+                if isinstance(self._manager, BucketSteps):
+                    self._manager.rename(step, free.name)
         multihost_utils.sync_global_devices(f"checkpoints are renamed to {suffix}")
         self._manager.reload()
+
+
+def _orbax_manager(directory: Path, config: CheckpointConfig) -> ocp.CheckpointManager:
+    policies = ocp.checkpoint_managers
+    kept: list[Any] = [policies.LatestN(config.max_to_keep)]
+    kept += [policies.EveryNSteps(config.keep_every)] if config.keep_every else []
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept), cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager(directory, options=options)
 
 
 def restore_step(directory: Path, abstract: State, position: DataPosition) -> State:
     """Restore the checkpoint in a step's directory, of any run, and move `position`. Frozen parameters stay abstract.
     Raises `CheckpointError` in all
-    processes if it is damaged for any of them, and `ConfigError` for a newer format version."""
-    items = ocp.args.Composite(
-        state=ocp.args.StandardRestore(_saved(abstract)), data=StreamsArgs(position), digests=ocp.args.JsonRestore()
-    )
+    processes if it is damaged for any of them, `ConfigError` for a newer format version, and `ConnectionError` if a
+    bucket cannot be read."""
     process = jax.process_index()  # no barriers with other processes, which would wait for one that fails
     alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     found, wrong = {}, ""
     try:
         require_known_format(directory)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as checkpointer:
-            found = checkpointer.restore(directory.absolute(), items)
+        if mirror_of(directory):
+            found = {"state": read_state(directory, _saved(abstract)), "digests": read_json_item(directory, "digests")}
+            StreamsHandler().restore(directory / "data", StreamsArgs(position))
+        else:
+            state, digests = ocp.args.StandardRestore(_saved(abstract)), ocp.args.JsonRestore()
+            items = ocp.args.Composite(state=state, data=StreamsArgs(position), digests=digests)
+            with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as checkpointer:
+                found = checkpointer.restore(directory.absolute(), items)
     except CheckpointError as error:
         wrong = f"{error.value}: {error.message}"
-    except (ConfigError, MemoryError, PermissionError, jax.errors.JaxRuntimeError):
+    except (ConfigError, MemoryError, PermissionError, ConnectionError, jax.errors.JaxRuntimeError):
         raise  # not an error in the files
     except Exception as error:  # Orbax does not document what a corrupted byte can raise
         wrong = _first_line(error)
@@ -194,7 +187,7 @@ def restore_step(directory: Path, abstract: State, position: DataPosition) -> St
         actual, expected = array_checksums(found["state"]), found["digests"]["arrays"]
         wrong = ", ".join(name for name in actual if actual[name] != expected.get(name))
     if _any_process(wrong):
-        raise CheckpointError("checkpoint", str(directory), f"is damaged: {wrong or 'see another process'}")
+        raise CheckpointError("checkpoint", location(directory), f"is damaged: {wrong or 'see another process'}")
     return abstract._replace(**found["state"])
 
 
@@ -250,33 +243,3 @@ def _save_args(arrays: dict[str, Any], abstract_model: AbstractModel) -> Any:
         return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=tuple(stacked))
 
     return jax.tree_util.tree_map_with_path(args, arrays)
-
-
-class StreamsHandler(ocp.CheckpointHandler):
-    """Saves the data position: a file for each stream, with its checksum in the last line. Processes that share a
-    stream write the same file."""
-
-    def save(self, directory: Path, args: "StreamsArgs") -> None:
-        for number, state in args.item.states().items():
-            temporary = directory / f".stream_{number}.{jax.process_index()}"
-            temporary.write_text(f"{state}\n{_crc(state)}")
-            temporary.replace(directory / f"stream_{number}.json")
-
-    def restore(self, directory: Path, args: "StreamsArgs") -> None:
-        def read(number: int) -> str:
-            state, _, crc = (directory / f"stream_{number}.json").read_text().partition("\n")
-            if crc != _crc(state):
-                raise ValueError(f"the position in data stream {number} does not match its checksum")
-            return state
-
-        args.item.restore(read)
-
-
-def _crc(text: str) -> str:
-    return f"{zlib.crc32(text.encode()):08x}"
-
-
-@ocp.args.register_with_handler(StreamsHandler, for_save=True, for_restore=True)
-@dataclasses.dataclass
-class StreamsArgs(ocp.args.CheckpointArgs):
-    item: DataPosition

@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from mla_moe.checkpoint.bucket_run import COMMIT, location
 from mla_moe.checkpoint.files import CheckpointError, check, flush_to_disk, read_json
 from mla_moe.checkpoint.hf_mapping import Index
 from mla_moe.checkpoint.save_errors import suppress_repeated_errors
@@ -28,9 +29,9 @@ from mla_moe.config import FORMAT_VERSION
 from mla_moe.config.errors import require_local
 from mla_moe.config.migrations import require_known_version
 from mla_moe.config.resume import STAGES
+from mla_moe.config.storage import is_bucket, kvstore
 from mla_moe.nn.abstract_model import AbstractModel
 
-_COMMIT = "_CHECKPOINT_METADATA"
 _CACHE_BYTES = 256 << 20  # consecutive reads often need the same stored chunk
 _MAX_PENDING_WRITES = 4
 
@@ -47,7 +48,7 @@ def find_step(path: Path) -> Path | None:
         return path
     stages = [path / "checkpoints" / stage for stage in STAGES] if (path / "checkpoints").is_dir() else [path]
     steps = [step for stage in stages if stage.is_dir() for step in stage.iterdir() if step.name.isdecimal()]
-    complete = [step for step in steps if (step / _COMMIT).is_file()]  # a kill during a removal leaves the others
+    complete = [step for step in steps if (step / COMMIT).is_file()]  # a kill during a removal leaves the others
     empty_run = not complete and (path / "recipe.json").is_file() and not (path / "config.json").is_file()
     check(not empty_run, "checkpoint", str(path), "is a run without a checkpoint yet")
     return max(complete, key=lambda step: (stages.index(step.parent), int(step.name)), default=None)
@@ -61,10 +62,10 @@ def run_directory(step: Path) -> Path | None:
 
 def require_known_format(step: Path) -> None:
     """Raise `ConfigError` for a checkpoint of a newer format version. The reader needs no migration for older ones."""
-    custom = read_json(step / _COMMIT).get("custom_metadata") if (step / _COMMIT).is_file() else None
+    custom = read_json(step / COMMIT).get("custom_metadata") if (step / COMMIT).is_file() else None
     version = custom.get("format_version") if isinstance(custom, dict) else None
     if isinstance(version, int):
-        require_known_version(version, str(step / _COMMIT))
+        require_known_version(version, str(step / COMMIT))
 
 
 def read_json_item(step: Path, item: str, *, required: bool = True) -> dict[str, Any]:
@@ -82,14 +83,14 @@ class StateArrays:
         check(isinstance(tree, dict), "checkpoint", str(step), fix)
         self.keys = [tuple(str(entry["key"]) for entry in leaf["key_metadata"]) for leaf in tree.values()]
         self.uses_ocdbt = (step / "state" / "manifest.ocdbt").exists()
-        self._directory = step / "state"
+        self._location = location((step / "state").resolve())  # TensorStore rejects `..`
         self._open: dict[tuple[str, ...], ts.TensorStore] = {}
         self._context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
 
     def __getitem__(self, key: tuple[str, ...]) -> ts.TensorStore:
         """Raises `CheckpointError` for an array whose metadata are missing or damaged."""
         if key not in self._open:
-            spec = _array_spec(self._directory, key, self.uses_ocdbt)
+            spec = array_spec(self._location, key, self.uses_ocdbt)
             try:
                 self._open[key] = ts.open(spec, context=self._context, open=True, read=True).result()
             except ValueError as error:
@@ -123,7 +124,7 @@ def create_step(
     created.rmdir()
     stores, context = {}, ts.Context({"file_io_sync": False})  # flushed below, all files at once
     for path, chunk_shape in chunks.items():
-        spec = _array_spec(directory / "state", keys[path], ocdbt=False)
+        spec = array_spec((directory / "state").resolve(), keys[path])
         spec |= {"metadata": {"chunks": list(chunk_shape), "compressor": None}, "create": True, "delete_existing": True}
         shape = model.variables[path].get_value().shape
         stores[path] = ts.open(spec, context=context, dtype=dtypes[path], shape=shape).result()
@@ -145,9 +146,9 @@ def create_step(
                 flush_to_disk(opened.fileno())
 
 
-def _array_spec(state: Path, key: tuple[str, ...], ocdbt: bool) -> dict[str, Any]:
-    name, state = ".".join(key), state.resolve()  # TensorStore rejects `..`
-    base = {"driver": "file", "path": f"{state}/"}
+def array_spec(state: str | Path, key: tuple[str, ...], ocdbt: bool = False) -> dict[str, Any]:
+    """TensorStore's name of an array of a step's `state`, by its directory or its URL."""
+    name, base = ".".join(key), kvstore(str(state)) if is_bucket(state) else {"driver": "file", "path": f"{state}/"}
     if ocdbt:
         return {"driver": "zarr", "kvstore": {"driver": "ocdbt", "base": base, "path": f"{name}/"}}
-    return {"driver": "zarr", "kvstore": base | {"path": f"{state / name}/"}}
+    return {"driver": "zarr", "kvstore": base | {"path": f"{base['path']}{name}/"}}

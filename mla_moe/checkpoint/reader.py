@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh
 
 from mla_moe.checkpoint.adapter import AdapterCheckpoint, open_adapters
+from mla_moe.checkpoint.bucket_run import read_run
 from mla_moe.checkpoint.files import check, progress_bar, read_json
 from mla_moe.checkpoint.hf_checkpoint import HFCheckpoint
 from mla_moe.checkpoint.hub import local_checkpoint
@@ -17,7 +18,7 @@ from mla_moe.checkpoint.orbax_layout import find_step
 from mla_moe.checkpoint.peft import is_peft, open_peft
 from mla_moe.checkpoint.quantized_base import QuantizedBase
 from mla_moe.config import ModelConfig
-from mla_moe.config.storage import is_url, local_file
+from mla_moe.config.storage import is_bucket, is_url, local_file
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
 from mla_moe.nn.quantized import scale_path
 
@@ -67,7 +68,7 @@ def read_model_config(path: Path) -> ModelConfig:
     """The model of a checkpoint, or of a `config.json` or its directory, or of the base of adapters in PEFT's layout.
     Weights of a model need not be there, and those at a URL are not downloaded."""
     if is_url(path):
-        path = local_file(path, "model", "config.json")
+        path = (read_run(path, "model") if is_bucket(path) else None) or local_file(path, "model", "config.json")
     if path.is_dir() and (step := find_step(path)) is not None:
         return OrbaxCheckpoint(step).cfg
     if is_peft(path):

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Generator
 from pathlib import Path
 
+from mla_moe.checkpoint.bucket_run import location, mirror_of
 from mla_moe.checkpoint.files import CheckpointSaveError
 from mla_moe.config import ConfigError
 
@@ -21,8 +22,11 @@ def as_save_error(directory: Path, fix: str) -> Generator[None]:
     except ConfigError:
         raise
     except Exception as error:
-        fix = f"free disk space, raise `ulimit -f` or check the disk; {fix}"
-        problem = f"{directory}: a checkpoint could not be saved ({_first_line(error)})"
+        remedy = "free disk space, raise `ulimit -f` or check the disk"
+        if mirror_of(directory):
+            remedy = "check the connection and your credentials"
+        fix = f"{remedy}; {fix}"
+        problem = f"{location(directory)}: a checkpoint could not be saved ({_first_line(error)})"
         raise CheckpointSaveError(f"{problem}; {fix}") from error
 
 
@@ -51,7 +55,9 @@ class suppress_repeated_errors(contextlib.AbstractContextManager[None]):
             self._previous_hook(unraisable)
 
     def _is_shown(self, record: logging.LogRecord) -> bool:
-        return not record.exc_info or "orbax" not in record.pathname + record.getMessage()
+        message = record.getMessage()
+        merges_nothing = "Skipping merge of OCDBT" in message  # of which a step without that format has none
+        return not merges_nothing and (not record.exc_info or "orbax" not in record.pathname + message)
 
 
 def _first_line(error: Exception) -> str:

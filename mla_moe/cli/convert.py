@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import logging
 import signal
 from collections.abc import Generator
 from pathlib import Path
@@ -42,7 +41,6 @@ class Convert:
         import jax.numpy as jnp
 
         require(not self.fp8, "fp8", True, "is now --quantize fp8")
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns that a single process merges nothing
         dtype = self.dtype and jnp.dtype(self.dtype)
         with _ended_by_sigterm():
             convert(

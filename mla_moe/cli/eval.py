@@ -8,11 +8,12 @@ from typing import Literal
 
 import tyro
 
+from mla_moe.checkpoint.hub import local_checkpoint
 from mla_moe.checkpoint.orbax_layout import find_step, run_directory
 from mla_moe.cli.generate import load_model_and_tokenizer
 from mla_moe.config import Recipe, RLConfig, TaskConfig, load_recipe, require
 from mla_moe.config.errors import MAX_SIZE, require_between
-from mla_moe.config.storage import is_url
+from mla_moe.config.hub import is_hub
 from mla_moe.training.console import Console
 
 
@@ -94,7 +95,7 @@ class Eval:
         Reward functions that the recipe names are ignored, because importing them would execute code from the run.
         Raises `ConfigError` if there is neither a run nor `task`.
         """
-        step = None if is_url(self.checkpoint) else find_step(self.checkpoint)
+        step = None if is_hub(self.checkpoint) else find_step(local_checkpoint(self.checkpoint))
         run = run_directory(step) if step else None
         require(run is not None or self.task is not None, "task", self.task, "name one; only a run has a default")
         recipe = load_recipe(run / "recipe.json") if run else Recipe(run_dir="", task=TaskConfig(answer_format="auto"))

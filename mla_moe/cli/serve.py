@@ -8,6 +8,7 @@ from pathlib import Path
 
 import tyro
 
+from mla_moe.checkpoint.bucket_run import location
 from mla_moe.checkpoint.reader import open_adapter, open_checkpoint
 from mla_moe.cli.generate import load_model_and_tokenizer
 from mla_moe.config.errors import require, require_between, visible
@@ -116,7 +117,7 @@ def load_adapters(values: Sequence[str], checkpoint: Path) -> dict[str, AdapterW
         name, _, path = value.partition("=")
         assert base is not None
         source = open_adapter(path, base)
-        adapters[name], served = source.weights(), (shown(checkpoint), str(base.directory.resolve()))
+        adapters[name], served = source.weights(), (shown(checkpoint), location(base.directory.resolve()))
         if is_hub(source.base_name):
             model, _, revision = source.base_name.partition("@")
             same = model == served[0].partition("@")[0] and revision in ("", base.directory.name)

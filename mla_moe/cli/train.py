@@ -8,6 +8,7 @@ found automatically, add `--distributed.coordinator HOST:PORT --distributed.proc
 (docs/pods.md).
 """
 
+import contextlib
 import dataclasses
 import os
 import sys
@@ -62,6 +63,7 @@ def run(recipe: Recipe) -> int:
     """Run the stages that have steps, one after the other, and write the report. Returns the exit code."""
     import jax
 
+    from mla_moe.checkpoint.bucket_run import close_run, location
     from mla_moe.report.page import write_report
     from mla_moe.rl.preflight import preflight
     from mla_moe.rl.rejection_sampling import train_rejection
@@ -76,11 +78,12 @@ def run(recipe: Recipe) -> int:
     from mla_moe.training.sft import train_sft
     from mla_moe.training.trackers import Trackers, require_installed
 
-    with remember_interrupts():
+    with remember_interrupts(), contextlib.ExitStack() as at_end:
         enable_compile_cache()
         console = Console(enabled=jax.process_index() == 0)
         require_installed(recipe.track)
         run_dir = open_run_directory(recipe)
+        at_end.callback(close_run, run_dir)
         preflight(recipe, started_stages(run_dir))
         stages = {
             pretrain: recipe.training.active,
@@ -96,7 +99,7 @@ def run(recipe: Recipe) -> int:
             console.print(f"{stop}. The same command resumes from there.")
             return 130
         if jax.process_index() == 0:
-            console.print(f"report: {(report := write_report(run_dir))}")
+            console.print(f"report: {location(report := write_report(run_dir))}")
             with Trackers(recipe, run_dir) as trackers:
                 trackers.log_file(report)
         return 0

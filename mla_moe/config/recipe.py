@@ -33,7 +33,7 @@ from mla_moe.config.presets import preset
 from mla_moe.config.pretraining import TrainingConfig
 from mla_moe.config.profile import ProfileConfig
 from mla_moe.config.resume import field, leaves
-from mla_moe.config.storage import require_path
+from mla_moe.config.storage import require_path, require_run_dir
 
 _MAX_BYTES = 16 << 20  # of a recipe.json
 
@@ -118,7 +118,7 @@ class Recipe:
     profile: ProfileConfig = field(ProfileConfig(), resume="free")
 
     def __post_init__(self):
-        require_local("run_dir", self.run_dir)
+        require_run_dir(self.run_dir)
         require_path("init_from", self.init_from)
         for name, leaf in leaves(self).items():
             require_number(name, leaf.value)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 _BUCKETS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
 """Scheme -> the module that reads it, and the extra of this package with it."""
 _CONNECTIONS = 8
+_PART_BYTES = 16 << 20
+"""Of an upload to a bucket, of which the client holds ten in memory."""
 
 
 def is_bucket(path: Any) -> bool:
@@ -46,6 +48,14 @@ def require_path(field: str, path: Any) -> None:
         _module(field, path)
     else:
         require_local(field, path, "files of this host and hf://, s3:// and gs:// URLs are read here")
+
+
+def require_run_dir(path: str) -> None:
+    """Raise `ConfigError` for what names no directory of this host or of a bucket."""
+    if is_bucket(path):
+        _module("run_dir", path)
+    else:
+        require_local("run_dir", path, "directories of this host and s3:// and gs:// URLs are written here")
 
 
 def _module(field: str, url: Any) -> Any:
@@ -142,17 +152,47 @@ def copy_object(fs: "AbstractFileSystem", info: Mapping[str, Any], path: Path, f
     size, name = path.stat().st_size, f"{shown(url)} ({info['name']})"
     fix = f"has {size} bytes instead of {info['size']} after its download; start again"
     require(size == info["size"], field, name, fix)
-    require(_version(after) == _version(info), field, name, "changed while it was downloaded; start again")
+    require(object_version(after) == object_version(info), field, name, "changed while it was downloaded; start again")
 
 
 def cache_folder(objects: Mapping[str, Mapping[str, Any]]) -> Path:
     """Where copies of objects are: another folder for other objects, and for other versions of them."""
-    versions = [(e["name"], *_version(e)) for e in objects.values()]
+    versions = [(e["name"], *object_version(e)) for e in objects.values()]
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return home / "mla_moe" / "buckets" / hashlib.sha256(repr(sorted(versions)).encode()).hexdigest()[:32]
 
 
-def _version(info: Mapping[str, Any]) -> tuple[Any, ...]:
+def upload_object(fs: "AbstractFileSystem", file: Path, target: str, field: str, url: Any) -> None:
+    """Upload a file as the object `target`. Raises `ConfigError` if the bucket refuses, and for an object of another
+    size."""
+    size = file.stat().st_size
+    with storage_errors(field, url):
+        fs.put_file(str(file), target, chunksize=_PART_BYTES)
+        found = fs.info(target)["size"]
+    require(found == size, field, shown(url), f"{file.name} has {found} bytes there instead of {size}; start again")
+
+
+def kvstore(url: str) -> dict[str, Any]:
+    """TensorStore's name of a folder of a bucket. Credentials are by the rules of its drivers; a server instead of
+    Amazon's or Google's is the one of s3fs and gcsfs."""
+    scheme, _, path = shown(url).partition("://")
+    bucket, _, folder = path.partition("/")
+    spec: dict[str, Any] = {"driver": "s3" if scheme == "s3" else "gcs", "bucket": bucket, "path": f"{folder}/"}
+    environment = os.environ
+    if scheme == "gs":
+        if server := environment.get("STORAGE_EMULATOR_HOST"):
+            environment.setdefault("TENSORSTORE_GCS_HTTP_URL", server)
+        return spec
+    if "AWS_ACCESS_KEY_ID" in environment:  # the default logs an error for each file of credentials that is not there
+        spec["aws_credentials"] = {"type": "environment"}
+    if server := environment.get("AWS_ENDPOINT_URL_S3") or environment.get("AWS_ENDPOINT_URL"):
+        region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION") or "us-east-1"
+        spec |= {"endpoint": server, "aws_region": region}
+    return spec
+
+
+def object_version(info: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Another for another content of an object, as far as its bucket says."""
     return info["size"], info.get("ETag") or info.get("etag") or info.get("mtime")
 
 

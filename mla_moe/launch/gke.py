@@ -30,6 +30,7 @@ def job_set(job: Job, hosts: Hosts, image: str) -> str:
         # Also for one host: an Indexed Job without them is several processes for `parallel.distributed`.
         process = f'--distributed.processes {hosts.count} --distributed.process "$JOB_COMPLETION_INDEX"'
         command += f' --distributed.coordinator "$COORDINATOR" {process}'
+    # In `command` Kubernetes replaces $(NAME), and $$ by $: all of it is for the shell.
     labels = "\n".join(f'                cloud.google.com/{key}: "{value}"' for key, value in selector.items())
     return f"""\
 apiVersion: jobset.x-k8s.io/v1alpha2
@@ -71,7 +72,7 @@ spec:
               containers:
                 - name: train
                   image: {json.dumps(image)}
-                  command: [bash, -c, {json.dumps("exec " + command)}]
+                  command: [bash, -c, {json.dumps("exec " + command.replace("$", "$$"))}]
                   env:
                     - name: COORDINATOR
                       value: "{job.name}-hosts-0-0.{job.name}:{COORDINATOR_PORT}"

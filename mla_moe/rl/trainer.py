@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from mla_moe.checkpoint.manager import DataPosition
+from mla_moe.checkpoint.data_position import DataPosition
 from mla_moe.config import Recipe, require
 from mla_moe.nn.abstract_model import Arrays
 from mla_moe.nn.transformer import Transformer

@@ -8,7 +8,7 @@ import grain
 import jax
 from jax.stages import Wrapped
 
-from mla_moe.checkpoint.manager import DataPosition
+from mla_moe.checkpoint.data_position import DataPosition
 from mla_moe.config import Recipe
 from mla_moe.data import (
     SFT_FEATURES,

@@ -6,7 +6,9 @@ from pathlib import Path
 import optax
 
 from mla_moe.checkpoint.adapter import AdapterCheckpoint
-from mla_moe.checkpoint.manager import DataPosition, restore_step
+from mla_moe.checkpoint.data_position import DataPosition
+from mla_moe.checkpoint.hub import local_checkpoint
+from mla_moe.checkpoint.manager import restore_step
 from mla_moe.checkpoint.reader import load_arrays, open_checkpoint
 from mla_moe.config import ConfigError, ModelConfig, Recipe, load_recipe, require
 from mla_moe.config.resume import STAGES, leaves
@@ -29,8 +31,9 @@ def initial_state(
         return init_state(context.abstract_model, tx, recipe.seed, context.mesh)
     if recipe.init_parts == "params":
         return state_from_checkpoint(recipe.init_from, context, tx)
-    stage = Path(recipe.init_from) / "checkpoints" / "pretrain"
-    source = open_checkpoint(stage if stage.is_dir() else recipe.init_from)
+    path = local_checkpoint(recipe.init_from, "init_from")
+    stage = path / "checkpoints" / "pretrain"
+    source = open_checkpoint(stage if stage.is_dir() else path)
     _check_model(source.cfg, recipe.model, recipe.init_from)
     if (run := source.full_state_run) is None:
         fix = f"{recipe.init_from} has parameters only; set init_parts = 'params'"

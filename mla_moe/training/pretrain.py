@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from mla_moe.checkpoint.manager import DataPosition
+from mla_moe.checkpoint.data_position import DataPosition
 from mla_moe.config import Recipe, require
 from mla_moe.config.files import read_json_object
 from mla_moe.data import (

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
+from mla_moe.checkpoint.bucket_run import close_run, open_run
 from mla_moe.checkpoint.manager import CheckpointManager
 from mla_moe.config import ConfigError, Recipe, load_recipe, require
 from mla_moe.config.files import read_json_object
@@ -21,18 +22,28 @@ logger = logging.getLogger(__name__)
 
 
 def open_run_directory(recipe: Recipe) -> Path:
-    """Create the run's directory, or open it to resume the run in it, and write `recipe.json`.
+    """Create the run's directory, or open it to resume the run in it, and write `recipe.json`. For a bucket's URL it is
+    a mirror, which `checkpoint.bucket_run.close_run` uploads at last.
 
     Raises `ConfigError` if the directory has a run with another value of a field that a run keeps (`config.resume`),
     files with the names of a run's that are no run's, and while another process trains in it.
     """
     require(recipe.run_dir != "", "run_dir", "", "name a directory; the run's files would be mixed with those here")
-    run_dir = Path(recipe.run_dir)
+    odd = set("*?[") & set(os.path.abspath(recipe.run_dir))
+    # Orbax reads the directory's name as a glob pattern when it commits a checkpoint, and would not find it.
+    require(not odd, "run_dir", recipe.run_dir, f"checkpoints cannot be written below a name with {' '.join(odd)}")
+    run_dir = open_run(recipe.run_dir)
+    try:
+        _prepare(recipe, run_dir)
+    except BaseException:
+        close_run(run_dir)
+        raise
+    return run_dir
+
+
+def _prepare(recipe: Recipe, run_dir: Path) -> None:
     path, stages = run_dir / "recipe.json", started_stages(run_dir)
     read_summary(run_dir)  # now, rather than when the first stage has finished
-    # Orbax reads the directory's name as a glob pattern when it commits a checkpoint, and would not find it.
-    odd = set("*?[") & set(os.path.abspath(run_dir))
-    require(not odd, "run_dir", recipe.run_dir, f"checkpoints cannot be written below a name with {' '.join(odd)}")
     former = load_recipe(path) if path.exists() else None
     changes = stated_changes(former, recipe, stages) if former and stages else {}  # a failed start leaves no rows
     try:
@@ -47,7 +58,6 @@ def open_run_directory(recipe: Recipe) -> Path:
         if former and not stages and recipe.data.tokenizer.startswith("bpe:"):
             (run_dir / "tokenizer.json").unlink(missing_ok=True)  # of a start that failed, perhaps on other text
     multihost_utils.sync_global_devices("run_dir")
-    return run_dir
 
 
 def started_stages(run_dir: Path) -> set[str]:

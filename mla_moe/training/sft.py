@@ -7,7 +7,7 @@ from pathlib import Path
 
 import grain
 
-from mla_moe.checkpoint.manager import DataPosition
+from mla_moe.checkpoint.data_position import DataPosition
 from mla_moe.config import Recipe
 from mla_moe.data import (
     SFT_FEATURES,

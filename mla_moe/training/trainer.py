@@ -18,7 +18,8 @@ import numpy as np
 import optax
 
 from mla_moe.checkpoint.base_reference import BaseReference
-from mla_moe.checkpoint.manager import CheckpointManager, DataPosition, FixedPosition
+from mla_moe.checkpoint.data_position import DataPosition, FixedPosition
+from mla_moe.checkpoint.manager import CheckpointManager
 from mla_moe.config import OptimizerConfig, TrainingConfig, require
 from mla_moe.parallel.sharding import bytes_per_device
 from mla_moe.training.checkpoint_schedule import CheckpointSchedule

@@ -1,23 +1,34 @@
 """Buckets of S3 and of Google Cloud Storage, on servers that the tests start on loopback. The package needs the extras
 `s3` and `gcs`; the servers are moto and gcp-storage-emulator, which `.ci/run` installs."""
 
+import logging
 import os
+import socket
 import threading
 
 import pytest
 
 fsspec = pytest.importorskip("fsspec")
+logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
 
 
 class Faults:
-    """A WSGI application between clients and a server: `statuses` answer the next requests, before the server's own."""
+    """A WSGI application between clients and a server: `statuses` answer the next requests of the methods `on`, before
+    the server's own; `CUT` closes the connection in the middle of the request."""
+
+    CUT = "cut"
 
     def __init__(self, app):
-        self.app, self.statuses, self.requests = app, [], 0
+        self.app, self.statuses, self.on, self.requests = app, [], {"GET", "HEAD", "PUT", "POST", "DELETE"}, 0
 
     def __call__(self, environ, start_response):
         self.requests += 1
-        if self.statuses:
+        if self.statuses and environ["REQUEST_METHOD"] in self.on:
+            if self.statuses[0] == self.CUT:
+                self.statuses.pop(0)
+                environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0) // 2)
+                environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+                return [b""]
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
             status = self.statuses.pop(0)
             start_response(f"{status} Failed", [("Content-Type", "text/plain"), ("Content-Length", "0")])
@@ -65,6 +76,9 @@ def s3(s3_server, monkeypatch, tmp_path):
 @pytest.fixture
 def gs(gcs_server, monkeypatch, tmp_path):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server)
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", gcs_server)
+    monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "of-the-tests")
+    monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")  # of processes that the test starts
     monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
     yield from _bucket("gs", monkeypatch, tmp_path, None)
 
@@ -76,6 +90,7 @@ def _bucket(scheme, monkeypatch, tmp_path, faults):
     yield f"{scheme}://bucket", fs, faults
     if faults:
         faults.statuses.clear()
+        faults.on = {"GET", "HEAD", "PUT", "POST", "DELETE"}
     fs.rm("bucket", recursive=True)
 
 

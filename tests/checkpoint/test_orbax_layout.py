@@ -102,7 +102,7 @@ def test_the_tree_metadata_list_the_keys_of_each_array(step):
 
 
 def test_each_array_is_a_zarr_array_under_its_keys(step, request):
-    moved = "Orbax moved it; change _array_spec"
+    moved = "Orbax moved it; change array_spec"
     ocdbt, arrays = request.node.callspec.params["step"], StateArrays(step)
     assert arrays.uses_ocdbt == ocdbt, f"state/manifest.ocdbt does not tell whether OCDBT is used: {moved}"
     if not ocdbt:

@@ -38,7 +38,7 @@ def test_json_round_trip():
         ("model.vocab_size", None, "must be of type int"),
         ("optimizer.schedule.peak_lr", -1.0, "positive"),
         ("data.max_lost_bytes_fraction", 1.0, "less than 1"),
-        ("run_dir", "gs://bucket/run", "is a URL"),
+        ("run_dir", "hf://org/run", "is a URL"),
         ("init_from", "ftp://host/run", "is a URL"),
         ("init_from", "hf://org", "namespace/name"),
         ("data.tokenizer", "https://host/tokenizer.json", "is a URL"),

@@ -12,7 +12,8 @@ import pytest
 
 from mla_moe import ConfigError
 from mla_moe.checkpoint.convert import convert
-from mla_moe.checkpoint.manager import CheckpointManager, FixedPosition
+from mla_moe.checkpoint.data_position import FixedPosition
+from mla_moe.checkpoint.manager import CheckpointManager
 from mla_moe.checkpoint.pretrained import load_pretrained
 from mla_moe.config import CheckpointConfig, MeshConfig
 from mla_moe.nn.abstract_model import AbstractModel

@@ -8,8 +8,8 @@ import resource
 
 import pytest
 
+from mla_moe.checkpoint.data_position import StreamsHandler
 from mla_moe.checkpoint.files import CheckpointSaveError
-from mla_moe.checkpoint.manager import StreamsHandler
 from mla_moe.training.console import Console
 from mla_moe.training.metrics import MetricsWriter, read_rows
 from mla_moe.training.pretrain import pretrain

@@ -22,7 +22,7 @@ from mla_moe.launch.local import devices_per_process
 from mla_moe.parallel.distributed import initialize
 from mla_moe.training.metrics import read_rows
 
-FLAGS = ["--mesh.fsdp", "8", "--run-dir", "/shared/it's a run"]
+FLAGS = ["--mesh.fsdp", "8", "--run-dir", "/shared/it's a run", "--data.text-field", "$(COORDINATOR) $$"]
 
 
 @pytest.fixture
@@ -66,6 +66,11 @@ def distributed(arguments, monkeypatch):
     return got[0], left
 
 
+def by_kubernetes(text, variables):
+    """What a container gets of an element of `command`: $$ is $, and $(NAME) a variable, if it is set."""
+    return re.sub(r"\$(\$|\((\w+)\))", lambda m: "$" if m[1] == "$" else variables.get(m[2], m[0]), text)
+
+
 @pytest.mark.parametrize("count", [1, 4])
 def test_a_job_set_of_hosts_with_gpus(launch, execute, recipe, monkeypatch, count):
     spec = yaml.safe_load(launch("gke", "--topology", f"h100:{count}x8", "--image", "a/b:1"))["spec"]
@@ -79,7 +84,7 @@ def test_a_job_set_of_hosts_with_gpus(launch, execute, recipe, monkeypatch, coun
     (coordinator,) = container["env"]
     shell, option, command = container["command"]
     variables = {coordinator["name"]: coordinator["value"], "JOB_COMPLETION_INDEX": f"{count - 1}"}
-    status, arguments = execute(shlex.join([shell, option, command]), variables)
+    status, arguments = execute(shlex.join([shell, option, by_kubernetes(command, variables)]), variables)
     assert (status, arguments[0]) == (0, "train")
     (got, _), left = distributed(arguments[1:], monkeypatch)
     assert got == ("it-s-a-run-hosts-0-0.it-s-a-run:8476", count, count - 1)

@@ -1,0 +1,281 @@
+"""A run in a bucket, as a local directory: a mirror of its files, without the arrays of its checkpoints.
+
+Objects cannot be appended, locked or renamed, so a run writes its files here. They are uploaded at intervals, before a
+checkpoint is committed, and at the end. Arrays never are in the mirror: they are read from the bucket and written there
+by TensorStore (`orbax_layout`, `bucket_steps`).
+"""
+
+import contextlib
+import logging
+import re
+import shutil
+import tempfile
+import threading
+from collections.abc import Collection, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from mla_moe.checkpoint.lease import Lease
+from mla_moe.config import ConfigError
+from mla_moe.config.hub import shown
+from mla_moe.config.resume import STAGES
+from mla_moe.config.storage import (
+    copy_object,
+    is_bucket,
+    object_version,
+    open_url,
+    storage_errors,
+    upload_object,
+)
+
+logger = logging.getLogger(__name__)
+COMMIT = "_CHECKPOINT_METADATA"
+"""The last object of a step. One without it is incomplete, and is not mirrored."""
+LOCK = ".lock"
+SYNC_SECONDS = 15.0
+_LARGE_BYTES = 8 << 20
+"""Larger files are uploaded with checkpoints and at the end only: each upload is of the whole file."""
+_UNREAD = ("tensorboard", "profile", "wandb")
+"""Folders that a run writes and does not read."""
+_METRICS = ("metrics.jsonl", "expert_load.jsonl", "samples.jsonl")
+_STEP = re.compile(rf"(.*)/checkpoints/(?:{'|'.join(STAGES)})(?:/\d+)?")
+_MIRRORS: dict[Path, "Mirror"] = {}
+
+
+@contextlib.contextmanager
+def _during_run() -> Generator[None]:
+    """What the bucket refuses once a run goes on is an error of the connection, which a restart may mend, and no
+    invalid input (`cli.errors`)."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConnectionError(str(error)) from None
+
+
+class Mirror:
+    """The files of a directory of a bucket, in a temporary directory that ends with the process."""
+
+    def __init__(self, url: Any, field: str):
+        self.url, self._field = shown(url).rstrip("/"), field
+        self._fs, self._root = open_url(url, field)
+        self._temporary = tempfile.TemporaryDirectory(prefix="mla_moe-run-")
+        self.directory = Path(self._temporary.name).resolve() / self._root.rpartition("/")[2]
+        self.directory.mkdir()
+        self._downloaded: dict[str, Any] = {}
+        """Size and date of each object that is here, by its path below the root."""
+        self._uploaded: dict[str, tuple[int, int]] = {}
+        """Time of change and size of each file that is in the bucket."""
+        self._holds = False
+        self._lease = Lease(self._fs, f"{self._root}/{LOCK}", self.url)
+        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._upload_at_intervals, name="mirror", daemon=True)
+        _MIRRORS[self.directory] = self
+
+    def url_of(self, path: Path) -> str:
+        """The URL of a file or folder of the mirror."""
+        return f"{self.url}/{path.relative_to(self.directory)}".removesuffix("/.")
+
+    def object_of(self, path: Path) -> str:
+        """The path of a file or folder of the mirror, for the bucket's client."""
+        return f"{self._root}/{path.relative_to(self.directory)}".removesuffix("/.")
+
+    def download(self, folder: str = "", without: Collection[str] = _UNREAD) -> None:
+        """Download what is new in the bucket, except for arrays and for files and folders of the names `without`, and
+        remove what was downloaded and is gone."""
+        gone = {name for name in self._downloaded if name.startswith(folder)}
+        for name, info in self._objects(folder, without):
+            gone.discard(name)
+            version, path = object_version(info), self.directory / name
+            if self._downloaded.get(name) != version or not path.exists():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                copy_object(self._fs, info, path, self._field, self.url)
+                self._downloaded[name], self._uploaded[name] = version, _state(path)
+        for name in gone:
+            path = self.directory / name
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # until one that is not empty
+                for parent in path.parents:
+                    parent.rmdir()
+            del self._downloaded[name]
+            self._uploaded.pop(name, None)
+
+    def _objects(self, folder: str, without: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+        prefix = f"{folder}/" if folder else ""
+        is_step = re.search(r"(^|/)checkpoints/[^/]+/[^/]+$", folder) is not None
+        entries = {e["name"].rstrip("/").rpartition("/")[2]: e for e in self._list(f"{self._root}/{folder}")}
+        if is_step and COMMIT not in entries:
+            return
+        for name, info in entries.items():
+            if info["type"] == "directory":
+                if name not in without and folder.rpartition("/")[2] != "state":  # which has the arrays
+                    yield from self._objects(prefix + name, without)
+            elif name not in without and name != LOCK and not info["name"].endswith("/"):  # of a web page's folder
+                yield prefix + name, info
+
+    def _list(self, folder: str) -> list[dict[str, Any]]:
+        with storage_errors(self._field, self.url):
+            try:
+                return self._fs.ls(folder.rstrip("/"), detail=True)
+            except FileNotFoundError:
+                return []
+
+    @_during_run()
+    def upload(self, at_most: int | None = None) -> None:
+        """Upload the files that have changed, and remove those that are gone; of `at_most` so many bytes, if given.
+        Checkpoints are left to `bucket_steps`. Raises `ConnectionError` if the bucket refuses, or
+        another process has taken over the run."""
+        with self._lock:
+            if self._holds:
+                self._lease.require_held()
+            found = {str(path.relative_to(self.directory)): path for path in self._files()}
+            for name, path in found.items():
+                try:
+                    state = _state(path)
+                    if self._uploaded.get(name) == state or (at_most is not None and state[1] > at_most):
+                        continue
+                    with tempfile.TemporaryDirectory(prefix="mla_moe-upload-") as folder:
+                        copy = shutil.copyfile(path, Path(folder) / path.name)  # a file that grows has no size
+                        upload_object(self._fs, copy, f"{self._root}/{name}", self._field, self.url)
+                except FileNotFoundError:  # replaced or removed meanwhile
+                    continue
+                self._uploaded[name] = state
+            for name in self._uploaded.keys() - found.keys():
+                if not name.startswith("checkpoints/") and not (self.directory / name).exists():
+                    self.remove(f"{self._root}/{name}")
+                    del self._uploaded[name]
+
+    @_during_run()
+    def upload_file(self, path: Path) -> None:
+        """Upload one file of the mirror."""
+        upload_object(self._fs, path, self.object_of(path), self._field, self.url)
+
+    def _files(self) -> Iterator[Path]:
+        for path in self.directory.rglob("*"):
+            parts = path.relative_to(self.directory).parts
+            unfinished = path.suffix == ".tmp" or any(part.startswith(".") for part in parts)
+            if not unfinished and parts[0] != "checkpoints" and path.is_file() and not path.is_symlink():
+                yield path
+
+    @_during_run()
+    def remove(self, target: str) -> None:
+        """Remove an object or a folder, if it exists. Of a step the commit goes first."""
+        with storage_errors(self._field, self.url), contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):
+                self._fs.rm_file(f"{target}/{COMMIT}")
+            self._fs.rm(target, recursive=True)
+
+    @_during_run()
+    def move(self, source: str, target: str) -> None:
+        """Move a step's folder, by copies within the bucket; it is complete in one place at most."""
+        with storage_errors(self._field, self.url):
+            names = [name.removeprefix(source) for name in self._fs.find(source)]
+            names.sort(key=lambda name: name == f"/{COMMIT}")
+            commit = self._fs.cat_file(f"{source}/{COMMIT}")
+            self._fs.rm_file(f"{source}/{COMMIT}")
+            copied = [name for name in names if name != f"/{COMMIT}"]
+            self._fs.copy([source + name for name in copied], [target + name for name in copied])
+            self._fs.pipe_file(f"{target}/{COMMIT}", commit)
+        self.remove(source)
+
+    def names(self, folder: Path) -> set[str]:
+        """Names of the objects and folders below a folder."""
+        return {entry["name"].rstrip("/").rpartition("/")[2] for entry in self._list(self.object_of(folder))}
+
+    def start(self) -> None:
+        """Hold the run and its files: as the run's own mirror, not a reader's. Raises `ConfigError` if another process
+        trains there."""
+        if jax.process_index() == 0:
+            self._lease.acquire()
+            self._holds = True
+        multihost_utils.sync_global_devices("lock")
+        self.download()
+        multihost_utils.sync_global_devices("mirror")  # the first process changes files only now
+        self._thread.start()
+
+    def share(self) -> None:
+        """Give the other processes what the first one has written."""
+        if jax.process_count() == 1:
+            return
+        if jax.process_index() == 0:
+            self.upload()
+        multihost_utils.sync_global_devices("share")
+        self.download("checkpoints" if jax.process_index() == 0 else "")  # which have files of all processes
+        multihost_utils.sync_global_devices("shared")
+
+    def close(self) -> None:
+        """Upload what is left and let go of the run."""
+        if self._thread.is_alive():
+            self._closed.set()
+            self._thread.join()
+            try:
+                self.upload()
+            finally:
+                self._lease.release()
+
+    def discard(self) -> None:
+        """Remove the directory."""
+        del _MIRRORS[self.directory]
+        self._temporary.cleanup()
+
+    def _upload_at_intervals(self) -> None:
+        while not self._closed.wait(SYNC_SECONDS):
+            try:
+                self.upload(_LARGE_BYTES)
+            except OSError as error:
+                logger.warning("%s; it is tried again, and has to succeed before a checkpoint is saved", error)
+
+
+def _state(path: Path) -> tuple[int, int]:
+    stat = path.stat()
+    return stat.st_mtime_ns, stat.st_size
+
+
+def mirror_of(path: Path) -> Mirror | None:
+    """The mirror that a path is in; None for a path of this host alone."""
+    path = path.absolute()
+    return next((_MIRRORS[folder] for folder in (path, *path.parents) if folder in _MIRRORS), None)
+
+
+def location(path: Path) -> str:
+    """A path as the user knows it: in a mirror its URL."""
+    mirror = mirror_of(path)
+    return str(path) if mirror is None else mirror.url_of(path.absolute())
+
+
+def open_run(run_dir: str) -> Path:
+    """The directory of a run that trains: `run_dir`, or for a URL its mirror, which this process then holds. Raises
+    `ConfigError` as `Mirror.start` does."""
+    if not is_bucket(run_dir):
+        return Path(run_dir)
+    mirror = Mirror(run_dir, "run_dir")
+    mirror.start()
+    return mirror.directory
+
+
+def close_run(run_dir: Path) -> None:
+    """Upload what a run in a bucket has written. Raises `ConnectionError` if the bucket refuses."""
+    if mirror := mirror_of(run_dir):
+        mirror.close()
+
+
+def share_files(run_dir: Path) -> None:
+    """Let all processes of a run see the files that the first one has written. All must call it."""
+    if mirror := mirror_of(run_dir):
+        mirror.share()
+
+
+def read_run(url: Any, field: str, *, metrics: bool = False) -> Path | None:
+    """The local directory of a run in a bucket, or of its stage or step if the URL is of one, with its metrics if
+    asked for; None if there is no run. Raises `ConfigError` on `field` if the bucket refuses."""
+    text = shown(url).rstrip("/")
+    within = _STEP.fullmatch(text)
+    mirror = Mirror(within[1] if within else text, field)
+    names = mirror.names(mirror.directory)
+    if not names & {"recipe.json", "checkpoints"} and not {"state", "model"} <= names:
+        mirror.discard()
+        return None
+    mirror.download(without=_UNREAD if metrics else (*_UNREAD, *_METRICS))
+    return mirror.directory / text.removeprefix(mirror.url).lstrip("/")

@@ -6,10 +6,10 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mla_moe import ConfigError, ModelConfig
+from mla_moe import ConfigError, ModelConfig, preset
 from mla_moe.config import MeshConfig, Recipe, TrainingConfig
 from mla_moe.parallel.mesh import make_mesh
-from mla_moe.parallel.sharding import check_divisible, partition_spec, rules_with_overrides
+from mla_moe.parallel.sharding import check_divisible, check_model_divisible, partition_spec, rules_with_overrides
 
 
 def test_minus_one_takes_the_remaining_devices() -> None:
@@ -68,3 +68,10 @@ def test_a_size_that_the_mesh_does_not_divide_is_an_error(
 def test_an_invalid_rule_is_an_error(override: str, fix: str) -> None:
     with pytest.raises(ConfigError, match=fix):
         rules_with_overrides([override])
+
+
+def test_a_dense_model_has_no_experts_that_a_mesh_must_divide() -> None:
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2))
+    check_model_divisible(preset("youtu-llm-2b"), mesh, "model")
+    with pytest.raises(ConfigError, match=r"teacher\.n_routed_experts = 9: must be a multiple of 2"):
+        check_model_divisible(dataclasses.replace(preset("kimi-k2"), n_routed_experts=9), mesh, "teacher")

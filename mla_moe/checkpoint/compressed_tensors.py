@@ -94,7 +94,8 @@ def quantize_int4(
 
 
 def _nearest(x: Float32[np.ndarray, "groups 32"], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    low, high = x.min(axis=1), x.max(axis=1)
+    across = np.ascontiguousarray(x.T)  # a minimum over 32 neighbours is four times as slow
+    low, high = across.min(axis=0), across.max(axis=0)
     peak = np.maximum(-low, high)
     fix = "cannot be quantized to INT4; write another dtype"
     check(bool(np.isfinite(peak).all()), "weight", "nan or infinity", fix)
@@ -118,7 +119,8 @@ def _nearest(x: Float32[np.ndarray, "groups 32"], dtype: np.dtype) -> tuple[np.n
 def _rounded(x: np.ndarray, scale: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """The nearest codes, and the squared error of each group as it is read in `dtype`."""
     s = scale.astype(np.float32)[:, None]
-    codes: Any = np.rint(x / s).clip(-8, 7)
+    codes: Any = x / s
+    np.rint(codes, out=codes).clip(-8, 7, out=codes)
     read = codes * s
     if dtype != np.float32:
         read = read.astype(dtype).astype(np.float32)

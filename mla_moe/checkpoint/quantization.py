@@ -99,7 +99,7 @@ _FP8_CONFIG: Mapping[str, Any] = {
 }
 _INT4_IGNORE = (
     "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*", "re:.*lm_head.*",
-    "re:.*eh_proj.*", "re:.*shared_head.*", "re:.*mlps.*",
+    "re:.*eh_proj.*", "re:.*shared_head.*", "re:.*mlps.*", r"re:.*mlp\.router.*",
 )  # fmt: skip
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _DEQUANTIZE = "is not read; use the release in bfloat16, FP8 or compressed-tensors INT4, or write bfloat16 with"

@@ -12,14 +12,16 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_moe import ConfigError, Transformer, load_pretrained, save_pretrained
+from mla_moe import ConfigError, ModelConfig, Transformer, load_pretrained, save_pretrained
 from mla_moe.checkpoint import compressed_tensors
 from mla_moe.checkpoint.convert import convert
+from mla_moe.checkpoint.hf_mapping import tensor_mappings
 from mla_moe.checkpoint.quantization import E4M3, FP8_BLOCKS, INT4_GROUPS, read_schemes, target_scheme, written_config
 from mla_moe.checkpoint.safetensors_reader import BFLOAT16, SafetensorsReader
 from mla_moe.checkpoint.safetensors_writer import TensorEntry, tensor_entries, write_checkpoint
 from mla_moe.nn.abstract_model import model_arrays
 from tests.checkpoint.test_family import write as write_case
+from tests.golden.family import CASES as FAMILY
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "quantized.npz")
 CASES = sorted({name.split("/")[0] for name in GOLDEN})
@@ -308,3 +310,20 @@ def test_scales_are_not_kept_after_they_are_written():
     x = random((8, 32))
     codes, scale, _ = tensor_entries(EXPERT, x.dtype, x.dtype, x.shape, lambda _: [x], INT4_GROUPS)
     assert (len(list(codes.chunks())), len(list(scale.chunks())), len(list(scale.chunks()))) == (1, 1, 0)
+
+
+@pytest.mark.parametrize("case", [case for case in FAMILY if case.endswith("_1")])
+def test_fp8_quantizes_every_projection_and_int4_names_what_it_leaves_alone(case):
+    """Whatever an architecture calls them. Routers and embeddings are no linear layers in transformers, but for
+    LongCat-Flash's router."""
+    cfg = ModelConfig.from_hf(FAMILY[case])
+    plain = re.compile(r"(embed_tokens|lm_head|mlp\.gate|router\.classifier|eh_proj|shared_head\.head|weights_proj)$")
+    ignored = [pattern.removeprefix("re:") for pattern in written_config(INT4_GROUPS, [], cfg)["ignore"]]
+    matrices = [m.name for m in tensor_mappings(cfg) if m.column_sizes and not m.stacked_shape]
+    assert matrices
+    for name in matrices:
+        module = name.removesuffix(".weight")
+        assert FP8_BLOCKS.selects(name) == (plain.search(module) is None), name
+        linear = re.search(r"(embed_tokens|mlp\.gate)$", module) is None
+        if linear and not INT4_GROUPS.selects(name):
+            assert any(re.match(pattern, module) for pattern in ignored), name

@@ -59,6 +59,14 @@ def _with_model_of(recipe: Recipe, init_from: str | None, flags: Sequence[str]) 
                 note = "%s.sequence_length = %d is more than the model has positions; %d instead"
                 logger.warning(note, section.section, section.sequence_length, most)
             sections[section.section] = dataclasses.replace(section, sequence_length=most)
+    rl = recipe.rl
+    if rl.steps and rl.max_prompt_tokens + rl.max_new_tokens > limit:
+        prompt = min(rl.max_prompt_tokens, max(limit // 4, 1))
+        changes = {"max_prompt_tokens": prompt, "max_new_tokens": limit - prompt}
+        if not any(_value(flags, f"rl.{name.replace('_', '-')}") for name in changes):
+            note = "rl.max_prompt_tokens + rl.max_new_tokens = %d is more than the model has positions; %d + %d instead"
+            logger.warning(note, rl.max_prompt_tokens + rl.max_new_tokens, *changes.values())
+        sections["rl"] = dataclasses.replace(rl, **changes)
     return dataclasses.replace(
         recipe, model=checkpoint.cfg, model_from="recipe", init_from=init_from, data=data, **sections
     )

@@ -99,7 +99,7 @@ class Recipe:
     of the newest stage, data.weights and rl.kl_coef can change so. history.jsonl has the changes and recipes before."""
     model_from: Literal["recipe", "init_from"] = "recipe"
     """Where `model` and `data.tokenizer` come from: recipe, or init_from. A command that opens the recipe then takes
-    them from that checkpoint, and cuts sequences of fine-tuning to its positions; flags may change this after that."""
+    them from that checkpoint, and cuts sequences of fine-tuning and RL to its positions; flags may change this."""
     data: DataConfig = field(DataConfig(), full_state="equal", stage="pretrain")
     optimizer: OptimizerConfig = field(OptimizerConfig(), stage="pretrain")
     mesh: MeshConfig = field(MeshConfig(), resume="free")

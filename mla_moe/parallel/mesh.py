@@ -51,9 +51,23 @@ def mesh_shape(sizes: MeshConfig, devices: int) -> list[int]:
     if -1 in shape and devices % given == 0:
         shape[shape.index(-1)] = devices // given
     wanted = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, shape, strict=True))
-    fix = f"the sizes must multiply to the number of devices, {devices}"
-    require(math.prod(shape) == devices, "mesh", wanted, fix)
+    if math.prod(shape) != devices:
+        fits = _fitting_shape(shape, devices)
+        fit = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, fits, strict=True))
+        fix = f"the sizes must multiply to the number of devices, {devices}; {fit} fits"
+        require(False, "mesh", wanted, fix)
     return shape
+
+
+def _fitting_shape(shape: Sequence[int], devices: int) -> list[int]:
+    """Of each size what divides the devices that are left, from the innermost axis on, where devices are nearest;
+    `fsdp` takes the rest."""
+    sizes, left = [1] * len(shape), devices
+    for i in reversed(range(len(shape))):
+        sizes[i] = math.gcd(max(shape[i], 1), left)
+        left //= sizes[i]
+    sizes[MESH_AXES.index("fsdp")] *= left
+    return sizes
 
 
 def mesh_axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:

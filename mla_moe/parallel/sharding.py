@@ -234,7 +234,8 @@ def bytes_per_device(tree: Any) -> float:
 
 
 def check_divisible(recipe: Recipe, mesh: Mesh) -> None:
-    """Raise `ConfigError` for a batch size, a length or a model width that the mesh does not divide."""
+    """Raise `ConfigError` for a batch size, a length or a model width that the mesh does not divide; it names one that
+    fits."""
     batch_shards = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
     context = mesh.shape["context"]
     rl = recipe.rl
@@ -247,11 +248,12 @@ def check_divisible(recipe: Recipe, mesh: Mesh) -> None:
     active = {"training": training.active, "sft": recipe.fine_tunes, "dpo": dpo.active}
     stages = [(name, stage) for (name, runs), stage in zip(active.items(), (training, sft, dpo), strict=True) if runs]
     for name, stage in stages:
-        size = stage.batch_size // stage.gradient_accumulation_steps
-        checks += [(f"{name}.batch_size", size, batch_shards, microbatch)]
+        shards, what = batch_shards * stage.gradient_accumulation_steps, f"gradient_accumulation_steps x {microbatch}"
+        checks += [(f"{name}.batch_size", stage.batch_size, shards, what)]
     checks += [(f"{name}.sequence_length", stage.sequence_length, context, over_context) for name, stage in stages]
     for field, value, shards, what in checks:
-        require(value % shards == 0, field, value, f"must be a multiple of {shards}: {what}")
+        fix = f"must be a multiple of {shards}: {what}; {max(value // shards, 1) * shards} fits"
+        require(value % shards == 0, field, value, fix)
     check_model_divisible(recipe.model, mesh, "model")
 
 
@@ -262,5 +264,5 @@ def check_model_divisible(model: ModelConfig, mesh: Mesh, name: str) -> None:
         checks += [("moe_intermediate_size", "tensor", "width"), ("n_routed_experts", "expert", "experts")]
     for field, axis, what in checks:
         value, shards = getattr(model, field), mesh.shape[axis]
-        fix = f"must be a multiple of {shards}: {what} over mesh.{axis}"
+        fix = f"must be a multiple of {shards}: {what} over mesh.{axis}; mesh.{axis} = {math.gcd(value, shards)} fits"
         require(value % shards == 0, f"{name}.{field}", value, fix)

@@ -27,7 +27,7 @@ def checkpoint(cfg, tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "rl"])
 def test_model_and_tokenizer_are_those_of_the_checkpoint(checkpoint, cfg, name):
     path, flags = split_recipe(["--init-from", str(checkpoint), f"configs/{name}.py", "--model.rope-theta", "5000"])
     recipe = open_recipe(path, flags, "train")
@@ -47,6 +47,15 @@ def test_a_sequence_length_of_the_recipe_is_limited_and_logged_unless_a_flag_rep
     caplog.clear()
     assert open_recipe("configs/sft.py", [*flags, "--sft.sequence-length", "64"], "train").sft.sequence_length == 64
     assert not caplog.records
+
+
+def test_prompts_and_completions_of_rl_fit_the_model_unless_flags_set_them(checkpoint, caplog):
+    flags = ["--init-from", str(checkpoint)]
+    rl = open_recipe("configs/rl.py", flags, "train").rl
+    assert (rl.max_prompt_tokens, rl.max_new_tokens) == (32, 96)
+    assert "4096 is more than the model has positions; 32 + 96 instead" in caplog.text
+    with pytest.raises(ConfigError, match=r"196: at most model\.max_position_embeddings = 128"):
+        open_recipe("configs/rl.py", [*flags, "--rl.max-prompt-tokens", "100"], "train")
 
 
 def test_preview_shows_tokens_and_where_the_loss_is(checkpoint, tmp_path, capsys):

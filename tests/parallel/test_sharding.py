@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from mla_moe import ConfigError, ModelConfig, preset
 from mla_moe.config import MeshConfig, Recipe, TrainingConfig
-from mla_moe.parallel.mesh import make_mesh
+from mla_moe.parallel.mesh import MESH_AXES, make_mesh, mesh_shape
 from mla_moe.parallel.sharding import check_divisible, check_model_divisible, partition_spec, rules_with_overrides
 
 
@@ -24,6 +24,33 @@ def test_minus_one_takes_the_remaining_devices() -> None:
 def test_a_mesh_of_another_size_is_an_error_with_the_number_of_devices(sizes: MeshConfig) -> None:
     with pytest.raises(ConfigError, match="8"):
         make_mesh(sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "devices", "fit"),
+    [
+        (MeshConfig(data=1, fsdp=-1, tensor=4), 6, "data 1 x fsdp 3 x expert 1 x tensor 2 x context 1"),
+        (MeshConfig(data=2, expert=8, tensor=2), 8, "data 1 x fsdp 1 x expert 4 x tensor 2 x context 1"),
+        (MeshConfig(data=4), 5, "data 1 x fsdp 5 x expert 1 x tensor 1 x context 1"),
+    ],
+)
+def test_an_impossible_mesh_names_one_that_fits(sizes: MeshConfig, devices: int, fit: str) -> None:
+    with pytest.raises(ConfigError, match=f"number of devices, {devices}; {fit} fits"):
+        mesh_shape(sizes, devices)
+    found = dict(zip(MESH_AXES, (int(size) for size in fit.split()[1::3]), strict=True))
+    assert mesh_shape(MeshConfig(**found), devices) == list(found.values())
+
+
+def test_what_the_mesh_does_not_divide_names_what_fits() -> None:
+    mesh = make_mesh(MeshConfig(data=1, fsdp=4), jax.devices()[:4])
+    training = TrainingConfig(steps=1, batch_size=18, gradient_accumulation_steps=3)
+    with pytest.raises(ConfigError, match=r"training\.batch_size = 18: must be a multiple of 12: .*; 12 fits"):
+        check_divisible(Recipe(run_dir="unused", training=training), mesh)
+    mesh = make_mesh(MeshConfig(data=1, tensor=8))
+    with pytest.raises(ConfigError, match=r"num_attention_heads = 4: .*; mesh\.tensor = 4 fits"):
+        check_divisible(
+            Recipe(run_dir="unused", model=dataclasses.replace(preset("tiny"), num_attention_heads=4)), mesh
+        )
 
 
 def test_a_mesh_axis_is_used_once_and_only_where_it_divides() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from mla_moe.config import require
 from mla_moe.inference.decode import DecodeOutput, DecodeState, ProgramOptions
 from mla_moe.inference.prefix_cache import PrefixCache, PrefixCopy
-from mla_moe.inference.programs import DECODE_STEPS, copy_prefix, decode, prefill
+from mla_moe.inference.programs import DECODE_STEPS, PrefillBatch, copy_prefix, decode, prefill
 from mla_moe.inference.request import CONTEXT_TOKENS, Completion, IncrementalDetokenizer, Request
 from mla_moe.inference.scheduler import Scheduler
 from mla_moe.inference.weights import mesh_of, prepare_for_inference
@@ -136,10 +136,13 @@ class Engine:
         require(0 <= request.adapter <= len(self._adapters), "adapter", request.adapter, fix)
         fix = "stop strings need an engine with a tokenizer's decode"
         require(not request.stop or self._detokenize is not None, "stop", request.stop, fix)
-        if self._detokenize is None:
-            return Completion(request)
-        detokenizer = IncrementalDetokenizer(self._detokenize, request.stop, request.prompt[-CONTEXT_TOKENS:])
-        return Completion(request, detokenizer=detokenizer)
+        completion = Completion(request)
+        if request.prompt_logprobs:
+            completion.prompt_logprobs = np.full(len(request.prompt), np.nan, np.float32)
+        if self._detokenize is not None:
+            context = request.prompt[-CONTEXT_TOKENS:]
+            completion.detokenizer = IncrementalDetokenizer(self._detokenize, request.stop, context)
+        return completion
 
     def enqueue(self, completion: Completion) -> None:
         """Queue a checked request."""
@@ -162,7 +165,11 @@ class Engine:
                     self.cache_LBSW = copy_prefix(self.cache_LBSW, work)
                     self._experts_BSlK[work.target, : work.length] = self._experts_BSlK[work.source, : work.length]
                     continue
-                self.cache_LBSW, recorded = prefill(self.graph, self.weights, self.cache_LBSW, work, self._options)
+                scored = self._scored(work)
+                inputs = self.graph, self.weights, self.cache_LBSW, work, self._options, bool(scored)
+                self.cache_LBSW, recorded, logprobs_bT = prefill(*inputs)
+                for row, completion in scored:
+                    completion.set_prompt_logprobs(int(work.start_b[row]) + 1, np.asarray(logprobs_bT)[row])
                 if recorded is not None:
                     for slot, start, experts_TlK in zip(work.slots_b, work.start_b, np.asarray(recorded), strict=True):
                         self._experts_BSlK[slot, start : start + len(experts_TlK)] = experts_TlK
@@ -176,6 +183,11 @@ class Engine:
         self._scheduler.batch = jax.tree.map(np.array, after)  # new arrays, on the host: `state` keeps its values
         self._count(output, int(steps), waiting)
         return [self._append(slot, state, output) for slot in np.flatnonzero(state.active_B).tolist()]
+
+    def _scored(self, batch: PrefillBatch) -> list[tuple[int, Completion]]:
+        """Rows of a prefill whose request wants the log-probabilities of its prompt."""
+        rows = [(row, self._scheduler.running[slot]) for row, slot in enumerate(np.asarray(batch.slots_b).tolist())]
+        return [(row, completion) for row, completion in rows if completion and completion.needs_prompt_logprobs]
 
     def _count(self, output: DecodeOutput, steps: int, waiting: bool) -> None:
         first_iB, second_iB = output.valid_iB[:: 1 + self._speculative], output.valid_iB[1 :: 1 + self._speculative]

@@ -25,7 +25,7 @@ _COMMON = {
     "model": str, "max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int,
     "n": int, "stop": str | list, "stream": bool, "stream_options": dict, "user": str,
 }  # fmt: skip
-COMPLETION = _COMMON | {"prompt": str | list, "logprobs": int}
+COMPLETION = _COMMON | {"prompt": str | list, "logprobs": int, "echo": bool}
 CHAT = _COMMON | {"messages": list, "max_completion_tokens": int, "logprobs": bool, "top_logprobs": int}
 _NO_EFFECT = {
     "best_of": 1, "response_format": {"type": "text"}, "modalities": ["text"], "tool_choice": "auto",
@@ -153,24 +153,37 @@ def build_requests(
     """`n` requests for each prompt. Without a seed a random one is drawn."""
     stop = body.get("stop", [])
     limit = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"  # the newer name wins
-    require(body.get(limit, 1) > 0, limit, body.get(limit), "must be at least 1")
+    least = 0 if body.get("echo") and not body.get("stream") else 1
+    fix = "must be at least 1, or 0 with echo and without stream"
+    require(body.get(limit, 1) >= least, limit, body.get(limit), fix)
     default = DEFAULT_MAX_TOKENS if "prompt" in body else max_model_len
     stop = [stop] if isinstance(stop, str) else stop
     require(all(isinstance(s, str) for s in stop), "stop", stop, "must be a string, or a list of strings")
     sampling = {name: body[name] for name in ("top_k", "top_p", "min_p") if name in body}
     sampling |= {"temperature": body.get("temperature", 1.0), "stop": tuple(stop), "stop_ids": tokenizer.stop_ids}
     sampling["adapter"], sampling["seed"] = adapter, body.get("seed", uuid.uuid4().int) % (1 << 32)
-    most = [body.get(limit, max(min(default, max_model_len - len(prompt)), 1)) for prompt in prompts]
+    sampling["prompt_logprobs"] = bool(body.get("echo")) and body.get("logprobs", False) is not False
+    # For 0 tokens one is generated, and left out of the response.
+    most = [max(body.get(limit, min(default, max_model_len - len(prompt))), 1) for prompt in prompts]
     choices = [choice for choice in zip(prompts, most, strict=True) for _ in range(body.get("n", 1))]
     return [Request(*choice, sample_index=index, **sampling) for index, choice in enumerate(choices)]
 
 
 class Choice:
     """One choice of a response: in full, or in the chunks of a stream. With `token_bytes`, a tokenizer's, it has
-    log-probabilities."""
+    log-probabilities. `echo` gives the prompt before its first output, or with max_tokens 0 in place of all."""
 
-    def __init__(self, index: int, token_bytes: Callable[[int], bytes] | None, *, chat: bool, stream: bool):
+    def __init__(
+        self,
+        index: int,
+        token_bytes: Callable[[int], bytes] | None,
+        *,
+        chat: bool,
+        stream: bool,
+        echo: "Echo | None" = None,
+    ):
         self.index, self._token_bytes, self._chat, self._stream = index, token_bytes, chat, stream
+        self._echo = echo
         self._characters, self._is_first, self._utf8 = 0, True, codecs.getincrementaldecoder("utf-8")("replace")
 
     def role(self) -> dict[str, Any]:
@@ -180,6 +193,8 @@ class Choice:
 
     def build(self, output: RequestOutput) -> dict[str, Any]:
         """The choice with its full output, or a chunk with the next output."""
+        if self._echo is not None:
+            output = self._echo(output)
         content: dict[str, Any] = {"text": output.text}
         if self._chat:
             message = {"content": output.text}
@@ -203,6 +218,27 @@ class Choice:
             offsets.append(max(self._characters, 0))
             self._characters += len(self._utf8.decode(token))
         return {"tokens": texts, "token_logprobs": output.logprobs, "text_offset": offsets}
+
+
+class Echo:
+    """The prompt of a completion in front of its first output, with the log-probabilities of its tokens if they were
+    requested; the first token has none (null). With `only` there is no output after it."""
+
+    def __init__(self, completion: Completion, token_bytes: Callable[[int], bytes], *, only: bool):
+        self._completion, self._token_bytes, self._only, self._done = completion, token_bytes, only, False
+
+    def __call__(self, output: RequestOutput) -> RequestOutput:
+        if self._only:
+            output = output._replace(text="", tokens=[], logprobs=[])
+        if self._done:
+            return output
+        self._done, prompt = True, list(self._completion.request.prompt)
+        logprobs = self._completion.prompt_logprobs
+        text = b"".join(map(self._token_bytes, prompt)).decode(errors="replace") + output.text
+        if logprobs is None:
+            return output._replace(text=text)
+        scores: list[Any] = [None, *logprobs[1:].tolist()]
+        return output._replace(text=text, tokens=[*prompt, *output.tokens], logprobs=scores + output.logprobs)
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -23,7 +23,15 @@ from mla_moe.config import ConfigError
 from mla_moe.inference.access import Access
 from mla_moe.inference.async_engine import AsyncEngine, DecodeError, EngineDeadError, QueueFullError, RequestOutput
 from mla_moe.inference.engine import Engine
-from mla_moe.inference.openai_api import Choice, ModelNotFoundError, error_body, model_number, parse_request, usage
+from mla_moe.inference.openai_api import (
+    Choice,
+    Echo,
+    ModelNotFoundError,
+    error_body,
+    model_number,
+    parse_request,
+    usage,
+)
 from mla_moe.inference.request import Completion, Owner
 from mla_moe.text.chat_tokenizer import ChatTokenizer
 
@@ -108,7 +116,10 @@ def application(
         kind, stream = "chat.completion" if chat else "text_completion", body.get("stream", False)
         head: dict[str, Any] = {"id": f"{kind[:4]}-{owner.group}", "created": int(time.time()), "model": body["model"]}
         token_bytes = None if body.get("logprobs", False) is False else cached_token_bytes  # for completions 0 is on
-        choices = [Choice(i, token_bytes, chat=chat, stream=stream) for i in range(len(submitted))]
+        only_prompt, echoes = body.get("max_tokens") == 0, [None] * len(submitted)
+        if body.get("echo"):
+            echoes = [Echo(completion, cached_token_bytes, only=only_prompt) for completion in submitted]
+        choices = [Choice(i, token_bytes, chat=chat, stream=stream, echo=echo) for i, echo in enumerate(echoes)]
         if stream:
             head["object"] = f"{kind}.chunk" if chat else kind
             if body.get("stream_options", {}).get("include_usage"):
@@ -122,7 +133,8 @@ def application(
 
         def respond() -> Response:
             full = [choice.build(output) for choice, output in zip(choices, outputs, strict=True)]
-            return JSONResponse(head | {"object": kind, "choices": full, "usage": usage(prompts, submitted)})
+            counts = usage(prompts, [] if only_prompt else submitted)
+            return JSONResponse(head | {"object": kind, "choices": full, "usage": counts})
 
         return await asyncio.to_thread(respond)  # log-probabilities of many tokens take seconds
 

@@ -1,5 +1,6 @@
 """Compiled programs: decode, prefill, prefix copy. The KV cache is donated to each and returned, updated in place."""
 
+import math
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -7,15 +8,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from mla_moe.inference.decode import Carry, DecodeOutput, DecodeState, ProgramOptions, decode_step
 from mla_moe.inference.prefix_cache import PrefixCopy
 from mla_moe.inference.sampling import AnyArray
 from mla_moe.inference.speculative import speculative_step
 from mla_moe.inference.weights import ModelGraph
-from mla_moe.nn.kv_cache import CacheEntries, KVCache, constrain_entries
+from mla_moe.nn.kv_cache import CacheEntries, KVCache, NewTokens, constrain_entries
+from mla_moe.nn.transformer import Transformer
 from mla_moe.ops.cached_attention import BLOCK
+from mla_moe.parallel.sharding import constrain_decode_logits
 
 DECODE_STEPS = 16
 """Most decode steps in one call, which is one round trip between host and device."""
@@ -67,23 +70,42 @@ def decode(
     return cache_LBSW, *replicate((after, output, steps), options.mesh)
 
 
-@partial(jax.jit, static_argnames=("graph", "options"), donate_argnames=("cache_LBSW",))
+@partial(jax.jit, static_argnames=("graph", "options", "logprobs"), donate_argnames=("cache_LBSW",))
 def prefill(
-    graph: ModelGraph, weights: nnx.State, cache_LBSW: CacheEntries, batch: PrefillBatch, options: ProgramOptions
-) -> tuple[CacheEntries, Int[Array, "b T l K"] | None]:
-    """Write prefill chunks into the cache, also in the MTP module's layer if it drafts. Returns the cache and, if
-    recorded, the routed experts of each token."""
+    graph: ModelGraph,
+    weights: nnx.State,
+    cache_LBSW: CacheEntries,
+    batch: PrefillBatch,
+    options: ProgramOptions,
+    logprobs: bool = False,
+) -> tuple[CacheEntries, Int[Array, "b T l K"] | None, Float[Array, "b T"] | None]:
+    """Write prefill chunks into the cache, also in the MTP module's layer if it drafts. Returns the cache, the routed
+    experts of each token if they are recorded, and with `logprobs` the log-probability of the token after each."""
     model = graph.merge(weights)
     length_B = jnp.zeros(cache_LBSW.shape[1], jnp.int32).at[batch.slots_b].set(batch.start_b)
     cache, slots = KVCache(cache_LBSW, length_B), batch.slots_b
     adapters = batch.adapter_b
     h_bTD, extended, experts = model.extend(batch.tokens_bT, cache, slots=slots, form="expanded", adapter_ids=adapters)
+    next_logprobs_bT = _next_logprobs(model, h_bTD, batch.next_bT) if logprobs else None
     if options.speculative:
         cache = KVCache(extended.entries_LBSW, length_B)
         _, extended = model.mtp_extend(h_bTD, batch.next_bT, cache, slots=slots, form="expanded")
     recorded = options.record_experts and experts is not None
     experts_bTlK = jnp.transpose(experts, (1, 2, 0, 3)).astype(jnp.int16) if recorded else None
-    return extended.entries_LBSW, replicate(experts_bTlK, options.mesh)
+    return extended.entries_LBSW, *replicate((experts_bTlK, next_logprobs_bT), options.mesh)
+
+
+def _next_logprobs(model: Transformer, h_bTD: NewTokens, next_bT: Int[AnyArray, "b T"]) -> Float[Array, "b T"]:
+    """A few tokens of each sequence at a time: logits of all would be as large as the weights."""
+    (b, T, D), size = h_bTD.shape, math.gcd(h_bTD.shape[1], 16)
+
+    def chunk(inputs: tuple[Array, Array]) -> Array:
+        h_btD, next_bt = inputs
+        logprobs_btV = jax.nn.log_softmax(constrain_decode_logits(model.logits(h_btD)).astype(jnp.float32))
+        return jnp.take_along_axis(logprobs_btV, next_bt[..., None], axis=-1)[..., 0]
+
+    chunks = jnp.moveaxis(h_bTD.reshape(b, -1, size, D), 1, 0), jnp.moveaxis(next_bT.reshape(b, -1, size), 1, 0)
+    return jnp.moveaxis(jax.lax.map(chunk, chunks), 0, 1).reshape(b, T)
 
 
 @partial(jax.jit, donate_argnames=("cache_LBSW",))

@@ -51,6 +51,8 @@ class Request:
     stop: tuple[str, ...] = ()
     adapter: int = 0
     """Of an engine with several adapters, which one, from 1 on; 0 is the model without adapter."""
+    prompt_logprobs: bool = False
+    """Also compute the log-probability of each token of the prompt, which is then prefilled as a whole."""
 
     def __post_init__(self):
         require(are_integers(self.prompt), "prompt", self.prompt, "must be a list of token ids, which are integers")
@@ -88,6 +90,8 @@ class Completion:
     """Generated token ids, including the stop token."""
     logprobs: list[float] = dataclasses.field(default_factory=list)
     """Log-probability of each generated token before top-k, top-p and min-p; see `sampling.sample`."""
+    prompt_logprobs: np.ndarray | None = None
+    """If requested: log-probability of each token of the prompt at temperature 1, NaN of the first, which has none."""
     finish_reason: FinishReason | None = None
     detokenizer: "IncrementalDetokenizer | None" = None
     experts_TlK: np.ndarray | None = None
@@ -98,6 +102,17 @@ class Completion:
     def text(self) -> str:
         """The generated text so far, without what could still become a stop string. Empty without a detokenizer."""
         return "" if self.detokenizer is None else self.detokenizer.text
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """Whether log-probabilities of the prompt were requested, and some are not computed yet."""
+        return self.prompt_logprobs is not None and bool(np.isnan(self.prompt_logprobs[1:]).any())
+
+    def set_prompt_logprobs(self, start: int, logprobs: np.ndarray) -> None:
+        """Those of the tokens from position `start` on; what is behind the prompt is dropped."""
+        assert self.prompt_logprobs is not None
+        count = max(len(self.prompt_logprobs) - start, 0)
+        self.prompt_logprobs[start : start + len(logprobs)] = logprobs[:count]
 
     def append_tokens(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
         """Append generated tokens, up to the one that finishes the request; those after it are dropped."""

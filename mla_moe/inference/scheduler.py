@@ -101,6 +101,10 @@ class Scheduler:
             slot = self._prefix_cache.allocate(tokens, free, completion.request.adapter)
             self.running[slot] = completion
             prefill = _Prefill(completion, inputs, slot)
+            if completion.needs_prompt_logprobs:
+                self._prefix_cache.write(slot, 0, [])  # entries without log-probabilities are of no use
+                self._start(prefill)
+                continue
             same_adapter = (other for other in self._prefilling if other.adapter == prefill.adapter)
             if any(np.array_equal(other.tokens, tokens) for other in same_adapter):
                 self._duplicates.append(prefill)
@@ -108,11 +112,15 @@ class Scheduler:
             copy = self._prefix_cache.copy_longer_prefix(tokens, slot)
             if copy is not None:
                 copies.append(copy)
-            if self._num_cached_tokens(prefill) == len(tokens):
-                self._start_decoding(prefill)
-            else:
-                self._prefilling.append(prefill)
+            self._start(prefill)
         return copies
+
+    def _start(self, prefill: _Prefill) -> None:
+        """Prefill what is not cached, or decode if all is."""
+        if self._num_cached_tokens(prefill) == len(prefill.tokens):
+            self._start_decoding(prefill)
+        else:
+            self._prefilling.append(prefill)
 
     def _preempt(self, completion: Completion, shares: Shares) -> bool:
         """Free a slot for `completion`, if another client or group that decodes has a surplus. Of the one with the most

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -191,9 +192,32 @@ class AdapterCheckpoint:
         return mapped_checkpoint(self, self.base.directory, dtype, quantize)
 
 
+def fingerprint(base: "Checkpoint") -> int:
+    """A checksum of a few elements of the first and the last matrix of each parameter: cheap, and other weights have
+    another one."""
+    number = 0
+    for path, variable in AbstractModel(base.cfg).variables.items():
+        names, shape = logical_axes(variable), variable.get_value().shape
+        sides = {True: 1, False: 16}  # inputs and outputs: an input of some outputs, all widths of a head
+        for last in (False, True):
+            index, left = [], dict(sides)
+            for name, size in zip(names, shape, strict=True):
+                start = size - 1 if last else 0
+                if name in BATCH_AXES:
+                    index.append(slice(start, start + 1))
+                else:
+                    count = left.pop(name in variable.get_metadata("contracts"), size)
+                    index.append(slice(0, min(count, size)))
+            part = base.read(path, np.float32, tuple(index))
+            number = zlib.crc32(np.ascontiguousarray(part).tobytes(), number)
+    return number
+
+
 def open_adapters(adapters: OrbaxCheckpoint, open_base: Callable[[str], "Checkpoint"]) -> AdapterCheckpoint:
-    """The adapters of a run's checkpoint over their base."""
+    """The adapters of a run's checkpoint over their base. Raises `CheckpointError` for another base than theirs."""
     base = open_base_of(adapters.directory, adapters.base, open_base)
+    fix = f"has changed since the adapters in {adapters.directory} were trained; restore it"
+    check(adapters.base_fingerprint in (None, fingerprint(base)), "base", adapters.base, fix)
     own = {path: partial(adapters.array, path) for path in adapters.paths}
     return AdapterCheckpoint(base, adapters.base, adapters.lora, adapters.directory, own)
 

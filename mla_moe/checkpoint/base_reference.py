@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from mla_moe.checkpoint.adapter import AdapterCheckpoint, open_base_of
+from mla_moe.checkpoint.adapter import AdapterCheckpoint, fingerprint, open_base_of
 from mla_moe.checkpoint.bucket_run import location
 from mla_moe.checkpoint.files import check
 from mla_moe.checkpoint.hub import parse_model
@@ -24,8 +24,11 @@ class BaseReference(NamedTuple):
 
     directory: str
     dtype: str
-    """Of the matrices on the devices, of which `checksum` is; another platform may use another."""
+    """Of the matrices on the devices, of which `checksum` is; another platform may use another, or the recipe other
+    formats of a quantized base."""
     checksum: int
+    fingerprint: int | None = None
+    """`checkpoint.adapter.fingerprint`, which every command compares; None in checkpoints of before there was one."""
 
     @classmethod
     def create(cls, start: str | Path, frozen: Arrays) -> "BaseReference":
@@ -40,7 +43,8 @@ class BaseReference(NamedTuple):
             name = location(source.directory.resolve())
             if is_bucket(start) and not is_bucket(name):  # in Hugging Face's layout, of which this is a copy
                 name = shown(start)
-        reference = cls(name, frozen["embed"].dtype.name, _checksum(frozen))
+        base = source.base if isinstance(source, AdapterCheckpoint) else source
+        reference = cls(name, _dtype(frozen), _checksum(frozen), fingerprint(base))
         if stored := read_json_item(source.directory, "adapter", required=False):
             reference._check(stored.get("dtype"), stored.get("checksum"), source.directory)
         return reference
@@ -49,12 +53,19 @@ class BaseReference(NamedTuple):
         """The frozen parameters. Raises `CheckpointError` if they cannot be read or have changed."""
         source = open_base_of(run, self.directory, open_checkpoint)
         frozen = load_arrays(source, abstract_model, mesh, paths=abstract_model.frozen_paths)
-        self._check(frozen["embed"].dtype.name, _checksum(frozen), run)
+        self._check(_dtype(frozen), _checksum(frozen), run)
         return frozen
 
     def _check(self, dtype: Any, checksum: Any, adapters: Path) -> None:
         fix = f"has changed since the adapters in {adapters} were trained; restore it"
         check(dtype != self.dtype or checksum == self.checksum, "base", self.directory, fix)
+
+
+def _dtype(frozen: Arrays) -> str:
+    """That of the embedding, and if matrices are quantized a checksum of all dtypes."""
+    name, dtypes = frozen["embed"].dtype.name, {path: x.dtype.name for path, x in frozen.items()}
+    quantized = any(dtype.removeprefix("u").startswith("int") for dtype in dtypes.values())
+    return f"{name} {zlib.crc32(json.dumps(dtypes, sort_keys=True).encode()):08x}" if quantized else name
 
 
 def _checksum(arrays: Arrays) -> int:

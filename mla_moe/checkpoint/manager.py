@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import itertools
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Callable, Generator, Sequence
@@ -25,7 +26,7 @@ from mla_moe.checkpoint.bucket_run import location, mirror_of
 from mla_moe.checkpoint.bucket_steps import BucketSteps, read_state
 from mla_moe.checkpoint.data_position import DataPosition, StreamsArgs, StreamsHandler
 from mla_moe.checkpoint.files import CheckpointError
-from mla_moe.checkpoint.orbax_checkpoint import array_checksums, config_checksum
+from mla_moe.checkpoint.orbax_checkpoint import array_checksums, base_directory, config_checksum
 from mla_moe.checkpoint.orbax_layout import read_json_item, require_known_format
 from mla_moe.checkpoint.save_errors import as_save_error, suppress_repeated_errors
 from mla_moe.config import FORMAT_VERSION, CheckpointConfig, ConfigError
@@ -71,8 +72,10 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
     @property
     def base(self) -> BaseReference:
         """The `base` that was saved with the newest checkpoint."""
-        item = read_json_item(Path(self._manager.directory) / str(self.latest), "adapter")
-        return BaseReference(**{name: value for name, value in item.items() if name != "lora"})
+        step = Path(self._manager.directory) / str(self.latest)
+        item = read_json_item(step, "adapter")
+        item["directory"] = base_directory(step, item)
+        return BaseReference(**{name: item[name] for name in BaseReference._fields if name in item})
 
     def save(
         self,
@@ -93,7 +96,11 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         model, arrays, adapter = dataclasses.asdict(abstract_model.cfg), _saved(state), {}
         if base is not None:
             lora = {"lora": dataclasses.asdict(abstract_model.lora)}
-            adapter = {"adapter": ocp.args.JsonSave(lora | base._asdict())}
+            place = {}
+            if Path(base.directory).is_dir():
+                step_directory = Path(self._manager.directory) / str(step)
+                place = {"relative_directory": os.path.relpath(base.directory, step_directory)}
+            adapter = {"adapter": ocp.args.JsonSave(lora | base._asdict() | place)}
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(arrays, save_args=_save_args(arrays, abstract_model)),
             data=StreamsArgs(position),

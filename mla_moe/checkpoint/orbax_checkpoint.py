@@ -47,6 +47,13 @@ def config_checksum(config: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(config, sort_keys=True).encode())
 
 
+def base_directory(step: Path, adapter: Mapping[str, Any]) -> str:
+    """Where the base of adapters is: at its place from the step's directory, if run and base were moved together."""
+    base, relative = str(adapter.get("directory", "")), adapter.get("relative_directory")
+    moved = None if relative is None or Path(base).exists() else (step / str(relative)).resolve()
+    return str(moved) if moved is not None and moved.exists() else base
+
+
 class OrbaxCheckpoint:
     """Parameters and router biases in a step's directory, by parameter path. Opening it reads only metadata."""
 
@@ -61,8 +68,9 @@ class OrbaxCheckpoint:
         adapter = read_json_item(step, "adapter", required=False)
         self.lora = structure(LoRAConfig, adapter.get("lora", {}), "lora")
         """The adapters that this is a checkpoint of (`checkpoint.adapter`); of rank 0 for a complete model."""
-        self.base = str(adapter.get("directory", ""))
+        self.base = base_directory(step, adapter)
         """The checkpoint that they are adapters of."""
+        self.base_fingerprint: int | None = adapter.get("fingerprint")
         self._arrays = StateArrays(step)
         self._keys = {key[1]: key for key in self._arrays.keys if len(key) == 2 and key[0] in ("params", "biases")}
         self._unverified: dict[str, tuple[int, int]] = {}

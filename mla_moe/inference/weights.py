@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from mla_moe.config import require
 from mla_moe.nn.lora import merge_adapters
+from mla_moe.nn.quantized import is_codes_or_scales, is_quantized
 from mla_moe.nn.stacked_lora import AdapterWeights, stack_adapters
 from mla_moe.nn.transformer import Transformer, unstack_layers
 from mla_moe.ops.kernel_choice import target_platform
@@ -38,18 +39,20 @@ def prepare_for_inference(model: Transformer, adapters: Sequence[AdapterWeights]
     """Matrices in the compute dtype, routers and the head weights of indexers in float32. On one CPU layers are
     unstacked, and experts keep the dtype of their parameters: memory bandwidth limits decoding there.
 
-    Adapters of the model are merged into their weights; `adapters` stay beside them, and each sequence has one of them
-    or none. On a mesh weights are sharded by `DECODE_RULES`; elsewhere arrays that need
-    no change are shared with `model`.
+    Adapters of the model are merged into their weights, unless any of these are quantized: then all stay as they are.
+    `adapters` stay beside the weights, and each sequence has one of them or none. On a mesh weights are sharded by
+    `DECODE_RULES`; elsewhere arrays that need no change are shared with `model`.
     """
     mesh, compute = mesh_of(model), model.precision.compute
-    model = stack_adapters(merge_adapters(model), adapters)
+    model = stack_adapters(model if is_quantized(model) else merge_adapters(model), adapters)
     one_cpu = mesh is None and target_platform() == "cpu"
     graph, state = nnx.split(model)
     if mesh is not None:
         return ModelGraph(graph), _shard(state, compute, mesh)
 
     def convert(_: object, variable: nnx.Variable) -> nnx.Variable:
+        if is_codes_or_scales(variable):
+            return variable
         if one_cpu and "experts" in variable.get_metadata("out_sharding"):
             return variable.replace(pack_bfloat16(variable.get_value()))
         return variable.replace(_cast(variable, compute) if one_cpu else inference_layout(variable, compute, None))
@@ -63,7 +66,7 @@ def inference_layout(variable: nnx.Variable, compute: DTypeLike, mesh: Mesh | No
     """A weight in the compute dtype, sharded for decoding. The gate and up projections of experts become one axis, as
     the grouped matmul takes them: each device's columns of both are next to each other."""
     value = _cast(variable, compute)
-    if {"experts", "gate_up"} <= set(variable.get_metadata("out_sharding")):
+    if _is_joined(variable):
         shards = 1 if mesh is None else MeshView(mesh).shape["tensor"]
         value = _join_gate_up(value, 1 if value.shape[-1] % shards else shards)  # otherwise it is replicated
     return value if mesh is None else jax.lax.with_sharding_constraint(value, decode_sharding(variable, mesh))
@@ -79,13 +82,20 @@ def _shard(state: nnx.State, compute: DTypeLike, mesh: Mesh) -> nnx.State:
 def decode_sharding(variable: nnx.Variable, mesh: Mesh) -> NamedSharding:
     """The sharding of an array in `inference_layout`."""
     axes, shape, view = logical_axes(variable), variable.get_value().shape, MeshView(mesh)
-    if {"experts", "gate_up"} <= set(axes):
+    if _is_joined(variable):
         kept = [i for i, axis in enumerate(axes) if axis != "gate_up"]
         axes, shape = [axes[i] for i in kept], [shape[i] for i in kept]
     return view.sharding(partition_spec(axes, shape, view, DECODE_RULES))
 
 
+def _is_joined(variable: nnx.Variable) -> bool:
+    """Whether a weight is of experts' gate and up projection; codes and scales keep the axis of both."""
+    return {"experts", "gate_up"} <= set(variable.get_metadata("out_sharding")) and not is_codes_or_scales(variable)
+
+
 def _cast(variable: nnx.Variable, compute: DTypeLike) -> jax.Array:
+    if is_codes_or_scales(variable):
+        return variable.get_value()
     matrix = variable.get_metadata("role", None) in ("matrix", "embedding")
     converted = matrix and not {"router", "index_weights"} & set(variable.get_metadata("out_sharding"))
     return variable.get_value().astype(compute) if converted else variable.get_value()

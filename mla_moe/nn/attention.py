@@ -34,6 +34,7 @@ from mla_moe.nn.kv_cache import (
 from mla_moe.nn.layers import Activations, Ids, RMSNorm, require_shape, shape_text
 from mla_moe.nn.lora import adapted, adapter, project
 from mla_moe.nn.param import Precision, matrix
+from mla_moe.nn.quantized import value_of
 from mla_moe.nn.rope import CosSin, query_scale, rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
 from mla_moe.ops.cached_attention import Form, cached_attention
@@ -254,7 +255,7 @@ class MLAttention(nnx.Module):
             y_bTHV = cached_attention(
                 q_bTHA,
                 cache_LBSW,
-                self.kv_b[...].astype(self.precision.compute),
+                value_of(self, "kv_b").astype(self.precision.compute),
                 metadata.positions_bT,
                 lora=None if lora is None else lora.factors(self.precision.compute, ids_b),
                 layer=layer,

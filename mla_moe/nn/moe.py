@@ -34,7 +34,7 @@ from mla_moe.parallel.mesh import (
     token_mesh,
     under_auto_axes,
 )
-from mla_moe.parallel.quantized_weight import QuantizedWeight, all_gather_matrix, matrix_of
+from mla_moe.parallel.quantized_weight import QuantizedWeight, all_gather_matrix, matrix_of, matrix_specs
 from mla_moe.parallel.sharded_einsum import plain_einsum, weight_spec
 from mla_moe.parallel.sharding import DECODE_BATCH_AXES, is_weight
 
@@ -154,7 +154,8 @@ class MoE(nnx.Module):
         experts_NK, zero_N = self._split(routing)
         with jax.named_scope("experts"):
             adapters = self._adapters(ids_N)
-            if target_platform() == "cpu" and jax.sharding.get_abstract_mesh().empty and layer is None:
+            on_one_cpu = target_platform() == "cpu" and jax.sharding.get_abstract_mesh().empty and layer is None
+            if on_one_cpu and not hasattr(self, "quantized"):
                 inputs = x_ND, experts_NK, routing.weights_NK, self.gate_up[...], self.down[...]
                 y_ND = selected_experts(*inputs, self.activation, adapters)
             else:
@@ -190,7 +191,12 @@ class MoE(nnx.Module):
     ) -> Float[Array, "N D"]:
         """`ops.experts` for the few tokens of a decode step. Under a mesh without token dispatch: each device of
         `expert` runs its own experts on all tokens, and a psum combines the outputs."""
-        gate_up, down = (w[...].astype(self.precision.compute) for w in (self.gate_up, self.down))
+        weights = tuple(matrix_of(weight_of(self, name), self.precision.compute) for name in ("gate_up", "down"))
+        if layer is not None and hasattr(self, "quantized"):  # a layer's matrices are dequantized, not the stack's
+            weights = jax.tree.map(lambda x: x[layer], weights)
+            loras = (lora and lora._replace(a=lora.a[layer], b=lora.b[layer]) for lora in adapters)
+            adapters, layer = ExpertAdapters(*loras), None
+        gate_up, down = weights
         inputs = x_ND, experts_NK, weights_NK, gate_up, down
         mesh = current_mesh()
         run = partial(experts, activation=self.activation, implementation=self.kernels.grouped_matmul)
@@ -199,9 +205,11 @@ class MoE(nnx.Module):
         self._require_divisible(mesh)
 
         def local(
-            x_nD: Array, experts_nK: Array, weights_nK: Array, gate_up: Array, down: Array, adapters: ExpertAdapters,
+            x_nD: Array, experts_nK: Array, weights_nK: Array, gate_up: Matrix, down: Matrix, adapters: ExpertAdapters,
             layer: Array | None,
         ) -> Array:  # fmt: skip
+            stay = ("expert", "tensor")
+            gate_up, down = (all_gather_matrix(w, s, stay) for w, s in ((gate_up, columns), (down, rows)))
             e = down.shape[-3]
             local_nK = experts_nK - axis_index("expert") * e
             local_nK = jnp.where((local_nK >= 0) & (local_nK < e), local_nK, e)
@@ -213,9 +221,18 @@ class MoE(nnx.Module):
         batch = P(dividing_axes(mesh, len(x_ND), DECODE_BATCH_AXES))
         width = dividing_axes(mesh, down.shape[-2], ("tensor",))
         stack = (None,) * (down.ndim - 3)
-        between = (None,) * (gate_up.ndim - down.ndim + 1)  # width, and gate and up where they are an axis
-        columns, rows, whole = (P(*stack, "expert", *axes) for axes in ((*between, width), (width,), ()))
-        of_loras = map(LoRAFactors._make, ((whole, columns, batch), (rows, whole, batch)))
+
+        def last(axes: int) -> P:
+            """Of an array whose last axis is the width; gate and up are one before it, or joined with it."""
+            return P(*stack, "expert", *(None,) * (axes - len(stack) - 2), width)
+
+        columns, rows, whole = last(gate_up.ndim), P(*stack, "expert", width, None), P(*stack, "expert")
+        of_b = whole if adapters.gate_up is None else last(adapters.gate_up.b.ndim)
+        of_loras = map(LoRAFactors._make, ((whole, of_b, batch), (rows, whole, batch)))
+        columns, rows = (
+            matrix_specs(w, s, mesh) if isinstance(w, QuantizedMatrix) else s
+            for w, s in ((gate_up, columns), (down, rows))
+        )
         of_loras = (None if lora is None else specs for lora, specs in zip(adapters, of_loras, strict=True))
         specs = batch, batch, batch, columns, rows, ExpertAdapters(*of_loras), P()
         return shard_map(local, specs, batch)(*inputs, adapters, layer)

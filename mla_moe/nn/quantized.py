@@ -46,6 +46,12 @@ def is_quantized(model: nnx.Module) -> bool:
     return any("quantized" in path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
 
+def is_codes_or_scales(variable: nnx.Variable) -> bool:
+    """Whether a variable is that of a quantized matrix."""
+    codes = variable.get_metadata("role", None) == "matrix" and jnp.issubdtype(variable.get_value().dtype, jnp.integer)
+    return codes or variable.get_metadata("block", None) is not None
+
+
 def quantizable(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Param]]:
     """The matrices that can be quantized, by path: those of attention and MLPs, of the MTP module too."""
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):

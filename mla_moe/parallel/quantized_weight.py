@@ -3,6 +3,7 @@
 Scales are sharded as the codes are, along each axis whose shards are complete blocks, and replicated along the others.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -29,21 +30,8 @@ class QuantizedWeight(NamedTuple):
 
     @property
     def matrix(self) -> QuantizedMatrix:
-        return self._replaced(self.codes.get_value(), self.scale.get_value())
-
-    def specs(self, codes_spec: P, mesh: MeshView) -> QuantizedMatrix:
-        """The shardings of codes and scales, from that of the codes."""
-        matrix = self.matrix
-
-        def entry(axis: int) -> Any:
-            shards = math.prod(mesh.shape[name] for name in mesh_axes(codes_spec[axis]))
-            return codes_spec[axis] if matrix.shape[axis] % (shards * matrix.block_of(axis)) == 0 else None
-
-        return self._replaced(codes_spec, P(*map(entry, range(matrix.ndim))))
-
-    def _replaced(self, codes: Any, scale: Any) -> QuantizedMatrix:
         block, packed_axis = (self.scale.get_metadata(name) for name in ("block", "packed_axis"))
-        return QuantizedMatrix(codes, scale, block, packed_axis)
+        return QuantizedMatrix(self.codes.get_value(), self.scale.get_value(), block, packed_axis)
 
 
 Weight = nnx.Param | QuantizedWeight
@@ -52,6 +40,16 @@ Weight = nnx.Param | QuantizedWeight
 def matrix_of(weight: Weight, dtype: DTypeLike) -> Matrix:
     """The array of a weight in `dtype`, or a quantized weight as it is."""
     return weight.matrix if isinstance(weight, QuantizedWeight) else weight[...].astype(dtype)
+
+
+def matrix_specs(matrix: QuantizedMatrix, spec: P, mesh: MeshView) -> QuantizedMatrix:
+    """The shardings of codes and scales, from that of the codes."""
+
+    def entry(axis: int) -> Any:
+        shards = math.prod(mesh.shape[name] for name in mesh_axes(spec[axis]))
+        return spec[axis] if matrix.shape[axis] % (shards * matrix.block_of(axis)) == 0 else None
+
+    return dataclasses.replace(matrix, codes=spec, scale=P(*map(entry, range(matrix.ndim))))
 
 
 def dequantized(matrix: Matrix, dtype: DTypeLike) -> Array:

@@ -15,7 +15,14 @@ from jaxtyping import Array
 from mla_moe.ops.quantized_matrix import Matrix
 from mla_moe.parallel.collectives import psum, shard_map
 from mla_moe.parallel.mesh import BATCH_SPEC, MeshView, mesh_axes, token_mesh
-from mla_moe.parallel.quantized_weight import QuantizedWeight, Weight, all_gather_matrix, dequantized, matrix_of
+from mla_moe.parallel.quantized_weight import (
+    QuantizedWeight,
+    Weight,
+    all_gather_matrix,
+    dequantized,
+    matrix_of,
+    matrix_specs,
+)
 from mla_moe.parallel.sharding import TRAINING_RULES, logical_axes, partition_spec
 
 Einsum = Callable[[str, Array, Weight, DTypeLike], Array]
@@ -41,7 +48,7 @@ def weight_spec(weight: Weight, mesh: MeshView) -> Any:
     arrays.
     """
     if isinstance(weight, QuantizedWeight):
-        return weight.specs(weight_spec(weight.codes, mesh), mesh)
+        return matrix_specs(weight.matrix, weight_spec(weight.codes, mesh), mesh)
     rules = dict(weight.get_metadata("rules", TRAINING_RULES))
     for axis, rule in rules.items():
         stays = axis in COMPUTE_SHARDED_AXES and mesh_axes(rule)[:1] == ("tensor",)

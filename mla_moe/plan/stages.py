@@ -152,8 +152,9 @@ def rl(recipe: Recipe, topology: Topology) -> StageProgram:
     memory |= {"teacher": bytes_per_device(fixed[1])} if teacher else {}
     memory |= {"accumulated gradients": bytes_per_device(sums.gradient), "gradients": bytes_per_device(state.params)}
     max_model_len = settings.max_prompt_tokens + settings.max_new_tokens
+    sampled = recipe.lora if recipe.lora.quantize_base else LoRAConfig()  # otherwise adapters are merged
     weights, cache = sampler_arrays(
-        recipe, make_abstract_model(recipe, mesh), mesh, settings.max_num_seqs, max_model_len
+        recipe, make_abstract_model(recipe, mesh, sampled), mesh, settings.max_num_seqs, max_model_len
     )
     resident = {"optimizer": bytes_per_device(state.optimizer), "sampler's KV cache": bytes_per_device(cache)}
     if kl_coefficient(settings):

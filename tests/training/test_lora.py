@@ -156,11 +156,23 @@ def test_a_run_stores_adapters_alone_resumes_and_is_converted(cfg, tmp_path, mon
     with pytest.raises(ConfigError, match=r"^base = .*base.*: is the base of the adapters in .* cannot be opened"):
         open_checkpoint(tmp_path / "run")
     (tmp_path / "new").rename(tmp_path / "base")
+    with pytest.raises(ConfigError, match=r"^base = .* has changed since the adapters in .* were trained"):
+        open_checkpoint(tmp_path / "run")
     with CheckpointManager(tmp_path / "run", "sft", recipe.checkpoint) as checkpoints:
         reference = checkpoints.base
     abstract, mesh = AbstractModel(model, lora=recipe.lora), make_mesh(MeshConfig(), jax.devices()[:1])
     with pytest.raises(ConfigError, match=r"^base = .* has changed since the adapters in .* were trained"):
         reference.load(tmp_path / "run", abstract, mesh)
-    changed = load_arrays(open_checkpoint(tmp_path / "run").unmerged(), abstract, mesh, paths=abstract.frozen_paths)
+    changed = load_arrays(open_checkpoint(tmp_path / "base"), abstract, mesh, paths=abstract.frozen_paths)
     with pytest.raises(ConfigError, match=r"^base = .* has changed since the adapters in .* were trained"):
         BaseReference.create(tmp_path / "run", changed)
+
+    (tmp_path / "base").rename(tmp_path / "new")
+    (tmp_path / "old").rename(tmp_path / "base")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("run", "base"):
+        (tmp_path / name).rename(elsewhere / name)
+    assert open_checkpoint(elsewhere / "run").base_name == str(elsewhere / "base")
+    with CheckpointManager(elsewhere / "run", "sft", recipe.checkpoint) as checkpoints:
+        assert checkpoints.base.directory == str(elsewhere / "base")

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,10 @@ from flax import nnx
 
 import mla_moe
 from mla_moe import ConfigError, LoRAConfig
+from mla_moe.checkpoint.base_reference import BaseReference
 from mla_moe.checkpoint.convert import convert
+from mla_moe.checkpoint.data_position import FixedPosition
+from mla_moe.checkpoint.manager import CheckpointManager
 from mla_moe.checkpoint.quantized_base import QuantizedBase
 from mla_moe.checkpoint.reader import load_arrays, open_checkpoint
 from mla_moe.config import (
@@ -27,6 +31,7 @@ from mla_moe.config import (
     TaskConfig,
     TrainingConfig,
 )
+from mla_moe.inference.weights import prepare_for_inference
 from mla_moe.nn.abstract_model import AbstractModel, model_arrays
 from mla_moe.nn.lora import merge_adapters
 from mla_moe.nn.quantized import dequantize_weights
@@ -185,6 +190,22 @@ def test_merging_dequantizes(base):
     np.testing.assert_allclose(merged(tokens), adapted(tokens), atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [{}, {"fsdp": 2, "expert": 2}, {"expert": 2, "tensor": 2}])
+def test_sampling_is_that_of_the_merged_model(base, sizes):
+    """The engine keeps codes and adapters; on two devices of `tensor`, shards of the experts end within groups."""
+    mesh = make_mesh(MeshConfig(data=1, **sizes), jax.devices()[: 2 ** len(sizes)])
+    model, arrays = load(base, LoRAConfig(rank=2, quantize_base=FORMATS), mesh)
+    arrays |= {p: x + 0.02 for p, x in arrays.items() if p.endswith("/b") and "/lora/" in p}
+    adapted, prompts = model.merge(arrays), [[3, 4, 5], [7, 8, 9, 10, 11], [1, 2], [6, 5, 4, 3]]
+    _, state = prepare_for_inference(adapted)
+    codes = [x for x in jax.tree.leaves(state) if x.dtype in (jnp.uint8, jnp.int8)]
+    assert sum(x.size for x in codes) == sum(arrays[path].size for path in model.formats)
+    assert mla_moe.generate(adapted, prompts, max_new_tokens=6) == mla_moe.generate(
+        merge_adapters(adapted), prompts, max_new_tokens=6
+    )
+
+
 def test_formats_that_do_not_fit_are_refused(cfg):
     with pytest.raises(ConfigError, match=r"^lora.quantize_base = 'int4': groups of 32 inputs do not divide"):
         AbstractModel(cfg, lora=LoRAConfig(rank=1, quantize_base=("int4",)))
@@ -194,6 +215,37 @@ def test_formats_that_do_not_fit_are_refused(cfg):
         AbstractModel(cfg, lora=LoRAConfig(rank=1, quantize_base=("attn=fp8",)))
     with pytest.raises(ConfigError, match=r"^lora.quantize_base = .*: needs adapters to train; set lora.rank"):
         LoRAConfig(quantize_base=("fp8",))
+
+
+@pytest.mark.slow
+def test_the_base_of_a_run_is_merged_as_it_was_trained_with_and_recognised(base, model_cfg, tmp_path):
+    """Dequantized; found where run and base were moved to; and other weights in its place are refused."""
+    shutil.copytree(base / "float32", tmp_path / "float32")
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    model, arrays = load(tmp_path, LoRAConfig(rank=2, quantize_base=FORMATS), mesh)
+    arrays |= {p: x + 0.01 for p, x in arrays.items() if p.endswith("/b") and "/lora/" in p}
+    state = init_state(model, make_optimizer(OPTIMIZER, 1, model), 0, mesh, arrays)
+    with CheckpointManager(tmp_path / "run", "sft", CheckpointConfig()) as checkpoints:
+        reference = BaseReference.create(tmp_path / "float32", state.frozen)
+        checkpoints.save(1, state, FixedPosition(), model, reference)
+    expected = model_arrays(merge_adapters(model.merge(state.arrays)))
+    convert(tmp_path / "run", tmp_path / "merged", merge_adapter=True)
+    for path in (tmp_path / "run", tmp_path / "merged"):
+        source = open_checkpoint(path)
+        for name, array in expected.items():
+            full = tuple(slice(0, n) for n in array.shape)
+            np.testing.assert_allclose(source.read(name, np.float32, full), array, atol=1e-6, err_msg=name)
+
+    (moved := tmp_path / "elsewhere").mkdir()
+    for name in ("run", "float32"):
+        (tmp_path / name).rename(moved / name)
+    assert open_checkpoint(moved / "run").base_name == str(moved / "float32")
+    with CheckpointManager(moved / "run", "sft", CheckpointConfig()) as checkpoints:
+        assert checkpoints.base.directory == str(moved / "float32")
+    (moved / "float32").rename(moved / "old")
+    mla_moe.save_pretrained(mla_moe.Transformer(model_cfg, rngs=nnx.Rngs(1)), moved / "float32")
+    with pytest.raises(ConfigError, match=r"^base = .* has changed since the adapters in .* were trained"):
+        open_checkpoint(moved / "run")
 
 
 @pytest.mark.slow

@@ -246,7 +246,7 @@ def _save_args(arrays: dict[str, Any], abstract_model: AbstractModel) -> Any:
         variable = abstract_model.variables.get(getattr(keys[-1], "key", None))
         if variable is None or x.nbytes <= _CHUNK_BYTES:
             return ocp.SaveArgs()
-        stacked = (i for i, axis in enumerate(logical_axes(variable)) if axis in ("layers", "experts"))
+        stacked = (i for i, axis in enumerate(logical_axes(variable)) if axis in ("layers", "dense_layers", "experts"))
         return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=tuple(stacked))
 
     return jax.tree_util.tree_map_with_path(args, arrays)

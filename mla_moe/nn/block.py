@@ -18,16 +18,19 @@ from mla_moe.nn.layers import MLP, Activations, Ids, Mask, RMSNorm
 from mla_moe.nn.moe import MoE, RouterStats
 from mla_moe.nn.param import Precision, normal
 from mla_moe.ops.key_selection import SelectedKeys
+from mla_moe.parallel.pipeline import run_pipeline
 from mla_moe.parallel.sharded_einsum import plain_einsum
 from mla_moe.parallel.sharding import constrain_activations, constrain_decode_activations
 
-Remat = Literal["none", "dots", "full"]
-"""What the backward pass of a layer recomputes: nothing, everything but matrix products, or everything."""
+Remat = Literal["none", "dots", "full", "stage"]
+"""What the backward pass of a layer recomputes: nothing, everything but matrix products, or everything; `stage`: of a
+pipeline's stage everything too, once more."""
 
 REMAT = {
     "none": lambda layer: layer,
     "dots": lambda layer: jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "full": jax.checkpoint,
+    "stage": jax.checkpoint,
 }
 
 
@@ -164,14 +167,15 @@ Stack = Block | ShortcutBlock
 
 def stack_layers(abstract: Stack, shares: Sequence[bool], rngs: nnx.Rngs) -> Stack:
     """Initialise layers like `abstract` as one module, whose parameters have a leading axis of layers; those of
-    indexers one of the layers that do not share another's keys."""
+    indexers one of the layers that do not share another's keys. The stages of a pipeline divide layers with experts."""
+    layers = "layers" if abstract.experts else "dense_layers"
 
     def stacked(path: tuple[Any, ...], variable: nnx.Variable) -> nnx.Variable:
         count = shares.count(False) if of_indexer(path, variable) else len(shares)
         shape, dtype = (count, *variable.get_value().shape), variable.get_value().dtype
         fill, std = (variable.get_metadata(name, None) for name in ("fill", "std"))
         value = normal(rngs, shape, std, dtype) if fill is None else jnp.full(shape, fill, dtype)
-        return variable.replace(value, out_sharding=("layers", *variable.get_metadata("out_sharding")))
+        return variable.replace(value, out_sharding=(layers, *variable.get_metadata("out_sharding")))
 
     graph, state = nnx.split(abstract)
     filled = [(path, stacked(path, variable)) for path, variable in nnx.to_flat_state(state)]
@@ -221,6 +225,32 @@ def run_layers(
     inputs = state, replay_lBTK, _by_layer(shares)
     (x_BTD, selected_BTW), stats = jax.lax.scan(REMAT[remat](body), (x_BTD, sequences.selected_BTW), inputs)
     return x_BTD, selected_BTW, stats
+
+
+def run_pipelined_layers(
+    layers: Stack,
+    x_BTD: Activations,
+    sequences: SequenceInfo,
+    replay_BTlK: Int[Array, "B T l K"] | None,
+    remat: Remat,
+    groups: int,
+) -> tuple[Activations, RouterStats]:
+    """`run_layers` of layers that share no keys, over the stages of the current mesh's pipeline."""
+    graph, state = nnx.split(layers)
+
+    def stage(state: Any, x_bTD: Array, sequences: Any, index: Array) -> tuple[Array, RouterStats | None]:
+        (segments_bT, positions_bT), replay_bTlK = sequences
+        count, replay_lbTK = len(jax.tree.leaves(state)[0]), None
+        if replay_bTlK is not None:
+            own_bTlK = jax.lax.dynamic_slice_in_dim(replay_bTlK, index * count, count, axis=2)
+            replay_lbTK = jnp.moveaxis(own_bTlK, 2, 0)
+        info = SequenceInfo(segments_bT, positions_bT)
+        x_bTD, _, stats = run_layers(nnx.merge(graph, state), x_bTD, info, replay_lbTK, remat, [False] * count)
+        return x_bTD, stats
+
+    run = jax.checkpoint(stage) if remat == "stage" else stage
+    inputs = (sequences.segment_ids_BT, sequences.positions_BT), replay_BTlK
+    return run_pipeline(run, state, x_BTD, inputs, groups)
 
 
 def extend_layers(

@@ -182,6 +182,6 @@ def _merge(weight: nnx.Param, lora: LoRA) -> Array:
         weight, lora = nnx.merge(graph, state)
         return (weight[...].astype(jnp.float32) + lora.product(weight)).astype(weight[...].dtype)
 
-    stacked = logical_axes(weight)[0] == "layers"
+    stacked = logical_axes(weight)[0] in ("layers", "dense_layers")
     run = partial(jax.lax.map, merged) if stacked else merged
     return jax.jit(run, out_shardings=weight.get_value().sharding)(state)

@@ -22,7 +22,7 @@ from mla_moe.ops.kernel_choice import default_attention_kernel, default_grouped_
 from mla_moe.parallel.dispatch_plan import default_dispatch
 from mla_moe.parallel.sharding import axis_metadata
 
-BATCH_AXES = ("layers", "experts", "gate_up")
+BATCH_AXES = ("layers", "dense_layers", "experts", "gate_up")
 
 
 Role = Literal["matrix", "embedding", "scale"]

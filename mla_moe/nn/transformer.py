@@ -23,6 +23,7 @@ from mla_moe.nn.block import (
     indexer_of_layer,
     of_indexer,
     run_layers,
+    run_pipelined_layers,
     stack_layers,
 )
 from mla_moe.nn.kv_cache import (
@@ -48,6 +49,7 @@ from mla_moe.nn.rope import rotary
 from mla_moe.ops.cached_attention import Form
 from mla_moe.ops.key_selection import SelectedKeys, selected_words
 from mla_moe.parallel.mesh import under_auto_axes
+from mla_moe.parallel.pipeline import in_groups, pipeline_groups, pipeline_stages
 from mla_moe.parallel.sharded_einsum import Einsum, plain_einsum, sharded_einsum
 from mla_moe.parallel.sharding import constrain_decode_activations, constrain_decode_logits
 
@@ -98,12 +100,15 @@ class Transformer(nnx.Module):
         return self.logits(self.hidden(tokens, segment_ids, positions)[0])
 
     @under_auto_axes(lambda _: P())
-    def loss_sums(self, batch: Batch, *, chunk: int, mtp: bool) -> LossSums:
+    def loss_sums(self, batch: Batch, *, chunk: int, mtp: bool, microbatches: int | None = None) -> LossSums:
         """The losses of a microbatch, summed over its tokens: next-token cross-entropy, with `mtp` that of the MTP
         module, the sequence-wise auxiliary load-balancing loss and the router z-loss; with the router's statistics.
-        `chunk` is how many tokens of each sequence have logits at one time."""
+        `chunk` is how many tokens of each sequence have logits at one time. Under a mesh with a pipeline the batch has
+        several `microbatches`, by default one for each stage."""
         sequences = batch["segment_ids"], batch["positions"]
-        h_BTD, stats = self.hidden(batch["tokens"], *sequences)
+        groups = pipeline_groups(len(batch["tokens"]), microbatches) if pipeline_stages() > 1 else 1
+        chunk = max(1, chunk // groups)  # more sequences at a time, so fewer tokens of each
+        h_BTD, stats = self.hidden(batch["tokens"], *sequences, microbatches=microbatches)
         weights_BT = loss.target_mask(batch).astype(jnp.float32)
         nats = loss.cross_entropy(h_BTD, self.head_DV, batch["targets"], weights_BT, chunk=chunk)
         loads = [] if stats is None else [stats.load_E]
@@ -115,7 +120,7 @@ class Transformer(nnx.Module):
         if mtp:
             # The gradients of the two uses of the head one after the other: each is as large as the head, in float32.
             h_BTD, nats = jax.lax.optimization_barrier((h_BTD, nats))
-            h_BTD, stats = self.mtp_hidden(h_BTD, batch["targets"], *sequences)
+            h_BTD, stats = in_groups(self.mtp_hidden, groups, h_BTD, batch["targets"], *sequences)
             targets_BT = loss.shift_left(batch["targets"])
             weights_BT = loss.mtp_target_mask(batch).astype(jnp.float32)
             mtp_nats = loss.cross_entropy(h_BTD, self.mtp_head_DV, targets_BT, weights_BT, chunk=chunk)
@@ -133,11 +138,16 @@ class Transformer(nnx.Module):
         segment_ids: Ids | None = None,
         positions: Ids | None = None,
         replay: Int[Array, "B T l K"] | None = None,
+        *,
+        microbatches: int | None = None,
     ) -> tuple[Activations, RouterStats | None]:
         """Hidden states after the final norm, and the router statistics of the MoE layers, stacked. Routing replay
         (arXiv 2507.18071, section 5.3): `replay` gives each token's experts in each MoE layer, −1 for the router's
-        choice."""
+        choice. `microbatches` are those of a pipeline, as in `loss_sums`."""
         sequences = _sequence_info(tokens, segment_ids, positions)
+        if pipeline_stages() > 1:
+            x_BTD, stats = self._pipelined(tokens, sequences, replay, microbatches)
+            return self.norm(x_BTD), stats
         sequences = sequences._replace(selected_BTW=self._no_keys(tokens.shape, tokens.shape[1]))
         x_BTD, stats = self.embedding(tokens), None
         if self.cfg.first_k_dense_replace:
@@ -149,6 +159,22 @@ class Transformer(nnx.Module):
             replay_lBTK = None if replay is None else jnp.moveaxis(replay, 2, 0)
             x_BTD, _, stats = run_layers(layers, x_BTD, sequences, replay_lBTK, self.remat, shares)
         return self.norm(x_BTD), stats
+
+    def _pipelined(
+        self, tokens: Ids, sequences: SequenceInfo, replay: Int[Array, "B T l K"] | None, microbatches: int | None
+    ) -> tuple[Activations, RouterStats]:
+        """All layers, with those that have experts over the stages of a pipeline; the others run on one group of
+        microbatches after the other."""
+        groups = pipeline_groups(len(tokens), microbatches)
+
+        def dense(x_BTD: Array, segments_BT: Array | None, positions_BT: Array) -> tuple[Array, None]:
+            info, shares = SequenceInfo(segments_BT, positions_BT), self._shares(experts=False)
+            return run_layers(self.dense_layers, x_BTD, info, None, self.remat, shares)[0], None
+
+        x_BTD = self.embedding(tokens)
+        if self.cfg.first_k_dense_replace:
+            x_BTD, _ = in_groups(dense, groups, x_BTD, *sequences[:2])
+        return run_pipelined_layers(self.moe_layers, x_BTD, sequences, replay, self.remat, groups)
 
     def _shares(self, *, experts: bool) -> Sequence[bool]:
         """`ModelConfig.shared_indexers` of the stacked dense layers, or of those with experts."""

@@ -15,9 +15,12 @@ from mla_moe.parallel.mesh import physical_axes, physical_spec
 
 
 def shard_map(local: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`jax.shard_map` over all axes of the current mesh, with specs of this package's axes."""
+    """`jax.shard_map` over the axes of the current mesh, with specs of this package's axes; inside another one, over
+    the axes that it leaves."""
     inputs, outputs = jax.tree.map(physical_spec, (in_specs, out_specs), is_leaf=lambda spec: isinstance(spec, P))
-    return jax.shard_map(local, in_specs=inputs, out_specs=outputs, check_vma=False)
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = frozenset(mesh.axis_names) - frozenset(mesh.manual_axes)
+    return jax.shard_map(local, in_specs=inputs, out_specs=outputs, axis_names=axes, check_vma=False)
 
 
 def psum(x: Any, axes: str | Sequence[str]) -> Any:

@@ -17,28 +17,31 @@ from jax.sharding import PartitionSpec as P
 
 from mla_moe.config import MeshConfig, require
 
-MESH_AXES = ("data", "fsdp", "expert", "tensor", "context")
+MESH_AXES = ("pipeline", "data", "fsdp", "expert", "tensor", "context")
 
-BATCH_SPEC = P(("data", "fsdp", "expert"), "context")
-"""Sharding of tokens `[B, T]`: sequences over every axis that has its own data, time over `context`."""
-TOKEN_AXES = ("data", "fsdp", "expert", "context")
+BATCH_SPEC = P(("pipeline", "data", "fsdp", "expert"), "context")
+"""Sharding of tokens `[B, T]`: sequences over every axis that has its own data, time over `context`. The stages of a
+pipeline have their own data outside of `parallel.pipeline`."""
+TOKEN_AXES = ("pipeline", "data", "fsdp", "expert", "context")
 """The mesh axes over which tokens are sharded."""
 
 
 def make_mesh(sizes: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Build a mesh over `devices` (by default all). Slices, which only a slow network connects, are laid out along
-    `data`. Raises `ConfigError` if the sizes do not multiply to the number of devices, or if the number of slices does
-    not divide `data`."""
+    `data`, or along `pipeline` if their number divides that alone. Raises `ConfigError` if the sizes do not multiply to
+    the number of devices, or if the number of slices divides neither."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(sizes, len(devices))
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
         grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     else:
-        data, *inner = shape
-        fix = f"must be a multiple of the {slices} slices, which are laid out along it"
-        require(data % slices == 0, "mesh.data", data, fix)
-        within, across = (data // slices, *inner), (slices, *(1 for _ in inner))
+        sizes_by_axis = dict(zip(MESH_AXES, shape, strict=True))
+        slow = next((axis for axis in ("data", "pipeline") if sizes_by_axis[axis] % slices == 0), None)
+        fix = f"must be a multiple of the {slices} slices, which are laid out along it; or mesh.pipeline must be"
+        require(slow is not None, "mesh.data", sizes_by_axis["data"], fix)
+        across = [slices if axis == slow else 1 for axis in MESH_AXES]
+        within = [size // n for size, n in zip(shape, across, strict=True)]
         grid = mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -98,6 +101,12 @@ def use_mesh_axes(axes: Mapping[str, str] | None = None, /, **more: str) -> Abst
     return _axis_names(tuple(names.items()))
 
 
+def without_axis(axis: str) -> AbstractContextManager[None]:
+    """For code inside a `shard_map` over one mesh axis alone: that axis has no meaning in it, as if the mesh lacked
+    it."""
+    return _axis_names(tuple(pair for pair in _axis_names.value if pair[0] != axis))
+
+
 def physical_axes(axes: str | Sequence[str], mesh: Mesh | AbstractMesh | None = None) -> tuple[str, ...]:
     """The names in the mesh, by default the current one, of axes of this package, without those that it lacks; other
     names are the mesh's own. With no mesh at all, the names that `use_mesh_axes` gives."""
@@ -144,11 +153,16 @@ def batch_shards() -> int:
 
 def current_mesh() -> MeshView | None:
     """The mesh set by `jax.set_mesh`. None for a single device, for a mesh of other axes only, and inside a
-    `shard_map`, where every array is a local shard already."""
+    `shard_map`, where every array is a local shard already; but not inside one over axes without a meaning here
+    alone (`without_axis`)."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or any(kind != AxisType.Auto for kind in mesh.axis_types):
+    if mesh.empty or mesh.size == 1:
         return None
-    return MeshView(mesh) if physical_axes(MESH_AXES, mesh) else None
+    named = physical_axes(MESH_AXES, mesh)
+    kinds = {axis: kind for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)}
+    foreign = {axis for axis, kind in kinds.items() if kind == AxisType.Manual and axis not in named}
+    auto = all(kind == AxisType.Auto for axis, kind in kinds.items() if axis not in foreign)
+    return MeshView(mesh) if named and auto else None
 
 
 Method = TypeVar("Method", bound=Callable[..., Any])

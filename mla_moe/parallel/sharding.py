@@ -37,12 +37,15 @@ TRAINING_RULES: ShardingRules = {
     "q_latent": "fsdp",
     "kv_latent": "fsdp",
     "mtp_in": ("fsdp", "expert"),
+    "layers": "pipeline",
     "experts": "expert",
-    "heads": ("tensor", "expert"),
-    "hidden": ("tensor", "expert"),
-    "expert_hidden": ("tensor", "fsdp"),  # fsdp where `embed` does not use it, which is in the experts' second matrix
+    # pipeline for layers that are not among its stages: the dense ones and the MTP module
+    "heads": ("tensor", "expert", "pipeline"),
+    "hidden": ("tensor", "expert", "pipeline"),
+    # fsdp where `embed` does not use it, which is in the experts' second matrix
+    "expert_hidden": ("tensor", "fsdp", "pipeline"),
     "vocab": "tensor",
-    **dict.fromkeys(("layers", "gate_up", "router", "qk", "kv", "v", "index_heads", "index_weights", "rank")),
+    **dict.fromkeys(("dense_layers", "gate_up", "router", "qk", "kv", "v", "index_heads", "index_weights", "rank")),
 }
 """The default rules (`mla_moe.sharding_rules`). Of several axes of an array the first takes a mesh axis."""
 
@@ -68,6 +71,8 @@ def rules_with_overrides(overrides: Sequence[str]) -> ShardingRules:
         require(bool(equals) and known, "mesh.rules", override, fix)
         fix = "experts are always sharded over expert, along which tokens are dispatched; drop this rule"
         require(axis != "experts", "mesh.rules", override, fix)
+        fix = "layers are always sharded over pipeline, whose stages they are; drop this rule"
+        require(axis != "layers", "mesh.rules", override, fix)
         table[axis] = chosen or None
     return table
 
@@ -78,12 +83,15 @@ def partition_spec(
     mesh: Mesh | AbstractMesh | MeshView,
     rules: ShardingRules = TRAINING_RULES,
 ) -> P:
-    """The sharding of an array with these logical axes. A mesh axis is used at most once, and only where it divides."""
+    """The sharding of an array with these logical axes. A mesh axis is used at most once, and only where it divides; a
+    pipeline only if it has several stages."""
     used: set[str] = set()
     entries: list[str | tuple[str, ...] | None] = []
     for axis, size in zip(axes, shape, strict=True):
         rule = dict.fromkeys(mesh_axes(rules.get(axis)))
-        chosen = dividing_axes(mesh, size, [name for name in rule if name in mesh.shape and name not in used])
+        free = [name for name in rule if name in mesh.shape and name not in used]
+        free = [name for name in free if name != "pipeline" or mesh.shape[name] > 1]
+        chosen = dividing_axes(mesh, size, free)
         used.update(chosen)
         entries.append(spec_entry(chosen))
     return P(*entries)
@@ -110,10 +118,11 @@ class WeightRules(tuple):
 
 
 def weight_rules(axes: Sequence[str], rules: ShardingRules = TRAINING_RULES) -> WeightRules:
-    """The rules for a weight with these logical axes, of which the first takes a mesh axis that more could have."""
-    used: set[str] = set()
+    """The rules for a weight with these logical axes, of which the first takes a mesh axis that more could have. They
+    name no pipeline: most meshes have none."""
+    used = {"pipeline"}
     pairs = []
-    for axis in ("layers", *axes):
+    for axis in ("layers", "dense_layers", *axes):
         chosen = tuple(name for name in mesh_axes(rules.get(axis)) if name not in used)
         used.update(chosen)
         pairs.append((axis, chosen))
@@ -205,7 +214,7 @@ def constrain_slots(x: jax.Array) -> jax.Array:
     return _constrain(x, BATCH_SPEC[0])
 
 
-DECODE_BATCH_AXES = ("data", "fsdp")
+DECODE_BATCH_AXES = ("pipeline", "data", "fsdp")
 """The mesh axes over which the tokens of a decode step are sharded; over the others the work on a token is sharded."""
 
 
@@ -237,18 +246,26 @@ def check_divisible(recipe: Recipe, mesh: Mesh) -> None:
     """Raise `ConfigError` for a batch size, a length or a model width that the mesh does not divide; it names one that
     fits."""
     batch_shards = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
-    context = mesh.shape["context"]
+    context, pipeline = mesh.shape["context"], mesh.shape["pipeline"]
     rl = recipe.rl
+    remat = recipe.training.remat
+    require(remat != "stage" or pipeline > 1, "training.remat", remat, "is for a pipeline; choose full")
     microbatch, over_context = "sequences of a microbatch over mesh data x fsdp x expert", "tokens over mesh.context"
+    groups = microbatch + (" x pipeline" if pipeline > 1 else "")  # where each microbatch is split for a pipeline
     checks = []
     if rl.steps > 0:
-        checks += [("rl.micro_batch_size", rl.micro_batch_size, batch_shards, f"packed {microbatch}")]
+        checks += [("rl.micro_batch_size", rl.micro_batch_size, batch_shards, f"packed {groups}")]
         checks += [("rl.packed_length", rl.packed_row_length, context, over_context)]
     training, sft, dpo = recipe.training, recipe.sft, recipe.dpo
     active = {"training": training.active, "sft": recipe.fine_tunes, "dpo": dpo.active}
     stages = [(name, stage) for (name, runs), stage in zip(active.items(), (training, sft, dpo), strict=True) if runs]
     for name, stage in stages:
-        shards, what = batch_shards * stage.gradient_accumulation_steps, f"gradient_accumulation_steps x {microbatch}"
+        steps, split = stage.gradient_accumulation_steps, name == "dpo"
+        if not split:
+            through = "microbatches over the stages of mesh.pipeline"
+            checks += [(f"{name}.gradient_accumulation_steps", steps, pipeline, through)]
+        shards = steps * (batch_shards if split else batch_shards // pipeline)
+        what = f"gradient_accumulation_steps x {groups if split else microbatch}"
         checks += [(f"{name}.batch_size", stage.batch_size, shards, what)]
     checks += [(f"{name}.sequence_length", stage.sequence_length, context, over_context) for name, stage in stages]
     for field, value, shards, what in checks:
@@ -266,3 +283,10 @@ def check_model_divisible(model: ModelConfig, mesh: Mesh, name: str) -> None:
         value, shards = getattr(model, field), mesh.shape[axis]
         fix = f"must be a multiple of {shards}: {what} over mesh.{axis}; mesh.{axis} = {math.gcd(value, shards)} fits"
         require(value % shards == 0, f"{name}.{field}", value, fix)
+    stages, layers = mesh.shape["pipeline"], model.num_moe_layers
+    if stages > 1:
+        sizes = ", ".join(str(size) for size in range(1, layers + 1) if layers % size == 0) or "1"
+        fix = f"must divide the {layers} MoE layers of {name}; choose one of {sizes}"
+        require(layers > 0 and layers % stages == 0, "mesh.pipeline", stages, fix)
+        fix = f"layers of {name} that share the keys of an indexer cannot be in different stages; set 1"
+        require(not any(model.shared_indexers), "mesh.pipeline", stages, fix)

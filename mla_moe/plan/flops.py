@@ -74,7 +74,9 @@ def _count(jaxpr: Any, runs: float, in_loop: bool, expected: ExpectedRouting, to
             for kind, flops in max(counted, key=lambda flops: sum(flops.values())).items():
                 total[kind] += flops
         elif name == "shard_map":
-            _count(eqn.params["jaxpr"], runs * eqn.params["mesh"].size, in_loop, expected, total)
+            axes = eqn.params.get("newly_manual_axes") or eqn.params["manual_axes"]  # its name in other versions of JAX
+            shards = math.prod(eqn.params["mesh"].shape[axis] for axis in axes)
+            _count(eqn.params["jaxpr"], runs * shards, in_loop, expected, total)
         else:
             for inner in _inner_jaxpr(eqn):
                 _count(inner, runs, in_loop, expected, total)

@@ -294,8 +294,9 @@ def hbm_bytes(type_: str) -> float:
 
 def first_group(rest: str) -> tuple[int, ...]:
     """The first group of devices of a collective, in any of XLA's notations."""
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest):
-        return int(pairs.group(1)), int(pairs.group(2))
+    if pairs := re.search(r"source_target_pairs=\{(\{[\d,{}]*\})\}", rest):
+        found = [(int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)\}", pairs.group(1))]
+        return next((pair for pair in found if pair[0] != pair[1]), found[0])  # some devices may keep what they have
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", rest):
         return tuple(int(n) for n in listed.group(1).split(","))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest):

@@ -69,6 +69,9 @@ class Plan:
     """Tokens of one run, over all devices."""
     compile_seconds: float
     compile_memory_bytes: float
+    bubble_fraction: float = 0.0
+    """The fraction of a pipeline's ticks in which a stage has no microbatch. It is in the simulated step time, because
+    the stage then computes what nothing uses."""
     refusal: str | None = None
     """The compiler's error, if it refuses the program for lack of memory."""
 
@@ -133,7 +136,7 @@ def make_plan(recipe: Recipe, topology: Topology, stage: str = "train", options:
         simulated_mfu_at_peak=mfu(at_peak.step_seconds), exposed_communication_seconds=forecast.exposed_communication,
         stalls=forecast.stalls, tokens=program.tokens,
         compile_seconds=seconds, compile_memory_bytes=float(peak * (1 if sys.platform == "darwin" else 1024)),
-        refusal=refusal,
+        bubble_fraction=program.bubble_fraction, refusal=refusal,
     )  # fmt: skip
 
 

@@ -54,6 +54,10 @@ def _step_rows(plan: Plan) -> list[tuple[str, str]]:
     repeated = f"; {with_remat:.1%} including rematerialisation" if with_remat > fraction else ""
     kinds = ", ".join(f"{kind} {flops / plan.flops:.0%}" for kind, flops in plan.flops_by_kind.items())
     rows = [("FLOPs per device", f"{si(plan.flops)} ({kinds})"), ("  useful", f"{fraction:.1%}{repeated}")]
+    if plan.bubble_fraction:
+        rows.append(
+            ("  pipeline bubble", f"{plan.bubble_fraction:.1%} of the ticks of its {plan.mesh['pipeline']} stages")
+        )
     if plan.step_seconds is not None and (mfu := plan.mfu) is not None:
         rows += _simulated_rows(plan)
         terms = [term or 0.0 for term in (plan.compute_seconds, plan.memory_seconds, plan.network_seconds)]

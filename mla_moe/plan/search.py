@@ -23,21 +23,33 @@ MICROBATCH_SIZES = (1, 2, 4, 8)
 """Sequences of a device in one microbatch that are tried; gradient accumulation keeps the batch size."""
 
 
+MAX_STAGES = 16
+"""The largest pipeline that is tried."""
+
+
 def variants(recipe: Recipe, devices: int) -> Iterator[Recipe]:
-    """The recipe with other meshes, rematerialisation and numbers of gradient accumulation steps. `expert` takes powers
-    of two, `fsdp` the remaining devices; `data`, `tensor` and `context` stay as in the recipe."""
+    """The recipe with other meshes, rematerialisation and numbers of gradient accumulation steps. `pipeline` takes the
+    numbers up to `MAX_STAGES` that divide the MoE layers, `expert` powers of two, `fsdp` the remaining devices; `data`,
+    `tensor` and `context` stay as in the recipe."""
     fixed = {axis: max(getattr(recipe.mesh, axis), 1) for axis in ("data", "tensor", "context")}
-    free = devices // (fixed["data"] * fixed["tensor"] * fixed["context"])
-    experts = [1 << power for power in range(10) if free % (1 << power) == 0]
-    shards, batch, training = fixed["data"] * free, recipe.training.batch_size, recipe.training
-    steps = [batch // (shards * n) for n in MICROBATCH_SIZES if batch % (shards * n) == 0]
-    steps = steps or [training.gradient_accumulation_steps]
-    for expert, remat, accumulation_steps in itertools.product(experts, ("full", "dots"), steps):
-        if recipe.model.n_routed_experts % expert:
+    layers = 1 if any(recipe.model.shared_indexers) else recipe.model.num_moe_layers
+    all_free = devices // (fixed["data"] * fixed["tensor"] * fixed["context"])
+    for pipeline in range(1, MAX_STAGES + 1):
+        if (pipeline > 1 and (layers == 0 or layers % pipeline)) or all_free % pipeline:
             continue
-        mesh = MeshConfig(**fixed, fsdp=free // expert, expert=expert, rules=recipe.mesh.rules)
-        changed = dataclasses.replace(training, remat=remat, gradient_accumulation_steps=accumulation_steps)
-        yield dataclasses.replace(recipe, mesh=mesh, training=changed)
+        free, rematerializations = all_free // pipeline, ("full", "dots") if pipeline == 1 else ("full", "stage")
+        experts = [1 << power for power in range(10) if free % (1 << power) == 0]
+        shards, batch, training = fixed["data"] * free, recipe.training.batch_size, recipe.training
+        steps = [batch // (shards * n) for n in MICROBATCH_SIZES if batch % (shards * n) == 0]
+        steps = [n for n in steps if n % pipeline == 0]
+        if pipeline == 1:
+            steps = steps or [training.gradient_accumulation_steps]
+        for expert, remat, accumulation_steps in itertools.product(experts, rematerializations, steps):
+            if recipe.model.n_routed_experts % expert:
+                continue
+            axes = fixed | {"pipeline": pipeline, "fsdp": free // expert, "expert": expert}
+            changed = dataclasses.replace(training, remat=remat, gradient_accumulation_steps=accumulation_steps)
+            yield dataclasses.replace(recipe, mesh=MeshConfig(**axes, rules=recipe.mesh.rules), training=changed)
 
 
 def search(recipe: Recipe, topology: Topology, log: Callable[[str], None]) -> list[tuple[Recipe, Plan]]:
@@ -60,7 +72,7 @@ def search(recipe: Recipe, topology: Topology, log: Callable[[str], None]) -> li
 
 def flags_of(recipe: Recipe) -> str:
     """The flags of `train.py` that select this variant."""
-    mesh = " ".join(f"--mesh.{axis} {getattr(recipe.mesh, axis)}" for axis in ("fsdp", "expert"))
+    mesh = " ".join(f"--mesh.{axis} {getattr(recipe.mesh, axis)}" for axis in ("pipeline", "fsdp", "expert"))
     steps = recipe.training.gradient_accumulation_steps
     return f"{mesh} --training.remat {recipe.training.remat} --training.gradient_accumulation_steps {steps}"
 

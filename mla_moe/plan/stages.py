@@ -51,6 +51,7 @@ class StageProgram(NamedTuple):
     tokens: int
     resident: dict[str, float]
     sampling_bytes: float
+    bubble_fraction: float = 0.0
 
 
 class DecodeOptions(NamedTuple):
@@ -173,23 +174,33 @@ def _gradient_program(
     shape: tuple[int, int], accumulation_steps: int, memory: dict[str, float],
 ) -> StageProgram:  # fmt: skip
     """A program that computes gradients of a batch `[B, T]`. `cfg` is the part of the model that is differentiated."""
-    (_, length), tokens, devices, full = shape, math.prod(shape), mesh.size, recipe.training.remat == "full"
+    (_, length), tokens, devices, remat = shape, math.prod(shape), mesh.size, recipe.training.remat
+    stages = mesh.shape["pipeline"]
+    microbatches = max(accumulation_steps, stages)
+    ticks = microbatches + stages - 1
     frozen = bool(abstract_model.lora.rank)
     passes = 2 if frozen else 3  # as long as the forward pass; with LoRA no gradients of weights
     useful = train_flops_per_token(cfg, length, frozen=frozen) * tokens / devices
     head = 2 * passes * cfg.vocab_size * cfg.hidden_size * (1 + cfg.num_nextn_predict_layers) * tokens / devices
-    local_tokens = tokens // accumulation_steps // devices
-    if full:
-        itemsize, inputs = jnp.dtype(abstract_model.precision.compute).itemsize, cfg.num_hidden_layers
-        inputs //= cfg.layers_per_moe
-        memory = memory | {"layer inputs": float(inputs * local_tokens * cfg.hidden_size * itemsize)}
+    local_tokens = tokens // microbatches // (devices // stages)
+    if remat in ("full", "stage"):
+        token_bytes = cfg.hidden_size * jnp.dtype(abstract_model.precision.compute).itemsize
+        layers = cfg.num_hidden_layers // cfg.layers_per_moe
+        if stages > 1:  # the layers of a stage have those of every tick in memory, or one of the stage and one tick's
+            own = cfg.num_moe_layers // stages
+            layers = ticks * own if remat == "full" else ticks + own
+            layers += cfg.first_k_dense_replace * microbatches // stages
+        memory = memory | {"layer inputs": float(layers * local_tokens * token_bytes)}
     key_blocks = length / attention.block_size(length) / 2  # on and below the diagonal
     expected = replace(even_routing(recipe, mesh, local_tokens), key_blocks=key_blocks)
-    # The backward pass computes the attention scores again, and with full rematerialisation each layer's forward pass.
+    # The backward pass computes the attention scores again, and with full rematerialisation each layer's forward pass,
+    # of a pipeline's stage twice.
+    forwards = {"full": 1, "stage": 2}.get(remat, 0)
     layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
     width = cfg.num_attention_heads * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)
-    recomputed = layers * width * (length + 1) * tokens / devices + ((useful - head) / passes if full else 0.0)
-    return StageProgram(traced, mesh, memory, useful, recomputed, expected, tokens, {}, 0.0)
+    recomputed = layers * width * (length + 1) * tokens / devices + forwards * (useful - head) / passes
+    bubble = (stages - 1) / ticks
+    return StageProgram(traced, mesh, memory, useful, recomputed, expected, tokens, {}, 0.0, bubble)
 
 
 def decode(recipe: Recipe, topology: Topology, options: DecodeOptions) -> StageProgram:

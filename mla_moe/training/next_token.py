@@ -72,8 +72,10 @@ class NextTokenTrainer(Trainer[TrainState, Batch]):
 
     @property
     def eval_batch_size(self) -> int:
-        """Packed sequences of a batch of an evaluation: those of a microbatch."""
-        return self.training.batch_size // self.training.gradient_accumulation_steps
+        """Packed sequences of a batch of an evaluation: those of a microbatch, or of one for each stage of a
+        pipeline."""
+        stages = self.context.mesh.shape["pipeline"]
+        return self.training.batch_size // self.training.gradient_accumulation_steps * stages
 
     @cached_property
     def _nats_step(self) -> Callable[[TrainState, dict[str, jax.Array]], jax.Array]:

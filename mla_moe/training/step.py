@@ -97,6 +97,8 @@ def make_train_step(
     with_mtp = abstract_model.cfg.num_nextn_predict_layers > 0 and training.mtp_loss_weight > 0
     freeze_step = round(training.steps * (1 - training.router_bias_freeze_fraction))
     count = training.gradient_accumulation_steps
+    # All microbatches pass through a pipeline in one program.
+    microbatches, count = (count, 1) if mesh.shape["pipeline"] > 1 else (None, count)
 
     @partial(
         jax.jit,
@@ -124,7 +126,7 @@ def make_train_step(
         """A microbatch's part of the loss, normalised by the counts of the full batch."""
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             model = abstract_model.merge(params | fixed)
-            sums = model.loss_sums(microbatch, chunk=training.loss_chunk, mtp=with_mtp)
+            sums = model.loss_sums(microbatch, chunk=training.loss_chunk, mtp=with_mtp, microbatches=microbatches)
         total = sums.nats / jnp.maximum(counts.targets, 1) + training.aux_loss_weight * sums.aux_loss / counts.sequences
         if training.router_z_loss_weight:  # otherwise the backward pass keeps no logits of the router
             total += training.router_z_loss_weight * sums.z_loss / counts.tokens_without_padding

@@ -24,6 +24,7 @@ from mla_moe.nn.moe import RouterStats
 from mla_moe.parallel.dispatch_plan import dispatch_plan, expected_device_fraction
 from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
 from mla_moe.parallel.sharding import TRAINING_RULES, ShardingRules, rules_with_overrides
+from mla_moe.plan.hlo import first_group
 
 Batch = dict[str, np.ndarray]
 Program = tuple[Compiled, Callable[[dict[int, float]], Any]]
@@ -35,6 +36,7 @@ MESHES = [
     MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
     MeshConfig(data=1, fsdp=8),
     MeshConfig(data=1, context=4, expert=2),
+    MeshConfig(pipeline=2, data=1, fsdp=2, expert=2),
 ]
 LONG = (MESHES[0], MESHES[1], MESHES[3], MESHES[4])
 
@@ -85,7 +87,7 @@ def compile_loss(cfg: ModelConfig, mesh: Mesh, batch: Batch, rules: ShardingRule
 @pytest.fixture(scope="module")
 def small(cfg: ModelConfig) -> ModelConfig:
     """Sizes by which an array of the compiled program is recognised."""
-    return dataclasses.replace(cfg, num_hidden_layers=2, vocab_size=208, moe_intermediate_size=22)
+    return dataclasses.replace(cfg, vocab_size=208, moe_intermediate_size=22)
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +204,26 @@ def test_no_collective_moves_expert_weights_or_logits(small: ModelConfig, compil
             assert not (kind == "all-gather" and all_experts), f"experts' weights: {shape}"
             assert not (kind != "all-reduce" and small.vocab_size in shape and len(shape) > 2), f"logits: {shape}"
     assert {"all-gather", "all-to-all"} <= kinds
+
+
+def test_activations_alone_move_between_the_stages_of_a_pipeline(small: ModelConfig, compiled: Compile) -> None:
+    """Microbatches by collective-permutes. No other collective of the scan over ticks leaves a stage, and no weights of
+    the two layers are all-gathered between the two stages."""
+    mesh = make_mesh(MESHES[-1])
+    first_stage = {device.id for device in mesh.devices[0].flat}
+    permuted = []
+    for line in compiled(mesh)[0].as_text().splitlines():
+        kind = next((kind for kind in COLLECTIVES if f" {kind}(" in line), None)
+        if kind is None or set(first_group(line)) <= first_stage:
+            continue
+        shapes = [tuple(map(int, shape.split(","))) for shape in re.findall(r"f32\[([\d,]+)\]", line.split(kind)[0])]
+        if kind == "collective-permute":
+            permuted += shapes
+            continue
+        assert "shard_map/while/body" not in line, line
+        assert kind != "all-gather" or not any(len(shape) > 2 and shape[0] == 2 for shape in shapes), line
+    assert set(permuted) == {(1, T, small.hidden_size)}
+    assert len(permuted) >= 5, "to the next stage and to the one before, and their gradients"
 
 
 def compile_moe(

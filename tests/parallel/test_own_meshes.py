@@ -190,7 +190,7 @@ def test_a_name_of_ours_may_have_another_meaning():
     """The axis `data` of this mesh means `fsdp`; then the mesh has no axis that means `data`."""
     mesh = jax.make_mesh((2, 4), ("data", "expert"))
     with mla_moe.use_mesh_axes(data="fsdp", expert="tensor"):
-        assert MeshView(mesh).shape == {"data": 1, "fsdp": 2, "expert": 1, "tensor": 4, "context": 1}
+        assert MeshView(mesh).shape == {"pipeline": 1, "data": 1, "fsdp": 2, "expert": 1, "tensor": 4, "context": 1}
         assert physical_spec(P(*BATCH_SPEC, "tensor"), mesh) == P("data", None, "expert")
         weight = nnx.Param(jnp.ones((4, 4)), out_sharding=("embed", "expert"), eager_sharding=False)
         # A rule has this package's names; one that is in no rule is an axis of the mesh.
@@ -217,7 +217,7 @@ def test_generate_on_a_mesh_with_some_of_the_axes(cfg):
 def test_the_engine_refuses_other_axes(axis, kind):
     mesh = jax.make_mesh((8,), (axis,), axis_types=(kind,))
     embed = nnx.Param(jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P(axis))))
-    with pytest.raises(ConfigError, match=f"mesh = .*{axis}.*: the engine needs axes of data, fsdp"):
+    with pytest.raises(ConfigError, match=f"mesh = .*{axis}.*: the engine needs axes of pipeline, data, fsdp"):
         mesh_of(SimpleNamespace(embed=embed))
 
 

@@ -13,7 +13,8 @@ from mla_moe.parallel.sharding import check_divisible, check_model_divisible, pa
 
 
 def test_minus_one_takes_the_remaining_devices() -> None:
-    assert dict(make_mesh(MeshConfig()).shape) == {"data": 8, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
+    shape = {"pipeline": 1, "data": 8, "fsdp": 1, "expert": 1, "tensor": 1, "context": 1}
+    assert dict(make_mesh(MeshConfig()).shape) == shape
     assert make_mesh(MeshConfig(fsdp=2, expert=2)).shape["data"] == 2
     assert make_mesh(MeshConfig(), jax.devices()[:1]).size == 1
 
@@ -66,6 +67,14 @@ def test_a_mesh_axis_is_used_once_and_only_where_it_divides() -> None:
     )
 
 
+def test_a_pipeline_shards_layers_or_the_matrices_of_layers_outside_of_it() -> None:
+    mesh = make_mesh(MeshConfig(pipeline=2, data=1, fsdp=2, tensor=2))
+    assert partition_spec(("layers", "embed", "hidden"), (4, 6, 8), mesh)[0] == "pipeline"
+    assert partition_spec(("dense_layers", "embed", "hidden"), (4, 6, 8), mesh)[2] == ("tensor", "pipeline")
+    one = make_mesh(MeshConfig(fsdp=2))
+    assert partition_spec(("layers", "hidden"), (4, 8), one) == P(None, ("tensor", "expert"))
+
+
 @pytest.mark.parametrize(
     ("mesh", "training", "field"),
     [
@@ -90,6 +99,7 @@ def test_a_size_that_the_mesh_does_not_divide_is_an_error(
 @pytest.mark.parametrize(
     ("override", "fix"),
     [("embed", "axis=mesh_axis"), ("width=fsdp", "axes are embed"), ("embed=rows", "mesh axes are"),
+     ("layers=", "layers are always sharded over pipeline"),
      ("experts=data", "experts are always sharded over expert")],
 )  # fmt: skip
 def test_an_invalid_rule_is_an_error(override: str, fix: str) -> None:

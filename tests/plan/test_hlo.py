@@ -70,6 +70,7 @@ def test_bytes_of_all_gather_and_reduce_scatter(mesh: Mesh) -> None:
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", (0, 4)),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}", (0, 2, 4, 6)),
         ("source_target_pairs={{0,4},{4,0}}", (0, 4)),
+        ("source_target_pairs={{0,0},{1,5},{5,1}}, metadata={}", (1, 5)),
     ],
 )
 def test_device_groups_in_every_notation(text: str, group: tuple[int, ...]) -> None:

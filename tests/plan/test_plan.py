@@ -59,7 +59,7 @@ def test_a_mesh_of_another_size_than_the_topology_is_an_error() -> None:
 
 def test_flags_change_the_recipe(capsys: Capsys) -> None:
     assert main(["plan", QUICKSTART, "--topology", "cpu:8", "--mesh.data", "3"]) == 2
-    assert capsys.readouterr().err.startswith("error: mesh = 'data 3 x fsdp 1")
+    assert capsys.readouterr().err.startswith("error: mesh = 'pipeline 1 x data 3 x fsdp 1")
     with pytest.raises(SystemExit):
         main(["inspect", "tiny", "--mesh.data", "3"])
     assert "--mesh.data" in capsys.readouterr().err

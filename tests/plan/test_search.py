@@ -42,6 +42,18 @@ def test_variants() -> None:
     assert {v.training.gradient_accumulation_steps for v in tried} == {1, 2}
 
 
+def test_variants_with_a_pipeline() -> None:
+    """Of stages that divide the MoE layers and the microbatches."""
+    quickstart = load_recipe("configs/quickstart.py")
+    model = dataclasses.replace(quickstart.model, num_hidden_layers=1 + 12)
+    tried = [v for v in variants(dataclasses.replace(quickstart, model=model), 8) if v.mesh.pipeline > 1]
+    assert {v.mesh.pipeline for v in tried} == {2, 4}
+    assert {v.mesh.pipeline * v.mesh.expert * v.mesh.fsdp for v in tried} == {8}
+    assert {v.training.remat for v in tried} == {"full", "stage"}
+    steps = {n: {v.training.gradient_accumulation_steps for v in tried if v.mesh.pipeline == n} for n in (2, 4)}
+    assert steps == {2: {2, 4}, 4: {4, 8}}
+
+
 def test_plans_that_fit_are_ranked_by_time_and_others_by_memory(planned: list[Recipe]) -> None:
     lines = []
     quickstart, topology = load_recipe("configs/quickstart.py"), open_topology("cpu:8")
@@ -49,12 +61,10 @@ def test_plans_that_fit_are_ranked_by_time_and_others_by_memory(planned: list[Re
     assert [(p.fits, v.mesh.expert) for v, p in ranked[::2]] == [
         (True, 8), (True, 4), (True, 1), (False, 8), (False, 4), (False, 1),
     ]  # fmt: skip
-    assert "--mesh.fsdp 4 --mesh.expert 2" in lines[4]
+    assert "--mesh.pipeline 1 --mesh.fsdp 4 --mesh.expert 2" in lines[4]
     assert "not two" in lines[4]
-    assert (
-        flags_of(ranked[0][0])
-        == "--mesh.fsdp 1 --mesh.expert 8 --training.remat full --training.gradient_accumulation_steps 2"
-    )
+    mesh = "--mesh.pipeline 1 --mesh.fsdp 1 --mesh.expert 8"
+    assert flags_of(ranked[0][0]) == f"{mesh} --training.remat full --training.gradient_accumulation_steps 2"
 
     count = len(planned)
     again = search(quickstart, topology, lines.append)

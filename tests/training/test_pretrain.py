@@ -17,6 +17,7 @@ import pytest
 import tokenizers
 
 import mla_moe
+import mla_moe.training.trainer as trainer
 from mla_moe import ConfigError
 from mla_moe.config import (
     CheckpointConfig,
@@ -115,22 +116,22 @@ def test_run_writes_its_documented_files(finished_run, recipe):
     assert "held-out bits per byte" in json.loads((finished_run / "summary.json").read_text())
 
 
+def stop_at(step):
+    """`StepMetrics.record` that a signal follows at a step."""
+    record = trainer.StepMetrics.record
+
+    def then_stop(self, number, metrics, batch):
+        record(self, number, metrics, batch)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return then_stop
+
+
 @pytest.mark.slow
 @pytest.mark.smoke
 def test_interrupted_run_resumes_with_the_same_rows(finished_run, recipe, tmp_path, monkeypatch):
     """Stopped by a signal after step 2, then at step 5 without a save, then resumed: the same rows, bit for bit."""
-    import mla_moe.training.trainer as trainer
-
-    def stop_at(step):
-        record = trainer.StepMetrics.record
-
-        def then_stop(self, number, metrics, batch):
-            record(self, number, metrics, batch)
-            if number == step:
-                os.kill(os.getpid(), signal.SIGTERM)
-
-        return then_stop
-
     with monkeypatch.context() as patch:
         patch.setattr(trainer.StepMetrics, "record", stop_at(2))
         with pytest.raises(InterruptedRun, match="stopped at step 2 by SIGTERM"):
@@ -147,6 +148,22 @@ def test_interrupted_run_resumes_with_the_same_rows(finished_run, recipe, tmp_pa
     assert rows(tmp_path) == rows(finished_run)
     assert read_rows(tmp_path / "samples.jsonl") == read_rows(finished_run / "samples.jsonl")
     assert read_rows(tmp_path / "expert_load.jsonl") == read_rows(finished_run / "expert_load.jsonl")
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_any_number_of_pipeline_stages(finished_run, recipe, tmp_path, monkeypatch):
+    """Two stages to step 3, none to step 6, and two to the end: the rows of the run without, within rounding."""
+    training = dataclasses.replace(recipe.training, gradient_accumulation_steps=2)
+    meshes = MeshConfig(pipeline=2, data=2, expert=2), MeshConfig(data=2, tensor=2, expert=2)
+    for mesh, step in ((meshes[0], 3), (meshes[1], 6)):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.StepMetrics, "record", stop_at(step))
+            with pytest.raises(InterruptedRun):
+                start(recipe, tmp_path, training=training, mesh=mesh)
+    start(recipe, tmp_path, training=training, mesh=meshes[0])
+    for found, expected in zip(rows(tmp_path), rows(finished_run), strict=True):
+        assert found == pytest.approx(expected, rel=2e-3), expected["step"]
+    assert len(read_rows(tmp_path / "samples.jsonl")) == 1
 
 
 def test_finished_run_is_not_changed(finished_run, recipe, capsys):

@@ -38,7 +38,7 @@ MESHES = [
     MeshConfig(data=1, context=4, expert=2),
     MeshConfig(pipeline=2, data=1, fsdp=2, expert=2),
 ]
-LONG = (MESHES[0], MESHES[1], MESHES[3], MESHES[4])
+LONG = (MESHES[0], MESHES[1], *MESHES[3:])
 
 
 def packed_batch() -> Batch:
@@ -206,6 +206,7 @@ def test_no_collective_moves_expert_weights_or_logits(small: ModelConfig, compil
     assert {"all-gather", "all-to-all"} <= kinds
 
 
+@pytest.mark.slow
 def test_activations_alone_move_between_the_stages_of_a_pipeline(small: ModelConfig, compiled: Compile) -> None:
     """Microbatches by collective-permutes. No other collective of the scan over ticks leaves a stage, and no weights of
     the two layers are all-gathered between the two stages."""

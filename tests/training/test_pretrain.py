@@ -162,7 +162,9 @@ def test_a_run_resumes_on_any_number_of_pipeline_stages(finished_run, recipe, tm
                 start(recipe, tmp_path, training=training, mesh=mesh)
     start(recipe, tmp_path, training=training, mesh=meshes[0])
     for found, expected in zip(rows(tmp_path), rows(finished_run), strict=True):
-        assert found == pytest.approx(expected, rel=2e-3), expected["step"]
+        assert set(found) == set(expected)
+        for name in {"loss", "mtp_loss", "aux_loss", "moe/load_max", "eval/loss"} & set(found):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), (expected["step"], name)
     assert len(read_rows(tmp_path / "samples.jsonl")) == 1
 
 

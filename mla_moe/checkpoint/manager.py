@@ -31,6 +31,7 @@ from mla_moe.checkpoint.orbax_layout import read_json_item, require_known_format
 from mla_moe.checkpoint.save_errors import as_save_error, suppress_repeated_errors
 from mla_moe.config import FORMAT_VERSION, CheckpointConfig, ConfigError
 from mla_moe.nn.abstract_model import AbstractModel
+from mla_moe.nn.param import STACK_AXES
 from mla_moe.parallel.sharding import logical_axes
 
 _CHUNK_BYTES = 64 << 20
@@ -246,7 +247,7 @@ def _save_args(arrays: dict[str, Any], abstract_model: AbstractModel) -> Any:
         variable = abstract_model.variables.get(getattr(keys[-1], "key", None))
         if variable is None or x.nbytes <= _CHUNK_BYTES:
             return ocp.SaveArgs()
-        stacked = (i for i, axis in enumerate(logical_axes(variable)) if axis in ("layers", "dense_layers", "experts"))
+        stacked = (i for i, axis in enumerate(logical_axes(variable)) if axis in (*STACK_AXES, "experts"))
         return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=tuple(stacked))
 
     return jax.tree_util.tree_map_with_path(args, arrays)

@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from mla_moe.config import LoRAConfig, require
-from mla_moe.nn.param import BATCH_AXES, uniform
+from mla_moe.nn.param import BATCH_AXES, STACK_AXES, uniform
 from mla_moe.nn.quantized import dequantize_weights, is_quantized, module_at, value_of, weight_of
 from mla_moe.ops.lora import LoRAFactors, keep_own
 from mla_moe.parallel.quantized_weight import QuantizedWeight
@@ -182,6 +182,6 @@ def _merge(weight: nnx.Param, lora: LoRA) -> Array:
         weight, lora = nnx.merge(graph, state)
         return (weight[...].astype(jnp.float32) + lora.product(weight)).astype(weight[...].dtype)
 
-    stacked = logical_axes(weight)[0] in ("layers", "dense_layers")
+    stacked = logical_axes(weight)[0] in STACK_AXES
     run = partial(jax.lax.map, merged) if stacked else merged
     return jax.jit(run, out_shardings=weight.get_value().sharding)(state)

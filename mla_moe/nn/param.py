@@ -22,7 +22,9 @@ from mla_moe.ops.kernel_choice import default_attention_kernel, default_grouped_
 from mla_moe.parallel.dispatch_plan import default_dispatch
 from mla_moe.parallel.sharding import axis_metadata
 
-BATCH_AXES = ("layers", "dense_layers", "experts", "gate_up")
+STACK_AXES = ("layers", "dense_layers")
+"""Axes of stacked layers. Those with experts can be the stages of a pipeline."""
+BATCH_AXES = (*STACK_AXES, "experts", "gate_up")
 
 
 Role = Literal["matrix", "embedding", "scale"]

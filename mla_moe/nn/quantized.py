@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from mla_moe.config import require
 from mla_moe.config.lora import QuantizedFormat
-from mla_moe.nn.param import BATCH_AXES
+from mla_moe.nn.param import BATCH_AXES, STACK_AXES
 from mla_moe.ops.quantized_matrix import BLOCKS, CODE_DTYPES, SCALE_DTYPES, scale_shape
 from mla_moe.parallel.quantized_weight import QuantizedWeight, Weight
 from mla_moe.parallel.sharding import axis_metadata, logical_axes
@@ -116,7 +116,7 @@ def dequantize_weights(model: nnx.Module, dtype: DTypeLike) -> None:
             continue
         matrix = quantized.matrix
         dequantize = lambda matrix: matrix.dequantize(dtype)  # noqa: E731
-        run = partial(jax.lax.map, dequantize) if logical_axes(weight)[0] == "layers" else dequantize
+        run = partial(jax.lax.map, dequantize) if logical_axes(weight)[0] in STACK_AXES else dequantize
         getattr(module, path[-1]).set_value(jax.jit(run, out_shardings=matrix.codes.sharding)(matrix))
     for _, module in list(nnx.iter_graph(model)):
         if isinstance(module, nnx.Module) and hasattr(module, "quantized"):

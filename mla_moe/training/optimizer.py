@@ -15,7 +15,7 @@ from optax.contrib import MuonDimensionNumbers, scale_by_muon
 
 from mla_moe.config import ConfigError, OptimizerConfig, ScheduleConfig, require
 from mla_moe.nn.abstract_model import AbstractModel
-from mla_moe.nn.param import BATCH_AXES, RouterBias
+from mla_moe.nn.param import BATCH_AXES, STACK_AXES, RouterBias
 from mla_moe.parallel.sharding import TRAINING_RULES, is_weight, logical_axes
 
 # RMS to which Muon's updates are scaled. It is typical of AdamW's, so that both share learning rate and weight decay
@@ -187,7 +187,7 @@ def _matrix_shape(weight: Any) -> _MatrixShape:
     variable = weight.to_nnx_variable() if isinstance(weight, NNXMeta) else weight
     names, contracts = logical_axes(variable), variable.get_metadata("contracts")
     # A caller may stack layers under a name of his own.
-    stacks = next(i for i, name in enumerate(names) if name != "layers" and name in TRAINING_RULES)
+    stacks = next(i for i, name in enumerate(names) if name not in STACK_AXES and name in TRAINING_RULES)
     inputs = tuple(i for i, name in enumerate(names[stacks:]) if name in contracts)
     outputs = tuple(i for i, name in enumerate(names[stacks:]) if name not in (*contracts, *BATCH_AXES))
     return _MatrixShape(MuonDimensionNumbers(inputs, outputs), stacks)

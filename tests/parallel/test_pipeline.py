@@ -146,10 +146,10 @@ def test_hidden_states_with_replayed_routing_equal_those_of_one_device(cfg: Mode
     shape = B, T, cfg.num_moe_layers, cfg.num_experts_per_tok
     replay = np.random.default_rng(0).integers(-1, cfg.n_routed_experts, shape).astype(np.int16)
     inputs = batch["tokens"], batch["segment_ids"], batch["positions"], replay
-    found = []
+    hidden, found = jax.jit(lambda model, *inputs: model.hidden(*inputs)), []
     for mesh in (ONE_DEVICE, TWO_STAGES):
         with jax.set_mesh(mesh):
-            found.append(jax.jit(lambda model: model.hidden(*inputs))(model.merge(model.init(0, mesh))))
+            found.append(hidden(model.merge(model.init(0, mesh)), *inputs))
     np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(found[0][1].load_E, found[1][1].load_E)
 
@@ -158,7 +158,7 @@ def test_hidden_states_with_replayed_routing_equal_those_of_one_device(cfg: Mode
     ("training", "model", "message"),
     [
         ({}, {}, "training.gradient_accumulation_steps = 1: must be a multiple of 2: microbatches over the stages"),
-        ({"gradient_accumulation_steps": 8}, {}, "training.batch_size = 2: must be a multiple of 4: sequences"),
+        ({"gradient_accumulation_steps": 8}, {}, "training.batch_size = 16: must be a multiple of 32: gradient"),
         ({}, {"num_hidden_layers": 4}, "mesh.pipeline = 2: must divide the 3 MoE layers of model; choose one of 1, 3"),
         ({}, {"num_hidden_layers": 1}, "mesh.pipeline = 2: must divide the 0 MoE layers of model; choose one of 1"),
         ({}, DSA | {"model_type": "glm_moe_dsa", "indexer_types": ("full", "full", "shared")}, "share the keys"),

@@ -30,9 +30,9 @@ def test_a_mesh_of_another_size_is_an_error_with_the_number_of_devices(sizes: Me
 @pytest.mark.parametrize(
     ("sizes", "devices", "fit"),
     [
-        (MeshConfig(data=1, fsdp=-1, tensor=4), 6, "data 1 x fsdp 3 x expert 1 x tensor 2 x context 1"),
-        (MeshConfig(data=2, expert=8, tensor=2), 8, "data 1 x fsdp 1 x expert 4 x tensor 2 x context 1"),
-        (MeshConfig(data=4), 5, "data 1 x fsdp 5 x expert 1 x tensor 1 x context 1"),
+        (MeshConfig(data=1, fsdp=-1, tensor=4), 6, "pipeline 1 x data 1 x fsdp 3 x expert 1 x tensor 2 x context 1"),
+        (MeshConfig(data=2, expert=8, tensor=2), 8, "pipeline 1 x data 1 x fsdp 1 x expert 4 x tensor 2 x context 1"),
+        (MeshConfig(data=4), 5, "pipeline 1 x data 1 x fsdp 5 x expert 1 x tensor 1 x context 1"),
     ],
 )
 def test_an_impossible_mesh_names_one_that_fits(sizes: MeshConfig, devices: int, fit: str) -> None:

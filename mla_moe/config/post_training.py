@@ -201,7 +201,10 @@ class RLConfig:
     each sampled token's distribution; rewards are measured only)."""
     teacher: str | None = None
     """Checkpoint of the teacher of distillation: what init_from takes, with the same vocabulary. It may be another
-    model; its parameters are in memory too, in the compute dtype, on the same mesh."""
+    model; its parameters are in memory too, in the compute dtype, on the same mesh. Or the URL of an endpoint with
+    OpenAI's API, http://HOST:PORT/v1 (`mla-moe serve`, vLLM), which scores the sampled tokens."""
+    teacher_model: str | None = None
+    """Name of the model of a teacher behind an endpoint."""
     prompts_per_step: int = field(32, change="stated")
     """Prompts per step."""
     group_size: int = 16
@@ -254,6 +257,10 @@ class RLConfig:
     """Sampled completions per held-out prompt, for pass@k and majority@k, in addition to the greedy completions."""
 
     @property
+    def teacher_is_endpoint(self) -> bool:
+        return str(self.teacher).startswith(("http://", "https://"))
+
+    @property
     def packed_row_length(self) -> int:
         """Tokens per packed sequence of an update."""
         return self.packed_length or self.max_prompt_tokens + self.max_new_tokens
@@ -268,7 +275,13 @@ class RLConfig:
         distills = self.objective == "distillation"
         message = "the completions of a group are compared with each other: at least 2"
         require(self.group_size >= 2 or distills or not self.steps, "rl.group_size", self.group_size, message)
-        require_path("rl.teacher", self.teacher)
+        endpoint = self.teacher_is_endpoint
+        if not endpoint:
+            require_path("rl.teacher", self.teacher)
+        fix = "name the endpoint's model" if endpoint else "is for an endpoint; remove it, or give rl.teacher its URL"
+        require(endpoint == bool(self.teacher_model), "rl.teacher_model", self.teacher_model, fix)
+        fix = "the log-probabilities of an endpoint are those at temperature 1"
+        require(not endpoint or self.temperature == 1, "rl.temperature", self.temperature, fix)
         fix = "distillation needs a teacher, name its checkpoint" if distills else "needs rl.objective = 'distillation'"
         require(distills == (self.teacher is not None), "rl.teacher", self.teacher, fix)
         message = "sampling needs a positive temperature"

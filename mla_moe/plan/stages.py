@@ -132,13 +132,14 @@ def rl(recipe: Recipe, topology: Topology) -> StageProgram:
     floats = ["sampler_logprob_BT", "advantage_BT", "weight_BT"]
     floats += ["old_logprob_BT"] * (settings.minibatches > 1)
     floats += ["reference_logprob_BT"] * (kl_coefficient(settings) > 0)
+    floats += ["teacher_logprob_BT"] * settings.teacher_is_endpoint
     microbatch: Any = dict.fromkeys(integers, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding))
     microbatch |= dict.fromkeys(floats, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding))
     if settings.routing_replay and cfg.num_moe_layers:
         selected = *shape, cfg.num_moe_layers, cfg.num_experts_per_tok
         microbatch["replay"] = jax.ShapeDtypeStruct(selected, jnp.int16, sharding=sharding)
     teacher = None
-    if settings.teacher is not None:
+    if settings.teacher is not None and not settings.teacher_is_endpoint:
         cfg_of_teacher = read_model_config(Path(settings.teacher))
         check_teacher(cfg_of_teacher, "rl.teacher", settings.teacher, recipe)
         check_model_divisible(cfg_of_teacher, mesh, "rl.teacher")

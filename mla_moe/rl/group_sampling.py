@@ -27,6 +27,8 @@ class GroupBatch:
     """All sampled groups without a signal, by cause: all_truncated, all_correct, all_wrong or equal_rewards."""
     prompts_too_long: int
     """Prompts skipped because of `rl.max_prompt_tokens`."""
+    teacher_logprobs: Sequence[Sequence[Sequence[float]]] | None = None
+    """Of each token of each completion, if the teacher of distillation is behind an endpoint."""
     sample_seconds: float = math.nan
     """Duration of the rollout, if measured."""
 

@@ -53,7 +53,7 @@ class Learner:
         mesh: Mesh,
         teacher: AbstractModel | None = None,
     ):
-        """With the objective distillation there is a `teacher`."""
+        """With the objective distillation there is a `teacher`, unless it is behind an endpoint."""
         self.abstract_model, self.tx, self.mesh, self.teacher = abstract_model, tx, mesh, teacher
         self.rl, self.loss_chunk = recipe.rl, recipe.training.loss_chunk
         self.num_completions = self.rl.prompts_per_step * self.rl.group_size // self.rl.minibatches
@@ -90,7 +90,7 @@ class Learner:
                 total = self.accumulate(state.params, state.fixed, teacher, microbatch, total)
             state, metrics = self.apply_gradients(state, total)
             updates.append(metrics)
-        return state, learner_metrics(jax.device_get(updates), distillation=self.teacher is not None)
+        return state, learner_metrics(jax.device_get(updates), distillation=self.rl.objective == "distillation")
 
     def pack(self, groups: GroupBatch, which: slice = slice(None)) -> PackedSequences:
         """Packed sequences of some groups, with the advantage and the loss weight of each token."""
@@ -100,6 +100,11 @@ class Learner:
         weight_N = objectives.token_weights(self.rl, np.array([len(c.tokens) for c in completions]))
         packed["advantage_BT"] = objectives.per_token(advantage_N, packed["completion_BT"])
         packed["weight_BT"] = objectives.per_token(weight_N, packed["completion_BT"])
+        if groups.teacher_logprobs is not None:
+            packed["teacher_logprob_BT"] = np.zeros(packed["completion_BT"].shape, np.float32)
+            scores = [completion for group in groups.teacher_logprobs[which] for completion in group]
+            for index, of_completion in enumerate(scores):
+                packed["teacher_logprob_BT"][packed["completion_BT"] == index] = of_completion
         return packed
 
     def _token_logprobs(
@@ -142,7 +147,10 @@ class Learner:
                 sums, stats = self._distillation_sums(params, fixed, teacher, microbatch, tokens)
                 return sums.loss, (sums, stats)
             logprob_BT, entropy_BT, stats = self._token_logprobs(params, fixed, microbatch)
-            sums = objectives.objective_sums(logprob_BT, entropy_BT, tokens, self.rl, self.num_completions)
+            if self.rl.teacher_is_endpoint:
+                sums = objectives.sampled_distillation_sums(logprob_BT, entropy_BT, tokens, self.rl.tis_clip)
+            else:
+                sums = objectives.objective_sums(logprob_BT, entropy_BT, tokens, self.rl, self.num_completions)
             return sums.loss, (sums, stats)
 
         gradient, (sums, stats) = jax.grad(loss, has_aux=True)(params)

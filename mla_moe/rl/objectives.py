@@ -96,6 +96,8 @@ class TokenInputs(NamedTuple):
     """The same policy's, recomputed by the trainer. None if it is the current policy: one update per rollout."""
     reference_logprob_BT: Float[Array, "B T"] | None = None
     """Under the reference policy; None if the KL coefficient is 0."""
+    teacher_logprob_BT: Float[Array, "B T"] | None = None
+    """Under the teacher of distillation, if that is behind an endpoint."""
 
 
 class ObjectiveSums(NamedTuple):
@@ -228,3 +230,24 @@ def distillation_sums(
         sampler_logprob_diff=diff_BT.sum(),
         sampler_logprob_diff_max=diff_BT.max(),
     )
+
+
+def sampled_distillation_sums(
+    logprob_BT: Float[Array, "B T"], entropy_BT: Float[Array, "B T"], tokens: TokenInputs, tis_clip: float | None
+) -> ObjectiveSums:
+    """The same of a teacher of which only the log-probabilities of the sampled tokens are known, to be differentiated
+    with respect to `logprob_BT`: `Σ weight · (−w · ρ · (log π_teacher − log π_old))`.
+
+    The log-ratio of a sampled token is an unbiased estimate of the reverse KL, and as the advantage of a policy
+    gradient it has the gradient of that KL in expectation, with the variance that the full distribution avoids. ρ and
+    the weight w (TIS) are those of `objective_sums`.
+    """
+    real_BT, fixed_BT = tokens.completion_BT >= 0, jax.lax.stop_gradient(logprob_BT)
+    old_BT = fixed_BT if tokens.old_logprob_BT is None else tokens.old_logprob_BT
+    assert tokens.teacher_logprob_BT is not None
+    kl_BT = jnp.where(real_BT, old_BT - tokens.teacher_logprob_BT, 0)
+    sampler_diff_BT = jnp.where(real_BT, old_BT - tokens.sampler_logprob_BT, 0)
+    tis_weight_BT = jnp.ones_like(kl_BT) if tis_clip is None else jnp.minimum(jnp.exp(sampler_diff_BT), tis_clip)
+    rho_BT = jnp.exp(jnp.where(real_BT, logprob_BT - old_BT, 0))
+    sums = distillation_sums(fixed_BT, entropy_BT, kl_BT, tokens)
+    return sums._replace(loss=jnp.sum(tokens.weight_BT * tis_weight_BT * rho_BT * kl_BT))

@@ -20,13 +20,14 @@ def preflight(recipe: Recipe, started: Collection[str]) -> None:
                 for pattern in getattr(section, name):
                     find_files(pattern, f"{section.section}.{name}")
     runs = {stage for stage in ("rl", "rejection") if getattr(recipe, stage).steps and stage not in started}
-    if "rl" in runs and recipe.rl.teacher is not None:
+    of_rl = None if recipe.rl.teacher_is_endpoint else recipe.rl.teacher  # an endpoint is checked when RL starts
+    if "rl" in runs and of_rl is not None:
         own = Path(recipe.run_dir).resolve()
-        is_own = Path(recipe.rl.teacher).resolve() in (own, own / "checkpoints" / "rl")
+        is_own = Path(of_rl).resolve() in (own, own / "checkpoints" / "rl")
         fix = "is the student's own run, whose newest checkpoint changes; name another"
-        require(not is_own, "rl.teacher", recipe.rl.teacher, fix)
+        require(not is_own, "rl.teacher", of_rl, fix)
     for stage, field, teacher in (
-        ("rl", "rl.teacher", recipe.rl.teacher),
+        ("rl", "rl.teacher", of_rl),
         ("rejection", "rejection.sampler", recipe.rejection.sampler),
     ):
         if stage in runs and teacher is not None:

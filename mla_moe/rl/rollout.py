@@ -160,17 +160,17 @@ class Rollout:
 
         return [
             Score(total, components, tuple(VerifierFailure(*one) for one in failures), ParsedAnswer(*answer))
-            for total, components, failures, answer in _from_process_0(score)
+            for total, components, failures, answer in from_process_0(score)
         ]
 
     def votes(self, groups: Sequence[Sequence[ScoredCompletion]]) -> list[list[int | None]]:
         """`Reward.votes` for the completions of each prompt."""
         scores = [[completion.score for completion in group] for group in groups]
         examples = [group[0].prompt.example for group in groups]
-        return _from_process_0(lambda: self.reward.votes(scores, examples))
+        return from_process_0(lambda: self.reward.votes(scores, examples))
 
 
-def _from_process_0(compute: Callable[[], Any]) -> Any:
+def from_process_0(compute: Callable[[], Any]) -> Any:
     """A value in JSON's types that process 0 computes and all processes get."""
     if jax.process_count() == 1:
         return compute()

@@ -51,8 +51,9 @@ from mla_moe.rl.evaluate import evaluate
 from mla_moe.rl.group_sampling import GroupBatch, sample_groups
 from mla_moe.rl.learner import Learner
 from mla_moe.rl.objectives import kl_coefficient
-from mla_moe.rl.rollout import Rollout, open_rollout
+from mla_moe.rl.rollout import Rollout, from_process_0, open_rollout
 from mla_moe.rl.teacher import Teacher
+from mla_moe.rl.teacher_endpoint import TeacherEndpoint
 from mla_moe.text.round_trip import lost_fraction
 from mla_moe.training.console import Console, duration
 from mla_moe.training.initialization import starting_checkpoint, state_from_checkpoint
@@ -137,7 +138,15 @@ class RLTrainer(Trainer[RLState, GroupBatch]):
 
     @cached_property
     def teacher(self) -> Teacher | None:
-        return Teacher(self.rl.teacher, "rl.teacher", self.context) if self.rl.teacher is not None else None
+        path = None if self.rl.teacher_is_endpoint else self.rl.teacher
+        return Teacher(path, "rl.teacher", self.context) if path is not None else None
+
+    @cached_property
+    def teacher_endpoint(self) -> TeacherEndpoint | None:
+        url, model, tokenizer = self.rl.teacher, self.rl.teacher_model, self.context.tokenizer
+        if url is None or model is None:
+            return None
+        return TeacherEndpoint(url, model, tokenizer.vocab_size, tokenizer.token_bytes)
 
     def prepare(self) -> None:
         context, teacher = self.context, self.teacher
@@ -159,11 +168,18 @@ class RLTrainer(Trainer[RLState, GroupBatch]):
         groups = sample_groups(self.rollout, self.rl, self.context.recipe.seed, self._prompts.next, status)
         self._prompts.next = groups.next_prompt
         self.rollout.drop_weights()
+        if (endpoint := self.teacher_endpoint) is not None:
+            status("scored by the teacher")
+            completions = [scored.completion for group in groups.completions for scored in group]
+            texts = [[*completion.request.prompt, *completion.tokens] for completion in completions]
+            found = iter(from_process_0(lambda: endpoint.score(texts)))
+            scores = [[next(found)[-scored.length :] for scored in group] for group in groups.completions]
+            groups = dataclasses.replace(groups, teacher_logprobs=scores)
         return dataclasses.replace(groups, sample_seconds=time.monotonic() - start)
 
     def step(self, number: int, state: RLState, batch: GroupBatch) -> tuple[RLState, dict[str, Any]]:
         """Update the policy on each minibatch of groups, and sync the reference policy when it is due."""
-        if self.teacher is None and not batch.has_signal:
+        if self.rl.objective != "distillation" and not batch.has_signal:
             causes = ", ".join(f"{count} {cause.replace('_', ' ')}" for cause, count in batch.uniform.items())
             why = f"in every group all rewards are equal ({causes})"
             if batch.prompts_too_long:
@@ -181,6 +197,8 @@ class RLTrainer(Trainer[RLState, GroupBatch]):
         del values["load_LE"]
         tokens = sum(completion.length for group in batch.completions for completion in group)
         row = batch.metrics() | values | {"lr": self.learning_rate(number), "tokens_per_s": tokens / seconds}
+        if self.teacher_endpoint is not None:
+            row["distillation/teacher_retries"] = self.teacher_endpoint.retries
         return row | {"sample_seconds": batch.sample_seconds, "step_seconds": seconds}
 
     def batch_arrays(self, batch: GroupBatch) -> Mapping[str, np.ndarray]:
@@ -195,6 +213,9 @@ class RLTrainer(Trainer[RLState, GroupBatch]):
         lost = lost_fraction(self.context.tokenizer, questions, "the questions of task.name", limit)
         kl = f"KL coefficient {kl_coefficient(rl):g}" if kl_coefficient(rl) else "no KL"
         kl = f"teacher {rl.teacher}, {self.teacher.size}" if self.teacher else kl
+        if (endpoint := self.teacher_endpoint) is not None:
+            from_process_0(endpoint.check)  # raises for one that cannot be used
+            kl = f"teacher {rl.teacher_model} at {rl.teacher}"
         prompts, count = rl.prompts_per_step, rl.prompts_per_step * rl.group_size
         return [
             ("task", " ".join((task.name, *task.options))),

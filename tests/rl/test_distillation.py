@@ -11,13 +11,16 @@ from flax import nnx
 import mla_moe
 from mla_moe import ConfigError
 from mla_moe.config import KernelConfig, LoRAConfig, RejectionConfig, RLConfig, SFTConfig
+from mla_moe.inference.engine import Engine
 from mla_moe.parallel.mesh import make_mesh
 from mla_moe.rl import rejection_sampling
 from mla_moe.rl.preflight import preflight
 from mla_moe.rl.rejection_sampling import train_rejection
 from mla_moe.rl.teacher import Teacher
+from mla_moe.rl.teacher_endpoint import TeacherEndpoint
 from mla_moe.rl.trainer import train_rl
-from mla_moe.text.tokenizer import train_bpe
+from mla_moe.text.chat_tokenizer import load_chat_tokenizer
+from mla_moe.text.tokenizer import ByteTokenizer, train_bpe
 from mla_moe.training.console import Console
 from mla_moe.training.metrics import read_rows
 from mla_moe.training.run_context import RunContext
@@ -176,3 +179,20 @@ def test_teacher_and_objective_belong_together(changes):
     with pytest.raises(ConfigError, match=r"rl\.teacher"):
         RLConfig(**changes)
     assert RLConfig(objective="distillation", teacher="somewhere", group_size=1, steps=1).steps == 1
+
+
+@pytest.mark.slow
+def test_a_teacher_behind_an_endpoint_equal_to_the_student_does_not_move_it(distill, base):
+    """`mla-moe serve` scores the sampled tokens: every score is at its own token, of packed sequences on eight
+    devices."""
+    serving = pytest.importorskip("tests.inference.serving")
+    tokenizer = load_chat_tokenizer(Path(base), ByteTokenizer())
+    engine = Engine(mla_moe.load_pretrained(base), max_num_seqs=8, max_model_len=128, decode=tokenizer.decode)
+    with serving.serving(serving.server.application(engine, tokenizer, "base", max_waiting=256)) as port:
+        url = f"http://127.0.0.1:{port}/v1"
+        (step,) = distill(url, teacher_model="base", steps=1, minibatches=1)
+        with pytest.raises(ConfigError, match=r"rl\.teacher = .*answers 404.*teacher_model"):
+            TeacherEndpoint(url, "other", 258, ByteTokenizer().token_bytes).check()
+    assert step["distillation/reverse_kl"] == pytest.approx(0, abs=1e-5)
+    assert step["grad_norm"] < 1e-3
+    assert step["distillation/teacher_retries"] == 0

@@ -1,0 +1,105 @@
+"""The teacher behind an endpoint with OpenAI's API: log-probabilities of sampled tokens, by `echo` with `logprobs` and
+`max_tokens: 0`, as `mla-moe serve` and vLLM have it."""
+
+import http.client
+import json
+import math
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from mla_moe.config import ConfigError, require
+from mla_moe.config.errors import without_secrets
+
+FIELD = "rl.teacher"
+API_KEY = "MLA_MOE_TEACHER_API_KEY"
+"""The environment variable with the endpoint's key, if it needs one."""
+TIMEOUT = 300.0
+"""Seconds for one request."""
+ATTEMPTS = 5
+"""Of a request that times out, cannot connect, or gets status 408, 429 or 5xx; with pauses of 1, 2, 4 and 8 seconds."""
+CONNECTIONS = 32
+"""Requests at the same time."""
+
+
+class TeacherEndpoint:
+    """Scores tokens of the student. `retries` counts requests that were sent again."""
+
+    def __init__(self, url: str, model: str, vocab_size: int, token_bytes: Callable[[int], bytes]):
+        """`vocab_size` and `token_bytes` are those of the student's tokenizer."""
+        self._url, self._model = url.rstrip("/"), model
+        self._name = without_secrets(self._url)
+        self._vocab_size, self._token_bytes = vocab_size, token_bytes
+        self.retries, self._lock = 0, threading.Lock()
+
+    def check(self) -> None:
+        """Score a few tokens of the vocabulary, and compare their texts. Raises `ConfigError` on `rl.teacher` if the
+        endpoint cannot be reached, has no such model, no log-probabilities of prompts, or other tokens."""
+        size = self._vocab_size
+        sample = sorted({*range(0, size, max(size // 64, 1)), size - 1})
+        choice = self._choice(sample)
+        self._scores(sample, choice)
+        theirs = choice["logprobs"].get("tokens")
+        require(isinstance(theirs, list) and len(theirs) >= len(sample), FIELD, self._name, "names no tokens")
+        for token, text in zip(sample, theirs, strict=False):
+            ours = self._token_bytes(token).decode(errors="replace")
+            same = not ours or "\ufffd" in ours or str(text).strip() == ours.strip()  # special, or part of a character
+            fix = f"its token {token} is {text!r}, and the student's {ours!r}; distillation needs the same tokens"
+            require(same, FIELD, self._name, fix)
+
+    def score(self, prompts: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The teacher's log-probability, at temperature 1, of each token of each prompt after its first. Raises
+        `ConfigError` as `check` does."""
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            return list(pool.map(lambda tokens: self._scores(tokens, self._choice(tokens)), prompts))
+
+    def _scores(self, tokens: Sequence[int], choice: dict[str, Any]) -> list[float]:
+        logprobs = choice.get("logprobs")
+        found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+        if not isinstance(found, list) or not found:
+            fix = "gives no log-probabilities of a prompt: serve it with mla-moe serve or vLLM"
+            raise ConfigError(FIELD, self._name, fix)
+        fix = f"has {len(found)} tokens where the student has {len(tokens)}; distillation needs the same tokens"
+        require(len(found) == len(tokens), FIELD, self._name, fix)
+        scores = found[1:]
+        finite = all(isinstance(x, int | float) and math.isfinite(x) for x in scores)
+        require(finite, FIELD, self._name, "gives log-probabilities that are no finite numbers")
+        return scores
+
+    def _choice(self, tokens: Sequence[int]) -> dict[str, Any]:
+        body = {"model": self._model, "prompt": [int(token) for token in tokens], "max_tokens": 0, "temperature": 1.0}
+        answer = self._post(json.dumps(body | {"echo": True, "logprobs": 0}).encode())
+        try:
+            choice = json.loads(answer)["choices"][0]
+        except (ValueError, LookupError, TypeError):
+            choice = None
+        if not isinstance(choice, dict):
+            raise ConfigError(FIELD, self._name, "gives no completion: it is no endpoint with OpenAI's API")
+        return choice
+
+    def _post(self, body: bytes) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get(API_KEY):
+            headers["Authorization"] = f"Bearer {key}"
+        request, reason = urllib.request.Request(f"{self._url}/completions", body, headers), ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                with self._lock:
+                    self.retries += 1
+                time.sleep(2.0 ** (attempt - 1))
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
+                    return response.read()
+            except urllib.error.HTTPError as error:
+                with error:
+                    reason = f"answers {error.code}: {error.read(500).decode(errors='replace')}"
+                if error.code not in (408, 429) and error.code < 500:
+                    break
+            except (OSError, http.client.HTTPException) as error:  # of the connection, and timeouts
+                reason = f"cannot be reached: {error}"
+        raise ConfigError(FIELD, self._name, f"{without_secrets(reason)}; check the URL and rl.teacher_model")

@@ -140,6 +140,10 @@ class ModelConfig:
         return (self.num_hidden_layers - self.first_k_dense_replace) // self.layers_per_moe
 
     @property
+    def has_experts(self) -> bool:
+        return self.num_moe_layers + self.num_nextn_predict_layers > 0
+
+    @property
     def shared_indexers(self) -> tuple[bool, ...]:
         """For each layer whether it uses the keys that the layer before it does."""
         return tuple(kind == "shared" for kind in self.indexer_types or ("full",) * self.num_hidden_layers)

@@ -277,7 +277,7 @@ def check_divisible(recipe: Recipe, mesh: Mesh) -> None:
 def check_model_divisible(model: ModelConfig, mesh: Mesh, name: str) -> None:
     """Raise `ConfigError` for a width of a model, which errors call `name`, that the mesh does not divide."""
     checks = [("num_attention_heads", "tensor", "heads")]
-    if model.num_moe_layers or model.num_nextn_predict_layers:
+    if model.has_experts:
         checks += [("moe_intermediate_size", "tensor", "width"), ("n_routed_experts", "expert", "experts")]
     for field, axis, what in checks:
         value, shards = getattr(model, field), mesh.shape[axis]

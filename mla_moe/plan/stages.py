@@ -228,6 +228,10 @@ def decode(recipe: Recipe, topology: Topology, options: DecodeOptions) -> StageP
         attention += 2 * cfg.shared_indexers.count(False) * cfg.index_n_heads * cfg.index_head_dim * context
     useful = batch / mesh.size * (2 * weights + attention)
     memory = {"parameters": bytes_per_device(state), "KV cache": bytes_per_device(cache)}
+    key_blocks = cache.shape[2] / cached_attention.BLOCK
+    if not cfg.has_experts:
+        expected = ExpectedRouting(key_blocks=key_blocks)
+        return StageProgram(traced, mesh, memory, useful, 0.0, expected, batch, {}, 0.0)
     # The devices along `expert` have the same tokens; a few experts are selected by no token.
     local_batch, K = batch // (mesh.shape["data"] * mesh.shape["fsdp"]), cfg.num_experts_per_tok
     e = cfg.n_routed_experts // mesh.shape["expert"]
@@ -235,7 +239,7 @@ def decode(recipe: Recipe, topology: Topology, options: DecodeOptions) -> StageP
     kernel = resolve_kernels(recipe.kernels, mesh.devices.flat[0].platform).grouped_matmul
     block = block_size(local_batch * min(K, e), e, kernel)
     rows = active * block * math.ceil(local_batch * K / cfg.moe.router_width / block)
-    expected = ExpectedRouting(1.0, rows, active, key_blocks=cache.shape[2] / cached_attention.BLOCK)
+    expected = ExpectedRouting(1.0, rows, active, key_blocks=key_blocks)
     return StageProgram(traced, mesh, memory, useful, 0.0, expected, batch, {}, 0.0)
 
 
@@ -258,6 +262,8 @@ def sampler_arrays(
 def even_routing(recipe: Recipe, mesh: Mesh, tokens: int) -> ExpectedRouting:
     """The experts' work and the token dispatch for `tokens` tokens per device."""
     cfg, devices = recipe.model, mesh.shape["expert"]
+    if not cfg.has_experts:
+        return ExpectedRouting()
     kernels = resolve_kernels(recipe.kernels, mesh.devices.flat[0].platform)
     local_experts = cfg.n_routed_experts // devices
     pairs = tokens * cfg.num_experts_per_tok * cfg.n_routed_experts / cfg.moe.router_width

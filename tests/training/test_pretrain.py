@@ -241,6 +241,20 @@ def test_epochs_in_place_of_steps(recipe, tmp_path, capsys):
     assert "tokenizing" not in capsys.readouterr().out
 
 
+def test_each_held_out_set_has_its_own_bits_per_byte(recipe, text, tmp_path, monkeypatch):
+    """Those of all together are their mean by bytes."""
+    heldout = (f"{text}/heldout-4[0-1].txt", f"{text}/heldout-4[2-3].txt")
+    data = dataclasses.replace(recipe.data, heldout=heldout)
+    settings = dataclasses.replace(recipe, data=data, sample=SampleConfig())
+    monkeypatch.setattr("mla_moe.training.run_context.make_mesh", lambda sizes: make_mesh(sizes, jax.devices()[:1]))
+    with contextlib.closing(PretrainTrainer(RunContext.create(settings, tmp_path, Console(enabled=True)))) as trainer:
+        scores = trainer.evaluate(0, trainer.initial_state(trainer.position)[0], NullWriter())
+    each = [scores[f"eval/bits_per_byte/{name}"] for name in heldout]
+    sizes = [sum(path.stat().st_size for path in text.glob(Path(name).name)) for name in heldout]
+    assert each[0] != each[1]
+    assert scores["eval/bits_per_byte"] == pytest.approx(np.average(each, weights=sizes), rel=1e-5)
+
+
 def test_token_ids_without_a_tokenizer_have_a_loss_and_no_bits_per_byte(recipe, tmp_path, monkeypatch):
     random = np.random.default_rng(0)
     for name in ("train", "heldout"):

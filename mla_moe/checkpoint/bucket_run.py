@@ -19,7 +19,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from mla_moe.checkpoint.lease import Lease
-from mla_moe.config import ConfigError
+from mla_moe.config import ConfigError, require
 from mla_moe.config.hub import shown
 from mla_moe.config.resume import STAGES
 from mla_moe.config.storage import (
@@ -250,6 +250,8 @@ def open_run(run_dir: str) -> Path:
     `ConfigError` as `Mirror.start` does."""
     if not is_bucket(run_dir):
         return Path(run_dir)
+    fix = "several processes cannot save in a bucket yet; name a directory that all hosts share, then convert"
+    require(jax.process_count() == 1, "run_dir", shown(run_dir), fix)
     mirror = Mirror(run_dir, "run_dir")
     mirror.start()
     return mirror.directory

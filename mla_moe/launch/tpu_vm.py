@@ -16,7 +16,7 @@ def script(job: Job, hosts: Hosts, zone: str) -> str:
     require(hosts.slices == 1, "slices", hosts.slices, "must be 1: gke launches several slices")
     require(zone != "", "zone", zone, "name the zone of the TPUs, such as us-east5-a")
     where = shlex.join([job.name, f"--zone={zone}"])
-    install = "python3 -m venv .venv && .venv/bin/pip install -q -c requirements.lock -e '.[tpu]'"
+    install = "python3 -m venv .venv && .venv/bin/pip install -q -c requirements.lock -e '.[tpu,gcs,s3,serve]'"
     unpack = shlex.quote(f"cd mla_moe && tar xzf source.tgz && {install}")
     return f"""\
 #!/bin/bash

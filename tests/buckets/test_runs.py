@@ -314,6 +314,13 @@ def wait_for(process, text):
     return output
 
 
+def test_several_processes_are_refused(s3, recipe, monkeypatch):
+    url, _, _ = s3
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="run_dir = 's3://bucket/run': several processes cannot save in a bucket yet"):
+        open_run_directory(dataclasses.replace(recipe, run_dir=f"{url}/run"))
+
+
 def start(recipe, run_dir, tmp_path):
     """A process that trains."""
     path = tmp_path / "recipe.json"

@@ -95,8 +95,9 @@ class Recipe:
     are renamed to STEP.after_RESUME_STEP, and the same command again resumes from the newest that is left."""
     resume_changes: tuple[str, ...] = field((), resume="free")
     """Fields or sections of which the resumed run may have other values, such as training.steps or optimizer.schedule;
-    optimizer state and place in the data are kept. Steps, epochs, batch size, microbatches and learning-rate schedule
-    of the newest stage, data.weights and rl.kl_coef can change so. history.jsonl has the changes and recipes before."""
+    optimizer state and place in the data are kept. Steps, epochs, batch size (unless epochs are set), microbatches and
+    learning-rate schedule of the newest stage, data.weights and rl.kl_coef can change so. history.jsonl has the changes
+    and recipes before."""
     model_from: Literal["recipe", "init_from"] = "recipe"
     """Where `model` and `data.tokenizer` come from: recipe, or init_from. A command that opens the recipe then takes
     them from that checkpoint, and cuts sequences of fine-tuning and RL to its positions; flags may change this."""

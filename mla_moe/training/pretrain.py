@@ -59,13 +59,22 @@ class PretrainTrainer(NextTokenTrainer):
     def _steps(self, context: RunContext, epochs: float) -> int:
         """The steps of so many epochs. They are stored in the run's directory: counting takes a pass over the text."""
         path, training = context.run_dir / "steps_of_epochs.json", context.recipe.training
-        of = {"batch_size": training.batch_size, "sequence_length": training.sequence_length}
+        data, tokenizer = context.recipe.data, context.tokenizer
+        of = {
+            "batch_size": training.batch_size,
+            "sequence_length": training.sequence_length,
+            "tokenizer": data.tokenizer,
+            "init_from": context.recipe.init_from,  # of which `bpe:SIZE` takes the tokenizer
+            "text_field": data.text_field,
+            "token_dtype": data.token_dtype,
+        }
         counted = {"epochs": epochs, "data": self._dataset.fingerprint, **of}
         known = read_json_object(path, "run_dir") if path.exists() else {}
         if type(known.get("steps")) is int and known.items() >= counted.items():
             return known["steps"]
         context.console.print(f"tokenizing {bytes_(self._dataset.nbytes)} of text to count the steps of its epochs")
-        lengths = window_lengths(self._dataset, context.tokenizer, training.sequence_length)
+        lengths = window_lengths(self._dataset, tokenizer, training.sequence_length)
+        require(len(lengths) > 0, "data.tokenizer", tokenizer.name, "loses all of the text; choose another")
         per_epoch = packed_sequences_per_epoch(lengths, training.sequence_length)
         steps = max(1, round(epochs * per_epoch / training.batch_size))
         multihost_utils.sync_global_devices("steps are counted")  # all have looked for the file

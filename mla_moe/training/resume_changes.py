@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mla_moe.config import FORMAT_VERSION, ConfigError, Recipe
-from mla_moe.config.resume import leaves
+from mla_moe.config.resume import STAGES, leaves
 from mla_moe.training.metrics import read_rows
 
 logger = logging.getLogger(__name__)
@@ -20,7 +20,8 @@ def stated_changes(former: Recipe, recipe: Recipe, stages: Set[str]) -> Changes:
     """The changes that `recipe.resume_changes` states, of a run of which `stages` have started.
 
     Raises `ConfigError` for any other change but of fields that may always change (`config.resume`), and for one that
-    would need another state: a KL weight from or to 0, weights of sources that had none.
+    would need another state: a KL weight from or to 0, weights of sources that had none, and another batch size where
+    steps follow from epochs.
     """
     old, new = leaves(former), leaves(recipe)
     changes: dict[str, tuple[Any, Any]] = {}
@@ -40,14 +41,19 @@ def stated_changes(former: Recipe, recipe: Recipe, stages: Set[str]) -> Changes:
             without = {"rl.kl_coef": "no reference policy", "data.weights": "all documents shuffled together"}[name]
             fix = f"without it a run has {without}, so it cannot begin or end; give another --run-dir"
             raise ConfigError(name, after, f"{holds}; {fix}")
+        section, _, field = name.rpartition(".")
+        if field == "batch_size" and (epochs := new[f"{section}.epochs"].value) is not None:
+            fix = f"{section}.epochs = {epochs} would count the steps that are done as ones of this size"
+            raise ConfigError(name, after, f"{holds}; {fix}; set {section}.steps and {section}.epochs = None")
         changes[name] = before, after
     return changes
 
 
-def record_changes(run_dir: Path, former: Recipe, changes: Changes) -> None:
-    """Log the changes, and append them to `history.jsonl` with the recipe before."""
-    rows = read_rows(run_dir / "metrics.jsonl")
-    at = {name: rows[-1][name] for name in ("stage", "step")}
+def record_changes(run_dir: Path, former: Recipe, changes: Changes, stages: Set[str]) -> None:
+    """Log the changes, and append them to `history.jsonl` with the recipe before, and the last step in the metrics."""
+    stage = max(stages, key=STAGES.index)
+    steps = [row["step"] for row in read_rows(run_dir / "metrics.jsonl", stage)]
+    at = {"stage": stage, "step": steps[-1] if steps else 0}
     for name, (before, after) in changes.items():
         logger.warning("%s = %r instead of %r after step %d of %s", name, after, before, at["step"], at["stage"])
     if "data.weights" in changes:

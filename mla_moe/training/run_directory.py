@@ -36,7 +36,7 @@ def open_run_directory(recipe: Recipe) -> Path:
     try:
         _prepare(recipe, run_dir)
     except BaseException:
-        close_run(run_dir)
+        close_run(run_dir, failed=True)
         raise
     return run_dir
 
@@ -53,7 +53,7 @@ def _prepare(recipe: Recipe, run_dir: Path) -> None:
     if jax.process_index() == 0:
         _lock(run_dir)
         if former and changes:
-            record_changes(run_dir, former, changes)
+            record_changes(run_dir, former, changes, stages)
         write_atomically(path, recipe.to_json())
         if former and not stages and recipe.data.tokenizer.startswith("bpe:"):
             (run_dir / "tokenizer.json").unlink(missing_ok=True)  # of a start that failed, perhaps on other text
@@ -61,15 +61,20 @@ def _prepare(recipe: Recipe, run_dir: Path) -> None:
 
 
 def started_stages(run_dir: Path) -> set[str]:
-    """The stages that have written metrics; rejection sampling also once its training data are written."""
+    """The stages that have written metrics or a checkpoint; rejection sampling also once its training data are
+    written."""
     stages = {row["stage"] for row in read_rows(run_dir / "metrics.jsonl")}
+    stages |= {stage for stage in STAGES if _has_checkpoint(run_dir, stage)}
     return stages | ({"rejection"} if (run_dir / "rejection.jsonl").exists() else set())
 
 
 def later_stage_has_checkpoint(run_dir: Path, stage: str) -> bool:
     """Whether a stage after this one resumes from its own checkpoint, and so needs none of this stage."""
-    folders = (run_dir / "checkpoints" / later for later in STAGES[STAGES.index(stage) + 1 :])
-    return any(path.name.isdecimal() for folder in folders for path in folder.glob("*"))
+    return any(_has_checkpoint(run_dir, later) for later in STAGES[STAGES.index(stage) + 1 :])
+
+
+def _has_checkpoint(run_dir: Path, stage: str) -> bool:
+    return any(path.name.isdecimal() for path in (run_dir / "checkpoints" / stage).glob("*"))
 
 
 def rewind(checkpoints: CheckpointManager, run_dir: Path, step: int, log: Callable[[str], None]) -> None:

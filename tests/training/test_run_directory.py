@@ -6,7 +6,7 @@ import json
 import pytest
 
 from mla_moe import ConfigError
-from mla_moe.config import DataConfig, Recipe, ScheduleConfig
+from mla_moe.config import DataConfig, Recipe, ScheduleConfig, TrainingConfig
 from mla_moe.training.run_directory import add_summary, open_run_directory, read_summary
 
 BPE = DataConfig(tokenizer="bpe:300")
@@ -115,6 +115,30 @@ def test_a_stage_changes_only_while_it_is_the_newest(started, tmp_path):
     with pytest.raises(ConfigError, match=r"^rl.kl_coef = 0.0: .* no reference policy"):
         changed(started, ("rl.kl_coef",), rl={"kl_coef": 0.0})
     changed(started, ("rl.kl_coef",), rl={"kl_coef": 0.1})
+
+
+def test_another_batch_size_is_refused_with_epochs(tmp_path):
+    """The steps that are done would count as ones of the new size."""
+    training = TrainingConfig(steps=0, epochs=2.0)
+    recipe = Recipe(run_dir=str(tmp_path), training=training)
+    open_run_directory(recipe)
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "pretrain", "step": 3}\n')
+    with pytest.raises(ConfigError, match=r"^training.batch_size = 64: .* training.epochs = 2.0 would count"):
+        changed(recipe, ("training",), training={"batch_size": 64})
+    changed(recipe, ("training",), training={"batch_size": 64, "steps": 900, "epochs": None})
+
+
+def test_a_stage_without_rows_has_started_with_its_checkpoint_or_its_data(tmp_path):
+    """Rows are written every `log_every` steps only, and rejection sampling has none before its data are complete."""
+    recipe = Recipe(run_dir=str(tmp_path))
+    open_run_directory(recipe)
+    (tmp_path / "checkpoints" / "pretrain" / "5").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"^training.steps = 2000: .* state the change"):
+        changed(recipe, (), training={"steps": 2000})
+    (tmp_path / "rejection.jsonl").touch()
+    changed(recipe, ("rejection.steps",), rejection={"steps": 7})
+    row = json.loads((tmp_path / "history.jsonl").read_text())
+    assert (row["stage"], row["step"], row["changes"]) == ("rejection", 0, {"rejection.steps": [0, 7]})
 
 
 def test_what_can_change_is_named():

@@ -274,7 +274,8 @@ class Parquet(Sequence[Document]):
             self._columns.append(column)
             for group in map(metadata.row_group, range(metadata.num_row_groups)):
                 columns = map(group.column, range(group.num_columns))
-                size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == column)
+                parts = (c for c in columns if f"{c.path_in_schema}.".startswith(f"{column}."))  # of a list several
+                size = sum(part.total_uncompressed_size for part in parts)
                 fix = f"has a row group of {size >> 20} MB of text, read at once; write it with row_group_size=1000"
                 require(size <= MAX_ROW_GROUP_BYTES, field, path, fix)
                 largest = max(largest, size)

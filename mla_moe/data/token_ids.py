@@ -101,7 +101,7 @@ class TokenFiles(Sequence[TokenIds]):
 def _memory_map(path: str, field: str, tokens: TokenFormat | None) -> np.ndarray:
     if Path(path).suffix.lower() == ".npy":
         try:
-            ids = np.load(path, mmap_mode="r")
+            ids = np.lib.format.open_memmap(path, mode="r")
         except (ValueError, OSError, EOFError) as error:
             raise ConfigError(field, path, f"cannot be read as .npy: {error}") from None
         fix = f"has {ids.dtype} of shape {ids.shape}; token ids are integers of one axis"

@@ -136,8 +136,11 @@ def test_flat_files_of_another_type_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"float.npy': has float64 of shape \(3,\)"):
         opened(tmp_path / "float.npy")
     (tmp_path / "text.npy").write_text("no array")
-    with pytest.raises(ConfigError, match=r"text.npy': cannot be read as .npy"):
-        opened(tmp_path / "text.npy")
+    with (tmp_path / "zip.npy").open("wb") as file:
+        np.savez(file, a=np.ones(3, int))
+    for name in ("text.npy", "zip.npy"):
+        with pytest.raises(ConfigError, match=f"{name}': cannot be read as .npy"):
+            opened(tmp_path / name)
     with pytest.raises(ConfigError, match=r"^data.tokenizer = .*has token ids, and bpe:SIZE is trained on text"):
         opened(tmp_path / "narrow.bin", tokens=None)
 

@@ -7,26 +7,26 @@ by TensorStore (`orbax_layout`, `bucket_steps`).
 
 import contextlib
 import logging
+import os
 import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Collection, Generator, Iterator, Set
 from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from mla_moe.checkpoint.lease import Lease
-from mla_moe.config import ConfigError, require
+from mla_moe.config import ConfigError
 from mla_moe.config.hub import shown
 from mla_moe.config.resume import STAGES
 from mla_moe.config.storage import (
     copy_object,
     is_bucket,
-    object_version,
     open_url,
+    require_one_process,
     storage_errors,
     upload_object,
 )
@@ -37,7 +37,9 @@ COMMIT = "_CHECKPOINT_METADATA"
 LOCK = ".lock"
 SYNC_SECONDS = 15.0
 _LARGE_BYTES = 8 << 20
-"""Larger files are uploaded with checkpoints and at the end only: each upload is of the whole file."""
+_GROWTH = 1.25
+"""Larger files are uploaded at intervals only when they have grown by this factor since they last were, because each
+upload is of the whole file."""
 _UNREAD = ("tensorboard", "profile", "wandb")
 """Folders that a run writes and does not read."""
 _METRICS = ("metrics.jsonl", "expert_load.jsonl", "samples.jsonl")
@@ -64,8 +66,6 @@ class Mirror:
         self._temporary = tempfile.TemporaryDirectory(prefix="mla_moe-run-")
         self.directory = Path(self._temporary.name).resolve() / self._root.rpartition("/")[2]
         self.directory.mkdir()
-        self._downloaded: dict[str, Any] = {}
-        """Size and date of each object that is here, by its path below the root."""
         self._uploaded: dict[str, tuple[int, int]] = {}
         """Time of change and size of each file that is in the bucket."""
         self._holds = False
@@ -82,25 +82,13 @@ class Mirror:
         """The path of a file or folder of the mirror, for the bucket's client."""
         return f"{self._root}/{path.relative_to(self.directory)}".removesuffix("/.")
 
-    def download(self, folder: str = "", without: Collection[str] = _UNREAD) -> None:
-        """Download what is new in the bucket, except for arrays and for files and folders of the names `without`, and
-        remove what was downloaded and is gone."""
-        gone = {name for name in self._downloaded if name.startswith(folder)}
-        for name, info in self._objects(folder, without):
-            gone.discard(name)
-            version, path = object_version(info), self.directory / name
-            if self._downloaded.get(name) != version or not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                copy_object(self._fs, info, path, self._field, self.url)
-                self._downloaded[name], self._uploaded[name] = version, _state(path)
-        for name in gone:
+    def download(self, without: Collection[str] = _UNREAD) -> None:
+        """Download what is in the bucket, except for arrays and for files and folders of the names `without`."""
+        for name, info in self._objects("", {*without, ".", ".."}):  # an object may have any name
             path = self.directory / name
-            path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # until one that is not empty
-                for parent in path.parents:
-                    parent.rmdir()
-            del self._downloaded[name]
-            self._uploaded.pop(name, None)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            copy_object(self._fs, info, path, self._field, self.url)
+            self._uploaded[name] = _state(path)
 
     def _objects(self, folder: str, without: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         prefix = f"{folder}/" if folder else ""
@@ -124,17 +112,18 @@ class Mirror:
 
     @_during_run()
     def upload(self, at_most: int | None = None) -> None:
-        """Upload the files that have changed, and remove those that are gone; of `at_most` so many bytes, if given.
-        Checkpoints are left to `bucket_steps`. Raises `ConnectionError` if the bucket refuses, or
-        another process has taken over the run."""
+        """Upload the files that have changed, and remove those that are gone. Of files of more than `at_most` bytes, if
+        given, only those that have grown by `_GROWTH`. Checkpoints are left to `bucket_steps`. Raises `ConnectionError`
+        if the bucket refuses, or another process has taken over the run."""
         with self._lock:
-            if self._holds:
-                self._lease.require_held()
+            self._lease.require_held()
             found = {str(path.relative_to(self.directory)): path for path in self._files()}
             for name, path in found.items():
                 try:
                     state = _state(path)
-                    if self._uploaded.get(name) == state or (at_most is not None and state[1] > at_most):
+                    before = self._uploaded.get(name, (0, 0))
+                    waits = at_most is not None and at_most < state[1] < _GROWTH * before[1]
+                    if before == state or waits:
                         continue
                     with tempfile.TemporaryDirectory(prefix="mla_moe-upload-") as folder:
                         copy = shutil.copyfile(path, Path(folder) / path.name)  # a file that grows has no size
@@ -153,11 +142,12 @@ class Mirror:
         upload_object(self._fs, path, self.object_of(path), self._field, self.url)
 
     def _files(self) -> Iterator[Path]:
-        for path in self.directory.rglob("*"):
-            parts = path.relative_to(self.directory).parts
-            unfinished = path.suffix == ".tmp" or any(part.startswith(".") for part in parts)
-            if not unfinished and parts[0] != "checkpoints" and path.is_file() and not path.is_symlink():
-                yield path
+        """What is uploaded as it is. Folders may disappear meanwhile."""
+        for folder, folders, names in os.walk(self.directory):
+            without = (".", "checkpoints") if Path(folder) == self.directory else (".",)
+            folders[:] = [name for name in folders if not name.startswith(without)]
+            paths = (Path(folder, name) for name in names if not name.startswith("."))
+            yield from (path for path in paths if path.suffix != ".tmp" and path.is_file() and not path.is_symlink())
 
     @_during_run()
     def remove(self, target: str) -> None:
@@ -169,45 +159,47 @@ class Mirror:
 
     @_during_run()
     def move(self, source: str, target: str) -> None:
-        """Move a step's folder, by copies within the bucket; it is complete in one place at most."""
+        """Move a step's folder, by copies within the bucket. A kill leaves it complete at its source or its target."""
+        self.remove(target)  # what a kill has left of an earlier move
         with storage_errors(self._field, self.url):
             names = [name.removeprefix(source) for name in self._fs.find(source)]
-            names.sort(key=lambda name: name == f"/{COMMIT}")
-            commit = self._fs.cat_file(f"{source}/{COMMIT}")
-            self._fs.rm_file(f"{source}/{COMMIT}")
             copied = [name for name in names if name != f"/{COMMIT}"]
             self._fs.copy([source + name for name in copied], [target + name for name in copied])
-            self._fs.pipe_file(f"{target}/{COMMIT}", commit)
+            self._fs.copy(f"{source}/{COMMIT}", f"{target}/{COMMIT}")
         self.remove(source)
 
+    @_during_run()
+    def require_held(self) -> None:
+        """Raises `ConnectionError` if another process has taken over the run."""
+        self._lease.require_held()
+
+    @_during_run()
+    def remove_incomplete(self, stage: Path, complete: Set[str]) -> None:
+        """Remove what a kill during a save or a removal has left: the steps of a stage that are not `complete`."""
+        for name in self.names(stage) - complete:
+            if name.isdecimal():
+                self.remove(self.object_of(stage / name))
+
     def names(self, folder: Path) -> set[str]:
-        """Names of the objects and folders below a folder."""
+        """Names of the objects and folders below a folder. Raises `ConfigError` if the bucket refuses."""
         return {entry["name"].rstrip("/").rpartition("/")[2] for entry in self._list(self.object_of(folder))}
 
     def start(self) -> None:
         """Hold the run and its files: as the run's own mirror, not a reader's. Raises `ConfigError` if another process
         trains there."""
-        if jax.process_index() == 0:
-            self._lease.acquire()
-            self._holds = True
-        multihost_utils.sync_global_devices("lock")
-        self.download()
-        multihost_utils.sync_global_devices("mirror")  # the first process changes files only now
+        self._lease.acquire()
+        try:
+            self.download()
+        except BaseException:
+            self._lease.release()
+            raise
+        self._holds = True
         self._thread.start()
-
-    def share(self) -> None:
-        """Give the other processes what the first one has written."""
-        if jax.process_count() == 1:
-            return
-        if jax.process_index() == 0:
-            self.upload()
-        multihost_utils.sync_global_devices("share")
-        self.download("checkpoints" if jax.process_index() == 0 else "")  # which have files of all processes
-        multihost_utils.sync_global_devices("shared")
 
     def close(self) -> None:
         """Upload what is left and let go of the run."""
-        if self._thread.is_alive():
+        if self._holds:
+            self._holds = False
             self._closed.set()
             self._thread.join()
             try:
@@ -250,23 +242,22 @@ def open_run(run_dir: str) -> Path:
     `ConfigError` as `Mirror.start` does."""
     if not is_bucket(run_dir):
         return Path(run_dir)
-    fix = "several processes cannot save in a bucket yet; name a directory that all hosts share, then convert"
-    require(jax.process_count() == 1, "run_dir", shown(run_dir), fix)
+    require_one_process(run_dir, jax.process_count())
     mirror = Mirror(run_dir, "run_dir")
     mirror.start()
     return mirror.directory
 
 
-def close_run(run_dir: Path) -> None:
-    """Upload what a run in a bucket has written. Raises `ConnectionError` if the bucket refuses."""
+def close_run(run_dir: Path, *, failed: bool = False) -> None:
+    """Upload what a run in a bucket has written. Raises `ConnectionError` if the bucket refuses; of a run that has
+    `failed`, whose own error is the one to report, that is logged."""
     if mirror := mirror_of(run_dir):
-        mirror.close()
-
-
-def share_files(run_dir: Path) -> None:
-    """Let all processes of a run see the files that the first one has written. All must call it."""
-    if mirror := mirror_of(run_dir):
-        mirror.share()
+        try:
+            mirror.close()
+        except OSError as error:
+            if not failed:
+                raise
+            logger.warning("%s", error)
 
 
 def read_run(url: Any, field: str, *, metrics: bool = False) -> Path | None:

@@ -1,13 +1,12 @@
 """The checkpoints of a stage of a run in a bucket, in the layout of Orbax.
 
 Orbax itself writes to a directory of this host, and to Google Cloud Storage alone of all buckets. So it writes a step's
-JSON files here, with placeholders in place of the arrays; each process then writes its shards of the arrays to the
-bucket with TensorStore, and the first one, when all have, the step's last object. Without that a step is not there.
+JSON files here, with placeholders in place of the arrays; these are then written to the bucket with TensorStore, and
+at last the step's last object. Without that a step is not there. A run in a bucket has one process (`open_run`).
 """
 
 import contextlib
 import shutil
-import time
 from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
-from jax.experimental import multihost_utils
 
 from mla_moe.checkpoint.bucket_run import COMMIT, Mirror, location
 from mla_moe.checkpoint.data_position import StreamsHandler
@@ -27,10 +25,7 @@ from mla_moe.config import CheckpointConfig
 _CHUNK_BYTES = 64 << 20
 """Larger shards are stored in chunks, as `manager` has Orbax do it. An object is written at once or not at all."""
 _REQUESTS = 16
-"""Arrays that a process writes or reads at one time."""
-_DONE = ".done"
-_OTHERS_SECONDS = 1800.0
-"""For other processes to finish their part of a save."""
+"""Arrays that are written or read at one time."""
 _UNAVAILABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED", "RESOURCE_EXH")
 """Of TensorStore's errors those that say nothing of what is stored."""
 
@@ -46,7 +41,7 @@ class Shard(NamedTuple):
 
 
 class BucketSteps:
-    """As much of `ocp.CheckpointManager` as `CheckpointManager` uses. All processes create it and call its methods."""
+    """As much of `ocp.CheckpointManager` as `CheckpointManager` uses."""
 
     def __init__(self, directory: Path, mirror: Mirror, config: CheckpointConfig):
         self.directory, self._mirror, self._config = directory, mirror, config
@@ -54,15 +49,10 @@ class BucketSteps:
         self._pending: Future[None] | None = None
         self._steps: set[int] = set()
         self.reload()
-        if jax.process_index() == 0:  # what a kill during a save or a removal has left
-            for name in mirror.names(directory) - {str(step) for step in self._steps}:
-                if name.isdecimal():
-                    mirror.remove(mirror.object_of(directory / name))
-        multihost_utils.sync_global_devices("incomplete checkpoints are removed")
+        mirror.remove_incomplete(directory, {str(step) for step in self._steps})
 
     def reload(self) -> None:
-        """Find the complete steps, and let all processes have their JSON files."""
-        self._mirror.share()
+        """Find the complete steps."""
         self.directory.mkdir(parents=True, exist_ok=True)
         complete = (step for step in self.directory.iterdir() if (step / COMMIT).is_file())
         self._steps = {int(step.name) for step in complete if step.name.isdecimal()}
@@ -78,13 +68,8 @@ class BucketSteps:
         self.wait_until_finished()
         staged = self.directory / f".{step}"
         shutil.rmtree(staged, ignore_errors=True)
-        state = args["state"].item
-        if jax.process_index() == 0:
-            _write_json_files(staged, args, custom_metadata)
-        else:
-            (staged / "data").mkdir(parents=True)
-            StreamsHandler().save(staged / "data", args["data"])
-        shards = list(_copy_shards(state))
+        _write_json_files(staged, args, custom_metadata)
+        shards = list(_copy_shards(args["state"].item))
         self._steps.add(step)
         self._pending = self._pool.submit(self._write, step, staged, shards)
 
@@ -107,43 +92,20 @@ class BucketSteps:
 
     def _write(self, step: int, staged: Path, shards: list[Shard]) -> None:
         directory, mirror = self.directory / str(step), self._mirror
-        write = _ShardWriter(mirror.url_of(directory / "state"))
-        with ThreadPoolExecutor(_REQUESTS) as pool:
-            list(pool.map(write, shards))
+        mirror.require_held()  # before it writes over what the holder may have written
+        _write_shards(mirror.url_of(directory / "state"), shards)
         if directory.exists():  # rewound to before it
             shutil.rmtree(directory)
         staged.rename(directory)
         for file in directory.rglob("*"):
             if file.is_file() and file.name != COMMIT:
                 mirror.upload_file(file)
-        if jax.process_count() > 1:
-            self._wait_for_others(directory)
-        if jax.process_index() > 0:
-            shutil.rmtree(directory)  # `reload` gets the files of all processes
-        else:
-            mirror.upload()  # metrics up to this step are there before it is
-            mirror.upload_file(directory / COMMIT)
+        mirror.upload()  # metrics up to this step are there before it is
+        mirror.upload_file(directory / COMMIT)
         for old in self._superseded():
             self._steps.discard(old)
-            if jax.process_index() == 0:
-                shutil.rmtree(self.directory / str(old), ignore_errors=True)
-                mirror.remove(mirror.object_of(self.directory / str(old)))
-
-    def _wait_for_others(self, directory: Path) -> None:
-        """By an object of each process: a barrier of JAX is for the main thread."""
-        done = directory / f"{_DONE}.{jax.process_index()}"
-        done.touch()
-        self._mirror.upload_file(done)
-        if jax.process_index() > 0:
-            return
-        expected, end = {f"{_DONE}.{process}" for process in range(jax.process_count())}, time.monotonic()
-        while missing := expected - self._mirror.names(directory):
-            if time.monotonic() - end > _OTHERS_SECONDS:
-                raise TimeoutError(f"{len(missing)} processes have not written their shards")
-            time.sleep(0.2)
-        for name in expected:
-            self._mirror.remove(self._mirror.object_of(directory / name))
-        done.unlink()
+            shutil.rmtree(self.directory / str(old), ignore_errors=True)
+            mirror.remove(mirror.object_of(self.directory / str(old)))
 
     def _superseded(self) -> list[int]:
         steps, every = self.all_steps(), self._config.keep_every
@@ -170,8 +132,7 @@ def _write_json_files(staged: Path, args: Any, custom_metadata: dict[str, Any]) 
 
 
 def _copy_shards(state: Any) -> Iterator[Shard]:
-    """The shards of this process, each of which one process of those with a replica writes. The step that comes next
-    donates the arrays, so they are copied now."""
+    """The shards of all arrays, once each. The step that comes next donates the arrays, so they are copied now."""
     leaves = jax.tree_util.tree_leaves_with_path(state)
     shards = [(keys, x, shard) for keys, x in leaves for shard in x.addressable_shards if shard.replica_id == 0]
     for _, _, shard in shards:
@@ -182,7 +143,7 @@ def _copy_shards(state: Any) -> Iterator[Shard]:
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The shape of chunks that a shard has a whole number of: no two processes write to one."""
+    """The shape of chunks that a shard has a whole number of: no two shards, which are written at once, have one."""
     chunk = list(shape)
     for axis, size in enumerate(shape):
         while np.prod(chunk) * itemsize > _CHUNK_BYTES and chunk[axis] > 1:
@@ -195,20 +156,25 @@ def _key(keys: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
-class _ShardWriter:
-    def __init__(self, state_url: str):
-        self._state_url, self._context = state_url, ts.Context()
+def _write_shards(state_url: str, shards: list[Shard]) -> None:
+    context, arrays = ts.Context(), {shard.key: shard for shard in shards}
 
-    def __call__(self, shard: Shard) -> None:
-        spec = array_spec(self._state_url, shard.key)
+    def create(shard: Shard) -> ts.TensorStore:
+        spec = array_spec(state_url, shard.key)
         spec |= {"metadata": {"chunks": list(shard.chunk_shape), "compressor": None}, "open": True, "create": True}
-        store = ts.open(spec, context=self._context, dtype=shard.values.dtype, shape=shard.shape).result()
-        store[shard.index].write(shard.values).result()
+        return ts.open(spec, context=context, dtype=shard.values.dtype, shape=shard.shape).result()
+
+    def write(shard: Shard) -> None:
+        stores[shard.key][shard.index].write(shard.values).result()
+
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        stores = dict(zip(arrays, pool.map(create, arrays.values()), strict=True))  # once each, before any shard
+        list(pool.map(write, shards))
 
 
 def read_state(step: Path, abstract: Any) -> Any:
-    """The arrays of a step in a bucket, each into its sharding: a process reads its own shards only. Raises an error of
-    whatever type for a step that is damaged, and `ConnectionError` if the bucket cannot be read."""
+    """The arrays of a step in a bucket, each into its sharding. Raises an error of whatever type for a step that is
+    damaged, and `ConnectionError` if the bucket cannot be read."""
     arrays = StateArrays(step)
 
     def read(keys: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.Array:

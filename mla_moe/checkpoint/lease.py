@@ -52,13 +52,17 @@ class Lease:
             raise self._error("another process has taken over; end one of them")
 
     def release(self) -> None:
+        """Remove the object. Where the bucket refuses it stays, and another process waits until it counts as dead."""
         if not self._thread.is_alive():
             return
         self._closed.set()
         self._thread.join()
-        if (self._read() or {}).get("id") == self._holder["id"]:
-            with storage_errors("run_dir", self._url):
-                self._fs.rm_file(self._path)
+        try:
+            if (self._read() or {}).get("id") == self._holder["id"]:
+                with storage_errors("run_dir", self._url):
+                    self._fs.rm_file(self._path)
+        except (ConfigError, OSError) as error:  # no reason to hide another error, or to count as invalid input
+            logger.warning("%s", error)
 
     def _renew(self) -> None:
         number = 0
@@ -67,7 +71,7 @@ class Lease:
             try:
                 self.require_held()
                 self._write(number)
-            except ConfigError as error:
+            except (ConfigError, OSError) as error:
                 logger.warning("%s", error)
 
     def _write(self, number: int) -> None:
@@ -89,10 +93,11 @@ class Lease:
 
 
 def _this_process() -> dict[str, Any]:
-    boot = Path("/proc/sys/kernel/random/boot_id")
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     return {
         "host": socket.gethostname(),
         "boot": boot.read_text().strip() if boot.exists() else "",
+        "pid_namespace": os.readlink(namespace) if namespace.is_symlink() else "",  # another in each container
         "pid": os.getpid(),
     }
 
@@ -100,7 +105,7 @@ def _this_process() -> dict[str, Any]:
 def _is_dead(holder: dict[str, Any]) -> bool:
     """Whether it was a process of this host that has ended. Of another host nothing is known."""
     here, pid = _this_process(), holder.get("pid")
-    if any(holder.get(name) != here[name] for name in ("host", "boot")) or not isinstance(pid, int):
+    if any(holder.get(name) != here[name] for name in ("host", "boot", "pid_namespace")) or not isinstance(pid, int):
         return False
     try:
         os.kill(pid, 0)

@@ -169,9 +169,8 @@ def _orbax_manager(directory: Path, config: CheckpointConfig) -> ocp.CheckpointM
 
 def restore_step(directory: Path, abstract: State, position: DataPosition) -> State:
     """Restore the checkpoint in a step's directory, of any run, and move `position`. Frozen parameters stay abstract.
-    Raises `CheckpointError` in all
-    processes if it is damaged for any of them, `ConfigError` for a newer format version, and `ConnectionError` if a
-    bucket cannot be read."""
+    Raises `CheckpointError` in all processes if it is damaged for any of them, `ConfigError` for a newer format
+    version, and `ConnectionError` if a bucket cannot be read."""
     process = jax.process_index()  # no barriers with other processes, which would wait for one that fails
     alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     found, wrong = {}, ""

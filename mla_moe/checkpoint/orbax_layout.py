@@ -50,7 +50,7 @@ def find_step(path: Path) -> Path | None:
     steps = [step for stage in stages if stage.is_dir() for step in stage.iterdir() if step.name.isdecimal()]
     complete = [step for step in steps if (step / COMMIT).is_file()]  # a kill during a removal leaves the others
     empty_run = not complete and (path / "recipe.json").is_file() and not (path / "config.json").is_file()
-    check(not empty_run, "checkpoint", str(path), "is a run without a checkpoint yet")
+    check(not empty_run, "checkpoint", location(path), "is a run without a checkpoint yet")
     return max(complete, key=lambda step: (stages.index(step.parent), int(step.name)), default=None)
 
 

@@ -83,7 +83,7 @@ def run(recipe: Recipe) -> int:
         console = Console(enabled=jax.process_index() == 0)
         require_installed(recipe.track)
         run_dir = open_run_directory(recipe)
-        at_end.callback(close_run, run_dir)
+        at_end.push(lambda error, *_: close_run(run_dir, failed=error is not None))
         preflight(recipe, started_stages(run_dir))
         stages = {
             pretrain: recipe.training.active,

@@ -58,6 +58,12 @@ def require_run_dir(path: str) -> None:
         require_local("run_dir", path, "directories of this host and s3:// and gs:// URLs are written here")
 
 
+def require_one_process(run_dir: str, processes: int) -> None:
+    """Raise `ConfigError` for a run of several processes in a bucket."""
+    fix = "several processes cannot save in a bucket yet; name a directory that all hosts share, then convert"
+    require(processes == 1 or not is_bucket(run_dir), "run_dir", shown(run_dir), fix)
+
+
 def _module(field: str, url: Any) -> Any:
     module, extra = _BUCKETS[str(url)[:2]]
     try:

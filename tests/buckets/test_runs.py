@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mla_moe import ConfigError
 from mla_moe.checkpoint import lease
-from mla_moe.checkpoint.bucket_run import COMMIT, Mirror, close_run, open_run, read_run
+from mla_moe.checkpoint.bucket_run import COMMIT, Mirror, close_run, mirror_of, open_run, read_run
 from mla_moe.checkpoint.files import CheckpointSaveError
 from mla_moe.checkpoint.lease import Lease
 from mla_moe.checkpoint.manager import CheckpointManager
@@ -120,7 +120,7 @@ def failing_commit(step):
             yield
 
 
-@pytest.mark.parametrize("bucket", ["s3", pytest.param("gs", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
 def test_a_run_resumes_bit_for_bit_and_is_used_from_the_bucket(bucket, recipe, expected, capsys):
     url, fs, _ = bucket
     with failing_commit(4):
@@ -244,6 +244,7 @@ def test_orbax_restores_a_step_that_is_copied_from_the_bucket(s3, states, tmp_pa
     jax.tree.map(np.testing.assert_array_equal, found, states[1][1]._asdict())
 
 
+@pytest.mark.slow
 def test_faults_of_the_server_are_outlasted(s3, states):
     """Errors, a gateway's timeouts and cut connections, in uploads and in reading."""
     url, _, faults = s3
@@ -302,6 +303,74 @@ def test_two_processes_do_not_train_in_one_run(s3, recipe, quick_lease, monkeypa
     assert fs.exists("bucket/run/.lock")
     second.release()
     assert not fs.exists("bucket/run/.lock")
+
+
+def test_only_a_process_of_the_same_container_is_known_to_be_dead(s3, quick_lease, monkeypatch):
+    """In another one its number says nothing."""
+    url, fs, _ = s3
+    dead = {**lease._this_process(), "pid": 2**22 + 1}  # above the largest number of Linux
+    assert lease._is_dead(dead)
+    assert not lease._is_dead(dead | {"pid_namespace": "pid:[1]"})
+    fs.pipe_file("bucket/run/.lock", json.dumps(dead | {"pid_namespace": "pid:[1]"}).encode())
+    held = Lease(fs, "bucket/run/.lock", f"{url}/run")
+    monkeypatch.setattr(time, "sleep", lambda _: fs.pipe_file("bucket/run/.lock", b'{"number": 1}'))
+    with pytest.raises(ConfigError, match="another process trains there"):
+        held.acquire()
+
+
+def test_an_outage_at_the_end_does_not_hide_the_error_of_a_run(s3, quick_lease, caplog, monkeypatch):
+    """Nor does it count as invalid input, after which no launcher starts the run again."""
+    url, _, _ = s3
+
+    def refused(*_args, **_options):
+        raise RuntimeError("no connection")
+
+    for failed in (True, False):
+        directory = open_run(f"{url}/run")
+        with monkeypatch.context() as patch, contextlib.ExitStack() as at_end:
+            for name in ("cat_file", "put_file", "rm_file"):
+                patch.setattr(mirror_of(directory)._fs, name, refused)
+            if not failed:
+                at_end.enter_context(pytest.raises(ConnectionError, match="no connection"))
+            close_run(directory, failed=failed)
+        assert "no connection" in caplog.text
+
+
+def test_large_files_are_uploaded_when_they_have_grown(s3):
+    """A new one at once: what it replaces may be removed."""
+    url, fs, _ = s3
+    directory = open_run(f"{url}/run")
+    mirror, path = mirror_of(directory), directory / "rejection.parts.jsonl"
+    (directory / "checkpoints" / "sft").mkdir(parents=True)
+    for name in ("checkpoints/sft/not", "metrics.jsonl.tmp", ".lock"):
+        (directory / name).write_text("x")
+    for size, there in ((100, 100), (124, 100), (125, 125)):
+        path.write_bytes(bytes(size))
+        mirror.upload(10)
+        assert fs.info(f"bucket/run/{path.name}")["size"] == there
+    path.rename(directory / "rejection.jsonl")
+    mirror.upload(10)
+    assert mirror.names(directory) == {".lock", "rejection.jsonl"}
+    close_run(directory)
+
+
+def test_a_step_that_is_moved_is_never_incomplete_in_both_places(s3, monkeypatch):
+    """A kill while it is moved leaves the step; the next move replaces what is there."""
+    url, fs, _ = s3
+    directory = open_run(f"{url}/run")
+    mirror = mirror_of(directory)
+    for name in ("a", COMMIT):
+        fs.pipe_file(f"bucket/run/1/{name}", b"new")
+    fs.pipe_file("bucket/run/1.damaged/old", b"of a move that was killed")
+    with monkeypatch.context() as patch:
+        patch.setattr(mirror._fs, "copy", lambda *_: 1 / 0)
+        with pytest.raises(ConnectionError):
+            mirror.move("bucket/run/1", "bucket/run/1.damaged")
+    assert fs.exists(f"bucket/run/1/{COMMIT}")
+    mirror.move("bucket/run/1", "bucket/run/1.damaged")
+    assert sorted(fs.find("bucket/run/1.damaged")) == [f"bucket/run/1.damaged/{COMMIT}", "bucket/run/1.damaged/a"]
+    assert not fs.exists("bucket/run/1")
+    close_run(directory)
 
 
 def wait_for(process, text):

@@ -175,6 +175,8 @@ def test_a_slice_that_is_lost_is_not_waited_for(launch, execute):
         (["tpu-vm", "--topology", "v7x:2x2x1"], "topology = 'v7x:2x2x1': has no TPU VMs"),
         (["local", "--processes", "3"], "processes = 3|mesh = "),
         (["slurm", "--topology", "h100:1x8", "--name", "A_b"], "name = 'A_b'"),
+        (["slurm", "--topology", "h100:2x4", "--run-dir", "s3://b/run"], "run_dir = 's3://b/run': several processes"),
+        (["local", "--run-dir", "s3://b/run"], "run_dir = 's3://b/run': several processes"),
     ],
 )
 def test_what_cannot_be_launched_is_named(arguments, error, tmp_path, capsys):

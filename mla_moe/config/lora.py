@@ -9,13 +9,14 @@ from typing import Literal, NamedTuple, get_args
 from mla_moe.config.errors import MAX_SIZE, ConfigError, require, require_between, require_each
 
 GROUPS: Mapping[str, str] = {
-    "attention": "*_layers/attention/*",
-    "dense": "dense_layers/mlp/*",
+    "attention": "*_layers*/attention/*",
+    "dense": "*_layers*/mlp/*",
     "shared": "moe_layers/moe/shared/*",
     "experts": "moe_layers/moe/[gd]*",
     "router": "moe_layers/moe/router/weight",
 }
-"""Names of groups of matrices, with the glob of their paths: `moe/gate_up` and `moe/down` are the routed experts'."""
+"""Names of groups of matrices, with the glob of their paths: `moe/gate_up` and `moe/down` are the routed experts'.
+Layers in pairs (`ModelConfig.moe_shortcut`) have paths such as `moe_layers/first/attention/q_a`."""
 
 
 QuantizedFormat = Literal["fp8", "int8", "int4"]
@@ -39,7 +40,7 @@ class LoRAConfig:
     alpha: float = 16.0
     """Numerator of the adapters' scale."""
     targets: tuple[str, ...] = ("attention", "dense", "shared", "experts")
-    """Matrices with an adapter: attention, dense (MLPs of the first layers), shared (shared experts), experts (routed),
+    """Matrices with an adapter: attention, dense (MLPs without experts), shared (shared experts), experts (routed),
     router, or a glob of paths such as moe_layers/attention/q_*. With =RANK or =RANK:ALPHA a target has values of its
     own; of several that match, the last one counts."""
     rslora: bool = False

@@ -6,8 +6,8 @@ and both have those in `BATCH_AXES` that index separate matrices. Experts have a
 projection share an expert's A, as in PEFT; in other MLPs they are separate matrices.
 
 A and B are sharded as the weight, and multiplied as the weight is: by `sharded_einsum` or as grouped matmuls of the
-experts (`ops.experts`). A matrix that is not multiplied by activations alone, `kv_b` and the router's, gets the product
-A B added (`adapted`). No gradient is computed of a weight with an adapter.
+experts (`ops.experts`). `kv_b`, which attention multiplies within its own sharding, gets the product A B added in
+training (`adapted`). No gradient is computed of a weight with an adapter.
 """
 
 import math

@@ -1,5 +1,6 @@
 """Adapters in PEFT's layout: read, merged, written, and refused. Logits are PEFT's (tests/golden/make_lora.py)."""
 
+import fnmatch
 import json
 import re
 import shutil
@@ -12,16 +13,18 @@ import pytest
 from safetensors.numpy import save_file
 
 import mla_moe
-from mla_moe import ConfigError, LoRAConfig
+from mla_moe import ConfigError, LoRAConfig, ModelConfig
 from mla_moe.checkpoint.convert import convert
 from mla_moe.checkpoint.peft import _alpha, write_peft
 from mla_moe.checkpoint.reader import load_arrays, open_checkpoint, read_model_config
 from mla_moe.checkpoint.safetensors_reader import SafetensorsReader
 from mla_moe.cli.generate import load_model_and_tokenizer
 from mla_moe.config import MeshConfig
+from mla_moe.config.lora import GROUPS
 from mla_moe.nn.abstract_model import AbstractModel, model_variables
 from mla_moe.parallel.mesh import make_mesh
 from tests.golden.export_lora import random_adapters
+from tests.golden.family import CASES
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -175,6 +178,15 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
 def test_targets_without_a_matrix_are_refused(lora, message):
     with pytest.raises(ConfigError, match=message):
         AbstractModel(open_checkpoint(GOLDEN / "k2").cfg, lora=lora)
+
+
+@pytest.mark.parametrize("case", ["glm4_moe_lite_1", "longcat_flash_1"])
+def test_every_matrix_is_in_one_group_of_targets(case):
+    """Of LongCat-Flash those of both layers of a pair."""
+    for path in AbstractModel(ModelConfig.from_hf(CASES[case])).adaptable_paths:
+        groups = [name for name, glob in GROUPS.items() if fnmatch.fnmatch(path, glob)]
+        name = next(part for part in ("attention", "shared", "router", "moe", "mlp") if f"/{part}/" in path)
+        assert groups == [{"moe": "experts", "mlp": "dense"}.get(name, name)], path
 
 
 @pytest.mark.parametrize("target", ["attention=x", "attention=0", "experts=4:-1"])

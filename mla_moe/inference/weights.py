@@ -46,6 +46,7 @@ def prepare_for_inference(model: Transformer, adapters: Sequence[AdapterWeights]
     mesh, compute = mesh_of(model), model.precision.compute
     model = stack_adapters(model if is_quantized(model) else merge_adapters(model), adapters)
     one_cpu = mesh is None and target_platform() == "cpu"
+    packs = one_cpu and not is_quantized(model)  # beside quantized matrices experts are multiplied as on a mesh
     graph, state = nnx.split(model)
     if mesh is not None:
         return ModelGraph(graph), _shard(state, compute, mesh)
@@ -53,7 +54,7 @@ def prepare_for_inference(model: Transformer, adapters: Sequence[AdapterWeights]
     def convert(_: object, variable: nnx.Variable) -> nnx.Variable:
         if is_codes_or_scales(variable):
             return variable
-        if one_cpu and "experts" in variable.get_metadata("out_sharding"):
+        if packs and "experts" in variable.get_metadata("out_sharding"):
             return variable.replace(pack_bfloat16(variable.get_value()))
         return variable.replace(_cast(variable, compute) if one_cpu else inference_layout(variable, compute, None))
 

@@ -34,6 +34,7 @@ from mla_moe.config import (
 from mla_moe.inference.weights import prepare_for_inference
 from mla_moe.nn.abstract_model import AbstractModel, model_arrays
 from mla_moe.nn.lora import merge_adapters
+from mla_moe.nn.param import Precision
 from mla_moe.nn.quantized import dequantize_weights
 from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training.console import Console
@@ -204,6 +205,15 @@ def test_sampling_is_that_of_the_merged_model(base, sizes):
     assert mla_moe.generate(adapted, prompts, max_new_tokens=6) == mla_moe.generate(
         merge_adapters(adapted), prompts, max_new_tokens=6
     )
+
+
+def test_experts_beside_quantized_matrices_keep_their_dtype_for_decoding(base):
+    """Not packed as integers, as bfloat16 experts are on a CPU whose matmuls of quantized ones do not unpack them."""
+    precision = Precision(jnp.float32, jnp.bfloat16, jnp.float32)
+    lora = LoRAConfig(rank=1, quantize_base=("moe_layers/moe/gate_up=int8",))
+    model, arrays = load(base, lora, make_mesh(MeshConfig(), jax.devices()[:1]), precision=precision)
+    _, state = prepare_for_inference(model.merge(arrays))
+    assert {x.dtype.name for x in jax.tree.leaves(state)} == {"int8", "bfloat16", "float32"}
 
 
 def test_formats_that_do_not_fit_are_refused(cfg):

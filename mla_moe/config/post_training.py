@@ -13,6 +13,7 @@ from mla_moe.config.errors import (
     require_each,
     require_field,
     require_local,
+    without_secrets,
 )
 from mla_moe.config.optimizer import OptimizerConfig, ScheduleConfig
 from mla_moe.config.pretraining import TrainingConfig
@@ -278,6 +279,13 @@ class RLConfig:
         endpoint = self.teacher_is_endpoint
         if not endpoint:
             require_path("rl.teacher", self.teacher)
+        else:
+            url = without_secrets(str(self.teacher))
+            ok = re.fullmatch(
+                r"https?://(\w[\w.-]*|\[[\da-fA-F:.]+\])(:\d+)?(/[\w.~%-]+)*/?", str(self.teacher), re.ASCII
+            )
+            fix = "write http://HOST:PORT/v1; a key is taken from MLA_MOE_TEACHER_API_KEY, and is no part of the URL"
+            require(ok is not None, "rl.teacher", url, fix)
         fix = "name the endpoint's model" if endpoint else "is for an endpoint; remove it, or give rl.teacher its URL"
         require(endpoint == bool(self.teacher_model), "rl.teacher_model", self.teacher_model, fix)
         fix = "the log-probabilities of an endpoint are those at temperature 1"

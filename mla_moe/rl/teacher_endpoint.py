@@ -25,6 +25,7 @@ ATTEMPTS = 5
 """Of a request that times out, cannot connect, or gets status 408, 429 or 5xx; with pauses of 1, 2, 4 and 8 seconds."""
 CONNECTIONS = 32
 """Requests at the same time."""
+SERVERS = "; serve it with mla-moe serve or vLLM"
 
 
 class TeacherEndpoint:
@@ -45,7 +46,12 @@ class TeacherEndpoint:
         choice = self._choice(sample)
         self._scores(sample, choice)
         theirs = choice["logprobs"].get("tokens")
-        require(isinstance(theirs, list) and len(theirs) >= len(sample), FIELD, self._name, "names no tokens")
+        require(
+            isinstance(theirs, list) and len(theirs) >= len(sample),
+            FIELD,
+            self._name,
+            f"names no tokens beside their log-probabilities{SERVERS}",
+        )
         for token, text in zip(sample, theirs, strict=False):
             ours = self._token_bytes(token).decode(errors="replace")
             same = not ours or "\ufffd" in ours or str(text).strip() == ours.strip()  # special, or part of a character
@@ -62,13 +68,13 @@ class TeacherEndpoint:
         logprobs = choice.get("logprobs")
         found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
         if not isinstance(found, list) or not found:
-            fix = "gives no log-probabilities of a prompt: serve it with mla-moe serve or vLLM"
+            fix = f"gives no log-probabilities of a prompt{SERVERS}"
             raise ConfigError(FIELD, self._name, fix)
         fix = f"has {len(found)} tokens where the student has {len(tokens)}; distillation needs the same tokens"
         require(len(found) == len(tokens), FIELD, self._name, fix)
         scores = found[1:]
         finite = all(isinstance(x, int | float) and math.isfinite(x) for x in scores)
-        require(finite, FIELD, self._name, "gives log-probabilities that are no finite numbers")
+        require(finite, FIELD, self._name, "gives log-probabilities that are no finite numbers; check its weights")
         return scores
 
     def _choice(self, tokens: Sequence[int]) -> dict[str, Any]:
@@ -79,12 +85,12 @@ class TeacherEndpoint:
         except (ValueError, LookupError, TypeError):
             choice = None
         if not isinstance(choice, dict):
-            raise ConfigError(FIELD, self._name, "gives no completion: it is no endpoint with OpenAI's API")
+            raise ConfigError(FIELD, self._name, f"gives no completion of OpenAI's API{SERVERS}")
         return choice
 
     def _post(self, body: bytes) -> bytes:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get(API_KEY):
+        if key := os.environ.get(API_KEY, "").strip():
             headers["Authorization"] = f"Bearer {key}"
         request, reason = urllib.request.Request(f"{self._url}/completions", body, headers), ""
         for attempt in range(ATTEMPTS):

@@ -138,6 +138,9 @@ def test_gradient_is_in_expectation_that_of_the_reverse_kl(old):
     [
         ({"teacher_model": None}, "rl.teacher_model"),
         ({"teacher": "here"}, "rl.teacher_model"),
+        ({"teacher": "http://user:secret@host/v1"}, r"^rl.teacher = 'http://host/v1': write http://HOST:PORT/v1"),
+        ({"teacher": "http://[::1"}, r"^rl.teacher = 'http://\[::1': write"),
+        ({"teacher": "https://host/v1?key=secret"}, r"^rl.teacher = 'https://host/v1': write"),
         ({"temperature": 0.7}, "rl.temperature"),
     ],
 )

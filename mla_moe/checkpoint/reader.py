@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mla_moe.checkpoint.adapter import AdapterCheckpoint, open_adapters
+from mla_moe.checkpoint.adapter import AdapterCheckpoint, fingerprint, open_adapters
 from mla_moe.checkpoint.bucket_run import read_run
 from mla_moe.checkpoint.files import check, progress_bar, read_json
 from mla_moe.checkpoint.hf_checkpoint import HFCheckpoint
@@ -51,6 +51,8 @@ def open_adapter(path: str | Path, base: Checkpoint) -> AdapterCheckpoint:
         return open_peft(path, lambda _: base)
     checkpoint = OrbaxCheckpoint(step)
     check(checkpoint.lora.rank > 0, "adapter", str(path), "has no adapters: it is a complete model")
+    fix = f"was trained with other weights, of {checkpoint.base}, than those of {base.directory}; serve it with its own"
+    check(checkpoint.base_fingerprint in (None, fingerprint(base)), "adapter", str(path), fix)
     return open_adapters(checkpoint, lambda _: base)
 
 

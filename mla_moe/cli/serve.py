@@ -85,12 +85,12 @@ class Serve:
         keys = keys if self.api_key_file is None else (*keys, *read_keys(self.api_key_file))
         require_access(self.host, keys, no_auth=self.no_auth)
         access = Access((*self.allowed_host, self.host), self.cors_origin, keys)
-        model, tokenizer = load_model_and_tokenizer(self.checkpoint)
-        length = min(4096, model.cfg.max_position_embeddings) if self.max_model_len is None else self.max_model_len
         path = self.checkpoint
         name = parse_url(path, "checkpoint").id if is_hub(path) else path.resolve().name
-        adapters = load_adapters(self.adapter, path)
+        adapters = load_adapters(self.adapter, path)  # first: the model takes longer
         require(name not in adapters, "adapter", name, "is the name of the model itself; choose another")
+        model, tokenizer = load_model_and_tokenizer(path)
+        length = min(4096, model.cfg.max_position_embeddings) if self.max_model_len is None else self.max_model_len
         engine = Engine(
             model, max_num_seqs=self.max_num_seqs, max_model_len=length, decode=tokenizer.decode,
             speculative=self.speculative, int8_kv_cache=self.int8_kv_cache, adapters=tuple(adapters.values()),

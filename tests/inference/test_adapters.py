@@ -78,7 +78,8 @@ def small_prefill_chunks(monkeypatch):
     monkeypatch.setattr(prefix_cache, "MIN_SHARED_PREFIX", 4)
 
 
-@pytest.mark.parametrize("sharded", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True])
 def test_logits_are_those_of_the_merged_models(base, adapters, tokens, wanted, sharded):
     """In one batch: a prefill and two decode steps, as a scan over the layers with grouped matmuls."""
     model, context = stack_adapters(base, adapters), nullcontext()

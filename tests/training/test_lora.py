@@ -15,7 +15,7 @@ from mla_moe import ConfigError, LoRAConfig
 from mla_moe.checkpoint.base_reference import BaseReference
 from mla_moe.checkpoint.convert import convert
 from mla_moe.checkpoint.manager import CheckpointManager
-from mla_moe.checkpoint.reader import load_arrays, open_checkpoint
+from mla_moe.checkpoint.reader import load_arrays, open_adapter, open_checkpoint
 from mla_moe.config import (
     CheckpointConfig,
     DataConfig,
@@ -158,6 +158,8 @@ def test_a_run_stores_adapters_alone_resumes_and_is_converted(cfg, tmp_path, mon
     (tmp_path / "new").rename(tmp_path / "base")
     with pytest.raises(ConfigError, match=r"^base = .* has changed since the adapters in .* were trained"):
         open_checkpoint(tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"^adapter = .*run': was trained with other weights, of .*; serve it with"):
+        open_adapter(tmp_path / "run", open_checkpoint(tmp_path / "base"))
     with CheckpointManager(tmp_path / "run", "sft", recipe.checkpoint) as checkpoints:
         reference = checkpoints.base
     abstract, mesh = AbstractModel(model, lora=recipe.lora), make_mesh(MeshConfig(), jax.devices()[:1])

@@ -135,7 +135,7 @@ class FineTuningConfig:
         """The `TrainingConfig` of `steps` steps. What the stage does not configure is as in pretraining."""
         names = "batch_size sequence_length gradient_accumulation_steps router_bias_update_rate eval_every"
         own = {name: getattr(self, name) for name in names.split()}
-        return dataclasses.replace(pretraining, steps=steps, router_bias_freeze_fraction=0.0, **own)
+        return dataclasses.replace(pretraining, steps=steps, epochs=None, router_bias_freeze_fraction=0.0, **own)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import matplotlib
 
+from mla_moe.checkpoint.bucket_run import location
 from mla_moe.config import load_recipe, require
 from mla_moe.config.errors import require_local
 from mla_moe.report import panels, rl
@@ -32,14 +33,14 @@ def write_report(run_dir: Path) -> Path:
     run_dir = Path(run_dir)
     require(run_dir.is_dir(), "run_dir", str(run_dir), "no such directory; give the directory of a run")
     rows, fix = read_rows(run_dir / "metrics.jsonl"), "has no metrics.jsonl with rows; train at least one step there"
-    require(len(rows) > 0, "run_dir", str(run_dir), fix)
+    require(len(rows) > 0, "run_dir", location(run_dir), fix)
     path = run_dir / "recipe.json"
     recipe = dataclasses.asdict(load_recipe(path)) if path.exists() else {}
     loads, samples = read_rows(run_dir / "expert_load.jsonl"), read_rows(run_dir / "samples.jsonl")
     names = dict.fromkeys(row["stage"] for row in rows)
     shapes = {(row["stage"], len(row["load"]), len(row["load"][0])) for row in loads}
-    fix = "has rows of several models; move the rows of others away"
-    require(len(shapes) == len({stage for stage, *_ in shapes}), "run_dir", f"{run_dir}/expert_load.jsonl", fix)
+    fix, found = "has rows of several models; move the rows of others away", location(run_dir / "expert_load.jsonl")
+    require(len(shapes) == len({stage for stage, *_ in shapes}), "run_dir", found, fix)
     stages = [StageRecord(name, recipe, *(_of(name, some) for some in (rows, loads, samples))) for name in names]
     with matplotlib.rc_context(STYLE):
         sections = map(stage_section, stages)

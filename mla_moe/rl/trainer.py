@@ -113,7 +113,7 @@ class RLTrainer(Trainer[RLState, GroupBatch]):
         self._prompts = PromptPosition(context.recipe.task.name, rollout.task.fingerprint)
         self.updates_per_step = self.rl.minibatches
         # The mean policy-gradient loss is near 0 at any quality of the policy, so it has no spikes to detect.
-        loop = {"steps": self.rl.steps, "eval_every": self.rl.eval_every, "log_every": 1}
+        loop = {"steps": self.rl.steps, "epochs": None, "eval_every": self.rl.eval_every, "log_every": 1}
         training = dataclasses.replace(context.recipe.training, **loop, loss_spike_threshold=None)
         super().__init__(STAGE, context, training, self.rl.optimizer)
         self.expert_load_every = 1

@@ -6,12 +6,14 @@ import pytest
 from mla_moe import ConfigError, preset
 from mla_moe.config import (
     DataConfig,
+    DPOConfig,
     KernelConfig,
     MeshConfig,
     OptimizerConfig,
     Recipe,
     SampleConfig,
     ScheduleConfig,
+    SFTConfig,
     TrainingConfig,
     load_recipe,
 )
@@ -142,3 +144,9 @@ def test_types_are_checked_in_a_python_file(tmp_path, section, field):
 @pytest.mark.parametrize("path", ["configs/quickstart.py", "configs/r1_pipeline.py"])
 def test_recipes_in_configs_load(path, request):
     assert load_recipe(request.config.rootpath / path).training.steps > 0
+
+
+@pytest.mark.parametrize("section", [SFTConfig(), DPOConfig()])
+def test_stages_after_pretraining_for_epochs_have_their_own_steps(section):
+    training = section.training(TrainingConfig(steps=0, epochs=2.0), 7)
+    assert (training.steps, training.epochs) == (7, None)

@@ -24,7 +24,12 @@ from mla_moe.ops import attention, cached_attention
 from mla_moe.ops.experts import block_size
 from mla_moe.parallel.dispatch_plan import dispatch_plan, expected_device_fraction
 from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
-from mla_moe.parallel.sharding import bytes_per_device, check_divisible, check_model_divisible
+from mla_moe.parallel.sharding import (
+    DECODE_BATCH_AXES,
+    bytes_per_device,
+    check_divisible,
+    check_model_divisible,
+)
 from mla_moe.plan.flops import ExpectedRouting
 from mla_moe.plan.topology import Topology
 from mla_moe.rl.learner import Learner
@@ -211,7 +216,8 @@ def decode(recipe: Recipe, topology: Topology, options: DecodeOptions) -> StageP
     require(topology.accelerator is not None, "topology", topology.name, fix)
     mesh, cfg = make_mesh(recipe.mesh, topology.devices), recipe.model
     shards = math.prod(mesh.shape[axis] for axis in BATCH_SPEC[0])
-    require(batch % shards == 0, "batch", batch, f"must be a multiple of {shards}: sequences over data x fsdp x expert")
+    fix = f"must be a multiple of {shards}: sequences over {' x '.join(BATCH_SPEC[0])}"
+    require(batch % shards == 0, "batch", batch, fix)
     abstract_model = make_abstract_model(recipe, mesh)
     state, cache = sampler_arrays(recipe, abstract_model, mesh, batch, context, int8_kv_cache)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -233,7 +239,8 @@ def decode(recipe: Recipe, topology: Topology, options: DecodeOptions) -> StageP
         expected = ExpectedRouting(key_blocks=key_blocks)
         return StageProgram(traced, mesh, memory, useful, 0.0, expected, batch, {}, 0.0)
     # The devices along `expert` have the same tokens; a few experts are selected by no token.
-    local_batch, K = batch // (mesh.shape["data"] * mesh.shape["fsdp"]), cfg.num_experts_per_tok
+    local_batch = batch // math.prod(mesh.shape[axis] for axis in DECODE_BATCH_AXES)
+    K = cfg.num_experts_per_tok
     e = cfg.n_routed_experts // mesh.shape["expert"]
     active = e * (1 - (1 - K / cfg.moe.router_width) ** local_batch)
     kernel = resolve_kernels(recipe.kernels, mesh.devices.flat[0].platform).grouped_matmul

@@ -63,8 +63,9 @@ def _with_model_of(recipe: Recipe, init_from: str | None, flags: Sequence[str]) 
     if rl.steps and rl.max_prompt_tokens + rl.max_new_tokens > limit:
         prompt = min(rl.max_prompt_tokens, max(limit // 4, 1))
         changes = {"max_prompt_tokens": prompt, "max_new_tokens": limit - prompt}
-        if not any(_value(flags, f"rl.{name.replace('_', '-')}") for name in changes):
+        if not all(_value(flags, f"rl.{name.replace('_', '-')}") for name in changes):
             note = "rl.max_prompt_tokens + rl.max_new_tokens = %d is more than the model has positions; %d + %d instead"
+            note += ", where no flag gives them"
             logger.warning(note, rl.max_prompt_tokens + rl.max_new_tokens, *changes.values())
         sections["rl"] = dataclasses.replace(rl, **changes)
     return dataclasses.replace(

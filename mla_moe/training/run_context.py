@@ -140,10 +140,11 @@ class RunContext:
         trained = sum(x.size for x in state.params.values())
         adapters = [("adapters", f"{si(trained)} parameters; the others stay as they are")] if state.frozen else []
         axes = {axis: size for axis, size in self.mesh.shape.items() if size > 1}
+        zero = f" ({cfg.zero_expert_num} without computation)" if cfg.zero_expert_num else ""
         return [
             ("parameters", f"{si(count.total)}, {si(count.active)} active per token{mtp}"),
             *adapters,
-            ("experts", f"{cfg.num_experts_per_tok} of {cfg.n_routed_experts} and {cfg.n_shared_experts} shared"),
+            ("experts", f"{cfg.num_experts_per_tok} of {cfg.moe.router_width}{zero} and {cfg.n_shared_experts} shared"),
             ("mesh", " x ".join(f"{a} {n}" for a, n in axes.items()) or f"one device ({device.device_kind})"),
             ("state per device", f"{bytes_(bytes_per_device(state))}: parameters and optimizer"),
             ("compute", f"{jnp.dtype(self.abstract_model.precision.compute).name} on {device.platform}"),

@@ -56,6 +56,13 @@ def test_prompts_and_completions_of_rl_fit_the_model_unless_flags_set_them(check
     assert "4096 is more than the model has positions; 32 + 96 instead" in caplog.text
     with pytest.raises(ConfigError, match=r"196: at most model\.max_position_embeddings = 128"):
         open_recipe("configs/rl.py", [*flags, "--rl.max-prompt-tokens", "100"], "train")
+    caplog.clear()
+    rl = open_recipe("configs/rl.py", [*flags, "--rl.max-new-tokens", "64"], "train").rl
+    assert (rl.max_prompt_tokens, rl.max_new_tokens) == (32, 64)
+    assert "32 + 96 instead, where no flag gives them" in caplog.text, "prompts are limited without a flag"
+    caplog.clear()
+    open_recipe("configs/rl.py", [*flags, "--rl.max-prompt-tokens", "60", "--rl.max-new-tokens", "64"], "train")
+    assert not caplog.records
 
 
 def test_preview_shows_tokens_and_where_the_loss_is(checkpoint, tmp_path, capsys):

@@ -82,11 +82,12 @@ class LoRAConfig:
     def formats(self, paths: Iterable[str]) -> dict[str, QuantizedFormat]:
         """The formats of those matrices that are quantized, by path. Raises `ConfigError` for a name of none."""
         paths, forms = list(paths), dict[str, QuantizedFormat | None]()
+        groups = [name for name in GROUPS if name != "router"]  # routers stay in float32
         for entry in self.quantize_base:
             name, equals, form = entry.rpartition("=")
             matches = fnmatch.filter(paths, GROUPS.get(name, name)) if equals else paths
-            fix = f"matches no matrix of this model; there are {', '.join(GROUPS)}, and {', '.join(paths)}"
-            require(bool(matches) or name in GROUPS, "lora.quantize_base", entry, fix)
+            fix = f"matches no matrix that can be quantized; there are {', '.join(groups)}, and {', '.join(paths)}"
+            require(bool(matches) or name in groups, "lora.quantize_base", entry, fix)
             forms |= dict.fromkeys(matches, _FORMATS[form])
         return {path: form for path, form in forms.items() if form is not None}
 

@@ -221,8 +221,9 @@ def test_formats_that_do_not_fit_are_refused(cfg):
         AbstractModel(cfg, lora=LoRAConfig(rank=1, quantize_base=("int4",)))
     with pytest.raises(ConfigError, match=r"^lora.quantize_base = 'experts=nf4': write NAME=FORMAT or FORMAT"):
         LoRAConfig(rank=1, quantize_base=("experts=nf4",))
-    with pytest.raises(ConfigError, match=r"^lora.quantize_base = 'attn=fp8': matches no matrix"):
-        AbstractModel(cfg, lora=LoRAConfig(rank=1, quantize_base=("attn=fp8",)))
+    for entry in ("attn=fp8", "router=fp8"):
+        with pytest.raises(ConfigError, match=rf"^lora.quantize_base = '{entry}': matches no matrix that can be quant"):
+            AbstractModel(cfg, lora=LoRAConfig(rank=1, quantize_base=(entry,)))
     with pytest.raises(ConfigError, match=r"^lora.quantize_base = .*: needs adapters to train; set lora.rank"):
         LoRAConfig(quantize_base=("fp8",))
 

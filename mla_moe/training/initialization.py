@@ -1,6 +1,7 @@
 """Initialization of a stage: fresh parameters, the parameters of a checkpoint, or the full state of another run."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 import optax
@@ -15,6 +16,8 @@ from mla_moe.config.resume import STAGES, leaves
 from mla_moe.nn.abstract_model import Arrays
 from mla_moe.training.run_context import RunContext
 from mla_moe.training.step import TrainState, abstract_state, init_state
+
+logger = logging.getLogger(__name__)
 
 
 def initial_state(
@@ -89,6 +92,9 @@ def starting_arrays(path: str | Path, context: RunContext, *, trained_only: bool
         fix = f"{path} has adapters of other matrices or sizes, {source.lora}; give the recipe the same `lora`"
         same = mine == theirs and model.lora.rslora == source.lora.rslora
         require(same, "lora", str(model.lora), f"{fix}, or merge them first: mla-moe convert --merge-adapter")
+        here, there = model.lora.quantize_base or "no format", source.lora.quantize_base or "no format"
+        if here != there:
+            logger.warning("lora.quantize_base = %s, and the adapters of %s were trained with %s", here, path, there)
         return load_arrays(source.unmerged(), model, mesh, paths=paths)
     base = [path for path in paths if path not in model.adapter_paths]
     return load_arrays(source, model, mesh, paths=base) | model.init(context.recipe.seed, mesh, model.adapter_paths)

@@ -5,6 +5,8 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,7 @@ from mla_moe.nn.param import Precision
 from mla_moe.nn.quantized import dequantize_weights
 from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training.console import Console
+from mla_moe.training.initialization import starting_arrays
 from mla_moe.training.metrics import read_rows
 from mla_moe.training.optimizer import make_optimizer
 from mla_moe.training.run_directory import open_run_directory
@@ -205,6 +208,19 @@ def test_sampling_is_that_of_the_merged_model(base, sizes):
     assert mla_moe.generate(adapted, prompts, max_new_tokens=6) == mla_moe.generate(
         merge_adapters(adapted), prompts, max_new_tokens=6
     )
+
+
+def test_adapters_that_were_trained_beside_another_base_are_noted(caplog):
+    """As those of PEFT's files, which say nothing of quantization."""
+    golden = Path(__file__).parents[1] / "golden"
+    source, mesh = open_checkpoint(golden / "lora" / "trained"), make_mesh(MeshConfig(), jax.devices()[:1])
+    for formats, notes in ((), 0), (("int8",), 1):
+        model = AbstractModel(source.cfg, lora=dataclasses.replace(source.lora, quantize_base=formats))
+        context = SimpleNamespace(abstract_model=model, mesh=mesh, recipe=SimpleNamespace(model=source.cfg))
+        arrays = starting_arrays(golden / "lora" / "trained", context, trained_only=True)
+        assert arrays.keys() == {*model.param_paths, *model.bias_paths}
+        assert len(caplog.messages) == notes
+    assert caplog.messages[0].startswith("lora.quantize_base = ('int8',), and the adapters of ")
 
 
 def test_experts_beside_quantized_matrices_keep_their_dtype_for_decoding(base):

@@ -175,8 +175,6 @@ def test_a_slice_that_is_lost_is_not_waited_for(launch, execute):
         (["tpu-vm", "--topology", "v7x:2x2x1"], "topology = 'v7x:2x2x1': has no TPU VMs"),
         (["local", "--processes", "3"], "processes = 3|mesh = "),
         (["slurm", "--topology", "h100:1x8", "--name", "A_b"], "name = 'A_b'"),
-        (["slurm", "--topology", "h100:2x4", "--run-dir", "s3://b/run"], "run_dir = 's3://b/run': several processes"),
-        (["local", "--run-dir", "s3://b/run"], "run_dir = 's3://b/run': several processes"),
     ],
 )
 def test_what_cannot_be_launched_is_named(arguments, error, tmp_path, capsys):
@@ -184,6 +182,15 @@ def test_what_cannot_be_launched_is_named(arguments, error, tmp_path, capsys):
     path.write_text(Recipe(run_dir="x", mesh=MeshConfig(data=1, fsdp=8)).to_json())
     assert main(["launch", arguments[0], str(path), *arguments[1:], "--print"]) == 2
     assert re.match(f"error: {error}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("arguments", [["slurm", "--topology", "h100:2x4"], ["local"]])
+def test_several_processes_in_a_bucket_are_refused(arguments, tmp_path, capsys):
+    pytest.importorskip("s3fs")
+    recipe = Recipe(run_dir="s3://b/run", mesh=MeshConfig(data=1, fsdp=8))
+    (tmp_path / "recipe.json").write_text(recipe.to_json())
+    assert main(["launch", arguments[0], str(tmp_path / "recipe.json"), *arguments[1:], "--print"]) == 2
+    assert "error: run_dir = 's3://b/run': several processes" in capsys.readouterr().err
 
 
 def test_devices_and_names():

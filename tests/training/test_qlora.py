@@ -291,11 +291,11 @@ def test_a_run_resumes_and_its_merged_model_has_the_base_of_training(base, model
     )  # fmt: skip
     train_sft(recipe, open_run_directory(recipe), Console(enabled=False))
     losses = [row["loss"] for row in read_rows(tmp_path / "run" / "metrics.jsonl", "sft")]
-    source = open_checkpoint(tmp_path / "run")
     again = dataclasses.replace(recipe, resume_step=2)
     train_sft(again, open_run_directory(again), Console(enabled=False))
     assert [row["loss"] for row in read_rows(tmp_path / "run" / "metrics.jsonl", "sft")][-1] == losses[-1]
 
+    source = open_checkpoint(tmp_path / "run")
     mesh, tokens = make_mesh(MeshConfig(), jax.devices()[:1]), jnp.arange(24)[None] + 40
     abstract = AbstractModel(model, lora=recipe.lora)
     logits = abstract.merge(load_arrays(source.unmerged(), abstract, mesh))(tokens)

@@ -150,24 +150,6 @@ def test_interrupted_run_resumes_with_the_same_rows(finished_run, recipe, tmp_pa
     assert read_rows(tmp_path / "expert_load.jsonl") == read_rows(finished_run / "expert_load.jsonl")
 
 
-@pytest.mark.slow
-def test_a_run_resumes_on_any_number_of_pipeline_stages(finished_run, recipe, tmp_path, monkeypatch):
-    """Two stages to step 3, none to step 6, and two to the end: the rows of the run without, within rounding."""
-    training = dataclasses.replace(recipe.training, gradient_accumulation_steps=2)
-    meshes = MeshConfig(pipeline=2, data=2, expert=2), MeshConfig(data=2, tensor=2, expert=2)
-    for mesh, step in ((meshes[0], 3), (meshes[1], 6)):
-        with monkeypatch.context() as patch:
-            patch.setattr(trainer.StepMetrics, "record", stop_at(step))
-            with pytest.raises(InterruptedRun):
-                start(recipe, tmp_path, training=training, mesh=mesh)
-    start(recipe, tmp_path, training=training, mesh=meshes[0])
-    for found, expected in zip(rows(tmp_path), rows(finished_run), strict=True):
-        assert set(found) == set(expected)
-        for name in {"loss", "mtp_loss", "aux_loss", "moe/load_max", "eval/loss"} & set(found):
-            assert found[name] == pytest.approx(expected[name], rel=1e-4), (expected["step"], name)
-    assert len(read_rows(tmp_path / "samples.jsonl")) == 1
-
-
 def test_finished_run_is_not_changed(finished_run, recipe, capsys):
     before = (finished_run / "metrics.jsonl").read_bytes()
     start(recipe, finished_run)

@@ -1,4 +1,4 @@
-"""`train.py` and `mla-moe train` as subprocesses: invalid input gives one line and exit code 2 before compilation."""
+"""`train.py` and `mla-moe train`: invalid input gives one line and exit code 2 before compilation."""
 
 import signal
 import subprocess
@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from mla_moe.cli.train import main
 
 TRAIN_PY = (sys.executable, "train.py")
 MLA_MOE_TRAIN = (str(Path(sys.executable).with_name("mla-moe")), "train")
@@ -28,12 +30,21 @@ def train(root, *args, command=TRAIN_PY):
         (["configs/quickstart.py", "--data.train", "nowhere/*.txt"], "data.train"),
     ],
 )
-def test_invalid_input_is_one_clear_error(args, message, request, tmp_path):
-    extra = ["--run-dir", str(tmp_path / "run")] if len(args) > 1 else []
-    done = train(request.config.rootpath, *args, *extra)
-    assert done.returncode == 2, done.stderr
-    assert message.replace("_", "-") in (done.stdout + done.stderr).replace("_", "-")
-    assert "Traceback" not in done.stderr
+def test_invalid_input_is_one_clear_error(args, message, request, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(request.config.rootpath)
+    try:
+        code = main([*args, *(["--run-dir", str(tmp_path / "run")] if len(args) > 1 else [])])
+    except SystemExit as end:  # of the flags' parser
+        code = end.code
+    output = "".join(capsys.readouterr())
+    assert code == 2, output
+    assert message.replace("_", "-") in output.replace("_", "-")
+    assert "Traceback" not in output
+
+
+def test_the_exit_code_is_that_of_the_process(request):
+    done = train(request.config.rootpath, "configs/nothing.py")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
 
 
 @pytest.fixture

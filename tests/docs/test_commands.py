@@ -29,12 +29,18 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Use .content=:DeprecationWarning"),  # of huggingface_hub 2.4, in uploads
 ]
 
-LIBRARIES = {"reasoning_gym:": "reasoning_gym", "chain_sum": "reasoning_gym", "questions.jsonl": "math_verify"}
-"""Part of a command -> the package of the extra `rl` that it needs."""
+LIBRARIES = {
+    "reasoning_gym:": "reasoning_gym",
+    "chain_sum": "reasoning_gym",
+    "questions.jsonl": "math_verify",
+    "s3://": "s3fs",
+    "gs://": "gcsfs",
+}
+"""Part of a command -> the package of the extra `rl`, `s3` or `gcs` that it needs."""
 
 
 def needs(words):
-    """Packages of the extra `rl` that a command needs."""
+    """Packages of extras that a command needs."""
     return {package for word in words for part, package in LIBRARIES.items() if part in word}
 
 

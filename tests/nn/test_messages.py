@@ -45,7 +45,7 @@ def test_a_wrong_rank_or_name_is_named_where_it_is_given():
         "x = 'float32[1, 3, 9]': the shape must be [B, T, 8]",
         "x = 'float32[8]': the shape must be [B, T, 8]",
         "tokens = 'int32[4]': the shape must be [B, T]",
-        "remat = 'minimal': choose one of none, dots, full",
+        "remat = 'minimal': choose one of none, dots, full, stage",
         "mask = 'float32[1, 3]': must be boolean, False where a key is padding: give attention_mask == 1 of what "
         "transformers takes",
         "rope_scaling = {'rope_type': 'linear'}: is read by mla_moe.rope_scaling({…}): give what that returns",

@@ -107,13 +107,14 @@ def load(base, lora, mesh, **options):
     return model, arrays | model.init(0, mesh, model.adapter_paths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("formats", "sizes", "remat"),
     [
         (FORMATS, {"fsdp": 2, "expert": 2}, "none"),
-        pytest.param(("fp8",), {"fsdp": 2, "expert": 2, "tensor": 2}, "full", marks=pytest.mark.slow),
-        pytest.param(("int8",), {"tensor": 2, "fsdp": 2, "expert": 2}, "dots", marks=pytest.mark.slow),
-        pytest.param(("int4",), {}, "none", marks=pytest.mark.slow),
+        (("fp8",), {"fsdp": 2, "expert": 2, "tensor": 2}, "full"),
+        (("int8",), {"tensor": 2, "fsdp": 2, "expert": 2}, "dots"),
+        (("int4",), {}, "none"),
     ],
 )
 def test_training_is_that_of_the_dequantized_base(base, formats, sizes, remat):

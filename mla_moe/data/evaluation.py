@@ -26,7 +26,8 @@ class EvalText(NamedTuple):
 
     batches: list[Batch]
     size: int | None
-    """Bytes of UTF-8 that are predicted; None if they are not known, of token ids without a tokenizer."""
+    """Bytes of UTF-8 that are predicted; None if they are not known, of token ids without a tokenizer, or if there are
+    none, of ids that stand for no text."""
     lost: int
     """Bytes of the characters that the tokenizer loses."""
 
@@ -45,7 +46,7 @@ def eval_text(
     texts = [document for document in documents if isinstance(document, str)]
     lost = sum(lost_bytes(tokenizer, piece) for text in texts for piece in pieces(text))
     sizes = [predicted_bytes(document, tokenizer) for document in documents]
-    return EvalText(batches, None if None in sizes else sum(filter(None, sizes)), lost)
+    return EvalText(batches, None if None in sizes else sum(filter(None, sizes)) or None, lost)
 
 
 def predicted_bytes(document: Document, tokenizer: Tokenizer) -> int | None:
@@ -87,10 +88,10 @@ def sample_documents(documents: Sequence[Document], indices: range) -> list[Docu
 
 def gzip_bits_per_byte(documents: Iterable[Document], tokenizer: Tokenizer) -> float:
     """Bits per byte of `gzip -9` on the concatenated documents: a baseline for `eval/bits_per_byte`. Token ids are
-    decoded; of an unknown tokenizer it is NaN."""
+    decoded; of an unknown tokenizer, or if there is no text then, it is NaN."""
     documents = list(documents)
     if isinstance(tokenizer, UnknownTokenizer) and not all(isinstance(document, str) for document in documents):
         return math.nan
     texts = (document if isinstance(document, str) else tokenizer.decode(document) for document in documents)
     text = "".join(texts).encode()
-    return 8 * len(gzip.compress(text, 9)) / len(text)
+    return 8 * len(gzip.compress(text, 9)) / len(text) if text else math.nan

@@ -24,6 +24,7 @@ class TokenFormat(NamedTuple):
 
     vocab_size: int
     """Number of the model's token ids."""
+    bos_id: int
     eos_id: int
     """Ends a document in a flat file."""
     dtype: str
@@ -39,8 +40,12 @@ def record_ids(values: Sequence[Any], tokens: TokenFormat | None, field: str, wh
         ids = np.array([None])
     if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
         raise MalformedRecordError(field, where, "needs a list of token ids, which are integers")
-    require_in_vocabulary(ids, tokens, field, where)
-    return ids.astype(np.int32)
+    return _without_empty(ids.astype(np.int32), require_in_vocabulary(ids, tokens, field, where))
+
+
+def _without_empty(ids: TokenIds, tokens: TokenFormat) -> TokenIds:
+    """The ids of a document; none if there is nothing between its bos and its eos."""
+    return ids[:0] if ((ids == tokens.bos_id) | (ids == tokens.eos_id)).all() else ids
 
 
 def require_in_vocabulary(ids: np.ndarray, tokens: TokenFormat | None, field: str, where: str) -> TokenFormat:
@@ -65,7 +70,7 @@ class TokenFiles(Sequence[TokenIds]):
     def __init__(
         self, paths: list[str], field: str, text_field: str, max_record_bytes: int, tokens: TokenFormat | None = None
     ):
-        self.files = FrozenFiles(paths, field)
+        self.files, self._tokens = FrozenFiles(paths, field), tokens
         self._start: list[int] = []  # of the ids in each file, in bytes
         self._dtypes: list[np.dtype] = []
         self._begins, self._stops = array.array("q"), array.array("q")  # of each document, in ids
@@ -95,7 +100,8 @@ class TokenFiles(Sequence[TokenIds]):
         with self.files.open(number) as file:
             file.seek(self._start[number] + begin * dtype.itemsize)
             read = file.read((self._stops[index] - begin) * dtype.itemsize)
-        return np.frombuffer(read, dtype).astype(np.int32)
+        ids = np.frombuffer(read, dtype).astype(np.int32)
+        return ids if self._tokens is None else _without_empty(ids, self._tokens)
 
 
 def _memory_map(path: str, field: str, tokens: TokenFormat | None) -> np.ndarray:

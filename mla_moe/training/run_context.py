@@ -161,5 +161,5 @@ def open_split(recipe: Recipe, split: Literal["train", "heldout"], tokenizer: To
         text_field=recipe.data.text_field,
         max_malformed_fraction=recipe.data.max_malformed_fraction,
         max_record_bytes=recipe.data.max_record_bytes,
-        tokens=None if tokenizer is None else TokenFormat(size, tokenizer.eos_id, dtype),
+        tokens=None if tokenizer is None else TokenFormat(size, tokenizer.bos_id, tokenizer.eos_id, dtype),
     )

@@ -17,7 +17,7 @@ from mla_moe.text.tokenizer import ByteTokenizer, load_tokenizer
 BYTE = ByteTokenizer()
 TEXTS = ["first", "zwei — ü", "", "a much longer document than the others", "e"]
 IDS = [BYTE.encode(text).tolist() for text in TEXTS]
-FORMAT = TokenFormat(258, BYTE.eos_id, "uint16")
+FORMAT = TokenFormat(258, BYTE.bos_id, BYTE.eos_id, "uint16")
 
 
 def flat(ids, last=True):
@@ -90,6 +90,25 @@ def test_token_ids_with_bos_train_and_evaluate_as_their_text(tmp_path):
     assert bits_per_byte(3.0, [found]) == bits_per_byte(3.0, [expected])
     assert gzip_bits_per_byte(source, BYTE) == gzip_bits_per_byte(texts, BYTE)
     assert list(window_lengths(source, BYTE, 8)) == list(window_lengths(texts, BYTE, 8))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet", "a.npy"])
+def test_documents_of_bos_and_eos_alone_are_empty(tmp_path, name):
+    """They are skipped and counted, as texts without a character are."""
+    alone = [[BYTE.bos_id]] if name == "a.npy" else [[BYTE.bos_id, BYTE.eos_id], [BYTE.bos_id], [BYTE.eos_id]]
+    source = opened(write(tmp_path / name, [[BYTE.bos_id, 65], *alone, [66]]))
+    assert [document.tolist() for document in source] == [[BYTE.bos_id, 65], *[[]] * len(alone), [66]]
+    assert source.empty == len(alone)
+    assert sorted(window_lengths(source, BYTE, 8)) == [1, 2]
+
+
+def test_held_out_ids_without_bytes_have_a_loss_and_no_bits_per_byte(tmp_path):
+    unused = [np.array([65]), np.array([BYTE.bos_id, BYTE.bos_id, 66])[:2]]
+    text = eval_text(unused[:1], BYTE, batch_size=1, sequence_length=8)
+    assert len(text.batches) == 1
+    assert text.size is None
+    assert math.isnan(bits_per_byte(1.0, [text]))
+    assert math.isnan(gzip_bits_per_byte(unused[1:], BYTE))
 
 
 def test_only_predicted_bytes_count_and_none_without_a_tokenizer():

@@ -49,6 +49,18 @@ def stated_changes(former: Recipe, recipe: Recipe, stages: Set[str]) -> Changes:
     return changes
 
 
+def require_steps_of_one_size(run_dir: Path, recipe: Recipe) -> None:
+    """Raise `ConfigError` for epochs of a stage that had another batch size before: its steps would count as ones of
+    the present size."""
+    fields = leaves(recipe)
+    for row in read_rows(run_dir / "history.jsonl"):
+        for name, (before, after) in row["changes"].items():
+            section, _, field = name.rpartition(".")
+            if field == "batch_size" and (epochs := fields[f"{section}.epochs"].value) is not None:
+                fix = f"{name} was {before} and then {after} in {recipe.run_dir}, so steps of it are no count of epochs"
+                raise ConfigError(f"{section}.epochs", epochs, f"{fix}; set {section}.steps")
+
+
 def record_changes(run_dir: Path, former: Recipe, changes: Changes, stages: Set[str]) -> None:
     """Log the changes, and append them to `history.jsonl` with the recipe before, and the last step in the metrics."""
     stage = max(stages, key=STAGES.index)

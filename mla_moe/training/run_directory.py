@@ -16,7 +16,7 @@ from mla_moe.config import ConfigError, Recipe, load_recipe, require
 from mla_moe.config.files import read_json_object
 from mla_moe.config.resume import STAGES
 from mla_moe.training.metrics import read_rows, write_atomically
-from mla_moe.training.resume_changes import record_changes, stated_changes
+from mla_moe.training.resume_changes import record_changes, require_steps_of_one_size, stated_changes
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +46,7 @@ def _prepare(recipe: Recipe, run_dir: Path) -> None:
     read_summary(run_dir)  # now, rather than when the first stage has finished
     former = load_recipe(path) if path.exists() else None
     changes = stated_changes(former, recipe, stages) if former and stages else {}  # a failed start leaves no rows
+    require_steps_of_one_size(run_dir, recipe)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -128,6 +128,17 @@ def test_another_batch_size_is_refused_with_epochs(tmp_path):
     changed(recipe, ("training",), training={"batch_size": 64, "steps": 900, "epochs": None})
 
 
+def test_epochs_are_refused_after_another_batch_size(started, tmp_path):
+    changed(started, ("training.batch_size",), training={"batch_size": 64})
+    now, rows = Recipe.from_json((tmp_path / "recipe.json").read_text()), (tmp_path / "history.jsonl").read_text()
+    now = dataclasses.replace(now, data=dataclasses.replace(now.data, weights=()))
+    (tmp_path / "recipe.json").write_text(now.to_json())
+    message = r"^training.epochs = 2.0: training.batch_size was 32 and then 64 in .*; set training.steps$"
+    with pytest.raises(ConfigError, match=message):
+        changed(now, ("training",), training={"steps": 0, "epochs": 2.0})
+    assert (tmp_path / "history.jsonl").read_text() == rows
+
+
 def test_a_stage_without_rows_has_started_with_its_checkpoint_or_its_data(tmp_path):
     """Rows are written every `log_every` steps only, and rejection sampling has none before its data are complete."""
     recipe = Recipe(run_dir=str(tmp_path))

@@ -15,7 +15,7 @@ from mla_moe.checkpoint.hf_mapping import TensorMapping, by_tensor, tensor_mappi
 from mla_moe.checkpoint.hub import local_checkpoint
 from mla_moe.checkpoint.orbax_layout import find_step
 from mla_moe.checkpoint.quantization import Quantize, target_scheme
-from mla_moe.checkpoint.reader import is_router, load_arrays, open_checkpoint
+from mla_moe.checkpoint.reader import Checkpoint, is_router, load_arrays, open_checkpoint
 from mla_moe.checkpoint.safetensors_reader import weight_dtype
 from mla_moe.checkpoint.safetensors_writer import SHARD_BYTES, tensor_entries, with_quantization, write_checkpoint
 from mla_moe.checkpoint.tokenizer_files import files_to_copy, hf_config
@@ -42,7 +42,11 @@ def load_pretrained(path: str | Path, dtype: DTypeLike | None = None, mesh: Mesh
     or damaged files, and for missing or unknown tensors, and `ConfigError` if the Hub has no such model or cannot be
     reached.
     """
-    checkpoint = open_checkpoint(f"hf://{path}" if is_hub_id(path) else path)
+    return load_model(open_checkpoint(f"hf://{path}" if is_hub_id(path) else path), dtype, mesh)
+
+
+def load_model(checkpoint: Checkpoint, dtype: DTypeLike | None = None, mesh: Mesh | None = None) -> Transformer:
+    """`load_pretrained` of an open checkpoint."""
     param = checkpoint.dtype("embed") if dtype is None else weight_dtype(dtype)
     precision = Precision(param=param, compute=Precision.default().compute)
     abstract_model = AbstractModel(checkpoint.cfg, precision=precision)

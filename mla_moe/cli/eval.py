@@ -25,6 +25,9 @@ class Eval:
     checkpoint: tyro.conf.Positional[Path]
     """A Hugging Face directory, hf://ORG/NAME, s3://… or gs://…, or a run's directory or checkpoint. Without a
     tokenizer, tokens are bytes."""
+    adapter: Path | None = None
+    """LoRA adapters of this model, which are merged into it: a directory in PEFT's layout, or a run's, whose task and
+    limits are then the defaults."""
     task: str | None = None
     """arithmetic; reasoning_gym:NAME; or a JSON Lines file with the keys question and answer. By default the run's."""
     options: tuple[str, ...] | None = None
@@ -72,7 +75,7 @@ class Eval:
         task, split = open_task(settings), self.split or self._default_split(settings, recipe)
         fix = "only a task from a .jsonl file has it; use test or validation"
         require(split != "all" or settings.name.endswith(".jsonl"), "split", split, fix)
-        model, tokenizer = load_model_and_tokenizer(self.checkpoint)
+        model, tokenizer = load_model_and_tokenizer(self.checkpoint, self.adapter)
         rl = self._sampling(recipe.rl, model.cfg.max_position_embeddings)
         with Reward(settings, task) as reward, rich.console.Console(stderr=True).status("compiling") as status:
             rollout = Rollout(rl, settings.template, task, reward, tokenizer)
@@ -95,8 +98,8 @@ class Eval:
         Reward functions that the recipe names are ignored, because importing them would execute code from the run.
         Raises `ConfigError` if there is neither a run nor `task`.
         """
-        step = None if is_hub(self.checkpoint) else find_step(local_checkpoint(self.checkpoint))
-        run = run_directory(step) if step else None
+        of_adapter = _run(self.adapter) if self.adapter else None
+        run = of_adapter or _run(self.checkpoint)
         require(run is not None or self.task is not None, "task", self.task, "name one; only a run has a default")
         recipe = load_recipe(run / "recipe.json") if run else Recipe(run_dir="", task=TaskConfig(answer_format="auto"))
         own = recipe.task
@@ -130,6 +133,12 @@ class Eval:
             max_num_seqs=self.max_num_seqs,
             routing_replay=False,
         )
+
+
+def _run(path: Path) -> Path | None:
+    """The run's directory that has this checkpoint, if one has it."""
+    step = None if is_hub(path) else find_step(local_checkpoint(path))
+    return run_directory(step) if step else None
 
 
 def _same_task(name: str, other: str) -> bool:

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import tyro
 
+from mla_moe.checkpoint.adapter import AdapterCheckpoint
+from mla_moe.checkpoint.bucket_run import location
 from mla_moe.checkpoint.hub import local_checkpoint
-from mla_moe.checkpoint.pretrained import load_pretrained
-from mla_moe.checkpoint.reader import open_checkpoint
+from mla_moe.checkpoint.pretrained import load_model
+from mla_moe.checkpoint.reader import Checkpoint, open_adapter, open_checkpoint
 from mla_moe.checkpoint.tokenizer_files import tokenizer_file
 from mla_moe.config import require
 from mla_moe.config.errors import MAX_SIZE, require_between, visible
+from mla_moe.config.hub import is_hub, shown
 from mla_moe.inference.engine import Engine
 from mla_moe.inference.generate import required_length
 from mla_moe.inference.request import Request
@@ -30,6 +33,8 @@ class Generate:
     tokenizer, tokens are bytes."""
     prompt: str
     """Special tokens that it spells are encoded as such; bos is put in front."""
+    adapter: Path | None = None
+    """LoRA adapters of this model, which are merged into it: a directory in PEFT's layout, or a run's."""
     chat: bool = False
     """Apply the checkpoint's chat template, with the prompt as the user's message."""
     max_new_tokens: int = 256
@@ -55,7 +60,7 @@ class Generate:
         require_between(self, "", "seed", 0, (1 << 32) - 1)
 
     def run(self) -> None:
-        model, tokenizer = load_model_and_tokenizer(self.checkpoint)
+        model, tokenizer = load_model_and_tokenizer(self.checkpoint, self.adapter)
         message = [{"role": "user", "content": self.prompt}]
         tokens = tokenizer.encode_chat(message) if self.chat else tokenizer.encode_raw(self.prompt)
         request = Request(
@@ -80,13 +85,31 @@ class Generate:
         print(f"[{note}; finish reason: {completion.finish_reason}{accepted}]", file=sys.stderr)
 
 
-def load_model_and_tokenizer(checkpoint: Path) -> tuple[Transformer, ChatTokenizer]:
-    """For generate, eval and serve. Raises `ConfigError` if the tokenizer has more tokens than the model."""
-    checkpoint = local_checkpoint(checkpoint)
+def load_model_and_tokenizer(checkpoint: Path, adapter: Path | None = None) -> tuple[Transformer, ChatTokenizer]:
+    """For generate, eval and serve: the model, with an adapter merged into it, and the checkpoint's tokenizer. Raises
+    `CheckpointError` for an adapter that does not fit, and `ConfigError` if the tokenizer has more tokens than the
+    model."""
+    base = open_checkpoint(local := local_checkpoint(checkpoint))
     # An adapter in PEFT's layout without a tokenizer of its own has that of its base.
-    file = tokenizer_file(checkpoint) or tokenizer_file(open_checkpoint(checkpoint).directory)
-    model = load_pretrained(checkpoint)
+    file = tokenizer_file(local) or tokenizer_file(base.directory)
+    model = load_model(base if adapter is None else open_noted_adapter(adapter, base, checkpoint, str(adapter)))
     tokenizer = HFTokenizer(file) if file else ByteTokenizer()
     fix = f"has {tokenizer.vocab_size} tokens, more than the model's {model.cfg.vocab_size}: it is another model's"
     require(tokenizer.vocab_size <= model.cfg.vocab_size, "tokenizer", tokenizer.name, fix)
-    return model, load_chat_tokenizer(file.parent if file else checkpoint, tokenizer)
+    return model, load_chat_tokenizer(file.parent if file else local, tokenizer)
+
+
+def open_noted_adapter(path: str | Path, base: Checkpoint, checkpoint: Path, name: str) -> AdapterCheckpoint:
+    """The adapter at `path` over `base`, which was opened from `checkpoint`. One that names another base is noted on
+    standard error by its `name`: the same model may be in several places. Raises `CheckpointError` for one that does
+    not fit."""
+    source, used = open_adapter(path, base), (shown(checkpoint), location(base.directory.resolve()))
+    if is_hub(source.base_name):
+        model, _, revision = source.base_name.partition("@")
+        same = model == used[0].partition("@")[0] and revision in ("", base.directory.name)
+    else:
+        same = source.base_name in used
+    if not same:
+        note = f"note: adapter {name} names the base {source.base_name}, and is used with {used[0]}"
+        print(visible(note), file=sys.stderr)
+    return source

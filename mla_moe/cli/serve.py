@@ -2,17 +2,15 @@
 
 import dataclasses
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
-from mla_moe.checkpoint.bucket_run import location
-from mla_moe.checkpoint.reader import open_adapter, open_checkpoint
-from mla_moe.cli.generate import load_model_and_tokenizer
-from mla_moe.config.errors import require, require_between, visible
-from mla_moe.config.hub import is_hub, parse_url, shown
+from mla_moe.checkpoint.reader import open_checkpoint
+from mla_moe.cli.generate import load_model_and_tokenizer, open_noted_adapter
+from mla_moe.config.errors import require, require_between
+from mla_moe.config.hub import is_hub, parse_url
 from mla_moe.nn.stacked_lora import AdapterWeights
 
 
@@ -109,21 +107,10 @@ class Serve:
 
 
 def load_adapters(values: Sequence[str], checkpoint: Path) -> dict[str, AdapterWeights]:
-    """The adapters of `NAME=PATH` by name. One that names another base than `checkpoint` is noted on standard error:
-    the same model may be in several places. Raises `CheckpointError` for one that does not fit."""
-    base = open_checkpoint(checkpoint) if values else None
-    adapters = {}
+    """The adapters of `NAME=PATH` by name. Raises `CheckpointError` for one that does not fit."""
+    base, adapters = open_checkpoint(checkpoint) if values else None, {}
     for value in values:
         name, _, path = value.partition("=")
         assert base is not None
-        source = open_adapter(path, base)
-        adapters[name], served = source.weights(), (shown(checkpoint), location(base.directory.resolve()))
-        if is_hub(source.base_name):
-            model, _, revision = source.base_name.partition("@")
-            same = model == served[0].partition("@")[0] and revision in ("", base.directory.name)
-        else:
-            same = source.base_name in served
-        if not same:
-            note = f"note: adapter {name} names the base {source.base_name}, and is served on {served[0]}"
-            print(visible(note), file=sys.stderr)
+        adapters[name] = open_noted_adapter(path, base, checkpoint, name).weights()
     return adapters

@@ -15,6 +15,7 @@ from mla_moe.checkpoint import safetensors_writer
 from mla_moe.checkpoint.convert import convert
 from mla_moe.checkpoint.safetensors_reader import SafetensorsReader
 from mla_moe.cli import main
+from mla_moe.cli.eval import Eval
 from mla_moe.config import Recipe, RLConfig, TaskConfig
 from mla_moe.rl.evaluate import evaluate
 from mla_moe.rl.rewards import Reward
@@ -197,6 +198,7 @@ def test_eval_takes_task_template_and_limits_from_the_run(untrained, tmp_path, c
     )
     recipe = Recipe(run_dir="", task=task, rl=RLConfig(max_prompt_tokens=12, max_new_tokens=6))
     (tmp_path / "recipe.json").write_text(recipe.to_json())
+    assert Eval(untrained, adapter=tmp_path)._settings() == Eval(tmp_path)._settings()
     assert main(["eval", str(tmp_path), *LIMITS]) == 0
     out = capsys.readouterr().out
     assert [line.split()[:2] for line in out.splitlines()] == [

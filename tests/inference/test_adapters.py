@@ -16,6 +16,7 @@ import mla_moe
 from mla_moe import ConfigError
 from mla_moe.checkpoint.reader import open_adapter, open_checkpoint
 from mla_moe.cli import main
+from mla_moe.cli.generate import load_model_and_tokenizer
 from mla_moe.cli.serve import load_adapters
 from mla_moe.config import LoRAConfig, MeshConfig
 from mla_moe.inference import prefix_cache, scheduler
@@ -162,8 +163,26 @@ def test_an_adapter_that_names_another_base_is_noted(capsys, tmp_path):
     config = json.loads((tmp_path / "moved" / "adapter_config.json").read_text())
     (tmp_path / "moved" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "a/b"}))
     load_adapters([f"one={GOLDEN / 'lora' / 'trained'}", f"two={tmp_path / 'moved'}"], GOLDEN / "k2")
-    note = f"note: adapter two names the base hf://a/b, and is served on {GOLDEN / 'k2'}\n"
+    note = f"note: adapter two names the base hf://a/b, and is used with {GOLDEN / 'k2'}\n"
     assert capsys.readouterr().err == note
+
+
+def test_generate_and_eval_merge_an_adapter_into_the_checkpoint(capsys, tmp_path):
+    """As its own directory, whose base is the same model, is merged; the base stays without it."""
+    shutil.copytree(GOLDEN / "k2", tmp_path / "base")
+    found, _ = load_model_and_tokenizer(tmp_path / "base", GOLDEN / "lora" / "trained")
+    assert capsys.readouterr().err.endswith(f"names the base {GOLDEN / 'k2'}, and is used with {tmp_path / 'base'}\n")
+    merged = mla_moe.load_pretrained(GOLDEN / "lora" / "trained")
+    assert jax.tree.all(jax.tree.map(np.array_equal, nnx.state(found), nnx.state(merged)))
+    loaded = []
+    for command in (["generate", "--prompt", "a"], ["eval", "--task", "arithmetic"]):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(f"mla_moe.cli.{command[0]}.load_model_and_tokenizer", lambda *paths: loaded.append(paths))
+            with pytest.raises(TypeError, match="NoneType"):
+                main([command[0], "base", "--adapter", "lora", *command[1:]])
+    assert loaded == [(Path("base"), Path("lora"))] * 2
+    with pytest.raises(ConfigError, match=r"^adapter = .*k2': is neither a run nor a directory in PEFT's layout"):
+        load_model_and_tokenizer(tmp_path / "base", GOLDEN / "k2")
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,11 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _READ = {
     "peft_type", "base_model_name_or_path", "revision", "lora_alpha", "alpha_pattern", "use_rslora",
-    "target_parameters", "bias", "init_lora_weights",
+    "target_parameters", "bias", "init_lora_weights", "lora_dropout",
 }  # fmt: skip
 _WITHOUT_EFFECT = {
     "r", "rank_pattern", "target_modules", "exclude_modules",  # the tensors say the same
-    "task_type", "auto_mapping", "inference_mode", "peft_version", "lora_dropout", "ensure_weight_tying",
+    "task_type", "auto_mapping", "inference_mode", "peft_version", "ensure_weight_tying",
     "runtime_config", "megatron_config", "megatron_core", "qalora_group_size", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config",
 }  # fmt: skip
@@ -194,7 +194,8 @@ def peft_config(cfg: ModelConfig, lora: LoRAConfig, base: str) -> dict[str, Any]
         "target_parameters": sorted(targets.keys() - linear),
         "rank_pattern": {re.escape(n): s.rank for n, s in sorted(targets.items()) if s.rank != default.rank},
         "alpha_pattern": {re.escape(n): s.alpha for n, s in sorted(targets.items()) if s.alpha != default.alpha},
-        "lora_dropout": 0.0,
+        # PEFT refuses to load an adapter with dropout that has target_parameters.
+        "lora_dropout": lora.dropout if linear >= targets.keys() else 0.0,
         "bias": "none",
         "inference_mode": True,
     }
@@ -283,7 +284,9 @@ def _lora_of(cfg: ModelConfig, config: Mapping[str, Any], tensors: SafetensorsRe
     check(bool(sizes), "adapter", CONFIG, "has no tensor of a matrix of this model")
     first = next(iter(sizes.values()))
     sized = tuple(f"{path}={size.rank}:{size.alpha}" for path, size in sizes.items())
-    return LoRAConfig(first.rank, first.alpha, sized, structure(bool, config.get("use_rslora", False), "use_rslora"))
+    dropout = structure(float, config.get("lora_dropout") or 0.0, "lora_dropout")
+    rslora = structure(bool, config.get("use_rslora", False), "use_rslora")
+    return LoRAConfig(first.rank, first.alpha, sized, dropout, rslora)
 
 
 def _alpha(patterns: Mapping[str, Any], target: str, default: float) -> float:

@@ -43,6 +43,9 @@ class LoRAConfig:
     """Matrices with an adapter: attention, dense (MLPs without experts), shared (shared experts), experts (routed),
     router, or a glob of paths such as moe_layers/attention/q_*. With =RANK or =RANK:ALPHA a target has values of its
     own; of several that match, the last one counts."""
+    dropout: float = 0.0
+    """Probability with which a feature of an adapter's input is dropped, in SFT and in the fine-tuning of rejection
+    sampling. DPO and RL compare log-probabilities with those of a reference or of the sampler, and have none."""
     rslora: bool = False
     """Rank-stabilized scale, alpha / √rank (arXiv 2312.03732)."""
     quantize_base: tuple[str, ...] = ()
@@ -54,6 +57,8 @@ class LoRAConfig:
     def __post_init__(self):
         require_between(self, "lora", "rank", 0, MAX_SIZE)
         require_each(self, "lora", "alpha", lambda x: 0 < x < math.inf, "a positive number")
+        require_each(self, "lora", "dropout", lambda x: 0 <= x < 1, "a probability below 1")
+        require(self.rank > 0 or not self.dropout, "lora.dropout", self.dropout, "needs adapters; set lora.rank")
         for target in self.targets:
             self._parsed(target)
         fix = "needs adapters to train; set lora.rank"

@@ -149,6 +149,8 @@ class Recipe:
         for section, batch_size in sizes.items():
             message = f"must divide {section}.batch_size = {batch_size}"
             require(batch_size % streams == 0, "data.streams", streams, message)
+        fix = "is for SFT and the fine-tuning of rejection sampling, of which the recipe has neither; set 0"
+        require(self.fine_tunes or not self.lora.dropout, "lora.dropout", self.lora.dropout, fix)
         if self.init_parts == "full_state":
             ok = self.init_from is not None
             require_field(self, "init_parts", ok, "set init_from to the checkpoint of a run")

@@ -38,7 +38,7 @@ from mla_moe.nn.quantized import value_of
 from mla_moe.nn.rope import CosSin, query_scale, rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
 from mla_moe.ops.cached_attention import Form, cached_attention
-from mla_moe.ops.dropout import Dropout, dropout_key
+from mla_moe.ops.dropout import Dropout, dropout_key, token_numbers
 from mla_moe.ops.key_selection import SelectedKeys
 from mla_moe.ops.kv_quantization import quantize
 from mla_moe.ops.masking import Masking
@@ -327,26 +327,40 @@ class MLAttention(nnx.Module):
     ) -> Float[Array, "B T H V"]:
         """Under a mesh each device computes its heads (tensor parallelism) for its queries. With context parallelism it
         all-gathers the latent, C + R values per token, where keys and values would be H · (A + V)."""
-        kv_b = adapted(self, "kv_b").astype(self.precision.compute)
+        compute, lora = self.precision.compute, adapter(self, "kv_b")
+        dropout = None if lora is None else lora.feature_dropout(token_numbers(*c_BSC.shape[:2]))
+        z_BSr = b_rHk = None
+        if lora is None or dropout is None:
+            kv_b = adapted(self, "kv_b").astype(compute)
+        else:  # of the adapter's input alone, so that it is no part of the matrix
+            kv_b = jax.lax.stop_gradient(value_of(self, "kv_b")).astype(compute)
+            z_BSr = sharded_einsum("BSC,Cr->BSr", dropout(c_BSC), lora.a, compute)
+            b_rHk = (lora.scale * lora.b[...]).astype(compute)
         rows_BHT = None if dropout_key_2 is None else jnp.arange(math.prod(q_BTHA.shape[:3]), dtype=jnp.uint32)
         rows_BHT = None if rows_BHT is None else rows_BHT.reshape(q_BTHA.shape[0], q_BTHA.shape[2], q_BTHA.shape[1])
         inputs = q_BTHA, c_BSC, k_pe_BSR, kv_b, segments_BS, query_segments_BT, rows_BHT, dropout_key_2, selected_BTW
+        inputs = *inputs, z_BSr, b_rHk
         mesh = token_mesh(q_BTHA.shape) if token_mesh(c_BSC.shape) else None
-        kv_b_spec = P() if mesh is None else weight_spec(self.kv_b, mesh)
+        kv_b_spec, b_spec = P() if mesh is None else weight_spec(self.kv_b, mesh), P()
+        if lora is not None and mesh is not None and b_rHk is not None:
+            b_spec = weight_spec(lora.b, mesh)
         heads = "tensor" if mesh and "tensor" in mesh_axes(kv_b_spec[1]) else None
 
         def local(
             q_bthA: Array, c_bSC: Array, k_pe_bSR: Array, kv_b_Chk: Array, segments_bS: Array,
             query_segments_bt: Array | None, rows_bht: Array | None, dropout_key_2: Array | None,
-            selected_btW: Array | None,
+            selected_btW: Array | None, z_bSr: Array | None, b_rhk: Array | None,
         ) -> Array:  # fmt: skip
             kv_b_Chk, offset = all_gather_weight(kv_b_Chk, kv_b_spec), None
             if mesh is not None and mesh.shape["context"] > 1:
                 offset = axis_index("context") * q_bthA.shape[1]
                 gather = partial(all_gather, axes="context", axis=1)
                 c_bSC, k_pe_bSR, segments_bS = (gather(x) for x in (c_bSC, k_pe_bSR, segments_bS))
+                z_bSr = None if z_bSr is None else gather(z_bSr)
             with jax.named_scope("expand"):
                 kv_bShk = jnp.einsum("BTC,CHk->BTHk", c_bSC, kv_b_Chk)
+                if z_bSr is not None and b_rhk is not None:
+                    kv_bShk += jnp.einsum("BTr,rHk->BTHk", z_bSr, all_gather_weight(b_rhk, b_spec))
                 k_nope, v_bShV = jnp.split(kv_bShk, [self.cfg.qk_nope_head_dim], axis=-1)
                 k_pe = jnp.broadcast_to(k_pe_bSR[:, :, None], (*k_nope.shape[:-1], k_pe_bSR.shape[-1]))
                 k_bShA = jnp.concatenate([k_nope, k_pe], axis=-1)
@@ -365,6 +379,7 @@ class MLAttention(nnx.Module):
             return local(*inputs)
         outputs, rows = P(*BATCH_SPEC, heads), P(BATCH_SPEC[0], heads, BATCH_SPEC[1])
         specs = outputs, BATCH_SPEC, BATCH_SPEC, kv_b_spec, BATCH_SPEC, BATCH_SPEC, rows, P(), BATCH_SPEC
+        specs = *specs, BATCH_SPEC, b_spec
         return shard_map(local, specs, outputs)(*inputs)
 
 

@@ -11,6 +11,7 @@ training (`adapted`). No gradient is computed of a weight with an adapter.
 """
 
 import math
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,11 +20,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from mla_moe.config import LoRAConfig, require
 from mla_moe.nn.param import BATCH_AXES, STACK_AXES, uniform
 from mla_moe.nn.quantized import dequantize_weights, is_quantized, module_at, value_of, weight_of
+from mla_moe.ops.dropout import FeatureDropout, token_numbers
 from mla_moe.ops.lora import LoRAFactors, keep_own
 from mla_moe.parallel.quantized_weight import QuantizedWeight
 from mla_moe.parallel.sharded_einsum import Einsum
@@ -51,11 +53,25 @@ def adapter_axes(weight: nnx.Variable) -> AdapterAxes:
     return AdapterAxes((*inputs, RANK), (*batch, RANK, *outputs))
 
 
+class DropoutKey(nnx.Variable):
+    """The words of the key of an adapter's dropout, of each layer."""
+
+
 class LoRA(nnx.Module):
     """The adapter of one weight, which may be stacked over layers. A is initialised as PEFT does, by a Kaiming-uniform
-    distribution with a = √5, which is uniform in ± 1 / √inputs; B is 0."""
+    distribution with a = √5, which is uniform in ± 1 / √inputs; B is 0. Dropout is off until there is a
+    `dropout_key`."""
 
-    def __init__(self, weight: nnx.Param, rank: int, scale: float, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(
+        self,
+        weight: nnx.Param,
+        rank: int,
+        scale: float,
+        *,
+        dropout: float = 0.0,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+    ):
         axes = adapter_axes(weight)
         sizes = dict(zip(logical_axes(weight), weight.get_value().shape, strict=True)) | {RANK: rank}
         contracts = weight.get_metadata("contracts")
@@ -65,7 +81,12 @@ class LoRA(nnx.Module):
         self.a = nnx.Param(uniform(rngs, a_shape, bound, dtype), **metadata, **axis_metadata(axes.a))
         metadata = {"role": "matrix", "contracts": (RANK,), "fill": 0.0}
         self.b = nnx.Param(jnp.zeros(b_shape, dtype), **metadata, **axis_metadata(axes.b))
-        self.scale = scale
+        self.scale, self.dropout = scale, dropout
+
+    def feature_dropout(self, rows: UInt32[Array, "*rows"]) -> FeatureDropout | None:
+        """That of the adapter's input, for tokens with these numbers; None if it is off."""
+        key = getattr(self, "dropout_key", None)
+        return None if key is None else FeatureDropout(key[...], rows, rate=self.dropout)
 
     def factors(self, dtype: DTypeLike, adapter_ids: Int[Array, "*N"] | None = None) -> LoRAFactors:
         """A and scale · B."""
@@ -99,9 +120,11 @@ def project(
     name: str,
     dtype: DTypeLike,
     adapter_ids: Int[Array, "*N"] | None = None,
+    dropout: FeatureDropout | None = None,
 ) -> Float[Array, "*y"]:
     """`einsum(equation, x, W)` of activations and a module's weight, plus `scale · (x A) B` if it has an adapter. Of
-    several adapters (`nn.stacked_lora`), `adapter_ids` are those of the first axes of `x`."""
+    several adapters (`nn.stacked_lora`), `adapter_ids` are those of the first axes of `x`. `dropout` of the input of A
+    is by default the adapter's, for tokens that are numbered as they are in `x`."""
     weight, lora = getattr(module, name), adapter(module, name)
     frozen = weight_of(module, name)
     if isinstance(frozen, QuantizedWeight):
@@ -116,10 +139,25 @@ def project(
     letters = dict(zip(logical_axes(weight)[-len(weight_letters) :], weight_letters, strict=True))
     letters |= {RANK: _RANK_LETTER}
     a, b = ("".join(letters[axis] for axis in logical_axes(factor) if axis in letters) for factor in (lora.a, lora.b))
+    tokens = sum(letter not in weight_letters for letter in x_letters)
+    dropout = dropout or lora.feature_dropout(token_numbers(*x.shape[:tokens]))
+    x = x if dropout is None else dropout(x)
     kept = "".join(letter for letter in a if letter not in x_letters)
     z_letters = "".join(letter for letter in x_letters if letter not in weight_letters) + kept
     z = keep_own(einsum(f"{x_letters},{a}->{z_letters}", x, lora.a, dtype), lora.own(adapter_ids))
     return y + lora.scale * einsum(f"{z_letters},{b}->{y_letters}", z, lora.b, dtype)
+
+
+def seed_dropout(model: nnx.Module, key: Key[Array, ""]) -> None:
+    """Turn on the dropout of a model's adapters for one forward pass: each adapter of each layer gets a key of its own
+    from `key`."""
+    for path, module in list(nnx.iter_graph(model)):
+        if isinstance(module, LoRA) and module.dropout:
+            own = jax.random.fold_in(key, zlib.crc32("/".join(map(str, path)).encode()))
+            axes = logical_axes(module.a)
+            stacked = axes[0] in STACK_AXES
+            keys = jax.random.split(own, module.a.shape[0]) if stacked else own
+            module.dropout_key = DropoutKey(jax.random.key_data(keys)[..., -2:])
 
 
 def adapted(module: nnx.Module, name: str) -> Float[Array, "*axes"]:
@@ -150,7 +188,7 @@ def add_adapters(model: nnx.Module, lora: LoRAConfig, *, rngs: nnx.Rngs) -> None
         if not hasattr(module, "lora"):
             module.lora = nnx.Dict()
         require(keys[-1] not in module.lora, "lora", path, "has an adapter already; merge_adapters first")
-        module.lora[keys[-1]] = LoRA(weight, size.rank, lora.scale(size), rngs=rngs)
+        module.lora[keys[-1]] = LoRA(weight, size.rank, lora.scale(size), dropout=lora.dropout, rngs=rngs)
 
 
 def merge_adapters(model: Any) -> Any:

@@ -16,6 +16,7 @@ from mla_moe.nn.lora import adapter
 from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.quantized import weight_of
 from mla_moe.nn.router import FunctionRouter, Router, RouterFunction, Routing
+from mla_moe.ops.dropout import FeatureDropout, token_numbers
 from mla_moe.ops.experts import ExpertAdapters, experts, find_activation
 from mla_moe.ops.kernel_choice import target_platform
 from mla_moe.ops.lora import LoRAFactors
@@ -54,8 +55,16 @@ class RouterStats(NamedTuple):
 
 ExpertWeights = tuple[Matrix, Matrix, ExpertAdapters]
 """Gate and up projection, down projection, and their adapters, in the compute dtype or quantized."""
-Tokens = tuple[Activations, Mask, Int[Array, "B T K"] | None]
-"""Activations, where they are no padding, and the experts of a routing replay."""
+Tokens = tuple[Activations, Mask, Int[Array, "B T K"] | None, "AdapterDropout"]
+"""Activations, where they are no padding, the experts of a routing replay, and dropout of adapters' inputs."""
+
+
+class AdapterDropout(NamedTuple):
+    """Dropout of the inputs of adapters, with a number for each token `[B, T]`. None: without."""
+
+    router: FeatureDropout | None = None
+    gate_up: FeatureDropout | None = None
+    down: FeatureDropout | None = None
 
 
 class MoE(nnx.Module):
@@ -129,7 +138,7 @@ class MoE(nnx.Module):
         compute = self.precision.compute
         gate_up, down = (matrix_of(weight_of(self, name), compute) for name in ("gate_up", "down"))
         mesh = token_mesh(x_BTD.shape)
-        inputs = (gate_up, down, self._adapters()), (x_BTD, not_padding_BT, replay_BTK)
+        inputs = (gate_up, down, self._adapters()), (x_BTD, not_padding_BT, replay_BTK, self._dropout(x_BTD))
         if mesh is None:
             y_BTD, stats = self._routed(self.router, one_sequence, *inputs)
         else:
@@ -181,6 +190,11 @@ class MoE(nnx.Module):
         compute = self.precision.compute
         return ExpertAdapters(*(None if lora is None else lora.factors(compute, adapter_ids_N) for lora in loras))
 
+    def _dropout(self, x_BTD: Activations) -> AdapterDropout:
+        loras = adapter(self.router, "weight"), adapter(self, "gate_up"), adapter(self, "down")
+        rows_BT = token_numbers(*x_BTD.shape[:2])
+        return AdapterDropout(*(None if lora is None else lora.feature_dropout(rows_BT) for lora in loras))
+
     def _decode_experts(
         self,
         x_ND: Float[Array, "N D"],
@@ -228,7 +242,7 @@ class MoE(nnx.Module):
 
         columns, rows, whole = last(gate_up.ndim), P(*stack, "expert", width, None), P(*stack, "expert")
         of_b = whole if adapters.gate_up is None else last(adapters.gate_up.b.ndim)
-        of_loras = map(LoRAFactors._make, ((whole, of_b, batch), (rows, whole, batch)))
+        of_loras = map(LoRAFactors._make, ((whole, of_b, batch, None), (rows, whole, batch, None)))
         columns, rows = (
             matrix_specs(w, s, mesh) if isinstance(w, QuantizedMatrix) else s
             for w, s in ((gate_up, columns), (down, rows))
@@ -257,7 +271,7 @@ class MoE(nnx.Module):
         self._require_divisible(mesh)
         graph, router = nnx.split(self.router)
         loras = adapter(self, "gate_up"), adapter(self, "down")
-        factors = (None if lora is None else LoRAFactors._make((lora.a, lora.b, None)) for lora in loras)
+        factors = (None if lora is None else LoRAFactors._make((lora.a, lora.b, None, None)) for lora in loras)
         weights_with_axes = weight_of(self, "gate_up"), weight_of(self, "down"), ExpertAdapters(*factors)
         is_leaf = lambda node: is_weight(node) or isinstance(node, QuantizedWeight)  # noqa: E731
         specs = jax.tree.map(lambda w: weight_spec(w, mesh), weights_with_axes, is_leaf=is_leaf)
@@ -267,7 +281,9 @@ class MoE(nnx.Module):
             weights = jax.tree.map(gather, weights, specs, is_leaf=lambda node: isinstance(node, QuantizedMatrix))
             return self._routed(nnx.merge(graph, router), one_sequence, weights, tokens, mesh)
 
-        in_specs, out_specs = (P(), specs, BATCH_SPEC), (BATCH_SPEC, P())
+        of_dropout = jax.tree.map(lambda x: BATCH_SPEC if jnp.ndim(x) == 2 else P(), tokens[-1])
+        of_tokens = BATCH_SPEC, BATCH_SPEC, BATCH_SPEC, of_dropout
+        in_specs, out_specs = (P(), specs, of_tokens), (BATCH_SPEC, P())
         return shard_map(local, in_specs, out_specs)(router, weights, tokens)
 
     def _routed(
@@ -280,9 +296,12 @@ class MoE(nnx.Module):
     ) -> tuple[Array, RouterStats]:
         """Route tokens and run their experts; with `mesh` inside a `shard_map` over it. `one_sequence`: all tokens are
         one sequence of the auxiliary loss."""
-        x_BTD, not_padding_BT, replay_BTK = tokens
+        x_BTD, not_padding_BT, replay_BTK, dropout = tokens
         B, T, D = x_BTD.shape
         x_ND = x_BTD.reshape(B * T, D)
+        dropout = AdapterDropout(*(d and dataclasses.replace(d, rows=d.rows.reshape(B * T)) for d in dropout))
+        if dropout.router is not None:
+            router = partial(router, dropout=dropout.router)
         with jax.named_scope("route"):
             routing = self._route(router, x_ND, () if replay_BTK is None else (replay_BTK.reshape(B * T, -1),))
             stats = router_stats(self.cfg, routing, not_padding_BT, mesh, one_sequence)
@@ -290,6 +309,12 @@ class MoE(nnx.Module):
         experts_NK, zero_N = self._split(routing)
         with jax.named_scope("experts"):
             gate_up, down, adapters = weights
+            is_sharded = down.shape[1] < self.cfg.expert_width  # the hidden width, over `tensor`
+            of_down = dropout.down
+            if of_down is not None and is_sharded:
+                of_down = dataclasses.replace(of_down, first=axis_index("tensor") * down.shape[1])
+            of_adapters = zip(adapters, (dropout.gate_up, of_down), strict=True)
+            adapters = ExpertAdapters(*(lora and lora._replace(dropout=d) for lora, d in of_adapters))
             inputs = x_ND, experts_NK, routing.weights_NK, gate_up, down
             if mesh is None or mesh.shape["expert"] == 1:
                 run = partial(experts, activation=self.activation, implementation=self.kernels.grouped_matmul)
@@ -298,7 +323,7 @@ class MoE(nnx.Module):
                 plan = dispatch_plan(self.cfg, B * T, mesh.shape["expert"], self.kernels)
                 y_ND, dropped = expert_parallel_experts(*inputs, plan, adapters)
                 dropped = psum(dropped, TOKEN_AXES)
-            if down.shape[1] < self.cfg.expert_width:  # the hidden width is sharded over `tensor`
+            if is_sharded:
                 y_ND = psum(y_ND, "tensor")
         if zero_N is not None:
             y_ND += x_ND * zero_N[:, None].astype(x_ND.dtype)

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from mla_moe.config import MoEConfig
 from mla_moe.nn.lora import project
 from mla_moe.nn.param import matrix, router_bias
+from mla_moe.ops.dropout import FeatureDropout
 from mla_moe.parallel.sharded_einsum import plain_einsum
 
 
@@ -61,12 +62,14 @@ class Router(nnx.Module):
         x_ND: Float[Array, "N D"],
         replay_NK: Int[Array, "N K"] | None = None,
         adapter_ids_N: Int[Array, "N"] | None = None,
+        dropout: FeatureDropout | None = None,
     ) -> Routing:
         """Route N tokens. Routing replay: `replay_NK` gives their experts, −1 for the router's choice; the weights come
-        from the router in both cases. `adapter_ids_N`: see `project`."""
+        from the router in both cases. `adapter_ids_N` and `dropout`: see `project`."""
         x32_ND = x_ND.astype(jnp.float32)
         with jax.default_matmul_precision("highest"):
-            logits_NE = project(plain_einsum, "ND,DE->NE", x32_ND, self, "weight", jnp.float32, adapter_ids_N)
+            inputs = x32_ND, self, "weight", jnp.float32, adapter_ids_N, dropout
+            logits_NE = project(plain_einsum, "ND,DE->NE", *inputs)
         bias_E = self.bias[...] if self.cfg.router_bias else None
         return gate(self.cfg, logits_NE, bias_E, replay_NK)
 

@@ -39,7 +39,7 @@ class StackedLoRA(LoRA):
         role_b: dict[str, Any] = role | {"contracts": (RANK,)}
         self.a = nnx.Param(jnp.asarray(a, jnp.float32), **role_a, **axis_metadata(axes.a))
         self.b = nnx.Param(jnp.asarray(b, jnp.float32), **role_b, **axis_metadata(axes.b))
-        self.scale = 1.0
+        self.scale, self.dropout = 1.0, 0.0
         self.adapter_of_column = tuple(i for i, (a, _) in parts.items() for _ in range(a.shape[-1]))
 
     def own(self, adapter_ids: Int[Array, "*N"] | None) -> Bool[Array, "*N r"]:

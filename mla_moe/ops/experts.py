@@ -1,5 +1,6 @@
 """The MLP of routed experts on one device, dropless (DeepSeekMoE), and the gated activation of every MLP."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -76,7 +77,8 @@ def experts(
 
     A pair with the expert `E` is unassigned and adds nothing; at most `max_pairs` pairs may be assigned. Gate and up
     can be one axis. With `layer` weights and adapters are a stack of layers, of which no slice is copied. A row is
-    multiplied by its expert's factors one after the other, and gradients are of the factors alone.
+    multiplied by its expert's factors one after the other, and gradients are of the factors alone. Dropout of an
+    adapter's input is the same for all experts of a token.
     """
     gate_up, down = expert_products(
         experts_NK, down_EFD.shape[-3:], x_ND.dtype, layer=layer, max_pairs=max_pairs, activation=activation,
@@ -116,6 +118,8 @@ def expert_products(
             return run(x_RD, w_EDF)
         rank, own_Rr = lora.a.shape[-1], None if lora.own_Nr is None else lora.own_Nr[p.token_R]
         y_RF = run(x_RD, jax.lax.stop_gradient(w_EDF))
+        if lora.dropout is not None:
+            x_RD = dataclasses.replace(lora.dropout, rows=lora.dropout.rows[p.token_R])(x_RD)
         z_Rr = keep_own(run(x_RD, lora.a.reshape(-1, x_RD.shape[1], rank)), own_Rr)
         return y_RF + run(z_Rr, lora.b.reshape(-1, rank, y_RF.shape[1]))
 

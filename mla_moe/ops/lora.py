@@ -12,6 +12,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mla_moe.ops.dropout import FeatureDropout
+
 
 class LoRAFactors(NamedTuple):
     """`x A B`, which is added to the product with a matrix. A scale is part of B."""
@@ -20,6 +22,8 @@ class LoRAFactors(NamedTuple):
     b: Float[Array, "*b"]
     own_Nr: Bool[Array, "*N r"] | None = None
     """Of several adapters: which columns of `x A` belong to the adapter of each row, or token. None: all."""
+    dropout: FeatureDropout | None = None
+    """Of `x`, in training."""
 
 
 def keep_own(z: Float[Array, "*rows r"], own_Nr: Bool[Array, "*N r"] | None) -> Float[Array, "*rows r"]:

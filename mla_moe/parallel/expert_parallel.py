@@ -12,6 +12,7 @@ A chunk dispatches tokens, runs the experts and combines the outputs, and saves 
 dispatches the tokens again, together with the gradients of their outputs. All of it runs inside `jax.shard_map`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +22,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from mla_moe.ops.dropout import FeatureDropout
 from mla_moe.ops.experts import ExpertAdapters, expert_products
+from mla_moe.ops.lora import LoRAFactors
 from mla_moe.ops.permutation import exclusive_cumsum
 from mla_moe.ops.quantized_matrix import Matrix, QuantizedMatrix
 from mla_moe.parallel.dispatch_plan import DispatchPlan
@@ -103,11 +106,15 @@ def expert_parallel_experts(
     dropped at capacity. `experts_nK` number all experts, and E is unassigned; the weights and adapters are those of
     this device."""
     routes = dispatch_routes(experts_nK, plan)
+    dropout = (None if lora is None else lora.dropout for lora in adapters)
+    gather = partial(jax.lax.all_gather, axis_name=plan.axis)
+    dropout = tuple(d and dataclasses.replace(d, rows=gather(d.rows)) for d in dropout)
+    adapters = ExpertAdapters(*(lora and lora._replace(dropout=None) for lora in adapters))
     matrices = _joined(gate_up_eD2F), down_eFD  # here, and not for each chunk
     fixed = [a is not None or isinstance(w, QuantizedMatrix) for w, a in zip(matrices, adapters, strict=True)]
     trained = *(None if f else w for w, f in zip(matrices, fixed, strict=True)), adapters
     frozen = tuple(w if f else None for w, f in zip(matrices, fixed, strict=True))
-    y_nD = _dispatch_compute_combine((x_nD, weights_nK, trained), frozen, routes, plan)
+    y_nD = _dispatch_compute_combine((x_nD, weights_nK, trained), (*frozen, dropout), routes, plan)
     return y_nD, routes.dropped
 
 
@@ -118,8 +125,9 @@ def _joined(gate_up: Matrix) -> Matrix:
 
 Trained = tuple[Array | None, Array | None, ExpertAdapters]
 """`gate_up_eDF` and `down_eFD`, each unless it has an adapter or is quantized, and the adapters."""
-Frozen = tuple[Matrix | None, ...]
-"""`gate_up_eDF` and `down_eFD`, each if it has an adapter or is quantized."""
+Frozen = tuple[Matrix | None, Matrix | None, tuple[FeatureDropout | None, ...]]
+"""`gate_up_eDF` and `down_eFD`, each if it has an adapter or is quantized, and dropout of the adapters' inputs, with
+numbers of the tokens of all devices, `[P, n]`."""
 Inputs = tuple[Array, Array, Trained]
 """The differentiable arguments: `x_nD`, `weights_nK`, and the weights of the experts."""
 Residuals = tuple[Inputs, Frozen, DispatchRoutes]
@@ -147,8 +155,9 @@ def _dispatch_compute_combine(inputs: Inputs, frozen: Frozen, routes: DispatchRo
 
 def _dequantized(frozen: Frozen, dtype: DTypeLike) -> Frozen:
     """For all chunks, in the forward and again in the backward pass."""
-    gate_up, down = (w.dequantize(dtype) if isinstance(w, QuantizedMatrix) else w for w in frozen)
-    return None if gate_up is None else _joined(gate_up), down
+    *matrices, dropout = frozen
+    gate_up, down = (w.dequantize(dtype) if isinstance(w, QuantizedMatrix) else w for w in matrices)
+    return None if gate_up is None else _joined(gate_up), down, dropout
 
 
 Finish = Callable[[Array], tuple[Array, Any]]
@@ -304,7 +313,7 @@ class _Chunk:
     ) -> tuple[Callable[..., Array], Callable[..., Array]]:
         """`ops.experts.expert_products` of this device's experts on the received tokens. Instead of a matrix that is
         None, one of `frozen` is used."""
-        frozen_gate_up, frozen_down = frozen
+        frozen_gate_up, frozen_down, (of_gate_up, of_down) = frozen
         own_down = trained[1] if frozen_down is None else frozen_down
         assert own_down is not None
         local_expert_MK = self.gather_received(self.routes.local_expert_PnK)
@@ -313,10 +322,20 @@ class _Chunk:
             experts_MK, own_down.shape, dtype, max_pairs=self.plan.max_pairs, activation=self.plan.activation,
             implementation=self.plan.grouped_matmul,
         )  # fmt: skip
-        return (
-            lambda x_MD, w, adapter: gate_up(x_MD, frozen_gate_up if w is None else w, adapter),
-            lambda h_R2F, weights_MK, w, adapter: down(h_R2F, weights_MK, frozen_down if w is None else w, adapter),
-        )
+
+        def with_dropout(lora: LoRAFactors | None, dropout: FeatureDropout | None) -> LoRAFactors | None:
+            if lora is None or dropout is None:
+                return lora
+            rows_M = self.gather_received(dropout.rows[..., None])[:, 0]
+            return lora._replace(dropout=dataclasses.replace(dropout, rows=rows_M))
+
+        def of_received(x_MD: Array, w: Matrix | None, lora: LoRAFactors | None) -> Array:
+            return gate_up(x_MD, frozen_gate_up if w is None else w, with_dropout(lora, of_gate_up))
+
+        def weighted(h_R2F: Array, weights_MK: Array, w: Matrix | None, lora: LoRAFactors | None) -> Array:
+            return down(h_R2F, weights_MK, frozen_down if w is None else w, with_dropout(lora, of_down))
+
+        return of_received, weighted
 
     def _all_to_all(
         self, x_Pcrd: Array, into_Pcrd: Array, sent_Pc: Bool[Array, "P c"], received_Pc: Bool[Array, "P c"]

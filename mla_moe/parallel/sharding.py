@@ -250,6 +250,8 @@ def check_divisible(recipe: Recipe, mesh: Mesh) -> None:
     rl = recipe.rl
     remat = recipe.training.remat
     require(remat != "stage" or pipeline > 1, "training.remat", remat, "is for a pipeline; choose full")
+    fix = "has no key for each microbatch of a pipeline; set mesh.pipeline = 1"
+    require(pipeline == 1 or not recipe.lora.dropout, "lora.dropout", recipe.lora.dropout, fix)
     microbatch, over_context = "sequences of a microbatch over mesh data x fsdp x expert", "tokens over mesh.context"
     groups = microbatch + (" x pipeline" if pipeline > 1 else "")  # where each microbatch is split for a pipeline
     checks = []

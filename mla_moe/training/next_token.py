@@ -57,7 +57,8 @@ class NextTokenTrainer(Trainer[TrainState, Batch]):
 
     def make_step(self) -> Wrapped:
         """The jitted step `(state, *constants, batch) -> (state, metrics)`, which donates the state."""
-        return make_train_step(self.context.abstract_model, self.tx, self.training, self.context.mesh)
+        context = self.context
+        return make_train_step(context.abstract_model, self.tx, self.training, context.mesh, context.recipe.seed)
 
     @property
     def constants(self) -> tuple[Arrays, ...]:

@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from mla_moe.config import TrainingConfig
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
+from mla_moe.nn.lora import seed_dropout
 from mla_moe.nn.loss import Batch, LossCounts, LossSums, loss_counts
 from mla_moe.parallel.compiler_options import mesh_compiler_options
 from mla_moe.parallel.mesh import BATCH_SPEC
@@ -87,16 +88,21 @@ def _initial_state(abstract_model: AbstractModel, tx: optax.GradientTransformati
 
 
 def make_train_step(
-    abstract_model: AbstractModel, tx: optax.GradientTransformation, training: TrainingConfig, mesh: Mesh
+    abstract_model: AbstractModel,
+    tx: optax.GradientTransformation,
+    training: TrainingConfig,
+    mesh: Mesh,
+    seed: int = 0,
 ) -> Wrapped:
-    """The jitted step `(state, batch) -> (state, metrics)`, which donates the state.
+    """The jitted step `(state, batch) -> (state, metrics)`, which donates the state. `seed` and the step are those of
+    the adapters' dropout, of which each microbatch has a key of its own.
 
     An update whose loss or gradient norm is not finite is skipped: only the step number changes, and the metric
     `skipped` is 1.
     """
     with_mtp = abstract_model.cfg.num_nextn_predict_layers > 0 and training.mtp_loss_weight > 0
     freeze_step = round(training.steps * (1 - training.router_bias_freeze_fraction))
-    count = training.gradient_accumulation_steps
+    count, dropout = training.gradient_accumulation_steps, abstract_model.lora.dropout > 0
     # All microbatches pass through a pipeline in one program.
     microbatches, count = (count, 1) if mesh.shape["pipeline"] > 1 else (None, count)
 
@@ -109,6 +115,9 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         batch = jax.lax.with_sharding_constraint(batch, NamedSharding(mesh, BATCH_SPEC))
         counts = loss_counts(batch)
+        if dropout:
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), state.step), count)
+            batch |= {"dropout_key": jax.random.key_data(keys)}
         grads, sums = accumulate_gradients(partial(gradient, state.params, state.fixed, counts), batch, count)
         bias_update_rate = jnp.where(state.step < freeze_step, training.router_bias_update_rate, 0.0)
         state, metrics = update_state(state, tx, grads, sums.nats, sums.load_LE, bias_update_rate, mtp=with_mtp)
@@ -126,6 +135,10 @@ def make_train_step(
         """A microbatch's part of the loss, normalised by the counts of the full batch."""
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             model = abstract_model.merge(params | fixed)
+            if dropout:
+                key = microbatch["dropout_key"][0]
+                microbatch = {name: x for name, x in microbatch.items() if name != "dropout_key"}
+                seed_dropout(model, jax.random.wrap_key_data(key))
             sums = model.loss_sums(microbatch, chunk=training.loss_chunk, mtp=with_mtp, microbatches=microbatches)
         total = sums.nats / jnp.maximum(counts.targets, 1) + training.aux_loss_weight * sums.aux_loss / counts.sequences
         if training.router_z_loss_weight:  # otherwise the backward pass keeps no logits of the router

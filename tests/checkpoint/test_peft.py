@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 import mla_moe
 from mla_moe import ConfigError, LoRAConfig, ModelConfig
 from mla_moe.checkpoint.convert import convert
-from mla_moe.checkpoint.peft import _alpha, write_peft
+from mla_moe.checkpoint.peft import _alpha, peft_config, write_peft
 from mla_moe.checkpoint.reader import load_arrays, open_checkpoint, read_model_config
 from mla_moe.checkpoint.safetensors_reader import SafetensorsReader
 from mla_moe.cli.generate import load_model_and_tokenizer
@@ -108,6 +108,15 @@ def copied(directory, **fields):
 def test_adapters_that_cannot_be_computed_are_refused(tmp_path, field, value, message):
     with pytest.raises(ConfigError, match=message):
         open_checkpoint(copied(tmp_path / "adapter", **{field: value}))
+
+
+def test_dropout_is_that_of_modules(tmp_path):
+    """PEFT refuses it of parameters, which experts are."""
+    assert open_checkpoint(copied(tmp_path / "adapter", lora_dropout=0.25)).lora.dropout == 0.25
+    cfg = open_checkpoint(GOLDEN / "k2").cfg
+    for targets, written in ((("attention",), 0.25), (("attention", "experts"), 0.0)):
+        lora = LoRAConfig(rank=2, targets=targets, dropout=0.25)
+        assert peft_config(cfg, lora, "base")["lora_dropout"] == written
 
 
 def test_the_base_of_an_adapter_is_no_adapter(tmp_path):

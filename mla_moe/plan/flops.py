@@ -120,12 +120,12 @@ def tokamax_flops(
         return "experts", 2 * (expected.expert_rows or rows) * depth * width
     if function not in ("_flash_attention", "_flash_attention_gradient"):
         return None
-    (B, T, H, A), (_, S, _, _), (*_, V) = operands[:3]
+    (*batch, T, H, A), (*_, S, _, _), (*_, V) = operands[:3]  # a single sequence has no batch axis
     depth = A + V
     if function == "_flash_attention_gradient":
         # The gradient of q, that of k and v, or all three, each part with scores and the weights' gradient of its own.
         depth = {1: 2 * A + V, 2: 2 * A + 2 * V}.get(results, 4 * A + 3 * V)
-    return "attention", 2 * B * H * T * (S + 128) / 2 * depth  # causal, in tiles of 128 queries and keys
+    return "attention", 2 * math.prod(batch) * H * T * (S + 128) / 2 * depth  # causal, in tiles of 128 queries and keys
 
 
 def _tokamax_flops(eqn: Any, expected: ExpectedRouting) -> tuple[str, float] | None:

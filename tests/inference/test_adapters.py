@@ -4,6 +4,7 @@ import json
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -167,20 +168,22 @@ def test_an_adapter_that_names_another_base_is_noted(capsys, tmp_path):
     assert capsys.readouterr().err == note
 
 
-def test_generate_and_eval_merge_an_adapter_into_the_checkpoint(capsys, tmp_path):
+def test_generate_and_eval_merge_an_adapter_into_the_checkpoint(capsys, tmp_path, monkeypatch):
     """As its own directory, whose base is the same model, is merged; the base stays without it."""
+    monkeypatch.setattr("mla_moe.cli.generate.ByteTokenizer", lambda: SimpleNamespace(vocab_size=32, name=""))
+    monkeypatch.setattr("mla_moe.cli.generate.load_chat_tokenizer", lambda *_: None)
     shutil.copytree(GOLDEN / "k2", tmp_path / "base")
     found, _ = load_model_and_tokenizer(tmp_path / "base", GOLDEN / "lora" / "trained")
     assert capsys.readouterr().err.endswith(f"names the base {GOLDEN / 'k2'}, and is used with {tmp_path / 'base'}\n")
     merged = mla_moe.load_pretrained(GOLDEN / "lora" / "trained")
     assert jax.tree.all(jax.tree.map(np.array_equal, nnx.state(found), nnx.state(merged)))
-    loaded = []
+    loaded, paths = [], (GOLDEN / "k2", GOLDEN / "lora" / "trained")
     for command in (["generate", "--prompt", "a"], ["eval", "--task", "arithmetic"]):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(f"mla_moe.cli.{command[0]}.load_model_and_tokenizer", lambda *paths: loaded.append(paths))
             with pytest.raises(TypeError, match="NoneType"):
-                main([command[0], "base", "--adapter", "lora", *command[1:]])
-    assert loaded == [(Path("base"), Path("lora"))] * 2
+                main([command[0], str(paths[0]), "--adapter", str(paths[1]), *command[1:]])
+    assert loaded == [paths] * 2
     with pytest.raises(ConfigError, match=r"^adapter = .*k2': is neither a run nor a directory in PEFT's layout"):
         load_model_and_tokenizer(tmp_path / "base", GOLDEN / "k2")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 
-from mla_moe import ConfigError, ModelConfig
+from mla_moe import ConfigError, LoRAConfig, ModelConfig
 from mla_moe.config import MeshConfig, OptimizerConfig, Recipe, TrainingConfig
 from mla_moe.nn.abstract_model import AbstractModel, Arrays
 from mla_moe.nn.block import Remat
@@ -72,14 +72,24 @@ def test_every_microbatch_passes_through_all_layers_in_order(groups: int) -> Non
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+LORA = LoRAConfig(
+    rank=2,
+    targets=("moe_layers/attention/q_b", "moe_layers/attention/kv_b", "moe_layers/moe/down", "dense_layers/mlp/down"),
+)
+"""Adapters of some matrices, so that the same programs have gradients of them and of all other parameters."""
+
+
 def gradients(
     cfg: ModelConfig, mesh: Mesh, microbatches: int | None = None, remat: Remat = "none"
 ) -> tuple[tuple[Any, LossSums], Arrays]:
     """The losses and gradients of a batch."""
-    abstract_model = AbstractModel(cfg, remat=remat)
-    arrays = abstract_model.init(0, mesh)
+    abstract_model = AbstractModel(cfg, remat=remat, lora=LORA)
+    arrays, random = abstract_model.init(0, mesh), np.random.default_rng(1)
+    for path in abstract_model.adapter_paths:  # B is 0 at the start
+        values = random.standard_normal(arrays[path].shape).astype(np.float32)
+        arrays[path] = jax.device_put(0.1 * values, arrays[path].sharding)
     batch = jax.device_put(packed_batch(), NamedSharding(mesh, BATCH_SPEC))
-    params = {path: arrays[path] for path in abstract_model.param_paths}
+    params = {path: arrays[path] for path in (*abstract_model.adapter_paths, *abstract_model.frozen_paths)}
     biases = {path: arrays[path] for path in abstract_model.bias_paths}
 
     def loss(params: Arrays, biases: Arrays, batch: Any) -> tuple[jax.Array, LossSums]:
@@ -108,13 +118,16 @@ DSA = {"model_type": "deepseek_v32", "index_topk": 5, "index_n_heads": 6, "index
 def test_losses_and_gradients_equal_those_of_one_device(
     cfg: ModelConfig, sizes: MeshConfig, microbatches: int, remat: Remat, fields: dict[str, Any]
 ) -> None:
-    """Of a dense layer, four layers with experts and an MTP module, of packed sequences."""
+    """Of a dense layer, four layers with experts and an MTP module, of packed sequences; of adapters too."""
     cfg = dataclasses.replace(cfg, num_hidden_layers=5, **fields)
     (loss, s), grads = gradients(cfg, ONE_DEVICE)
     (other_loss, other), other_grads = gradients(cfg, make_mesh(sizes), microbatches, remat)
     assert other_loss == pytest.approx(loss, rel=1e-6)
     np.testing.assert_array_equal(other.load_LE, s.load_LE)
     assert other.aux_loss == pytest.approx(s.aux_loss, rel=1e-5)
+    adapters = [path for path in grads if "/lora/" in path]
+    assert len(adapters) == 2 * len(LORA.targets)
+    assert min(np.abs(grads[path]).max() for path in adapters) > 0
     for path, grad in grads.items():
         assert np.abs(other_grads[path] - grad).max() <= 1e-5 * np.abs(grad).max(), path
 

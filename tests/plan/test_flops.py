@@ -97,4 +97,6 @@ def test_kernels_for_gpus_count_by_formula() -> None:
     B, T, H, A, V = 2, 512, 4, 192, 128
     shapes, pairs = ((B, T, H, A), (B, T, H, A), (B, T, H, V)), B * H * T * (T + 128) / 2
     assert counted(jax.jit(_flash_attention), *shapes) == {"attention": 2 * pairs * (A + V)}
+    one_sequence = [shape[1:] for shape in shapes]  # as XLA has it
+    assert counted(jax.jit(_flash_attention), *one_sequence) == {"attention": pairs * (A + V)}
     assert counted(jax.jit(_flash_attention_gradient), *shapes) == {"attention": 2 * pairs * (4 * A + 3 * V)}

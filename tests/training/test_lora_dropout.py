@@ -131,13 +131,11 @@ def test_each_adapter_of_each_layer_has_a_key_of_its_own(small):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sizes", "remat"), [({"fsdp": 2, "expert": 2, "tensor": 2}, "full"), ({"context": 2, "data": 2}, "dots")]
-)
-def test_steps_are_the_same_on_a_mesh_and_under_remat(small, sizes, remat):
+def test_steps_are_the_same_on_a_mesh_and_under_remat(small):
     """With two microbatches, whose losses are those of the model with their keys, and other masks in each step."""
+    small = dataclasses.replace(small, num_hidden_layers=2)
     training = TrainingConfig(
-        steps=3, batch_size=B, gradient_accumulation_steps=2, aux_loss_weight=0.0, router_bias_update_rate=0.0
+        steps=2, batch_size=B, gradient_accumulation_steps=2, aux_loss_weight=0.0, router_bias_update_rate=0.0
     )
     schedule = ScheduleConfig(peak_lr=0.01, warmup_fraction=0.0, decay_fraction=0.0)
     tokens = np.random.default_rng(0).integers(0, 64, (B // 2, T + 1), np.int32)
@@ -145,7 +143,7 @@ def test_steps_are_the_same_on_a_mesh_and_under_remat(small, sizes, remat):
     ones, positions = np.ones((B, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (B, 1))
     batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones, "positions": positions}
     losses = []
-    for settings, kept in (({}, "none"), (sizes, remat)):
+    for settings, kept in (({}, "none"), ({"expert": 2, "tensor": 2, "context": 2}, "full")):
         mesh = make_mesh(MeshConfig(**{"data": 1} | settings), jax.devices()[: 2 ** len(settings)])
         model = AbstractModel(small, lora=LORA, remat=kept)
         arrays = model.init(0, mesh)
@@ -154,11 +152,11 @@ def test_steps_are_the_same_on_a_mesh_and_under_remat(small, sizes, remat):
             drawn = 0.3 * random.standard_normal(arrays[path].shape).astype(np.float32)
             arrays[path] = jax.device_put(drawn, arrays[path].sharding)
         one = model.merge(arrays) if not settings else one
-        tx = make_optimizer(OptimizerConfig(schedule=schedule, weight_decay=0.0), 3, model)
+        tx = make_optimizer(OptimizerConfig(schedule=schedule, weight_decay=0.0), 2, model)
         own = jax.tree.map(jnp.copy, arrays)
         state, step = init_state(model, tx, 0, mesh, own), make_train_step(model, tx, training, mesh, 5)
         values = []
-        for _ in range(3):
+        for _ in range(2):
             state, metrics = step(state, {name: jnp.asarray(x) for name, x in batch.items()})
             values.append((float(metrics["loss"]), float(metrics["grad_norm"])))
         losses.append(values)

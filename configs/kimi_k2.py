@@ -23,7 +23,7 @@ recipe = Recipe(
     optimizer=OptimizerConfig(
         schedule=ScheduleConfig(peak_lr=2e-4, warmup_fraction=0.0022, decay_fraction=0.35, final_lr_fraction=0.1)
     ),
-    mesh=MeshConfig(data=1, fsdp=-1, expert=32),
+    mesh=MeshConfig(data=1, fsdp=-1, expert=64),
     training=TrainingConfig(
         steps=231_000,
         batch_size=16_384,

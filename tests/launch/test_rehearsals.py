@@ -1,14 +1,17 @@
-"""Rehearsals: what each launcher renders trains with two processes, which find each other by stand-ins for
-what the cluster tells them: the variables of a Slurm step, and the index of a Job."""
+"""Rehearsals: what each launcher renders trains with two and four processes, which find each other by stand-ins for
+what the cluster tells them: the variables of a Slurm step, the index of a Job, and the metadata server of TPU VMs."""
 
 import contextlib
+import http.server
 import os
 import shlex
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import jax
 import pytest
 import yaml
 
@@ -18,11 +21,11 @@ from mla_moe.config import CheckpointConfig, DataConfig, MeshConfig, Recipe, Tra
 from mla_moe.launch.job import COORDINATOR_PORT
 from mla_moe.training.metrics import read_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.parametrize("count", [2])]
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("count", [2, 4])]
 
 
 @pytest.fixture
-def recipe(tmp_path, count):
+def recipe(tmp_path):
     (tmp_path / "text.txt").write_text("to be or not to be, that is the question. " * 400)
     model = ModelConfig(
         vocab_size=258, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
@@ -30,7 +33,7 @@ def recipe(tmp_path, count):
         qk_rope_head_dim=4, v_head_dim=8, max_position_embeddings=32, first_k_dense_replace=1,
     )  # fmt: skip
     recipe = Recipe(
-        run_dir=str(tmp_path / "run"), model=model, mesh=MeshConfig(data=count),
+        run_dir=str(tmp_path / "run"), model=model, mesh=MeshConfig(data=-1),
         data=DataConfig(train=(str(tmp_path / "text.txt"),), heldout=(), shuffle_buffer_size=2, max_record_bytes=1024),
         training=TrainingConfig(steps=2, batch_size=4, sequence_length=16),
         checkpoint=CheckpointConfig(every=2),
@@ -57,13 +60,15 @@ def start(tmp_path, pytestconfig):
 
     def begin(script, variables, **stand_ins):
         for name, text in {"mla-moe": f'exec {sys.executable} -m mla_moe "$@"', **stand_ins}.items():
-            (folder / name).write_text(f"#!/bin/bash\n{text}\n")
-            (folder / name).chmod(0o755)
+            if not started:  # another process may be executing them
+                (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+                (folder / name).chmod(0o755)
         environment = os.environ | {
             "PATH": f"{folder}:{os.environ['PATH']}",
             "PYTHONPATH": str(pytestconfig.rootpath),
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
             **variables,
         }
         process = subprocess.Popen(
@@ -121,3 +126,34 @@ def test_the_indices_of_a_job(launch, start, tmp_path, count):
     variables = {coordinator["name"]: address, "KUBERNETES_SERVICE_HOST": "10.0.0.1"}
     indices = [variables | {"JOB_COMPLETION_INDEX": str(index)} for index in range(count)]
     require_trained([start(command, each) for each in indices], tmp_path)
+
+
+@pytest.fixture
+def metadata_server(count):
+    """The metadata server of all hosts of a slice: its address, then /NUMBER of the host."""
+    hosts = ",".join(f"w{number}:{number}:127.0.0.1" for number in range(count))
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            number, *_, attribute = self.path.strip("/").split("/")
+            self.send_response(200 if self.headers["Metadata-Flavor"] == "Google" else 403)
+            self.end_headers()
+            self.wfile.write({"worker-network-endpoints": hosts, "agent-worker-number": number}[attribute].encode())
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_metadata_server_of_tpu_vms(launch, start, metadata_server, tmp_path, count):
+    submitted = launch("tpu-vm", "--topology", f"v5p:2x2x{count}", "--zone", "here")
+    remote = shlex.split(submitted)[-1].removeprefix("--command=")
+    assert f":{COORDINATOR_PORT}" in remote
+    remote = remote.replace(f":{COORDINATOR_PORT}", f":{free_port()}")  # of the first host, which others may use here
+    variables = [{"GCE_METADATA_IP": f"{metadata_server}/{number}"} for number in range(count)]
+    require_trained([start(remote, each) for each in variables], tmp_path)

@@ -18,9 +18,10 @@ from mla_moe.nn.layers import MLP, Activations, Ids, Mask, RMSNorm
 from mla_moe.nn.moe import MoE, RouterStats
 from mla_moe.nn.param import Precision, normal
 from mla_moe.ops.key_selection import SelectedKeys
-from mla_moe.parallel.pipeline import run_pipeline
+from mla_moe.parallel.mesh import current_mesh
+from mla_moe.parallel.pipeline import in_groups, pipeline_stages, run_pipeline
 from mla_moe.parallel.sharded_einsum import plain_einsum
-from mla_moe.parallel.sharding import constrain_activations, constrain_decode_activations
+from mla_moe.parallel.sharding import constrain_activations, constrain_decode_activations, named_shardings
 
 Remat = Literal["none", "dots", "full", "stage"]
 """What the backward pass of a layer recomputes: nothing, everything but matrix products, or everything; `stage`: of a
@@ -228,6 +229,7 @@ def run_layers(
 
 
 def run_pipelined_layers(
+    dense: Stack | None,
     layers: Stack,
     x_BTD: Activations,
     sequences: SequenceInfo,
@@ -235,22 +237,57 @@ def run_pipelined_layers(
     remat: Remat,
     groups: int,
 ) -> tuple[Activations, RouterStats]:
-    """`run_layers` of layers that share no keys, over the stages of the current mesh's pipeline."""
-    graph, state = nnx.split(layers)
+    """`run_layers` of dense layers and of `layers` with experts, none of which share keys, on a mesh with a pipeline.
+    Its stages have equal numbers of the layers with experts; the first few, which are left over, run outside of it as
+    the dense ones do, on one group of microbatches after the other."""
+    left_over, staged = _split_stages(layers)
+    count = 0 if left_over is None else _num_layers(left_over)
+
+    def before(x_BTD: Array, sequences: Any, replay_BTlK: Array | None) -> tuple[Array, RouterStats | None]:
+        info, stats = SequenceInfo(*sequences), None
+        if dense is not None:
+            x_BTD, _, _ = run_layers(dense, x_BTD, info, None, remat, [False] * _num_layers(dense))
+        if left_over is not None:
+            replay_lBTK = None if replay_BTlK is None else jnp.moveaxis(replay_BTlK, 2, 0)
+            x_BTD, _, stats = run_layers(left_over, x_BTD, info, replay_lBTK, remat, [False] * count)
+        return x_BTD, stats
+
+    graph, state = nnx.split(staged)
 
     def stage(state: Any, x_bTD: Array, sequences: Any, index: Array) -> tuple[Array, RouterStats | None]:
-        (segments_bT, positions_bT), replay_bTlK = sequences
-        count, replay_lbTK = len(jax.tree.leaves(state)[0]), None
+        of_tokens, replay_bTlK = sequences
+        info, count, replay_lbTK = SequenceInfo(*of_tokens), len(jax.tree.leaves(state)[0]), None
         if replay_bTlK is not None:
             own_bTlK = jax.lax.dynamic_slice_in_dim(replay_bTlK, index * count, count, axis=2)
             replay_lbTK = jnp.moveaxis(own_bTlK, 2, 0)
-        info = SequenceInfo(segments_bT, positions_bT)
         x_bTD, _, stats = run_layers(nnx.merge(graph, state), x_bTD, info, replay_lbTK, remat, [False] * count)
         return x_bTD, stats
 
+    of_tokens, first_stats = (sequences.segment_ids_BT, sequences.positions_BT), None
+    first, rest = (None, None) if replay_BTlK is None else (replay_BTlK[:, :, :count], replay_BTlK[:, :, count:])
+    if dense is not None or left_over is not None:
+        x_BTD, first_stats = in_groups(before, groups, x_BTD, of_tokens, first)
     run = jax.checkpoint(stage) if remat == "stage" else stage
-    inputs = (sequences.segment_ids_BT, sequences.positions_BT), replay_BTlK
-    return run_pipeline(run, state, x_BTD, inputs, groups)
+    x_BTD, stats = run_pipeline(run, state, x_BTD, (of_tokens, rest), groups)
+    if first_stats is not None:
+        stats = jax.tree.map(lambda *parts: jnp.concatenate(parts), first_stats, stats)
+    return x_BTD, stats
+
+
+def _num_layers(layers: Stack) -> int:
+    return len(jax.tree.leaves(nnx.state(layers))[0])
+
+
+def _split_stages(layers: Stack) -> tuple[Stack | None, Stack]:
+    """The first layers, as many as are left over when the current mesh's pipeline divides them, or None; and the
+    others. If some are left over, layers are not stored on their stages (`partition_spec`), but resharded to them."""
+    mesh, (graph, state) = current_mesh(), nnx.split(layers)
+    count = len(jax.tree.leaves(state)[0]) % pipeline_stages()
+    if not count or mesh is None:
+        return None, layers
+    first, others = jax.tree.map(lambda w: w[:count], state), jax.tree.map(lambda w: w[count:], state)
+    others = jax.lax.with_sharding_constraint(others, named_shardings(others, mesh.mesh))
+    return nnx.merge(graph, first), nnx.merge(graph, others)
 
 
 def extend_layers(

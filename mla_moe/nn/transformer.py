@@ -146,7 +146,9 @@ class Transformer(nnx.Module):
         choice. `microbatches` are those of a pipeline, as in `loss_sums`."""
         sequences = _sequence_info(tokens, segment_ids, positions)
         if pipeline_stages() > 1:
-            x_BTD, stats = self._pipelined(tokens, sequences, replay, microbatches)
+            groups, dense = pipeline_groups(len(tokens), microbatches), getattr(self, "dense_layers", None)
+            inputs = self.embedding(tokens), sequences, replay, self.remat, groups
+            x_BTD, stats = run_pipelined_layers(dense, self.moe_layers, *inputs)
             return self.norm(x_BTD), stats
         sequences = sequences._replace(selected_BTW=self._no_keys(tokens.shape, tokens.shape[1]))
         x_BTD, stats = self.embedding(tokens), None
@@ -159,22 +161,6 @@ class Transformer(nnx.Module):
             replay_lBTK = None if replay is None else jnp.moveaxis(replay, 2, 0)
             x_BTD, _, stats = run_layers(layers, x_BTD, sequences, replay_lBTK, self.remat, shares)
         return self.norm(x_BTD), stats
-
-    def _pipelined(
-        self, tokens: Ids, sequences: SequenceInfo, replay: Int[Array, "B T l K"] | None, microbatches: int | None
-    ) -> tuple[Activations, RouterStats]:
-        """All layers, with those that have experts over the stages of a pipeline; the others run on one group of
-        microbatches after the other."""
-        groups = pipeline_groups(len(tokens), microbatches)
-
-        def dense(x_BTD: Array, segments_BT: Array | None, positions_BT: Array) -> tuple[Array, None]:
-            info, shares = SequenceInfo(segments_BT, positions_BT), self._shares(experts=False)
-            return run_layers(self.dense_layers, x_BTD, info, None, self.remat, shares)[0], None
-
-        x_BTD = self.embedding(tokens)
-        if self.cfg.first_k_dense_replace:
-            x_BTD, _ = in_groups(dense, groups, x_BTD, *sequences[:2])
-        return run_pipelined_layers(self.moe_layers, x_BTD, sequences, replay, self.remat, groups)
 
     def _shares(self, *, experts: bool) -> Sequence[bool]:
         """`ModelConfig.shared_indexers` of the stacked dense layers, or of those with experts."""

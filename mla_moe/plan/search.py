@@ -27,15 +27,15 @@ MAX_STAGES = 16
 """The largest pipeline that is tried."""
 
 
-def variants(recipe: Recipe, devices: int) -> Iterator[Recipe]:
+def variants(recipe: Recipe, devices: int, pipelines: bool = True) -> Iterator[Recipe]:
     """The recipe with other meshes, rematerialisation and numbers of gradient accumulation steps. `pipeline` takes the
-    numbers up to `MAX_STAGES` that divide the MoE layers, `expert` powers of two, `fsdp` the remaining devices; `data`,
-    `tensor` and `context` stay as in the recipe."""
+    numbers up to `MAX_STAGES` that divide the devices, if there are as many MoE layers, or 1 without `pipelines`,
+    `expert` powers of two, `fsdp` the remaining devices; `data`, `tensor` and `context` stay as in the recipe."""
     fixed = {axis: max(getattr(recipe.mesh, axis), 1) for axis in ("data", "tensor", "context")}
     layers = 1 if any(recipe.model.shared_indexers) else recipe.model.num_moe_layers
     all_free = devices // (fixed["data"] * fixed["tensor"] * fixed["context"])
-    for pipeline in range(1, MAX_STAGES + 1):
-        if (pipeline > 1 and (layers == 0 or layers % pipeline)) or all_free % pipeline:
+    for pipeline in range(1, 1 + (min(MAX_STAGES, max(layers, 1)) if pipelines else 1)):
+        if all_free % pipeline:
             continue
         free, rematerializations = all_free // pipeline, ("full", "dots") if pipeline == 1 else ("full", "stage")
         experts = [1 << power for power in range(10) if free % (1 << power) == 0]
@@ -53,9 +53,11 @@ def variants(recipe: Recipe, devices: int) -> Iterator[Recipe]:
 
 
 def search(recipe: Recipe, topology: Topology, log: Callable[[str], None]) -> list[tuple[Recipe, Plan]]:
-    """Plan all variants: first those that fit, by simulated step time, then the others by the memory they need."""
+    """Plan all variants: first those that fit, by simulated step time, then the others by the memory they need. Within
+    a slice of TPUs, whose network reaches all devices, a pipeline is tried only if the recipe has one."""
     found = []
-    for variant in variants(recipe, len(topology.devices)):
+    pipelines = topology.platform != "tpu" or topology.slices > 1 or recipe.mesh.pipeline > 1
+    for variant in variants(recipe, len(topology.devices), pipelines):
         try:
             plan = cached_plan(variant, topology, "train")
         except ConfigError as error:

@@ -195,7 +195,8 @@ def _gradient_program(
         if stages > 1:  # the layers of a stage have those of every tick in memory, or one of the stage and one tick's
             own = cfg.num_moe_layers // stages
             layers = ticks * own if remat == "full" else ticks + own
-            layers += cfg.first_k_dense_replace * microbatches // stages
+            outside = cfg.first_k_dense_replace + cfg.num_moe_layers % stages
+            layers += outside * microbatches // stages
         memory = memory | {"layer inputs": float(layers * local_tokens * token_bytes)}
     key_blocks = length / attention.block_size(length) / 2  # on and below the diagonal
     expected = replace(even_routing(recipe, mesh, local_tokens), key_blocks=key_blocks)

@@ -34,7 +34,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Recipe]:
 
 
 def test_variants() -> None:
-    tried = list(variants(load_recipe("configs/quickstart.py"), 8))
+    tried = list(variants(load_recipe("configs/quickstart.py"), 8, pipelines=False))
     assert {v.mesh.expert * v.mesh.fsdp for v in tried} == {8}
     assert {v.mesh.expert for v in tried} == {1, 2, 4, 8}
     assert {v.training.remat for v in tried} == {"full", "dots"}
@@ -43,9 +43,9 @@ def test_variants() -> None:
 
 
 def test_variants_with_a_pipeline() -> None:
-    """Of stages that divide the MoE layers and the microbatches."""
+    """Of as many stages as divide the devices and the microbatches, and at most as many as MoE layers."""
     quickstart = load_recipe("configs/quickstart.py")
-    model = dataclasses.replace(quickstart.model, num_hidden_layers=1 + 12)
+    model = dataclasses.replace(quickstart.model, num_hidden_layers=1 + 7)
     tried = [v for v in variants(dataclasses.replace(quickstart, model=model), 8) if v.mesh.pipeline > 1]
     assert {v.mesh.pipeline for v in tried} == {2, 4}
     assert {v.mesh.pipeline * v.mesh.expert * v.mesh.fsdp for v in tried} == {8}
@@ -54,9 +54,25 @@ def test_variants_with_a_pipeline() -> None:
     assert steps == {2: {2, 4}, 4: {4, 8}}
 
 
+def test_within_a_slice_of_tpus_a_pipeline_is_planned_if_the_recipe_has_one(planned: list[Recipe]) -> None:
+    """Over slices always."""
+    quickstart = load_recipe("configs/quickstart.py")
+    model = dataclasses.replace(quickstart.model, num_hidden_layers=1 + 4)
+    cpus = open_topology("cpu:8")
+    for pipeline, topology, stages in (
+        (1, cpus._replace(platform="tpu"), {1}),
+        (2, cpus._replace(platform="tpu"), {1, 2, 4}),
+        (1, cpus._replace(platform="tpu", slices=2), {1, 2, 4}),
+    ):
+        planned.clear()
+        mesh = dataclasses.replace(quickstart.mesh, pipeline=pipeline)
+        search(dataclasses.replace(quickstart, model=model, mesh=mesh), topology, lambda _: None)
+        assert {variant.mesh.pipeline for variant in planned} == stages
+
+
 def test_plans_that_fit_are_ranked_by_time_and_others_by_memory(planned: list[Recipe]) -> None:
     lines = []
-    quickstart, topology = load_recipe("configs/quickstart.py"), open_topology("cpu:8")
+    quickstart, topology = load_recipe("configs/quickstart.py"), open_topology("cpu:8")._replace(platform="tpu")
     ranked = search(quickstart, topology, lines.append)
     assert [(p.fits, v.mesh.expert) for v, p in ranked[::2]] == [
         (True, 8), (True, 4), (True, 1), (False, 8), (False, 4), (False, 1),

@@ -190,6 +190,10 @@ class DPOConfig(FineTuningConfig):
         require_field(self, "dpo.sequence_length", self.sequence_length >= 2, "must hold two sides of a pair")
 
 
+MAX_TOP_K = 128
+"""Most likely tokens at a place of a text whose log-probabilities a request can have."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RLConfig:
     """Reinforcement learning from rule rewards: GRPO and related objectives (DeepSeek-R1)."""
@@ -206,6 +210,10 @@ class RLConfig:
     OpenAI's API, http://HOST:PORT/v1 (`mla-moe serve`, vLLM), which scores the sampled tokens."""
     teacher_model: str | None = None
     """Name of the model of a teacher behind an endpoint."""
+    teacher_top_k: int = 0
+    """Of a teacher behind an endpoint: its most likely tokens at each place, so many, in whose distribution and that of
+    all others together the KL is exact. The endpoint needs `prompt_logprobs`, as `mla-moe serve` and vLLM have it. 0
+    estimates the KL from the sampled tokens alone, with more variance."""
     prompts_per_step: int = field(32, change="stated")
     """Prompts per step."""
     group_size: int = 16
@@ -288,6 +296,8 @@ class RLConfig:
             require(ok is not None, "rl.teacher", url, fix)
         fix = "name the endpoint's model" if endpoint else "is for an endpoint; remove it, or give rl.teacher its URL"
         require(endpoint == bool(self.teacher_model), "rl.teacher_model", self.teacher_model, fix)
+        require(endpoint or not self.teacher_top_k, "rl.teacher_top_k", self.teacher_top_k, "is for an endpoint; set 0")
+        require_between(self, "rl", "teacher_top_k", 0, MAX_TOP_K)
         fix = "the log-probabilities of an endpoint are those at temperature 1"
         require(not endpoint or self.temperature == 1, "rl.temperature", self.temperature, fix)
         fix = "distillation needs a teacher, name its checkpoint" if distills else "needs rl.objective = 'distillation'"

@@ -139,6 +139,12 @@ class Engine:
         completion = Completion(request)
         if request.prompt_logprobs:
             completion.prompt_logprobs = np.full(len(request.prompt), np.nan, np.float32)
+            if request.prompt_top_k:
+                fix = f"the model has {self.cfg.vocab_size} tokens"
+                require(request.prompt_top_k <= self.cfg.vocab_size, "prompt_logprobs", request.prompt_top_k, fix)
+                shape = len(request.prompt), request.prompt_top_k
+                completion.prompt_top_ids = np.zeros(shape, np.int32)
+                completion.prompt_top_logprobs = np.full(shape, np.nan, np.float32)
         if self._detokenize is not None:
             context = request.prompt[-CONTEXT_TOKENS:]
             completion.detokenizer = IncrementalDetokenizer(self._detokenize, request.stop, context)
@@ -166,10 +172,13 @@ class Engine:
                     self._experts_BSlK[work.target, : work.length] = self._experts_BSlK[work.source, : work.length]
                     continue
                 scored = self._scored(work)
-                inputs = self.graph, self.weights, self.cache_LBSW, work, self._options, bool(scored)
-                self.cache_LBSW, recorded, logprobs_bT = prefill(*inputs)
+                most = max((completion.request.prompt_top_k for _, completion in scored), default=0)
+                most = min(1 << (most - 1).bit_length(), self.cfg.vocab_size) if most else 0  # few programs
+                inputs = self.graph, self.weights, self.cache_LBSW, work, self._options, most if scored else None
+                self.cache_LBSW, recorded, logprobs = prefill(*inputs)
+                found = jax.device_get(logprobs) if scored else ()
                 for row, completion in scored:
-                    completion.set_prompt_logprobs(int(work.start_b[row]) + 1, np.asarray(logprobs_bT)[row])
+                    completion.set_prompt_logprobs(int(work.start_b[row]) + 1, *(x[row] for x in found))
                 if recorded is not None:
                     for slot, start, experts_TlK in zip(work.slots_b, work.start_b, np.asarray(recorded), strict=True):
                         self._experts_BSlK[slot, start : start + len(experts_TlK)] = experts_TlK

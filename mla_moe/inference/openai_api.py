@@ -25,7 +25,7 @@ _COMMON = {
     "model": str, "max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int,
     "n": int, "stop": str | list, "stream": bool, "stream_options": dict, "user": str,
 }  # fmt: skip
-COMPLETION = _COMMON | {"prompt": str | list, "logprobs": int, "echo": bool}
+COMPLETION = _COMMON | {"prompt": str | list, "logprobs": int, "echo": bool, "prompt_logprobs": int}
 CHAT = _COMMON | {"messages": list, "max_completion_tokens": int, "logprobs": bool, "top_logprobs": int}
 _NO_EFFECT = {
     "best_of": 1, "response_format": {"type": "text"}, "modalities": ["text"], "tool_choice": "auto",
@@ -162,7 +162,10 @@ def build_requests(
     sampling = {name: body[name] for name in ("top_k", "top_p", "min_p") if name in body}
     sampling |= {"temperature": body.get("temperature", 1.0), "stop": tuple(stop), "stop_ids": tokenizer.stop_ids}
     sampling["adapter"], sampling["seed"] = adapter, body.get("seed", uuid.uuid4().int) % (1 << 32)
-    sampling["prompt_logprobs"] = bool(body.get("echo")) and body.get("logprobs", False) is not False
+    echoed, top_k = bool(body.get("echo")) and body.get("logprobs", False) is not False, body.get("prompt_logprobs")
+    sampling["prompt_logprobs"], sampling["prompt_top_k"] = echoed or top_k is not None, top_k or 0
+    fix = "is in a response in full; set stream to false"
+    require(top_k is None or not body.get("stream"), "prompt_logprobs", top_k, fix)
     # For 0 tokens one is generated, and left out of the response.
     most = [max(body.get(limit, min(default, max_model_len - len(prompt))), 1) for prompt in prompts]
     choices = [choice for choice in zip(prompts, most, strict=True) for _ in range(body.get("n", 1))]
@@ -248,6 +251,26 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
         return text[:MAX_ERROR_LENGTH].encode(errors="replace").decode()
 
     return {"error": {"message": shorten(message), "type": kind, "param": param and shorten(param), "code": code}}
+
+
+def prompt_logprobs(completion: Completion, token_bytes: Callable[[int], bytes]) -> list[Any]:
+    """The field of this name in a choice, as vLLM has it: for each token of the prompt after the first its
+    log-probability and those of the most likely tokens at its place, with their ranks, by token id."""
+
+    def entry(token: int, logprob: float, rank: int | None) -> dict[str, Any]:
+        text = token_bytes(token).decode(errors="replace")
+        return {"logprob": logprob, "rank": rank, "decoded_token": text}
+
+    own, ids, tops = completion.prompt_logprobs, completion.prompt_top_ids, completion.prompt_top_logprobs
+    assert own is not None
+    places: list[Any] = [None]
+    for place, token in enumerate(completion.request.prompt[1:], start=1):
+        found = {str(token): entry(token, float(own[place]), None)}
+        if ids is not None and tops is not None:
+            pairs = zip(ids[place].tolist(), tops[place].tolist(), strict=True)
+            found |= {str(t): entry(t, p, rank) for rank, (t, p) in enumerate(pairs, start=1)}
+        places.append(found)
+    return places
 
 
 def usage(prompts: Sequence[list[int]], completions: Sequence[Completion]) -> dict[str, int]:

@@ -30,6 +30,7 @@ from mla_moe.inference.openai_api import (
     error_body,
     model_number,
     parse_request,
+    prompt_logprobs,
     usage,
 )
 from mla_moe.inference.request import Completion, Owner
@@ -133,6 +134,9 @@ def application(
 
         def respond() -> Response:
             full = [choice.build(output) for choice, output in zip(choices, outputs, strict=True)]
+            if "prompt_logprobs" in body:
+                for choice, completion in zip(full, submitted, strict=True):
+                    choice["prompt_logprobs"] = prompt_logprobs(completion, cached_token_bytes)
             counts = usage(prompts, [] if only_prompt else submitted)
             return JSONResponse(head | {"object": kind, "choices": full, "usage": counts})
 

@@ -70,6 +70,16 @@ def decode(
     return cache_LBSW, *replicate((after, output, steps), options.mesh)
 
 
+class NextLogprobs(NamedTuple):
+    """At each place of a prefill, of the token after it."""
+
+    logprob_bT: Float[Array, "b T"]
+    """Of the prompt's token."""
+    top_ids_bTk: Int[Array, "b T k"]
+    """The most likely tokens, in order."""
+    top_logprob_bTk: Float[Array, "b T k"]
+
+
 @partial(jax.jit, static_argnames=("graph", "options", "logprobs"), donate_argnames=("cache_LBSW",))
 def prefill(
     graph: ModelGraph,
@@ -77,35 +87,38 @@ def prefill(
     cache_LBSW: CacheEntries,
     batch: PrefillBatch,
     options: ProgramOptions,
-    logprobs: bool = False,
-) -> tuple[CacheEntries, Int[Array, "b T l K"] | None, Float[Array, "b T"] | None]:
+    logprobs: int | None = None,
+) -> tuple[CacheEntries, Int[Array, "b T l K"] | None, NextLogprobs | None]:
     """Write prefill chunks into the cache, also in the MTP module's layer if it drafts. Returns the cache, the routed
-    experts of each token if they are recorded, and with `logprobs` the log-probability of the token after each."""
+    experts of each token if they are recorded, and with `logprobs` the log-probabilities of the token after each, and
+    of so many most likely ones."""
     model = graph.merge(weights)
     length_B = jnp.zeros(cache_LBSW.shape[1], jnp.int32).at[batch.slots_b].set(batch.start_b)
     cache, slots = KVCache(cache_LBSW, length_B), batch.slots_b
     adapters = batch.adapter_b
     h_bTD, extended, experts = model.extend(batch.tokens_bT, cache, slots=slots, form="expanded", adapter_ids=adapters)
-    next_logprobs_bT = _next_logprobs(model, h_bTD, batch.next_bT) if logprobs else None
+    next_logprobs = None if logprobs is None else _next_logprobs(model, h_bTD, batch.next_bT, logprobs)
     if options.speculative:
         cache = KVCache(extended.entries_LBSW, length_B)
         _, extended = model.mtp_extend(h_bTD, batch.next_bT, cache, slots=slots, form="expanded")
     recorded = options.record_experts and experts is not None
     experts_bTlK = jnp.transpose(experts, (1, 2, 0, 3)).astype(jnp.int16) if recorded else None
-    return extended.entries_LBSW, *replicate((experts_bTlK, next_logprobs_bT), options.mesh)
+    return extended.entries_LBSW, *replicate((experts_bTlK, next_logprobs), options.mesh)
 
 
-def _next_logprobs(model: Transformer, h_bTD: NewTokens, next_bT: Int[AnyArray, "b T"]) -> Float[Array, "b T"]:
+def _next_logprobs(model: Transformer, h_bTD: NewTokens, next_bT: Int[AnyArray, "b T"], top_k: int) -> NextLogprobs:
     """A few tokens of each sequence at a time: logits of all would be as large as the weights."""
     (b, T, D), size = h_bTD.shape, math.gcd(h_bTD.shape[1], 16)
 
-    def chunk(inputs: tuple[Array, Array]) -> Array:
+    def chunk(inputs: tuple[Array, Array]) -> NextLogprobs:
         h_btD, next_bt = inputs
         logprobs_btV = jax.nn.log_softmax(constrain_decode_logits(model.logits(h_btD)).astype(jnp.float32))
-        return jnp.take_along_axis(logprobs_btV, next_bt[..., None], axis=-1)[..., 0]
+        logprob_bt = jnp.take_along_axis(logprobs_btV, next_bt[..., None], axis=-1)[..., 0]
+        top_btk, ids_btk = jax.lax.top_k(logprobs_btV, top_k)
+        return NextLogprobs(logprob_bt, ids_btk, top_btk)
 
     chunks = jnp.moveaxis(h_bTD.reshape(b, -1, size, D), 1, 0), jnp.moveaxis(next_bT.reshape(b, -1, size), 1, 0)
-    return jnp.moveaxis(jax.lax.map(chunk, chunks), 0, 1).reshape(b, T)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(b, T, *x.shape[3:]), jax.lax.map(chunk, chunks))
 
 
 @partial(jax.jit, donate_argnames=("cache_LBSW",))

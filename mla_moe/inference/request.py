@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mla_moe.config import ConfigError, require
+from mla_moe.config.post_training import MAX_TOP_K
 from mla_moe.text.tokenizer import Decode
 
 logger = logging.getLogger(__name__)
@@ -53,15 +54,19 @@ class Request:
     """Of an engine with several adapters, which one, from 1 on; 0 is the model without adapter."""
     prompt_logprobs: bool = False
     """Also compute the log-probability of each token of the prompt, which is then prefilled as a whole."""
+    prompt_top_k: int = 0
+    """With `prompt_logprobs`, also those of so many most likely tokens at the place of each."""
 
     def __post_init__(self):
         require(are_integers(self.prompt), "prompt", self.prompt, "must be a list of token ids, which are integers")
-        for field in ("max_new_tokens", "top_k", "seed", "sample_index", "adapter"):
+        for field in ("max_new_tokens", "top_k", "seed", "sample_index", "adapter", "prompt_top_k"):
             require(are_integers([getattr(self, field)]), field, getattr(self, field), "must be an integer")
         require(len(self.prompt) > 0, "prompt", [], "needs at least one token; start with the tokenizer's bos_id")
         require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "must be at least 1")
         require(0 <= self.temperature <= MAX_TEMPERATURE, "temperature", self.temperature, "must be in [0, 100]")
         require(0 <= self.top_k < 1 << 31, "top_k", self.top_k, "must be in [0, 2**31); 0 keeps all tokens")
+        fix = f"must be in [0, {MAX_TOP_K}]"
+        require(0 <= self.prompt_top_k <= MAX_TOP_K, "prompt_logprobs", self.prompt_top_k, fix)
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must be in (0, 1]")
         require(0 <= self.min_p <= 1, "min_p", self.min_p, "must be in [0, 1]")
         require(0 <= self.seed < 1 << 32, "seed", self.seed, "must be in [0, 2**32)")
@@ -92,6 +97,9 @@ class Completion:
     """Log-probability of each generated token before top-k, top-p and min-p; see `sampling.sample`."""
     prompt_logprobs: np.ndarray | None = None
     """If requested: log-probability of each token of the prompt at temperature 1, NaN of the first, which has none."""
+    prompt_top_ids: np.ndarray | None = None
+    """If requested: the most likely tokens at each token's place, in order, `[n, k]`."""
+    prompt_top_logprobs: np.ndarray | None = None
     finish_reason: FinishReason | None = None
     detokenizer: "IncrementalDetokenizer | None" = None
     experts_TlK: np.ndarray | None = None
@@ -108,11 +116,16 @@ class Completion:
         """Whether log-probabilities of the prompt were requested, and some are not computed yet."""
         return self.prompt_logprobs is not None and bool(np.isnan(self.prompt_logprobs[1:]).any())
 
-    def set_prompt_logprobs(self, start: int, logprobs: np.ndarray) -> None:
-        """Those of the tokens from position `start` on; what is behind the prompt is dropped."""
-        assert self.prompt_logprobs is not None
-        count = max(len(self.prompt_logprobs) - start, 0)
-        self.prompt_logprobs[start : start + len(logprobs)] = logprobs[:count]
+    def set_prompt_logprobs(
+        self, start: int, logprobs: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray
+    ) -> None:
+        """Those of the tokens from position `start` on; what is behind the prompt is dropped, and of the most likely
+        tokens what was not requested."""
+        arrays = self.prompt_logprobs, self.prompt_top_ids, self.prompt_top_logprobs
+        for ours, new in zip(arrays, (logprobs, top_ids, top_logprobs), strict=True):
+            if ours is not None:
+                rows = new[: max(len(ours) - start, 0)]
+                ours[start : start + len(rows)] = rows[:, : ours.shape[1]] if ours.ndim == 2 else rows
 
     def append_tokens(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
         """Append generated tokens, up to the one that finishes the request; those after it are dropped."""

@@ -120,3 +120,20 @@ def reverse_kl(
     local = partial(ops.reverse_kl, chunk=chunk, temperature=temperature, vocab_axes=physical_axes(vocab))
     inputs = BATCH_SPEC, P(None, vocab), BATCH_SPEC, P(None, vocab)
     return shard_map(local, inputs, BATCH_SPEC)(h_BTD, head_DV, teacher_BTE, teacher_head_EV)
+
+
+def top_reverse_kl(
+    h_BTD: Activations,
+    head_DV: Float[Array, "D V"],
+    ids_BTk: Int[Array, "B T k"],
+    logprobs_BTk: Float[Array, "B T k"],
+    *,
+    chunk: int,
+) -> Float[Array, "B T"]:
+    """`ops.cross_entropy.top_reverse_kl`, under a mesh as `reverse_kl`."""
+    mesh, inputs = token_mesh(h_BTD.shape), (h_BTD, head_DV, ids_BTk, logprobs_BTk)
+    if mesh is None:
+        return ops.top_reverse_kl(*inputs, chunk)
+    vocab = vocab_axes(mesh, head_DV.shape[1], ("tensor",))
+    local = partial(ops.top_reverse_kl, chunk=chunk, vocab_axes=physical_axes(vocab))
+    return shard_map(local, (BATCH_SPEC, P(None, vocab), BATCH_SPEC, BATCH_SPEC), BATCH_SPEC)(*inputs)

@@ -4,6 +4,7 @@ Inside a `shard_map` the vocabulary can be sharded over mesh axes, in order; log
 maxima. `chunk` is the number of tokens of each sequence whose logits exist at the same time.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -214,45 +215,133 @@ def _reverse_kl_forward(
     h_BTD: Array, head_DV: Array, teacher_BTE: Array, teacher_head_EV: Array, chunk: int, temperature: float,
     axes: tuple[str, ...],
 ) -> tuple[Array, tuple[Array, ...]]:  # fmt: skip
-    def body(xs: tuple[Array, Array]) -> Array:
-        return _divergence(xs[0], head_DV, xs[1], teacher_head_EV, temperature, axes)[2]
+    def divergence(h_BtD: Array, teacher_BtE: Array) -> Divergence:
+        return _divergence(h_BtD, head_DV, teacher_BtE, teacher_head_EV, temperature, axes)
 
-    kl_cBt = jax.lax.map(body, (_chunked(h_BTD, chunk), _chunked(teacher_BTE, chunk)))
-    return _unchunked(kl_cBt, h_BTD.shape[1]), (h_BTD, head_DV, teacher_BTE, teacher_head_EV)
+    return _kl(divergence, h_BTD, (teacher_BTE,), chunk), (h_BTD, head_DV, teacher_BTE, teacher_head_EV)
 
 
 def _reverse_kl_backward(
     chunk: int, temperature: float, axes: tuple[str, ...], residuals: tuple[Array, ...], g_BT: Array
 ) -> tuple[Array | None, ...]:
     h_BTD, head_DV, teacher_BTE, teacher_head_EV = residuals
-    if axes:
-        g_BT = jax.lax.psum(g_BT, axes)  # the derivative of the sums over the vocabulary
 
-    def body(g_head_DV: Array, xs: tuple[Array, ...]) -> tuple[Array, Array]:
-        h_BtD, teacher_BtE, g_Bt = xs
-        p_BtV, log_ratio_BtV, kl_Bt = _divergence(h_BtD, head_DV, teacher_BtE, teacher_head_EV, temperature, axes)
-        g_BtV = g_Bt[..., None] / temperature * p_BtV * (log_ratio_BtV - kl_Bt[..., None])
-        g_BtV = g_BtV.astype(h_BtD.dtype)
-        g_head_DV += jnp.einsum("BtD,BtV->DV", h_BtD, g_BtV, preferred_element_type=jnp.float32)
-        return g_head_DV, jnp.einsum("BtV,DV->BtD", g_BtV, head_DV)
+    def divergence(h_BtD: Array, teacher_BtE: Array) -> Divergence:
+        return _divergence(h_BtD, head_DV, teacher_BtE, teacher_head_EV, temperature, axes)
 
-    xs = tuple(_chunked(x, chunk) for x in (h_BTD, teacher_BTE, g_BT))
-    g_head_DV, g_cBtD = jax.lax.scan(body, jnp.zeros(head_DV.shape, jnp.float32), xs)
-    return _unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV.astype(head_DV.dtype), None, None
+    grads = _kl_gradients(divergence, h_BTD, head_DV, (teacher_BTE,), g_BT, chunk, temperature, axes)
+    return *grads, None, None
 
 
 reverse_kl.defvjp(_reverse_kl_forward, _reverse_kl_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def top_reverse_kl(
+    h_BTD: Float[Array, "B T D"],
+    head_DV: Float[Array, "D V"],
+    ids_BTk: Int[Array, "B T k"],
+    logprobs_BTk: Float[Array, "B T k"],
+    chunk: int,
+    vocab_axes: tuple[str, ...] = (),
+) -> Float[Array, "B T"]:
+    """`reverse_kl` to a teacher of which the log-probabilities of k different tokens are known at each place: of the
+    distributions over these tokens and one event more, all other tokens. It is at most the full KL, and is that if the
+    k tokens are all but one."""
+    return _top_reverse_kl_forward(h_BTD, head_DV, ids_BTk, logprobs_BTk, chunk, vocab_axes)[0]
+
+
+def _top_reverse_kl_forward(
+    h_BTD: Array, head_DV: Array, ids_BTk: Array, logprobs_BTk: Array, chunk: int, axes: tuple[str, ...]
+) -> tuple[Array, tuple[Array, ...]]:
+    def divergence(h_BtD: Array, ids_Btk: Array, logprobs_Btk: Array) -> Divergence:
+        return _top_divergence(h_BtD, head_DV, ids_Btk, logprobs_Btk, axes)
+
+    residuals = h_BTD, head_DV, ids_BTk, logprobs_BTk
+    return _kl(divergence, h_BTD, (ids_BTk, logprobs_BTk), chunk), residuals
+
+
+def _top_reverse_kl_backward(
+    chunk: int, axes: tuple[str, ...], residuals: tuple[Array, ...], g_BT: Array
+) -> tuple[Array | None, ...]:
+    h_BTD, head_DV, *teacher = residuals
+
+    def divergence(h_BtD: Array, ids_Btk: Array, logprobs_Btk: Array) -> Divergence:
+        return _top_divergence(h_BtD, head_DV, ids_Btk, logprobs_Btk, axes)
+
+    grads = _kl_gradients(divergence, h_BTD, head_DV, tuple(teacher), g_BT, chunk, 1.0, axes)
+    return *grads, None, None
+
+
+top_reverse_kl.defvjp(_top_reverse_kl_forward, _top_reverse_kl_backward)
+
+
+Divergence = tuple[Float[Array, "B t V"], Float[Array, "B t V"], Float[Array, "B t"]]
+"""The student's probabilities p, `log p − log q` with q of the teacher, and their KL."""
+
+
+def _kl(divergence: Callable[..., Divergence], h_BTD: Array, teacher: tuple[Array, ...], chunk: int) -> Array:
+    chunks = tuple(_chunked(x, chunk) for x in (h_BTD, *teacher))
+    return _unchunked(jax.lax.map(lambda xs: divergence(*xs)[2], chunks), h_BTD.shape[1])
+
+
+def _kl_gradients(
+    divergence: Callable[..., Divergence], h_BTD: Array, head_DV: Array, teacher: tuple[Array, ...], g_BT: Array,
+    chunk: int, temperature: float, axes: tuple[str, ...],
+) -> tuple[Array, Array]:  # fmt: skip
+    """Of the student's hidden states and head: `p (log p − log q − KL)` of a logit, also if q is that of all tokens of
+    an event, and `log p` too."""
+    if axes:
+        g_BT = jax.lax.psum(g_BT, axes)  # the derivative of the sums over the vocabulary
+
+    def body(g_head_DV: Array, xs: tuple[Array, ...]) -> tuple[Array, Array]:
+        h_BtD, *teacher, g_Bt = xs
+        p_BtV, log_ratio_BtV, kl_Bt = divergence(h_BtD, *teacher)
+        g_BtV = g_Bt[..., None] / temperature * p_BtV * (log_ratio_BtV - kl_Bt[..., None])
+        g_BtV = g_BtV.astype(h_BtD.dtype)
+        g_head_DV += jnp.einsum("BtD,BtV->DV", h_BtD, g_BtV, preferred_element_type=jnp.float32)
+        return g_head_DV, jnp.einsum("BtV,DV->BtD", g_BtV, head_DV)
+
+    xs = tuple(_chunked(x, chunk) for x in (h_BTD, *teacher, g_BT))
+    g_head_DV, g_cBtD = jax.lax.scan(body, jnp.zeros(head_DV.shape, jnp.float32), xs)
+    return _unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV.astype(head_DV.dtype)
+
+
 def _divergence(
     h_BtD: Array, head_DV: Array, teacher_BtE: Array, teacher_head_EV: Array, temperature: float, axes: tuple[str, ...]
-) -> tuple[Float[Array, "B t V"], Float[Array, "B t V"], Float[Array, "B t"]]:
-    """The student's probabilities p, `log p − log q` with q of the teacher, and their KL."""
+) -> Divergence:
     log_p_BtV = _log_softmax(_logits(h_BtD, head_DV, temperature), axes)
     log_ratio_BtV = log_p_BtV - _log_softmax(_logits(teacher_BtE, teacher_head_EV, temperature), axes)
     p_BtV = jnp.exp(log_p_BtV)
     kl_Bt = jnp.sum(p_BtV * log_ratio_BtV, axis=-1)
     return p_BtV, log_ratio_BtV, jax.lax.psum(kl_Bt, axes) if axes else kl_Bt
+
+
+def _top_divergence(
+    h_BtD: Array, head_DV: Array, ids_Btk: Array, logprobs_Btk: Array, axes: tuple[str, ...]
+) -> Divergence:
+    """Other tokens than the k are one event, of which each has the log-ratio."""
+    log_p_BtV, V = _log_softmax(_logits(h_BtD, head_DV, 1.0), axes), head_DV.shape[1]
+    local_Btk = _local_target(ids_Btk, V, axes)
+    here_Btk = (local_Btk >= 0) & (local_Btk < V)
+    log_p_Btk = jnp.take_along_axis(log_p_BtV, jnp.clip(local_Btk, 0, V - 1), axis=-1)
+    log_p_Btk = jnp.where(here_Btk, log_p_Btk, 0)
+    B, t, _ = ids_Btk.shape
+    place = jnp.arange(B)[:, None, None], jnp.arange(t)[:, None], jnp.where(here_Btk, local_Btk, V)
+    p_BtV = jnp.exp(log_p_BtV)
+    rest_Bt = p_BtV.at[place].set(0, mode="drop").sum(axis=-1)
+    if axes:
+        log_p_Btk, rest_Bt = jax.lax.psum((log_p_Btk, rest_Bt), axes)
+    ratio_Btk = log_p_Btk - logprobs_Btk
+    teacher_rest_Bt = 1 - jnp.exp(logprobs_Btk).sum(axis=-1)
+    rest_ratio_Bt = jnp.log(jnp.maximum(rest_Bt, LEAST_REST)) - jnp.log(jnp.maximum(teacher_rest_Bt, LEAST_REST))
+    kl_Bt = jnp.sum(jnp.exp(log_p_Btk) * ratio_Btk, axis=-1) + rest_Bt * rest_ratio_Bt
+    log_ratio_BtV = jnp.broadcast_to(rest_ratio_Bt[..., None], p_BtV.shape).at[place].set(ratio_Btk, mode="drop")
+    return p_BtV, log_ratio_BtV, kl_Bt
+
+
+LEAST_REST = 1e-6
+"""Of the probability of all tokens but k: below it, the rounding of the k log-probabilities is larger."""
 
 
 def _log_softmax(logits_BtV: Array, axes: tuple[str, ...]) -> Float[Array, "B t V"]:
@@ -283,7 +372,7 @@ def _logits(h_BtD: Array, head_DV: Array, temperature: float) -> Float[Array, "B
     return jnp.einsum("BtD,DV->BtV", h_BtD, head_DV, preferred_element_type=jnp.float32) / temperature
 
 
-def _local_target(targets_Bt: Int[Array, "B t"], V: int, axes: tuple[str, ...]) -> Int[Array, "B t"]:
+def _local_target(targets_Bt: Int[Array, "*axes"], V: int, axes: tuple[str, ...]) -> Int[Array, "*axes"]:
     """The target's index in this device's shard of V tokens; out of range where another device has it."""
     return targets_Bt - jax.lax.axis_index(axes) * V if axes else targets_Bt
 

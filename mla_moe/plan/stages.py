@@ -137,9 +137,13 @@ def rl(recipe: Recipe, topology: Topology) -> StageProgram:
     floats = ["sampler_logprob_BT", "advantage_BT", "weight_BT"]
     floats += ["old_logprob_BT"] * (settings.minibatches > 1)
     floats += ["reference_logprob_BT"] * (kl_coefficient(settings) > 0)
-    floats += ["teacher_logprob_BT"] * settings.teacher_is_endpoint
+    floats += ["teacher_logprob_BT"] * (settings.teacher_is_endpoint and not settings.teacher_top_k)
     microbatch: Any = dict.fromkeys(integers, jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding))
     microbatch |= dict.fromkeys(floats, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding))
+    if settings.teacher_top_k:
+        top = *shape, settings.teacher_top_k
+        for name, dtype in (("teacher_ids_BTk", jnp.int32), ("teacher_logprob_BTk", jnp.float32)):
+            microbatch[name] = jax.ShapeDtypeStruct(top, dtype, sharding=sharding)
     if settings.routing_replay and cfg.num_moe_layers:
         selected = *shape, cfg.num_moe_layers, cfg.num_experts_per_tok
         microbatch["replay"] = jax.ShapeDtypeStruct(selected, jnp.int16, sharding=sharding)

@@ -10,6 +10,7 @@ import numpy as np
 from mla_moe.config import RLConfig
 from mla_moe.rl.objectives import is_informative, overlong_penalty
 from mla_moe.rl.rollout import Rollout, ScoredCompletion
+from mla_moe.rl.teacher_endpoint import TopTokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,8 @@ class GroupBatch:
     """Prompts skipped because of `rl.max_prompt_tokens`."""
     teacher_logprobs: Sequence[Sequence[Sequence[float]]] | None = None
     """Of each token of each completion, if the teacher of distillation is behind an endpoint."""
+    teacher_top: Sequence[Sequence[TopTokens]] | None = None
+    """In place of these, with `rl.teacher_top_k`."""
     sample_seconds: float = math.nan
     """Duration of the rollout, if measured."""
 

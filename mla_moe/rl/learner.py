@@ -105,6 +105,14 @@ class Learner:
             scores = [completion for group in groups.teacher_logprobs[which] for completion in group]
             for index, of_completion in enumerate(scores):
                 packed["teacher_logprob_BT"][packed["completion_BT"] == index] = of_completion
+        if groups.teacher_top is not None:
+            shape = *packed["completion_BT"].shape, self.rl.teacher_top_k
+            # Elsewhere some distribution, so that the KL, whose weight is 0 there, is finite.
+            packed["teacher_ids_BTk"] = np.broadcast_to(np.arange(shape[-1], dtype=np.int32), shape).copy()
+            packed["teacher_logprob_BTk"] = np.full(shape, -np.log(2 * shape[-1]), np.float32)
+            for index, top in enumerate(top for group in groups.teacher_top[which] for top in group):
+                place_BT = packed["completion_BT"] == index
+                packed["teacher_ids_BTk"][place_BT], packed["teacher_logprob_BTk"][place_BT] = top
         return packed
 
     def _token_logprobs(
@@ -137,6 +145,17 @@ class Learner:
             logprob_BT, entropy_BT = self._of_targets(model, h_BTD, microbatch)
         return objectives.distillation_sums(logprob_BT, entropy_BT, kl_BT, tokens), stats
 
+    def _top_distillation_sums(
+        self, params: Arrays, fixed: Arrays, microbatch: Microbatch, tokens: TokenInputs
+    ) -> tuple[ObjectiveSums, RouterStats | None]:
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            model = self.abstract_model.merge(params | fixed)
+            h_BTD, stats = _hidden(model, microbatch)
+            top = microbatch["teacher_ids_BTk"], microbatch["teacher_logprob_BTk"]
+            kl_BT = losses.top_reverse_kl(h_BTD, model.head_DV, *top, chunk=self.loss_chunk)
+            logprob_BT, entropy_BT = self._of_targets(model, h_BTD, microbatch)
+        return objectives.distillation_sums(logprob_BT, entropy_BT, kl_BT, tokens), stats
+
     def _logprobs(self, params: Arrays, fixed: Arrays, microbatch: Microbatch) -> Float[Array, "B T"]:
         return self._token_logprobs(params, fixed, microbatch)[0]
 
@@ -145,6 +164,9 @@ class Learner:
             tokens = TokenInputs(**{name: microbatch[name] for name in TokenInputs._fields if name in microbatch})
             if self.teacher is not None:
                 sums, stats = self._distillation_sums(params, fixed, teacher, microbatch, tokens)
+                return sums.loss, (sums, stats)
+            if self.rl.teacher_top_k:
+                sums, stats = self._top_distillation_sums(params, fixed, microbatch, tokens)
                 return sums.loss, (sums, stats)
             logprob_BT, entropy_BT, stats = self._token_logprobs(params, fixed, microbatch)
             if self.rl.teacher_is_endpoint:

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 from mla_moe.config import ConfigError, require
 from mla_moe.config.errors import without_secrets
@@ -28,11 +28,25 @@ CONNECTIONS = 32
 SERVERS = "; serve it with mla-moe serve or vLLM"
 
 
+_NOT_FINITE = "gives log-probabilities that are no finite numbers; check its weights"
+
+
+class TopTokens(NamedTuple):
+    """The most likely tokens at n places of a text."""
+
+    ids: list[list[int]]
+    """`[n, k]`"""
+    logprobs: list[list[float]]
+    """`[n, k]`"""
+
+
 class TeacherEndpoint:
     """Scores tokens of the student. `retries` counts requests that were sent again."""
 
-    def __init__(self, url: str, model: str, vocab_size: int, token_bytes: Callable[[int], bytes]):
-        """`vocab_size` and `token_bytes` are those of the student's tokenizer."""
+    def __init__(self, url: str, model: str, vocab_size: int, token_bytes: Callable[[int], bytes], *, top_k: int = 0):
+        """`vocab_size` and `token_bytes` are those of the student's tokenizer. `top_k`: how many of the most likely
+        tokens `score_top` gives."""
+        self._top_k = top_k
         self._url, self._model = url.rstrip("/"), model
         self._name = without_secrets(self._url)
         self._vocab_size, self._token_bytes = vocab_size, token_bytes
@@ -45,6 +59,8 @@ class TeacherEndpoint:
         sample = sorted({*range(0, size, max(size // 64, 1)), size - 1})
         choice = self._choice(sample)
         self._scores(sample, choice)
+        if self._top_k:
+            self._top(sample, choice)
         theirs = choice["logprobs"].get("tokens")
         require(
             isinstance(theirs, list) and len(theirs) >= len(sample),
@@ -64,6 +80,30 @@ class TeacherEndpoint:
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             return list(pool.map(lambda tokens: self._scores(tokens, self._choice(tokens)), prompts))
 
+    def score_top(self, prompts: Sequence[Sequence[int]]) -> list[TopTokens]:
+        """The `top_k` most likely tokens at the place of each token of each prompt after its first, with the teacher's
+        log-probabilities. Raises `ConfigError` as `check` does."""
+        with ThreadPoolExecutor(CONNECTIONS) as pool:
+            return list(pool.map(lambda tokens: self._top(tokens, self._choice(tokens)), prompts))
+
+    def _top(self, tokens: Sequence[int], choice: dict[str, Any]) -> TopTokens:
+        """Of `prompt_logprobs`, a dictionary of token ids at each place, which may have the text's own token too."""
+        places, ids, logprobs = choice.get("prompt_logprobs"), [], []
+        try:
+            for found in places[1:] if isinstance(places, list) else ():
+                pairs = sorted((-float(entry["logprob"]), int(token)) for token, entry in found.items())[: self._top_k]
+                ids.append([token for _, token in pairs])
+                logprobs.append([-x for x, _ in pairs])
+        except (TypeError, ValueError, KeyError, AttributeError):
+            ids = []
+        ok = len(ids) == len(tokens) - 1 and all(
+            len(row) == self._top_k and all(0 <= token < self._vocab_size for token in row) for row in ids
+        )
+        fix = f"{self._name} gives no {self._top_k} log-probabilities at each place (prompt_logprobs); set 0"
+        require(ok, "rl.teacher_top_k", self._top_k, fix)
+        require(all(math.isfinite(x) for row in logprobs for x in row), FIELD, self._name, _NOT_FINITE)
+        return TopTokens(ids, logprobs)
+
     def _scores(self, tokens: Sequence[int], choice: dict[str, Any]) -> list[float]:
         logprobs = choice.get("logprobs")
         found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
@@ -74,11 +114,12 @@ class TeacherEndpoint:
         require(len(found) == len(tokens), FIELD, self._name, fix)
         scores = found[1:]
         finite = all(isinstance(x, int | float) and math.isfinite(x) for x in scores)
-        require(finite, FIELD, self._name, "gives log-probabilities that are no finite numbers; check its weights")
+        require(finite, FIELD, self._name, _NOT_FINITE)
         return scores
 
     def _choice(self, tokens: Sequence[int]) -> dict[str, Any]:
         body = {"model": self._model, "prompt": [int(token) for token in tokens], "max_tokens": 0, "temperature": 1.0}
+        body |= {"prompt_logprobs": self._top_k} if self._top_k else {}
         answer = self._post(json.dumps(body | {"echo": True, "logprobs": 0}).encode())
         try:
             choice = json.loads(answer)["choices"][0]

@@ -53,7 +53,7 @@ from mla_moe.rl.learner import Learner
 from mla_moe.rl.objectives import kl_coefficient
 from mla_moe.rl.rollout import Rollout, from_process_0, open_rollout
 from mla_moe.rl.teacher import Teacher
-from mla_moe.rl.teacher_endpoint import TeacherEndpoint
+from mla_moe.rl.teacher_endpoint import TeacherEndpoint, TopTokens
 from mla_moe.text.round_trip import lost_fraction
 from mla_moe.training.console import Console, duration
 from mla_moe.training.initialization import starting_checkpoint, state_from_checkpoint
@@ -146,7 +146,8 @@ class RLTrainer(Trainer[RLState, GroupBatch]):
         url, model, tokenizer = self.rl.teacher, self.rl.teacher_model, self.context.tokenizer
         if url is None or model is None:
             return None
-        return TeacherEndpoint(url, model, tokenizer.vocab_size, tokenizer.token_bytes)
+        top_k = self.rl.teacher_top_k
+        return TeacherEndpoint(url, model, tokenizer.vocab_size, tokenizer.token_bytes, top_k=top_k)
 
     def prepare(self) -> None:
         context, teacher = self.context, self.teacher
@@ -172,9 +173,14 @@ class RLTrainer(Trainer[RLState, GroupBatch]):
             status("scored by the teacher")
             completions = [scored.completion for group in groups.completions for scored in group]
             texts = [[*completion.request.prompt, *completion.tokens] for completion in completions]
-            found = iter(from_process_0(lambda: endpoint.score(texts)))
-            scores = [[next(found)[-scored.length :] for scored in group] for group in groups.completions]
-            groups = dataclasses.replace(groups, teacher_logprobs=scores)
+            if self.rl.teacher_top_k:
+                tops = iter(from_process_0(lambda: endpoint.score_top(texts)))
+                top = [[_last(next(tops), scored.length) for scored in group] for group in groups.completions]
+                groups = dataclasses.replace(groups, teacher_top=top)
+            else:
+                found = iter(from_process_0(lambda: endpoint.score(texts)))
+                scores = [[next(found)[-scored.length :] for scored in group] for group in groups.completions]
+                groups = dataclasses.replace(groups, teacher_logprobs=scores)
         return dataclasses.replace(groups, sample_seconds=time.monotonic() - start)
 
     def step(self, number: int, state: RLState, batch: GroupBatch) -> tuple[RLState, dict[str, Any]]:
@@ -216,6 +222,7 @@ class RLTrainer(Trainer[RLState, GroupBatch]):
         if (endpoint := self.teacher_endpoint) is not None:
             from_process_0(endpoint.check)  # raises for one that cannot be used
             kl = f"teacher {rl.teacher_model} at {rl.teacher}"
+            kl += f", its {rl.teacher_top_k} most likely tokens" * (rl.teacher_top_k > 0)
         prompts, count = rl.prompts_per_step, rl.prompts_per_step * rl.group_size
         return [
             ("task", " ".join((task.name, *task.options))),
@@ -257,3 +264,9 @@ _SHOWN = (
 @jax.jit
 def _copy(params: Arrays) -> Arrays:
     return jax.tree.map(jnp.copy, params)
+
+
+def _last(top: TopTokens, count: int) -> TopTokens:
+    """Those of the last places."""
+    ids, logprobs = top
+    return TopTokens(ids[-count:], logprobs[-count:])

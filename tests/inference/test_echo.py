@@ -76,15 +76,39 @@ def test_echo_returns_the_prompt_and_its_logprobs(port, forward):
     assert (text["choices"][0]["text"], text["choices"][0]["logprobs"]) == (decode(TOKENIZER.encode_raw("ab")), None)
 
 
+def test_the_most_likely_tokens_are_those_of_a_forward_pass(port, engine, forward):
+    prompt, model = [5, 9, 33, 2, 60, 7], engine.graph.merge(engine.weights)
+    body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 3}
+    status, response = call(port, "/v1/completions", body)
+    assert status == 200
+    first, *places = response["choices"][0]["prompt_logprobs"]
+    assert first is None
+    h, _, _ = model.extend(jnp.asarray([prompt]), model.init_cache(1, 64), form="expanded")
+    logprobs = np.asarray(jax.nn.log_softmax(model.logits(h)))[0]
+    for place, token, own, row in zip(places, prompt[1:], forward(prompt), logprobs, strict=False):
+        assert place[str(token)]["logprob"] == pytest.approx(own, abs=1e-5)
+        ranked = {entry["rank"]: int(token) for token, entry in place.items() if entry["rank"]}
+        assert [ranked[rank] for rank in (1, 2, 3)] == np.argsort(-row)[:3].tolist()
+        for rank in (1, 2, 3):
+            found = place[str(ranked[rank])]
+            assert found["logprob"] == pytest.approx(row[ranked[rank]], abs=1e-5)
+            assert found["decoded_token"] == decode([ranked[rank]])
+    _, none = call(port, "/v1/completions", body | {"prompt_logprobs": 0})
+    assert [len(place) for place in none["choices"][0]["prompt_logprobs"][1:]] == [1] * 5
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [
         ("/v1/completions", {"prompt": [1], "max_tokens": 0}),
         ("/v1/completions", {"prompt": [1], "max_tokens": 0, "echo": True, "stream": True}),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "echo": True}),
+        ("/v1/completions", {"prompt": [1], "prompt_logprobs": 1, "stream": True}),
+        ("/v1/completions", {"prompt": [1], "prompt_logprobs": -1}),
+        ("/v1/completions", {"prompt": [1], "prompt_logprobs": 65}),
     ],
 )
 def test_what_echo_does_not_have_is_refused(port, path, body):
     status, response = call(port, path, body)
     assert status == 400
-    assert response["error"]["param"] in ("max_tokens", "echo")
+    assert response["error"]["param"] in ("max_tokens", "echo", "prompt_logprobs")

@@ -54,15 +54,16 @@ def distill(recipe, base, tmp_path):
     def distill(teacher, lora=LoRAConfig(), **rl):
         changes = {"objective": "distillation", "teacher": teacher, "group_size": 1, "prompts_per_step": 16}
         changes |= {"eval_every": 0, "eval_samples": 0, "optimizer": optimizer} | rl
+        run_dir = tmp_path / f"run{len(list(tmp_path.iterdir()))}"
         settings = dataclasses.replace(
             recipe,
-            run_dir=str(tmp_path / "run"),
+            run_dir=str(run_dir),
             init_from=base,
             lora=lora,
             rl=dataclasses.replace(recipe.rl, **changes),
         )
         train_rl(settings, open_run_directory(settings), Console(enabled=True))
-        return [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
+        return [row for row in read_rows(run_dir / "metrics.jsonl") if "loss" in row]
 
     return distill
 
@@ -191,8 +192,11 @@ def test_a_teacher_behind_an_endpoint_equal_to_the_student_does_not_move_it(dist
     with serving.serving(serving.server.application(engine, tokenizer, "base", max_waiting=256)) as port:
         url = f"http://127.0.0.1:{port}/v1"
         (step,) = distill(url, teacher_model="base", steps=1, minibatches=1)
+        (top,) = distill(url, teacher_model="base", teacher_top_k=5, steps=1, minibatches=1)
         with pytest.raises(ConfigError, match=r"rl\.teacher = .*answers 404.*teacher_model"):
             TeacherEndpoint(url, "other", 258, ByteTokenizer().token_bytes).check()
     assert step["distillation/reverse_kl"] == pytest.approx(0, abs=1e-5)
     assert step["grad_norm"] < 1e-3
     assert step["distillation/teacher_retries"] == 0
+    assert top["distillation/reverse_kl"] == pytest.approx(0, abs=1e-5)
+    assert top["grad_norm"] < 1e-3

@@ -36,7 +36,10 @@ def endpoint(*answers):
             answer = answers[min(len(requests), len(answers)) - 1]
             status = answer if isinstance(answer, int) else 200
             logprobs = answer(body) if callable(answer) else answer
-            content = json.dumps({"choices": [{"logprobs": logprobs}]}).encode()
+            choice = {"logprobs": logprobs}
+            if isinstance(logprobs, dict) and "top" in logprobs:
+                choice["prompt_logprobs"] = logprobs.pop("top")
+            content = json.dumps({"choices": [choice]}).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
@@ -56,6 +59,28 @@ def endpoint(*answers):
         finally:
             server.shutdown()
             thread.join()
+
+
+def with_top(body):
+    """The three most likely tokens are 1, 2 and 3; vLLM gives the text's own token too."""
+    top = {str(token): {"logprob": -1.0 - token, "rank": token} for token in (3, 1, 2)}
+    places = [{str(token): {"logprob": -9.0, "rank": 7}} | top for token in body["prompt"][1:]]
+    return scored(body) | {"top": [None, *places]}
+
+
+def test_the_most_likely_tokens_of_each_place_are_read():
+    with endpoint(with_top) as (teacher, requests):
+        teacher._top_k = 3
+        teacher.check()
+        assert teacher.score_top([[5, 6, 7]]) == [([[1, 2, 3]] * 2, [[-2.0, -3.0, -4.0]] * 2)]
+        teacher._top_k = 5
+        with pytest.raises(ConfigError, match=r"^rl.teacher_top_k = 5: .* gives no 5 log-probabilities at each place"):
+            teacher.score_top([[5, 6, 7]])
+    assert [body["prompt_logprobs"] for _, _, body in requests] == [3, 3, 5]
+    with endpoint(scored) as (teacher, _):
+        teacher._top_k = 3
+        with pytest.raises(ConfigError, match=r"^rl.teacher_top_k = 3: .*prompt_logprobs\); set 0"):
+            teacher.check()
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +167,8 @@ def test_gradient_is_in_expectation_that_of_the_reverse_kl(old):
         ({"teacher": "http://[::1"}, r"^rl.teacher = 'http://\[::1': write"),
         ({"teacher": "https://host/v1?key=secret"}, r"^rl.teacher = 'https://host/v1': write"),
         ({"temperature": 0.7}, "rl.temperature"),
+        ({"teacher_top_k": 129}, "rl.teacher_top_k"),
+        ({"teacher_top_k": 4, "teacher": "here", "teacher_model": None}, "rl.teacher_top_k = 4: is for an endpoint"),
     ],
 )
 def test_settings_of_an_endpoint(changes, field):

@@ -1,6 +1,5 @@
 import contextlib
 import dataclasses
-import gc
 import itertools
 import json
 import math
@@ -32,9 +31,8 @@ from mla_moe.config import (
 from mla_moe.parallel.mesh import make_mesh
 from mla_moe.text.isolated import text_worker
 from mla_moe.training.console import Console
-from mla_moe.training.errors import InterruptedRun, LossSpikeError
+from mla_moe.training.errors import InterruptedRun
 from mla_moe.training.metrics import NullWriter, read_rows
-from mla_moe.training.preemption import PreemptionSignals, remember_interrupts
 from mla_moe.training.pretrain import PretrainTrainer, pretrain
 from mla_moe.training.run_context import RunContext
 from mla_moe.training.run_directory import open_run_directory
@@ -148,6 +146,24 @@ def test_interrupted_run_resumes_with_the_same_rows(finished_run, recipe, tmp_pa
     assert rows(tmp_path) == rows(finished_run)
     assert read_rows(tmp_path / "samples.jsonl") == read_rows(finished_run / "samples.jsonl")
     assert read_rows(tmp_path / "expert_load.jsonl") == read_rows(finished_run / "expert_load.jsonl")
+
+
+@pytest.mark.slow
+def test_a_run_resumes_on_any_number_of_pipeline_stages(finished_run, recipe, tmp_path, monkeypatch):
+    """Two stages to step 3, none to step 6, and two to the end: the rows of the run without, within rounding."""
+    training = dataclasses.replace(recipe.training, gradient_accumulation_steps=2)
+    meshes = MeshConfig(pipeline=2, data=2, expert=2), MeshConfig(data=2, tensor=2, expert=2)
+    for mesh, step in ((meshes[0], 3), (meshes[1], 6)):
+        with monkeypatch.context() as patch:
+            patch.setattr(trainer.StepMetrics, "record", stop_at(step))
+            with pytest.raises(InterruptedRun):
+                start(recipe, tmp_path, training=training, mesh=mesh)
+    start(recipe, tmp_path, training=training, mesh=meshes[0])
+    for found, expected in zip(rows(tmp_path), rows(finished_run), strict=True):
+        assert set(found) == set(expected)
+        for name in {"loss", "mtp_loss", "aux_loss", "moe/load_max", "eval/loss"} & set(found):
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), (expected["step"], name)
+    assert len(read_rows(tmp_path / "samples.jsonl")) == 1
 
 
 def test_finished_run_is_not_changed(finished_run, recipe, capsys):
@@ -366,43 +382,3 @@ def test_router_bias_balances_the_experts(recipe, tmp_path, monkeypatch):
         load_ratio[gamma] = np.mean(loads[-6:])
     assert load_ratio[0.02] < 1.6
     assert load_ratio[0.0] > 1.2 * load_ratio[0.02]
-
-
-def test_second_signal_raises_keyboard_interrupt():
-    def receive_two():
-        with PreemptionSignals() as signals:
-            signal.raise_signal(signal.SIGINT)
-            assert signals.received is signal.SIGINT
-            signal.raise_signal(signal.SIGTERM)
-
-    with pytest.raises(KeyboardInterrupt):
-        receive_two()
-
-
-@pytest.mark.parametrize("error", [None, LossSpikeError(7, 9.0, 3.0), ValueError("another error")])
-def test_a_signal_after_the_last_step_or_in_one_with_a_loss_spike_stops_the_run(error):
-    def receive_and_raise():
-        with PreemptionSignals():
-            signal.raise_signal(signal.SIGTERM)
-            if error:
-                raise error
-
-    with pytest.raises(ValueError if isinstance(error, ValueError) else InterruptedRun):
-        receive_and_raise()
-
-
-def test_an_interrupt_that_python_drops_stops_the_run_before_its_first_step(monkeypatch):
-    """As in a callback of the garbage collector, of which JAX registers one."""
-    monkeypatch.setattr("sys.unraisablehook", lambda _: None)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background processes ignore it
-
-    def interrupt(*_: object) -> None:
-        gc.callbacks.remove(interrupt)
-        signal.raise_signal(signal.SIGINT)
-
-    with remember_interrupts():
-        gc.callbacks.append(interrupt)
-        gc.collect()
-        with pytest.raises(KeyboardInterrupt), PreemptionSignals():
-            raise AssertionError("a step begins")
-    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler

@@ -112,8 +112,7 @@ def load(base, lora, mesh, **options):
     ("formats", "sizes", "remat"),
     [
         (FORMATS, {"fsdp": 2, "expert": 2}, "none"),
-        (("fp8",), {"fsdp": 2, "expert": 2, "tensor": 2}, "full"),
-        (("int8",), {"tensor": 2, "fsdp": 2, "expert": 2}, "dots"),
+        (("int8", "experts=fp8"), {"fsdp": 2, "expert": 2, "tensor": 2}, "dots"),
         (("int4",), {}, "none"),
     ],
 )
@@ -127,7 +126,7 @@ def test_training_is_that_of_the_dequantized_base(base, formats, sizes, remat):
     losses, step = train(model, mesh, arrays)
     local, on_one = load(base, lora, one)
     expected, plain_step = train(*((plain := dequantized(local, on_one))[0], one, plain[1]))
-    np.testing.assert_allclose(losses, expected, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
     def stacks(program):
         """Float arrays with all layers of a matrix: `[3, …]` of its size, or of that of its shard."""

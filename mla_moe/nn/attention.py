@@ -32,9 +32,9 @@ from mla_moe.nn.kv_cache import (
     write_cache,
 )
 from mla_moe.nn.layers import Activations, Ids, RMSNorm, require_shape, shape_text
-from mla_moe.nn.lora import adapted, adapter, project
+from mla_moe.nn.lora import adapter, project
 from mla_moe.nn.param import Precision, matrix
-from mla_moe.nn.quantized import value_of
+from mla_moe.nn.quantized import value_of, weight_of
 from mla_moe.nn.rope import CosSin, query_scale, rotary, rotate, softmax_scale
 from mla_moe.ops.attention import attention
 from mla_moe.ops.cached_attention import Form, cached_attention
@@ -42,8 +42,10 @@ from mla_moe.ops.dropout import Dropout, dropout_key, token_numbers
 from mla_moe.ops.key_selection import SelectedKeys
 from mla_moe.ops.kv_quantization import quantize
 from mla_moe.ops.masking import Masking
+from mla_moe.ops.quantized_matrix import Matrix, QuantizedMatrix
 from mla_moe.parallel.collectives import all_gather, axis_index, shard_map
 from mla_moe.parallel.mesh import BATCH_SPEC, mesh_axes, token_mesh, under_auto_axes
+from mla_moe.parallel.quantized_weight import all_gather_matrix, dequantized, matrix_of
 from mla_moe.parallel.sharded_einsum import Einsum, plain_einsum, sharded_einsum, weight_spec
 from mla_moe.parallel.sharding import all_gather_weight, constrain_decode_activations, constrain_slots
 
@@ -327,38 +329,41 @@ class MLAttention(nnx.Module):
     ) -> Float[Array, "B T H V"]:
         """Under a mesh each device computes its heads (tensor parallelism) for its queries. With context parallelism it
         all-gathers the latent, C + R values per token, where keys and values would be H · (A + V)."""
-        compute, lora = self.precision.compute, adapter(self, "kv_b")
-        dropout = None if lora is None else lora.feature_dropout(token_numbers(*c_BSC.shape[:2]))
-        z_BSr = b_rHk = None
-        if lora is None or dropout is None:
-            kv_b = adapted(self, "kv_b").astype(compute)
-        else:  # of the adapter's input alone, so that it is no part of the matrix
-            kv_b = jax.lax.stop_gradient(value_of(self, "kv_b")).astype(compute)
-            z_BSr = sharded_einsum("BSC,Cr->BSr", dropout(c_BSC), lora.a, compute)
+        compute, weight, lora = self.precision.compute, weight_of(self, "kv_b"), adapter(self, "kv_b")
+        kv_b, z_BSr, b_rHk = matrix_of(weight, compute), None, None
+        if lora is not None:
+            kv_b = jax.lax.stop_gradient(kv_b)
+            dropout = lora.feature_dropout(token_numbers(*c_BSC.shape[:2]))
+            z_BSr = sharded_einsum("BSC,Cr->BSr", c_BSC if dropout is None else dropout(c_BSC), lora.a, compute)
             b_rHk = (lora.scale * lora.b[...]).astype(compute)
         rows_BHT = None if dropout_key_2 is None else jnp.arange(math.prod(q_BTHA.shape[:3]), dtype=jnp.uint32)
         rows_BHT = None if rows_BHT is None else rows_BHT.reshape(q_BTHA.shape[0], q_BTHA.shape[2], q_BTHA.shape[1])
         inputs = q_BTHA, c_BSC, k_pe_BSR, kv_b, segments_BS, query_segments_BT, rows_BHT, dropout_key_2, selected_BTW
         inputs = *inputs, z_BSr, b_rHk
         mesh = token_mesh(q_BTHA.shape) if token_mesh(c_BSC.shape) else None
-        kv_b_spec, b_spec = P() if mesh is None else weight_spec(self.kv_b, mesh), P()
-        if lora is not None and mesh is not None and b_rHk is not None:
-            b_spec = weight_spec(lora.b, mesh)
-        heads = "tensor" if mesh and "tensor" in mesh_axes(kv_b_spec[1]) else None
+        kv_b_spec, b_spec, heads = P(), P(), None
+        if mesh is not None:
+            kv_b_spec, b_spec = weight_spec(weight, mesh), P() if lora is None else weight_spec(lora.b, mesh)
+            heads = "tensor" if "tensor" in mesh_axes(weight_spec(self.kv_b, mesh)[1]) else None
 
         def local(
-            q_bthA: Array, c_bSC: Array, k_pe_bSR: Array, kv_b_Chk: Array, segments_bS: Array,
+            q_bthA: Array, c_bSC: Array, k_pe_bSR: Array, kv_b: Matrix, segments_bS: Array,
             query_segments_bt: Array | None, rows_bht: Array | None, dropout_key_2: Array | None,
             selected_btW: Array | None, z_bSr: Array | None, b_rhk: Array | None,
         ) -> Array:  # fmt: skip
-            kv_b_Chk, offset = all_gather_weight(kv_b_Chk, kv_b_spec), None
+            def expand(c_bSC: Array) -> Array:
+                complete = kv_b if mesh is None else all_gather_matrix(kv_b, kv_b_spec)
+                return jnp.einsum("BTC,CHk->BTHk", c_bSC, dequantized(complete, compute))
+
+            offset = None
             if mesh is not None and mesh.shape["context"] > 1:
                 offset = axis_index("context") * q_bthA.shape[1]
                 gather = partial(all_gather, axes="context", axis=1)
                 c_bSC, k_pe_bSR, segments_bS = (gather(x) for x in (c_bSC, k_pe_bSR, segments_bS))
                 z_bSr = None if z_bSr is None else gather(z_bSr)
             with jax.named_scope("expand"):
-                kv_bShk = jnp.einsum("BTC,CHk->BTHk", c_bSC, kv_b_Chk)
+                # As in `project`: dequantized again for the backward pass.
+                kv_bShk = (jax.checkpoint(expand) if isinstance(kv_b, QuantizedMatrix) else expand)(c_bSC)
                 if z_bSr is not None and b_rhk is not None:
                     kv_bShk += jnp.einsum("BTr,rHk->BTHk", z_bSr, all_gather_weight(b_rhk, b_spec))
                 k_nope, v_bShV = jnp.split(kv_bShk, [self.cfg.qk_nope_head_dim], axis=-1)

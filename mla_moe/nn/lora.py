@@ -5,9 +5,9 @@ An adapter of the weight `q_a` of a module is `module.lora["q_a"]`, so its param
 and both have those in `BATCH_AXES` that index separate matrices. Experts have an A and a B each, and gate and up
 projection share an expert's A, as in PEFT; in other MLPs they are separate matrices.
 
-A and B are sharded as the weight, and multiplied as the weight is: by `sharded_einsum` or as grouped matmuls of the
-experts (`ops.experts`). `kv_b`, which attention multiplies within its own sharding, gets the product A B added in
-training (`adapted`). No gradient is computed of a weight with an adapter.
+A and B are sharded as the weight, and multiplied as the weight is: by `sharded_einsum`, as grouped matmuls of the
+experts (`ops.experts`), or of `kv_b` within the sharding of attention. No gradient is computed of a weight with an
+adapter.
 """
 
 import math
@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from mla_moe.config import LoRAConfig, require
 from mla_moe.nn.param import BATCH_AXES, STACK_AXES, uniform
-from mla_moe.nn.quantized import dequantize_weights, is_quantized, module_at, value_of, weight_of
+from mla_moe.nn.quantized import dequantize_weights, is_quantized, module_at, weight_of
 from mla_moe.ops.dropout import FeatureDropout, token_numbers
 from mla_moe.ops.lora import LoRAFactors, keep_own
 from mla_moe.parallel.quantized_weight import QuantizedWeight
@@ -158,14 +158,6 @@ def seed_dropout(model: nnx.Module, key: Key[Array, ""]) -> None:
             stacked = axes[0] in STACK_AXES
             keys = jax.random.split(own, module.a.shape[0]) if stacked else own
             module.dropout_key = DropoutKey(jax.random.key_data(keys)[..., -2:])
-
-
-def adapted(module: nnx.Module, name: str) -> Float[Array, "*axes"]:
-    """A module's weight, plus `scale · A B` if it has an adapter."""
-    value, lora = value_of(module, name), adapter(module, name)
-    if lora is None:
-        return value
-    return jax.lax.stop_gradient(value) + lora.product(getattr(module, name)).astype(value.dtype)
 
 
 def adaptable(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Param]]:

@@ -3,9 +3,13 @@
 Objects cannot be appended, locked or renamed, so a run writes its files here. They are uploaded at intervals, before a
 checkpoint is committed, and at the end. Arrays never are in the mirror: they are read from the bucket and written there
 by TensorStore (`orbax_layout`, `bucket_steps`).
+
+Of several processes each has a mirror. The first one holds the run and writes almost all files; where the others read
+what it has written since the start, `synchronize` brings it to them.
 """
 
 import contextlib
+import itertools
 import logging
 import os
 import re
@@ -17,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from mla_moe.checkpoint.lease import Lease
 from mla_moe.config import ConfigError
@@ -25,8 +31,8 @@ from mla_moe.config.resume import STAGES
 from mla_moe.config.storage import (
     copy_object,
     is_bucket,
+    object_version,
     open_url,
-    require_one_process,
     storage_errors,
     upload_object,
 )
@@ -45,6 +51,8 @@ _UNREAD = ("tensorboard", "profile", "wandb")
 _METRICS = ("metrics.jsonl", "expert_load.jsonl", "samples.jsonl")
 _STEP = re.compile(rf"(.*)/checkpoints/(?:{'|'.join(STAGES)})(?:/\d+)?")
 _MIRRORS: dict[Path, "Mirror"] = {}
+_BARRIER_MILLISECONDS = 3_600_000
+"""A process that has ended is noticed by its heartbeats before that."""
 
 
 @contextlib.contextmanager
@@ -68,11 +76,18 @@ class Mirror:
         self.directory.mkdir()
         self._uploaded: dict[str, tuple[int, int]] = {}
         """Time of change and size of each file that is in the bucket."""
+        self._downloaded: dict[str, tuple[Any, ...]] = {}
+        """The version of each object that this process has read."""
         self._holds = False
         self._lease = Lease(self._fs, f"{self._root}/{LOCK}", self.url)
-        self._lock, self._closed = threading.Lock(), threading.Event()
+        self._lock, self._closed = threading.RLock(), threading.Event()
         self._thread = threading.Thread(target=self._upload_at_intervals, name="mirror", daemon=True)
         _MIRRORS[self.directory] = self
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first process of a run. Readers do not ask, which would open their devices."""
+        return jax.process_index() == 0
 
     def url_of(self, path: Path) -> str:
         """The URL of a file or folder of the mirror."""
@@ -83,12 +98,19 @@ class Mirror:
         return f"{self._root}/{path.relative_to(self.directory)}".removesuffix("/.")
 
     def download(self, without: Collection[str] = _UNREAD) -> None:
-        """Download what is in the bucket, except for arrays and for files and folders of the names `without`."""
-        for name, info in self._objects("", {*without, ".", ".."}):  # an object may have any name
+        """Download what is in the bucket, except for arrays and for files and folders of the names `without`. Again, it
+        downloads what has changed there, and removes what is gone."""
+        found = dict(self._objects("", {*without, ".", ".."}))  # an object may have any name
+        for name, info in found.items():
             path = self.directory / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            copy_object(self._fs, info, path, self._field, self.url)
-            self._uploaded[name] = _state(path)
+            if self._downloaded.get(name) != object_version(info):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                copy_object(self._fs, info, path, self._field, self.url)
+                self._downloaded[name], self._uploaded[name] = object_version(info), _state(path)
+        for name in self._downloaded.keys() - found.keys():
+            (self.directory / name).unlink(missing_ok=True)
+            del self._downloaded[name]
+            self._uploaded.pop(name, None)
 
     def _objects(self, folder: str, without: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         prefix = f"{folder}/" if folder else ""
@@ -116,25 +138,29 @@ class Mirror:
         given, only those that have grown by `_GROWTH`. Checkpoints are left to `bucket_steps`. Raises `ConnectionError`
         if the bucket refuses, or another process has taken over the run."""
         with self._lock:
-            self._lease.require_held()
-            found = {str(path.relative_to(self.directory)): path for path in self._files()}
-            for name, path in found.items():
-                try:
-                    state = _state(path)
-                    before = self._uploaded.get(name, (0, 0))
-                    waits = at_most is not None and at_most < state[1] < _GROWTH * before[1]
-                    if before == state or waits:
-                        continue
-                    with tempfile.TemporaryDirectory(prefix="mla_moe-upload-") as folder:
-                        copy = shutil.copyfile(path, Path(folder) / path.name)  # a file that grows has no size
-                        upload_object(self._fs, copy, f"{self._root}/{name}", self._field, self.url)
-                except FileNotFoundError:  # replaced or removed meanwhile
+            self.require_held()
+            self._upload(at_most)
+
+    @_during_run()
+    def _upload(self, at_most: int | None = None) -> None:
+        found = {str(path.relative_to(self.directory)): path for path in self._files()}
+        for name, path in found.items():
+            try:
+                state = _state(path)
+                before = self._uploaded.get(name, (0, 0))
+                waits = at_most is not None and at_most < state[1] < _GROWTH * before[1]
+                if before == state or waits:
                     continue
-                self._uploaded[name] = state
-            for name in self._uploaded.keys() - found.keys():
-                if not name.startswith("checkpoints/") and not (self.directory / name).exists():
-                    self.remove(f"{self._root}/{name}")
-                    del self._uploaded[name]
+                with tempfile.TemporaryDirectory(prefix="mla_moe-upload-") as folder:
+                    copy = shutil.copyfile(path, Path(folder) / path.name)  # a file that grows has no size
+                    upload_object(self._fs, copy, f"{self._root}/{name}", self._field, self.url)
+            except FileNotFoundError:  # replaced or removed meanwhile
+                continue
+            self._uploaded[name] = state
+        for name in self._uploaded.keys() - found.keys():
+            if not name.startswith("checkpoints/") and not (self.directory / name).exists():
+                self.remove(f"{self._root}/{name}")
+                del self._uploaded[name]
 
     @_during_run()
     def upload_file(self, path: Path) -> None:
@@ -186,24 +212,43 @@ class Mirror:
 
     def start(self) -> None:
         """Hold the run and its files: as the run's own mirror, not a reader's. Raises `ConfigError` if another process
-        trains there."""
-        self._lease.acquire()
+        trains there. Of several processes each calls it."""
+        self._barriers = Barriers()
+        if self.is_first:
+            self._lease.acquire()
+        self._barriers.wait()
         try:
+            if not self.is_first:
+                self._lease.follow()
             self.download()
         except BaseException:
             self._lease.release()
             raise
+        self._barriers.wait()  # an object that changed meanwhile would be an error
         self._holds = True
-        self._thread.start()
+        if self.is_first:
+            self._thread.start()
+
+    @_during_run()
+    def synchronize(self) -> None:
+        """Bring what the first process has written to the others. All call it at the same place."""
+        with self._lock:  # nothing changes in the bucket while the others read
+            if self.is_first:
+                self.upload()
+            self._barriers.wait()
+            if not self.is_first:
+                self.download()
+            self._barriers.wait()
 
     def close(self) -> None:
         """Upload what is left and let go of the run."""
         if self._holds:
             self._holds = False
             self._closed.set()
-            self._thread.join()
+            if self.is_first:
+                self._thread.join()
             try:
-                self.upload()
+                self.upload() if self.is_first else self._upload()  # the first may have let go of it
             finally:
                 self._lease.release()
 
@@ -218,6 +263,28 @@ class Mirror:
                 self.upload(_LARGE_BYTES)
             except OSError as error:
                 logger.warning("%s; it is tried again, and has to succeed before a checkpoint is saved", error)
+
+
+class Barriers:
+    """Barriers of all processes without their devices, so that a thread may wait there beside steps. All processes use
+    one from the same thread, in the same order."""
+
+    _created = itertools.count()
+
+    def __init__(self):
+        self._name, self._numbers = f"mla_moe_bucket.{next(self._created)}", itertools.count()
+
+    def wait(self) -> None:
+        """Raises an error if another process has ended, or after an hour."""
+        key = f"{self._name}.{next(self._numbers)}"
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=_BARRIER_MILLISECONDS)
+
+
+def synchronize(run_dir: Path, name: str) -> None:
+    """A barrier of all processes, after which each reads in `run_dir` what the first has written before."""
+    multihost_utils.sync_global_devices(name)
+    if mirror := mirror_of(run_dir):
+        mirror.synchronize()
 
 
 def _state(path: Path) -> tuple[int, int]:
@@ -242,7 +309,6 @@ def open_run(run_dir: str) -> Path:
     `ConfigError` as `Mirror.start` does."""
     if not is_bucket(run_dir):
         return Path(run_dir)
-    require_one_process(run_dir, jax.process_count())
     mirror = Mirror(run_dir, "run_dir")
     mirror.start()
     return mirror.directory

@@ -2,7 +2,10 @@
 
 Orbax itself writes to a directory of this host, and to Google Cloud Storage alone of all buckets. So it writes a step's
 JSON files here, with placeholders in place of the arrays; these are then written to the bucket with TensorStore, and
-at last the step's last object. Without that a step is not there. A run in a bucket has one process (`open_run`).
+at last the step's last object. Without that a step is not there.
+
+Of several processes each writes its own shards and data position. The first one writes everything else, and the last
+object when all others have finished: if one of them fails, the step is not there.
 """
 
 import contextlib
@@ -17,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from mla_moe.checkpoint.bucket_run import COMMIT, Mirror, location
+from mla_moe.checkpoint.bucket_run import COMMIT, Barriers, Mirror, location
 from mla_moe.checkpoint.data_position import StreamsHandler
 from mla_moe.checkpoint.orbax_layout import StateArrays, array_spec
 from mla_moe.config import CheckpointConfig
@@ -26,16 +29,29 @@ _CHUNK_BYTES = 64 << 20
 """Larger shards are stored in chunks, as `manager` has Orbax do it. An object is written at once or not at all."""
 _REQUESTS = 16
 """Arrays that are written or read at one time."""
-_UNAVAILABLE = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "UNAUTHENTICATED", "ABORTED", "RESOURCE_EXH")
-"""Of TensorStore's errors those that say nothing of what is stored."""
+_DAMAGED = ("FAILED_PRECONDITION: ", 'NOT_FOUND: Error opening "zarr" driver: Metadata at')
+"""TensorStore's errors that say something of what is stored: it cannot be parsed, or is not there. All others are of
+the connection or of credentials, such as an expired token, for which S3 has the status of an invalid request."""
+
+
+class Metadata(NamedTuple):
+    """What is stored of an array besides its shards. All processes compute the same."""
+
+    key: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunk_shape: tuple[int, ...]
+
+    def open(self, state_url: str, context: ts.Context, **options: bool) -> ts.TensorStore:
+        spec = array_spec(state_url, self.key) | options
+        spec["metadata"] = {"chunks": list(self.chunk_shape), "compressor": None}
+        return ts.open(spec, context=context, dtype=self.dtype, shape=self.shape).result()
 
 
 class Shard(NamedTuple):
     """A shard of an array, copied to the host."""
 
-    key: tuple[str, ...]
-    shape: tuple[int, ...]
-    chunk_shape: tuple[int, ...]
+    array: Metadata
     index: tuple[slice, ...]
     values: np.ndarray
 
@@ -48,8 +64,11 @@ class BucketSteps:
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
         self._steps: set[int] = set()
+        self._barriers = Barriers()
         self.reload()
-        mirror.remove_incomplete(directory, {str(step) for step in self._steps})
+        if mirror.is_first:
+            mirror.remove_incomplete(directory, {str(step) for step in self._steps})
+        self._barriers.wait()  # before any process writes
 
     def reload(self) -> None:
         """Find the complete steps."""
@@ -69,9 +88,11 @@ class BucketSteps:
         staged = self.directory / f".{step}"
         shutil.rmtree(staged, ignore_errors=True)
         _write_json_files(staged, args, custom_metadata)
-        shards = list(_copy_shards(args["state"].item))
+        state = args["state"].item
+        arrays = list(_array_metadata(state)) if self._mirror.is_first else []
+        shards = list(_copy_shards(state))
         self._steps.add(step)
-        self._pending = self._pool.submit(self._write, step, staged, shards)
+        self._pending = self._pool.submit(self._write, step, staged, arrays, shards)
 
     def wait_until_finished(self) -> None:
         """Wait for the save in the background. Raises its error."""
@@ -86,26 +107,32 @@ class BucketSteps:
             self._pool.shutdown()
 
     def rename(self, step: int, name: str) -> None:
-        """Rename a step in the bucket."""
-        source, target = (self._mirror.object_of(self.directory / part) for part in (str(step), name))
-        self._mirror.move(source, target)
+        """Rename a step."""
+        (self.directory / str(step)).rename(self.directory / name)
+        if self._mirror.is_first:
+            source, target = (self._mirror.object_of(self.directory / part) for part in (str(step), name))
+            self._mirror.move(source, target)
 
-    def _write(self, step: int, staged: Path, shards: list[Shard]) -> None:
+    def _write(self, step: int, staged: Path, arrays: list[Metadata], shards: list[Shard]) -> None:
         directory, mirror = self.directory / str(step), self._mirror
         mirror.require_held()  # before it writes over what the holder may have written
-        _write_shards(mirror.url_of(directory / "state"), shards)
+        _write_arrays(mirror.url_of(directory / "state"), arrays, shards)
         if directory.exists():  # rewound to before it
             shutil.rmtree(directory)
         staged.rename(directory)
-        for file in directory.rglob("*"):
+        for file in (directory if mirror.is_first else directory / "data").rglob("*"):
             if file.is_file() and file.name != COMMIT:
                 mirror.upload_file(file)
         mirror.upload()  # metrics up to this step are there before it is
-        mirror.upload_file(directory / COMMIT)
+        self._barriers.wait()
+        if mirror.is_first:
+            mirror.upload_file(directory / COMMIT)
+        self._barriers.wait()
         for old in self._superseded():
             self._steps.discard(old)
             shutil.rmtree(self.directory / str(old), ignore_errors=True)
-            mirror.remove(mirror.object_of(self.directory / str(old)))
+            if mirror.is_first:
+                mirror.remove(mirror.object_of(self.directory / str(old)))
 
     def _superseded(self) -> list[int]:
         steps, every = self.all_steps(), self._config.keep_every
@@ -113,8 +140,9 @@ class BucketSteps:
 
 
 def _write_json_files(staged: Path, args: Any, custom_metadata: dict[str, Any]) -> None:
-    """The JSON files of a step, by Orbax."""
-    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    """The JSON files of a step, by Orbax; each process writes all of them, but the positions of its own streams."""
+    process = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
     placeholders = jax.tree.map(lambda x: np.zeros(1, x.dtype), args["state"].item)
     items = {name: item for name, item in args.items() if name != "state"}
     handlers: dict[str, Any] = {
@@ -122,7 +150,10 @@ def _write_json_files(staged: Path, args: Any, custom_metadata: dict[str, Any]) 
         for name in items
     }
     handlers["state"] = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone)
-    composite = ocp.CompositeCheckpointHandler(**handlers)
+    # Not in the background: of several processes that save at once, the signal of another would pass for the own one.
+    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    options = ocp.CompositeOptions(multiprocessing_options=alone, async_options=at_once)
+    composite = ocp.CompositeCheckpointHandler(composite_options=options, **handlers)
     with ocp.Checkpointer(composite, multiprocessing_options=alone) as checkpointer:
         written = ocp.args.Composite(state=ocp.args.PyTreeSave(placeholders), **items)
         checkpointer.save(staged, written, custom_metadata=custom_metadata)
@@ -138,8 +169,16 @@ def _copy_shards(state: Any) -> Iterator[Shard]:
     for _, _, shard in shards:
         shard.data.copy_to_host_async()
     for keys, x, shard in shards:
-        chunk_shape = _chunk_shape(x.sharding.shard_shape(x.shape), x.dtype.itemsize)
-        yield Shard(_key(keys), x.shape, chunk_shape, shard.index, np.array(shard.data))
+        yield Shard(_metadata(keys, x), shard.index, np.array(shard.data))
+
+
+def _array_metadata(state: Any) -> Iterator[Metadata]:
+    return (_metadata(keys, x) for keys, x in jax.tree_util.tree_leaves_with_path(state))
+
+
+def _metadata(keys: tuple[Any, ...], x: jax.Array) -> Metadata:
+    chunk_shape = _chunk_shape(x.sharding.shard_shape(x.shape), x.dtype.itemsize)
+    return Metadata(_key(keys), x.shape, x.dtype, chunk_shape)
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
@@ -156,19 +195,20 @@ def _key(keys: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
 
 
-def _write_shards(state_url: str, shards: list[Shard]) -> None:
-    context, arrays = ts.Context(), {shard.key: shard for shard in shards}
+def _write_arrays(state_url: str, arrays: list[Metadata], shards: list[Shard]) -> None:
+    """Write the metadata of `arrays`, and shards, of these arrays or of others."""
+    context = ts.Context()
 
-    def create(shard: Shard) -> ts.TensorStore:
-        spec = array_spec(state_url, shard.key)
-        spec |= {"metadata": {"chunks": list(shard.chunk_shape), "compressor": None}, "open": True, "create": True}
-        return ts.open(spec, context=context, dtype=shard.values.dtype, shape=shard.shape).result()
+    def create(array: Metadata) -> None:
+        array.open(state_url, context, open=True, create=True)
 
     def write(shard: Shard) -> None:
-        stores[shard.key][shard.index].write(shard.values).result()
+        # The first process may not have written the metadata yet.
+        store = shard.array.open(state_url, context, open=True, assume_metadata=True)
+        store[shard.index].write(shard.values).result()
 
     with ThreadPoolExecutor(_REQUESTS) as pool:
-        stores = dict(zip(arrays, pool.map(create, arrays.values()), strict=True))  # once each, before any shard
+        list(pool.map(create, arrays))
         list(pool.map(write, shards))
 
 
@@ -180,9 +220,10 @@ def read_state(step: Path, abstract: Any) -> Any:
     def read(keys: tuple[Any, ...], x: jax.ShapeDtypeStruct) -> jax.Array:
         with _unavailable(step):
             store = arrays[_key(keys)]
-            if store.shape != x.shape or store.dtype.numpy_dtype != x.dtype:
-                found = f"{store.dtype.name}{list(store.shape)}"
-                raise ValueError(f"{'.'.join(_key(keys))} is {found} instead of {x.dtype}{list(x.shape)}")
+        if store.shape != x.shape or store.dtype.numpy_dtype != x.dtype:
+            found = f"{store.dtype.name}{list(store.shape)}"
+            raise ValueError(f"{'.'.join(_key(keys))} is {found} instead of {x.dtype}{list(x.shape)}")
+        with _unavailable(step):
             return jax.make_array_from_callback(x.shape, x.sharding, lambda index: store[index].read().result())
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(abstract)
@@ -194,8 +235,10 @@ def read_state(step: Path, abstract: Any) -> Any:
 def _unavailable(step: Path) -> Generator[None]:
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:  # by TensorStore, whose types say little
-        if any(name in str(error) for name in _UNAVAILABLE):
+        if not any(name in str(error) for name in _DAMAGED):
             fix = "check the connection and your credentials; the same command resumes"
             raise ConnectionError(f"{location(step)}: cannot be read ({str(error)[:200]}); {fix}") from None
         raise

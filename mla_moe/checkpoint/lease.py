@@ -46,8 +46,12 @@ class Lease:
         self._write(0)
         self._thread.start()
 
+    def follow(self) -> None:
+        """Let this process share what another one of the same run has acquired, which renews and releases it."""
+        self._holder["id"] = (self._read() or {}).get("id")
+
     def require_held(self) -> None:
-        """Raises `ConfigError` if another process has taken it."""
+        """Raises `ConfigError` if another run has taken it."""
         if (self._read() or {}).get("id") != self._holder["id"]:
             raise self._error("another process has taken over; end one of them")
 

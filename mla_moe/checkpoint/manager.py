@@ -145,14 +145,15 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
 
     def _set_aside(self, steps: Sequence[int], suffix: str) -> None:
         """Rename checkpoints to `STEP.suffix`, or `STEP.suffix.2` and so on where that exists."""
-        if jax.process_index() == 0:
-            directory = Path(self._manager.directory)
+        in_bucket, directory = isinstance(self._manager, BucketSteps), Path(self._manager.directory)
+        if jax.process_index() == 0 or in_bucket:  # where each process has a mirror
             for step in steps:
                 names = itertools.chain([suffix], (f"{suffix}.{number}" for number in itertools.count(2)))
                 free = next(path for name in names if not (path := directory / f"{step}.{name}").exists())
-                (directory / str(step)).rename(free)
                 if isinstance(self._manager, BucketSteps):
                     self._manager.rename(step, free.name)
+                else:
+                    (directory / str(step)).rename(free)
         multihost_utils.sync_global_devices(f"checkpoints are renamed to {suffix}")
         self._manager.reload()
 

@@ -11,7 +11,6 @@ import tyro
 
 from mla_moe.config import load_recipe, require, with_overrides
 from mla_moe.config.errors import require_between
-from mla_moe.config.storage import require_one_process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,13 +49,11 @@ class Launch:
         recipe = with_overrides(load_recipe(self.recipe), flags, f"mla-moe launch {self.target} {self.recipe}")
         job = Job(recipe, self.recipe, flags, job_name(self.name, recipe))
         if self.target == "local":
-            require_one_process(recipe.run_dir, self.processes)
             if not self.print:
                 return local.run(job, self.processes)
             print(local.printed(job, self.processes), end="")
             return 0
         hosts = find_hosts(self.topology, self.slices, recipe.mesh)
-        require_one_process(recipe.run_dir, hosts.count)
         if self.target == "gke":
             text, submit = gke.job_set(job, hosts, self.image), ("kubectl", "apply", "-f", "-")
         elif self.target == "slurm":

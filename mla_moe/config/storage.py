@@ -58,12 +58,6 @@ def require_run_dir(path: str) -> None:
         require_local("run_dir", path, "directories of this host and s3:// and gs:// URLs are written here")
 
 
-def require_one_process(run_dir: str, processes: int) -> None:
-    """Raise `ConfigError` for a run of several processes in a bucket."""
-    fix = "several processes cannot save in a bucket yet; name a directory that all hosts share, then convert"
-    require(processes == 1 or not is_bucket(run_dir), "run_dir", shown(run_dir), fix)
-
-
 def _module(field: str, url: Any) -> Any:
     module, extra = _BUCKETS[str(url)[:2]]
     try:
@@ -202,9 +196,30 @@ def object_version(info: Mapping[str, Any]) -> tuple[Any, ...]:
     return info["size"], info.get("ETag") or info.get("etag") or info.get("mtime")
 
 
+_OUTAGES = {
+    errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.ENETUNREACH,
+    errno.EHOSTUNREACH,
+}  # fmt: skip
+"""Of the system, and those by which s3fs says that the server has failed or is busy."""
+_OUTAGE_CLASSES = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "ConnectionError"}
+"""Of aiohttp and of botocore, which need not be installed."""
+
+
+def _is_outage(error: Exception) -> bool:
+    """Whether the server was not reached or has failed, which a later try may mend."""
+    code = getattr(error, "code", None)  # of gcsfs
+    return (
+        isinstance(error, ConnectionError | TimeoutError)
+        or (isinstance(error, OSError) and error.errno in _OUTAGES)
+        or (isinstance(code, int) and (code == 429 or code >= 500))
+        or not _OUTAGE_CLASSES.isdisjoint(c.__name__ for c in type(error).__mro__)
+    )
+
+
 @contextlib.contextmanager
 def storage_errors(field: str, url: Any) -> Generator[None]:
-    """Errors of the Hub or of a bucket's client, in one line. Those of the local disk stay as they are."""
+    """Errors of the Hub or of a bucket's client, in one line: of a bucket `ConnectionError` for an outage, else
+    `ConfigError`. Those of the local disk stay as they are."""
     if is_hub(url):
         with hub_errors(field, url):
             yield
@@ -220,4 +235,7 @@ def storage_errors(field: str, url: Any) -> Generator[None]:
         if isinstance(error, FileNotFoundError):
             fix = "no such object or bucket; check the URL"
         reason = "" if isinstance(error, FileNotFoundError) else f"{type(error).__name__}: {error}; "
-        raise ConfigError(field, shown(url), f"{without_secrets(reason)}{fix}") from None
+        wrong = ConfigError(field, shown(url), f"{without_secrets(reason)}{fix}")
+        if _is_outage(error):
+            raise ConnectionError(str(wrong)) from None
+        raise wrong from None

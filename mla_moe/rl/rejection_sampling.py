@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from mla_moe.checkpoint.bucket_run import synchronize
 from mla_moe.config import Recipe, RejectionConfig, require
 from mla_moe.rl.evaluate import evaluate
 from mla_moe.rl.rollout import ScoredCompletion, open_rollout
@@ -49,7 +50,7 @@ def train_rejection(recipe: Recipe, run_dir: Path, console: Console) -> None:
         if jax.process_index() == 0:
             write_atomically(path, map(_line, examples))
             (run_dir / PARTIAL_FILE).unlink()
-        multihost_utils.sync_global_devices(FILE)  # other processes read it too
+        synchronize(run_dir, FILE)  # other processes read it too
     RejectionTrainer(STAGE, context, recipe.rejection.steps, (str(path),), start).train()
 
 

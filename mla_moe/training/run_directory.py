@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from mla_moe.checkpoint.bucket_run import close_run, open_run
+from mla_moe.checkpoint.bucket_run import close_run, open_run, synchronize
 from mla_moe.checkpoint.manager import CheckpointManager
 from mla_moe.config import ConfigError, Recipe, load_recipe, require
 from mla_moe.config.files import read_json_object
@@ -58,7 +58,7 @@ def _prepare(recipe: Recipe, run_dir: Path) -> None:
         write_atomically(path, recipe.to_json())
         if former and not stages and recipe.data.tokenizer.startswith("bpe:"):
             (run_dir / "tokenizer.json").unlink(missing_ok=True)  # of a start that failed, perhaps on other text
-    multihost_utils.sync_global_devices("run_dir")
+    synchronize(run_dir, "run_dir")
 
 
 def started_stages(run_dir: Path) -> set[str]:

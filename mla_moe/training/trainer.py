@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from mla_moe.checkpoint.base_reference import BaseReference
+from mla_moe.checkpoint.bucket_run import synchronize
 from mla_moe.checkpoint.data_position import DataPosition, FixedPosition
 from mla_moe.checkpoint.manager import CheckpointManager
 from mla_moe.config import OptimizerConfig, TrainingConfig, require
@@ -179,6 +180,7 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
                         return self._train(state, checkpoints, start, rewound)
                     except LossSpikeError as spike:
                         log(f"{spike}: rewinding to the newest checkpoint and skipping the batches since")
+                        synchronize(context.run_dir, "rewinding")  # all read the losses before it
                         state, start = self._restore(checkpoints, FixedPosition())
                         rewound = spike.step - (start or 0)
                         rewinds[start] += 1

@@ -1,28 +1,61 @@
 """Buckets of S3 and of Google Cloud Storage, on servers that the tests start on loopback. The package needs the extras
 `s3` and `gcs`; the servers are moto and gcp-storage-emulator, which `.ci/run` installs."""
 
+import contextlib
+import dataclasses
+import functools
 import logging
 import os
 import socket
 import threading
+from urllib.parse import unquote
 
+import numpy as np
 import pytest
+
+from mla_moe.checkpoint.bucket_run import COMMIT, Mirror
+from mla_moe.checkpoint.files import CheckpointSaveError
+from mla_moe.config import (
+    CheckpointConfig,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    Recipe,
+    SampleConfig,
+    ScheduleConfig,
+    TrainingConfig,
+)
 
 fsspec = pytest.importorskip("fsspec")
 logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
 
 
-class Faults:
+class Watched:
+    """`watch` is called with method and path of each request, before the server answers it."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self):
+        self.watch = lambda method, path: None
+
+
+class Faults(Watched):
     """A WSGI application between clients and a server: `statuses` answer the next requests of the methods `on`, before
     the server's own; `CUT` closes the connection in the middle of the request."""
 
     CUT = "cut"
 
     def __init__(self, app):
-        self.app, self.statuses, self.on, self.requests = app, [], {"GET", "HEAD", "PUT", "POST", "DELETE"}, 0
+        self.app = app
+        super().__init__()
+
+    def clear(self):
+        super().clear()
+        self.statuses, self.on = [], {"GET", "HEAD", "PUT", "POST", "DELETE"}
 
     def __call__(self, environ, start_response):
-        self.requests += 1
+        self.watch(environ["REQUEST_METHOD"], environ["PATH_INFO"])
         if self.statuses and environ["REQUEST_METHOD"] in self.on:
             if self.statuses[0] == self.CUT:
                 self.statuses.pop(0)
@@ -58,13 +91,24 @@ def gcs_server():
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     server = emulator.create_server("127.0.0.1", 0, in_memory=True)
     server.start()  # in a thread that would keep this process from its end
-    yield f"http://127.0.0.1:{server._api._httpd.server_port}"
+    watched, running = Watched(), server._api._httpd
+
+    class Handler(emulator.RequestHandler):
+        def parse_request(self):
+            parsed = super().parse_request()
+            if parsed:
+                watched.watch(self.command, unquote(self.path))
+            return parsed
+
+    running.RequestHandlerClass = functools.partial(Handler, server._storage)
+    running.socket.listen(128)  # more than 5 that wait, as by default, would be dropped and tried again after seconds
+    yield f"http://127.0.0.1:{running.server_port}", watched
     server.stop()
 
 
 @pytest.fixture
 def s3(s3_server, monkeypatch, tmp_path):
-    """URL of an empty bucket, its file system and the faults of its server."""
+    """URL of an empty bucket, its file system, and what is between it and its server."""
     endpoint, faults = s3_server
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "of-the-tests")
@@ -75,25 +119,63 @@ def s3(s3_server, monkeypatch, tmp_path):
 
 @pytest.fixture
 def gs(gcs_server, monkeypatch, tmp_path):
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server)
-    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", gcs_server)
+    endpoint, watched = gcs_server
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", endpoint)
+    monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", endpoint)
     monkeypatch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "of-the-tests")
     monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")  # of processes that the test starts
     monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
-    yield from _bucket("gs", monkeypatch, tmp_path, None)
+    yield from _bucket("gs", monkeypatch, tmp_path, watched)
 
 
-def _bucket(scheme, monkeypatch, tmp_path, faults):
+def _bucket(scheme, monkeypatch, tmp_path, server):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     fs = fsspec.filesystem(scheme, use_listings_cache=False)
     fs.mkdir("bucket")
-    yield f"{scheme}://bucket", fs, faults
-    if faults:
-        faults.statuses.clear()
-        faults.on = {"GET", "HEAD", "PUT", "POST", "DELETE"}
+    yield f"{scheme}://bucket", fs, server
+    server.clear()
     fs.rm("bucket", recursive=True)
 
 
 @pytest.fixture(params=["s3", "gs"])
 def bucket(request):
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def recipe(cfg, tmp_path_factory):
+    folder, draw = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
+    for i in range(16):
+        (folder / f"{i}.txt").write_text(" ".join(draw.choice(["ab", "cde", "fgh", "ij"], 60)))
+    one_layer = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    return Recipe(
+        run_dir="",
+        model=dataclasses.replace(cfg, vocab_size=258, q_lora_rank=None, **one_layer),
+        data=DataConfig(train=(f"{folder}/*.txt",), heldout=(), shuffle_buffer_size=8, prefetch=2),
+        optimizer=OptimizerConfig("adamw", ScheduleConfig(peak_lr=5e-3, warmup_fraction=0.0)),
+        mesh=MeshConfig(),
+        training=TrainingConfig(steps=6, batch_size=8, sequence_length=32, loss_chunk=32),
+        checkpoint=CheckpointConfig(every=2, max_to_keep=3),
+        sample=SampleConfig(),
+    )
+
+
+@pytest.fixture
+def failing_commit():
+    @contextlib.contextmanager
+    def failing(step):
+        """The save of this step fails when everything but its last object is written."""
+        upload_file = Mirror.upload_file
+
+        def failing_upload(mirror, path):
+            if path.name == COMMIT and path.parent.name == str(step):
+                raise ConnectionError("the network is down")
+            upload_file(mirror, path)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Mirror, "upload_file", failing_upload)
+            problem = "/run/checkpoints/pretrain: a checkpoint could not be saved .the network is down.; check the"
+            with pytest.raises(CheckpointSaveError, match=problem):
+                yield
+
+    return failing

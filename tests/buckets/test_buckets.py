@@ -160,7 +160,9 @@ def test_nothing_is_left_of_an_upload_that_fails(s3, monkeypatch):
 
     monkeypatch.setattr(type(fs), "_put_file", failing)
     fsspec.filesystem("s3").clear_instance_cache()  # an instance keeps the methods that it was created with
-    with pytest.raises(ConfigError, match=r"path = 's3://bucket/v3': ConnectionError: the connection was cut; check"):
+    with pytest.raises(
+        ConnectionError, match=r"path = 's3://bucket/v3': ConnectionError: the connection was cut; check"
+    ):
         convert(GOLDEN / "v3", f"{url}/v3", max_shard_bytes=20_000)
     assert not names(fs, "bucket/v3")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0" + (
     " --xla_cpu_use_fusion_emitters=false" if importlib.metadata.version("jaxlib") < "0.11" else ""
 )
-# On a busy machine one of the eight virtual devices may come to a collective later than the 40 s after which XLA aborts.
+# On a busy machine one of the virtual devices may come to a collective later than the 40 s after which XLA aborts.
 os.environ["XLA_FLAGS"] += " --xla_cpu_collective_call_terminate_timeout_seconds=900"
 
 # With the TPU compiler installed, JAX would look for a TPU. Several workers may load the compiler at a time.

@@ -92,6 +92,7 @@ class StateArrays:
         if key not in self._open:
             spec = array_spec(self._location, key, self.uses_ocdbt)
             try:
+                spec |= {"recheck_cached_data": "open"}  # a step that is complete does not change
                 self._open[key] = ts.open(spec, context=self._context, open=True, read=True).result()
             except ValueError as error:
                 raise CheckpointError("checkpoint", key[-1], f"cannot be opened: {str(error)[:200]}") from None

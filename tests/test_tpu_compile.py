@@ -49,7 +49,7 @@ def program(cfg: ModelConfig) -> str:
 def test_slices_are_laid_out_along_data() -> None:
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1", num_slices=2).devices
     mesh = make_mesh(MeshConfig(data=4, expert=2), devices)
-    assert [{device.slice_index for device in row.flat} for row in mesh.devices] == [{0}, {0}, {1}, {1}]
+    assert [{device.slice_index for device in row.flat} for row in mesh.devices.reshape(4, 2)] == [{0}, {0}, {1}, {1}]
     with pytest.raises(ConfigError, match="multiple of the 2 slices"):
         make_mesh(MeshConfig(data=1, fsdp=8), devices)
 

@@ -68,7 +68,17 @@ def tiny(architecture, v2_cfg):
     return dataclasses.replace(base, **sizes)
 
 
-@pytest.fixture(scope="module", params=dict.fromkeys(ARCHITECTURES.values()), ids=lambda a: a.model_type)
+LIKE_OTHERS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "axk1", "glm4_moe_lite", "kimi_k25")
+"""Every module of these is in the tests of the stages themselves, or in one of the other architectures."""
+
+
+def architectures():
+    for architecture in dict.fromkeys(ARCHITECTURES.values()):
+        marks = [pytest.mark.thorough] if architecture.model_type in LIKE_OTHERS else []
+        yield pytest.param(architecture, id=architecture.model_type, marks=marks)
+
+
+@pytest.fixture(scope="module", params=architectures())
 def recipe(request, v2_cfg, tmp_path_factory):
     """Both stages, of two steps each, from a checkpoint in the architecture's own layout."""
     folder = tmp_path_factory.mktemp("stages")

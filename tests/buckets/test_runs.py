@@ -146,6 +146,8 @@ class Runs:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
+    for package in ("s3fs", "gcsfs"):
+        pytest.importorskip(package)
     started = Runs(tmp_path_factory.mktemp("runs"))
     yield started
     started.close()

@@ -66,9 +66,9 @@ def small(recipe: Recipe) -> Recipe:
 
 def model() -> mla_moe.ModelConfig:
     return mla_moe.ModelConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16,
-        moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, kv_lora_rank=8, qk_nope_head_dim=8,
-        qk_rope_head_dim=4, v_head_dim=8, max_position_embeddings=512,
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2, kv_lora_rank=32, qk_nope_head_dim=8,
+        qk_rope_head_dim=4, v_head_dim=32, max_position_embeddings=512,
     )  # fmt: skip
 
 

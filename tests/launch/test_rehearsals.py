@@ -21,7 +21,7 @@ from mla_moe.config import CheckpointConfig, DataConfig, MeshConfig, Recipe, Tra
 from mla_moe.launch.job import COORDINATOR_PORT
 from mla_moe.training.metrics import read_rows
 
-pytestmark = [pytest.mark.slow, pytest.mark.parametrize("count", [2, 4])]
+pytestmark = [pytest.mark.slow, pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.thorough), 4])]
 
 
 @pytest.fixture

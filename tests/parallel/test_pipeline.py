@@ -108,7 +108,7 @@ DSA = {"model_type": "deepseek_v32", "index_topk": 5, "index_n_heads": 6, "index
 @pytest.mark.parametrize(
     ("sizes", "microbatches", "remat", "fields"),
     [
-        (MeshConfig(pipeline=2, data=1, fsdp=2, expert=2), 4, "none", {}),
+        pytest.param(MeshConfig(pipeline=2, data=1, fsdp=2, expert=2), 4, "none", {}, marks=pytest.mark.thorough),
         (MeshConfig(pipeline=2, data=2, context=2), 4, "stage", {}),
         (MeshConfig(pipeline=4, data=1, tensor=2), 8, "full", {}),
         (MeshConfig(pipeline=2, data=4), 2, "dots", DSA),

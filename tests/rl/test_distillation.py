@@ -85,6 +85,7 @@ def test_the_student_moves_to_the_distribution_of_the_teacher(distill, teacher, 
 
 
 @pytest.mark.slow
+@pytest.mark.thorough  # the test before has such a teacher too
 def test_a_student_equal_to_its_teacher_does_not_move(distill, base):
     """In packed sequences on eight devices, whose experts the student replays and the teacher routes itself. The
     student has new adapters, which change nothing at first."""

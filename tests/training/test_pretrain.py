@@ -368,6 +368,7 @@ def test_vocabulary_smaller_than_the_tokenizer_is_an_error(recipe, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_router_bias_balances_the_experts(recipe, tmp_path, monkeypatch):
     """The max load ratio at the end is near 1 with router bias updates, and clearly larger without."""
     long = dataclasses.replace(recipe.training, steps=60, eval_every=0, aux_loss_weight=0.0)

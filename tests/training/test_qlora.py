@@ -112,7 +112,9 @@ def load(base, lora, mesh, **options):
     ("formats", "sizes", "remat"),
     [
         (FORMATS, {"fsdp": 2, "expert": 2}, "none"),
-        (("int8", "experts=fp8"), {"fsdp": 2, "expert": 2, "tensor": 2}, "dots"),
+        pytest.param(
+            ("int8", "experts=fp8"), {"fsdp": 2, "expert": 2, "tensor": 2}, "dots", marks=pytest.mark.thorough
+        ),
         (("int4",), {}, "none"),
     ],
 )

@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import importlib.metadata
 import os
+import signal
 from pathlib import Path
 
 # The tests compile many small programs and run each once or twice: compile fast, not for speed. The older emitters of
@@ -79,6 +80,14 @@ def _bounded_memory():
     if resident > 1.2e9:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture
+def interruptible():
+    """This process and its children may have inherited SIGINT as ignored, from a shell in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def tiny(architecture, v2_cfg):
     return dataclasses.replace(base, **sizes)
 
 
-LIKE_OTHERS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "axk1", "glm4_moe_lite", "kimi_k25")
+LIKE_OTHERS = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "axk1", "glm4_moe_lite", "kimi_k25", "youtu")
 """Every module of these is in the tests of the stages themselves, or in one of the other architectures."""
 
 

@@ -47,14 +47,6 @@ def test_the_exit_code_is_that_of_the_process(request):
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
 
 
-@pytest.fixture
-def interruptible():
-    """Child processes inherit SIGINT as ignored from a shell in the background."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.slow
 def test_an_interrupt_during_compilation_is_one_line(request, tmp_path, interruptible):
     command = [sys.executable, "train.py", "configs/quickstart.py", "--run-dir", str(tmp_path / "run")]

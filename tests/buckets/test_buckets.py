@@ -167,7 +167,7 @@ def test_nothing_is_left_of_an_upload_that_fails(s3, monkeypatch):
     assert not names(fs, "bucket/v3")
 
 
-def test_nothing_is_left_of_an_upload_that_is_interrupted(s3, monkeypatch):
+def test_nothing_is_left_of_an_upload_that_is_interrupted(s3, monkeypatch, interruptible):
     """The client's own thread goes on with an upload when the main thread is interrupted."""
     url, fs, faults = s3
     serve, puts = faults.app, []

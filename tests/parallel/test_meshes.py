@@ -124,7 +124,7 @@ def test_loss_and_gradients_equal_those_of_one_device(compiled: Compile, sizes: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [MESHES[2], MESHES[1]], ids=str)
+@pytest.mark.parametrize("sizes", [pytest.param(MESHES[2], marks=pytest.mark.thorough), MESHES[1]], ids=str)
 def test_a_tied_head_has_the_loss_and_gradients_of_one_device(small: ModelConfig, sizes: MeshConfig) -> None:
     """The embedding's gradient is the sum of its uses as a table and as the heads of the model and its MTP module."""
     tied = dataclasses.replace(small, tie_word_embeddings=True)

@@ -111,7 +111,7 @@ DSA = {"model_type": "deepseek_v32", "index_topk": 5, "index_n_heads": 6, "index
         pytest.param(MeshConfig(pipeline=2, data=1, fsdp=2, expert=2), 4, "none", {}, marks=pytest.mark.thorough),
         (MeshConfig(pipeline=2, data=2, context=2), 4, "stage", {}),
         (MeshConfig(pipeline=4, data=1, tensor=2), 8, "full", {}),
-        (MeshConfig(pipeline=2, data=4), 2, "dots", DSA),
+        pytest.param(MeshConfig(pipeline=2, data=4), 2, "dots", DSA, marks=pytest.mark.thorough),
         (MeshConfig(pipeline=2, data=1, fsdp=2, expert=2), 4, "full", {"num_hidden_layers": 6}),
     ],
     ids=str,
@@ -135,6 +135,7 @@ def test_losses_and_gradients_equal_those_of_one_device(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_microbatches_of_a_pipeline_are_those_of_gradient_accumulation(cfg: ModelConfig) -> None:
     """The metrics and the router biases of a step with four of them."""
     model = AbstractModel(cfg)

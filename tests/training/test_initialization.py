@@ -87,6 +87,7 @@ def test_full_state_is_taken_from_pretraining_if_the_run_has_later_stages(recipe
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_parameters_alone_start_at_step_one(recipe, run, tmp_path):
     """From a run, and after conversion to Hugging Face and back: the same rows."""
     convert(run, tmp_path / "hf")
@@ -167,6 +168,7 @@ def test_mismatch_with_the_checkpoint_is_an_error(recipe, run, tmp_path, changes
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_run_inherits_the_tokenizer_of_its_checkpoint(recipe, run, tmp_path):
     """Even with other text, on which a new tokenizer would have other ids. Later the checkpoint may be deleted."""
     for name, letters in ("a", "abcdefgh"), ("b", "ijklmnop"):
@@ -190,6 +192,7 @@ def test_run_inherits_the_tokenizer_of_its_checkpoint(recipe, run, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_mtp_module_may_be_dropped(recipe, run, tmp_path):
     model = dataclasses.replace(recipe.model, num_nextn_predict_layers=0, max_position_embeddings=256)
     training = dataclasses.replace(recipe.training, steps=1)

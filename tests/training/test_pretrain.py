@@ -149,6 +149,7 @@ def test_interrupted_run_resumes_with_the_same_rows(finished_run, recipe, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_resumes_on_any_number_of_pipeline_stages(finished_run, recipe, tmp_path, monkeypatch):
     """Two stages to step 3, none to step 6, and two to the end: the rows of the run without, within rounding."""
     training = dataclasses.replace(recipe.training, gradient_accumulation_steps=2)

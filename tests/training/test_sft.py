@@ -121,6 +121,7 @@ def test_heldout_examples_are_evaluated_and_sampled(finished_run):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_interrupted_run_resumes_with_the_same_rows(finished_run, recipe, tmp_path, monkeypatch):
     from mla_moe.training.trainer import StepMetrics
 

@@ -171,6 +171,7 @@ def of_one_process(long_recipe, runs, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_that_is_killed_ten_times_ends_with_the_same_numbers(
     bucket, long_recipe, of_one_process, runs, tmp_path, capsys
 ):

@@ -142,7 +142,9 @@ def test_two_processes_train_as_one_and_only_the_first_logs(runs: tuple[Path, li
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("source", "processes", "devices"), [("two", 1, 1), ("one", 2, 4)])
+@pytest.mark.parametrize(
+    ("source", "processes", "devices"), [("two", 1, 1), pytest.param("one", 2, 4, marks=pytest.mark.thorough)]
+)
 def test_another_number_of_processes_resumes_from_a_checkpoint(
     recipe: Path, runs: tuple[Path, list[str]], tmp_path: Path, source: str, processes: int, devices: int
 ) -> None:

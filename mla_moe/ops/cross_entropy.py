@@ -215,21 +215,16 @@ def _reverse_kl_forward(
     h_BTD: Array, head_DV: Array, teacher_BTE: Array, teacher_head_EV: Array, chunk: int, temperature: float,
     axes: tuple[str, ...],
 ) -> tuple[Array, tuple[Array, ...]]:  # fmt: skip
-    def divergence(h_BtD: Array, teacher_BtE: Array) -> Divergence:
-        return _divergence(h_BtD, head_DV, teacher_BtE, teacher_head_EV, temperature, axes)
-
-    return _kl(divergence, h_BTD, (teacher_BTE,), chunk), (h_BTD, head_DV, teacher_BTE, teacher_head_EV)
+    terms = partial(_full_kl_terms, head_DV, teacher_head_EV, temperature, axes)
+    return _kl(terms, h_BTD, (teacher_BTE,), chunk), (h_BTD, head_DV, teacher_BTE, teacher_head_EV)
 
 
 def _reverse_kl_backward(
     chunk: int, temperature: float, axes: tuple[str, ...], residuals: tuple[Array, ...], g_BT: Array
 ) -> tuple[Array | None, ...]:
     h_BTD, head_DV, teacher_BTE, teacher_head_EV = residuals
-
-    def divergence(h_BtD: Array, teacher_BtE: Array) -> Divergence:
-        return _divergence(h_BtD, head_DV, teacher_BtE, teacher_head_EV, temperature, axes)
-
-    grads = _kl_gradients(divergence, h_BTD, head_DV, (teacher_BTE,), g_BT, chunk, temperature, axes)
+    terms = partial(_full_kl_terms, head_DV, teacher_head_EV, temperature, axes)
+    grads = _kl_gradients(terms, h_BTD, head_DV, (teacher_BTE,), g_BT, chunk, temperature, axes)
     return *grads, None, None
 
 
@@ -254,39 +249,33 @@ def top_reverse_kl(
 def _top_reverse_kl_forward(
     h_BTD: Array, head_DV: Array, ids_BTk: Array, logprobs_BTk: Array, chunk: int, axes: tuple[str, ...]
 ) -> tuple[Array, tuple[Array, ...]]:
-    def divergence(h_BtD: Array, ids_Btk: Array, logprobs_Btk: Array) -> Divergence:
-        return _top_divergence(h_BtD, head_DV, ids_Btk, logprobs_Btk, axes)
-
-    residuals = h_BTD, head_DV, ids_BTk, logprobs_BTk
-    return _kl(divergence, h_BTD, (ids_BTk, logprobs_BTk), chunk), residuals
+    terms = partial(_top_kl_terms, head_DV, axes)
+    return _kl(terms, h_BTD, (ids_BTk, logprobs_BTk), chunk), (h_BTD, head_DV, ids_BTk, logprobs_BTk)
 
 
 def _top_reverse_kl_backward(
     chunk: int, axes: tuple[str, ...], residuals: tuple[Array, ...], g_BT: Array
 ) -> tuple[Array | None, ...]:
     h_BTD, head_DV, *teacher = residuals
-
-    def divergence(h_BtD: Array, ids_Btk: Array, logprobs_Btk: Array) -> Divergence:
-        return _top_divergence(h_BtD, head_DV, ids_Btk, logprobs_Btk, axes)
-
-    grads = _kl_gradients(divergence, h_BTD, head_DV, tuple(teacher), g_BT, chunk, 1.0, axes)
+    terms = partial(_top_kl_terms, head_DV, axes)
+    grads = _kl_gradients(terms, h_BTD, head_DV, tuple(teacher), g_BT, chunk, 1.0, axes)
     return *grads, None, None
 
 
 top_reverse_kl.defvjp(_top_reverse_kl_forward, _top_reverse_kl_backward)
 
 
-Divergence = tuple[Float[Array, "B t V"], Float[Array, "B t V"], Float[Array, "B t"]]
+KLTerms = tuple[Float[Array, "B t V"], Float[Array, "B t V"], Float[Array, "B t"]]
 """The student's probabilities p, `log p − log q` with q of the teacher, and their KL."""
 
 
-def _kl(divergence: Callable[..., Divergence], h_BTD: Array, teacher: tuple[Array, ...], chunk: int) -> Array:
+def _kl(terms: Callable[..., KLTerms], h_BTD: Array, teacher: tuple[Array, ...], chunk: int) -> Array:
     chunks = tuple(_chunked(x, chunk) for x in (h_BTD, *teacher))
-    return _unchunked(jax.lax.map(lambda xs: divergence(*xs)[2], chunks), h_BTD.shape[1])
+    return _unchunked(jax.lax.map(lambda xs: terms(*xs)[2], chunks), h_BTD.shape[1])
 
 
 def _kl_gradients(
-    divergence: Callable[..., Divergence], h_BTD: Array, head_DV: Array, teacher: tuple[Array, ...], g_BT: Array,
+    terms: Callable[..., KLTerms], h_BTD: Array, head_DV: Array, teacher: tuple[Array, ...], g_BT: Array,
     chunk: int, temperature: float, axes: tuple[str, ...],
 ) -> tuple[Array, Array]:  # fmt: skip
     """Of the student's hidden states and head: `p (log p − log q − KL)` of a logit, also if q is that of all tokens of
@@ -296,7 +285,7 @@ def _kl_gradients(
 
     def body(g_head_DV: Array, xs: tuple[Array, ...]) -> tuple[Array, Array]:
         h_BtD, *teacher, g_Bt = xs
-        p_BtV, log_ratio_BtV, kl_Bt = divergence(h_BtD, *teacher)
+        p_BtV, log_ratio_BtV, kl_Bt = terms(h_BtD, *teacher)
         g_BtV = g_Bt[..., None] / temperature * p_BtV * (log_ratio_BtV - kl_Bt[..., None])
         g_BtV = g_BtV.astype(h_BtD.dtype)
         g_head_DV += jnp.einsum("BtD,BtV->DV", h_BtD, g_BtV, preferred_element_type=jnp.float32)
@@ -307,9 +296,9 @@ def _kl_gradients(
     return _unchunked(g_cBtD, h_BTD.shape[1]), g_head_DV.astype(head_DV.dtype)
 
 
-def _divergence(
-    h_BtD: Array, head_DV: Array, teacher_BtE: Array, teacher_head_EV: Array, temperature: float, axes: tuple[str, ...]
-) -> Divergence:
+def _full_kl_terms(
+    head_DV: Array, teacher_head_EV: Array, temperature: float, axes: tuple[str, ...], h_BtD: Array, teacher_BtE: Array
+) -> KLTerms:
     log_p_BtV = _log_softmax(_logits(h_BtD, head_DV, temperature), axes)
     log_ratio_BtV = log_p_BtV - _log_softmax(_logits(teacher_BtE, teacher_head_EV, temperature), axes)
     p_BtV = jnp.exp(log_p_BtV)
@@ -317,9 +306,7 @@ def _divergence(
     return p_BtV, log_ratio_BtV, jax.lax.psum(kl_Bt, axes) if axes else kl_Bt
 
 
-def _top_divergence(
-    h_BtD: Array, head_DV: Array, ids_Btk: Array, logprobs_Btk: Array, axes: tuple[str, ...]
-) -> Divergence:
+def _top_kl_terms(head_DV: Array, axes: tuple[str, ...], h_BtD: Array, ids_Btk: Array, logprobs_Btk: Array) -> KLTerms:
     """Other tokens than the k are one event, of which each has the log-ratio."""
     log_p_BtV, V = _log_softmax(_logits(h_BtD, head_DV, 1.0), axes), head_DV.shape[1]
     local_Btk = _local_target(ids_Btk, V, axes)

@@ -28,23 +28,11 @@ from mla_moe.config import CheckpointConfig, MeshConfig
 from mla_moe.nn.abstract_model import AbstractModel
 from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training.run_directory import open_run_directory
+from tests.checkpoint.position import Position
 
 
 def steps_there(fs):
     return sorted(path.rpartition("/")[2] for path in fs.ls("bucket/run/checkpoints/pretrain", detail=False))
-
-
-class Position:
-    """A data position that is a number."""
-
-    def __init__(self, number=0):
-        self.number = number
-
-    def states(self):
-        return {0: str(self.number)}
-
-    def restore(self, read):
-        self.number = int(read(0))
 
 
 class State(NamedTuple):

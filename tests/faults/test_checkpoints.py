@@ -24,21 +24,9 @@ from mla_moe.training.optimizer import make_optimizer
 from mla_moe.training.pretrain import PretrainTrainer, pretrain
 from mla_moe.training.run_directory import open_run_directory
 from mla_moe.training.step import abstract_state, init_state
+from tests.checkpoint.position import Position
 
 KEEP = CheckpointConfig(every=1, max_to_keep=4)
-
-
-class Position:
-    """A data position that is a number."""
-
-    def __init__(self, number=0):
-        self.number = number
-
-    def states(self):
-        return {0: str(self.number)}
-
-    def restore(self, read):
-        self.number = int(read(0))
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,10 @@
 
 import dataclasses
 import itertools
-import json
 import os
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -20,20 +15,9 @@ from mla_moe.cli import main
 from mla_moe.config import CheckpointConfig, MeshConfig
 from mla_moe.parallel.mesh import make_mesh
 from mla_moe.training.console import Console
-from mla_moe.training.metrics import read_rows
 from mla_moe.training.pretrain import pretrain
 from mla_moe.training.run_directory import open_run_directory
-
-TIMING = {"tokens_per_s", "step_seconds", "mfu"}
-
-
-def outcome(run_dir, step):
-    """Checksums of all arrays, the data position and the metrics but timings."""
-    directory = run_dir / "checkpoints" / "pretrain" / str(step)
-    digests = json.loads((directory / "digests" / "metadata").read_text())
-    position = {path.name: path.read_text() for path in (directory / "data").glob("*.json")}
-    rows = [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(run_dir / "metrics.jsonl")]
-    return digests, position, rows
+from tests.forked_runs import Runs, of_processes, outcome
 
 
 def outcome_there(url, step):
@@ -82,73 +66,11 @@ def test_a_run_resumes_bit_for_bit_and_is_used_from_the_bucket(bucket, recipe, t
     require_usable(url, tmp_path, capsys, steps)
 
 
-FORK = """
-import json, os, signal, sys
-import gcsfs, s3fs
-import mla_moe.report.page
-from mla_moe.cli.train import main
-from mla_moe.rl import preflight, rejection_sampling, trainer
-from mla_moe.training import dpo, pretrain, sft
-for line in sys.stdin:
-    processes, (environment, commands) = [], json.loads(line)
-    for log, arguments in commands:
-        if not (process := os.fork()):
-            signal.alarm(900)  # ends one that hangs
-            os.environ |= environment
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1), os.dup2(output, 2)
-            sys.stdout.reconfigure(line_buffering=True)
-            sys.exit(main(arguments))
-        processes.append(process)
-    print(*processes, flush=True)
-    print(*(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes), flush=True)
-"""
-"""Processes that have imported everything, which takes longer than such a small run."""
-
-
-class Runs:
-    """Starts processes that train together, as forks of one, in the environment of the test."""
-
-    def __init__(self, folder):
-        environment = os.environ | {
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",
-            "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # of gRPC, which the emulator has not
-            "FSSPEC_GS_TOKEN": "anon",
-            "TMPDIR": str(folder),
-        }
-        self._folder, pipe = folder, subprocess.PIPE
-        self._forks = subprocess.Popen(
-            [sys.executable, "-c", FORK], env=environment, stdin=pipe, stdout=pipe, text=True, start_new_session=True
-        )
-
-    def start(self, recipe, run_dir, *flags):
-        """Start a process for each of `flags`, by default one. Returns their numbers."""
-        path = self._folder / "recipe.json"
-        path.write_text(dataclasses.replace(recipe, run_dir=str(run_dir)).to_json())
-        self._logs = [self._folder / f"{number}.log" for number, _ in enumerate(flags or [()])]
-        commands = [(str(log), [str(path), *own]) for log, own in zip(self._logs, flags or [()], strict=True)]
-        self._forks.stdin.write(json.dumps((dict(os.environ), commands)) + "\n")
-        self._forks.stdin.flush()
-        return [int(number) for number in self._forks.stdout.readline().split()]
-
-    def wait(self):
-        """The exit codes, that of a signal negative; and what the processes have printed."""
-        codes = [int(code) for code in self._forks.stdout.readline().split()]
-        return codes, "\n".join(log.read_text() for log in self._logs)
-
-    def close(self):
-        os.killpg(self._forks.pid, signal.SIGKILL)
-        with self._forks:
-            pass
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     for package in ("s3fs", "gcsfs"):
         pytest.importorskip(package)
-    started = Runs(tmp_path_factory.mktemp("runs"))
+    started = Runs(tmp_path_factory.mktemp("runs"), "s3fs", "gcsfs")
     yield started
     started.close()
 
@@ -200,15 +122,6 @@ def test_a_run_that_is_killed_ten_times_ends_with_the_same_numbers(
     assert incomplete >= 2, "some kills are in saves"
     assert outcome_there(f"{url}/run", steps) == of_one_process
     require_usable(url, tmp_path, capsys, steps)
-
-
-def of_processes(count):
-    """The flags of processes that find each other on loopback."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = f"--distributed.coordinator=localhost:{port}", f"--distributed.processes={count}"
-    return [[*flags, f"--distributed.process={process}", "--distributed.timeout=10"] for process in range(count)]
 
 
 @pytest.fixture(scope="module")

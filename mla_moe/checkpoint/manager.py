@@ -94,7 +94,7 @@ class CheckpointManager(contextlib.AbstractContextManager["CheckpointManager"]):
         """
         if step == self.latest:
             return
-        model, arrays, adapter = dataclasses.asdict(abstract_model.cfg), _saved(state), {}
+        model, arrays, adapter = dataclasses.asdict(abstract_model.cfg), saved_arrays(state), {}
         if base is not None:
             lora = {"lora": dataclasses.asdict(abstract_model.lora)}
             place = {}
@@ -178,10 +178,13 @@ def restore_step(directory: Path, abstract: State, position: DataPosition) -> St
     try:
         require_known_format(directory)
         if mirror_of(directory):
-            found = {"state": read_state(directory, _saved(abstract)), "digests": read_json_item(directory, "digests")}
+            found = {
+                "state": read_state(directory, saved_arrays(abstract)),
+                "digests": read_json_item(directory, "digests"),
+            }
             StreamsHandler().restore(directory / "data", StreamsArgs(position))
         else:
-            state, digests = ocp.args.StandardRestore(_saved(abstract)), ocp.args.JsonRestore()
+            state, digests = ocp.args.StandardRestore(saved_arrays(abstract)), ocp.args.JsonRestore()
             items = ocp.args.Composite(state=state, data=StreamsArgs(position), digests=digests)
             with ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone) as checkpointer:
                 found = checkpointer.restore(directory.absolute(), items)
@@ -199,7 +202,7 @@ def restore_step(directory: Path, abstract: State, position: DataPosition) -> St
     return abstract._replace(**found["state"])
 
 
-def _saved(state: NamedTuple) -> dict[str, Any]:
+def saved_arrays(state: NamedTuple) -> dict[str, Any]:
     """What a checkpoint has of a state."""
     return {name: part for name, part in state._asdict().items() if name != "frozen"}
 

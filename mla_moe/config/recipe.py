@@ -50,6 +50,12 @@ class CheckpointConfig:
     """Newest checkpoints to keep per stage."""
     keep_every: int | None = None
     """Also keep each checkpoint whose step is a multiple of this, for good. None keeps only the newest."""
+    local_dir: str | None = None
+    """Emergency checkpoints: a directory on each host's own disk or RAM disk, where its processes save their shards
+    every `local_every` steps. A run of several processes with mesh.data above 1 resumes from them if they are newer
+    than the checkpoints of run_dir; a host that was replaced receives its shards from a replica. None: no copies."""
+    local_every: int | None = None
+    """Steps between emergency checkpoints, fewer than `every`."""
 
     def __post_init__(self):
         require_field(self, "checkpoint.every", self.every >= 1, "at least 1 step")
@@ -57,6 +63,13 @@ class CheckpointConfig:
         require_field(self, "checkpoint.max_to_keep", self.max_to_keep >= 1, "keep at least 1")
         fix = f"a multiple of checkpoint.every = {self.every}: other steps are saved by chance only"
         require_each(self, "checkpoint", "keep_every", lambda x: x >= 1 and x % self.every == 0, fix)
+        require_local("checkpoint.local_dir", self.local_dir, "a disk or RAM disk of each host has local checkpoints")
+        fix = "name a directory of each host, or None"
+        require_field(self, "checkpoint.local_dir", self.local_dir != "", fix)
+        fix = "set both of checkpoint.local_dir and checkpoint.local_every, or neither"
+        require_field(self, "checkpoint.local_every", (self.local_dir is None) == (self.local_every is None), fix)
+        fix = f"at least 1 step, and fewer than checkpoint.every = {self.every}, whose checkpoints all hosts share"
+        require_each(self, "checkpoint", "local_every", lambda x: 1 <= x < self.every, fix)
 
 
 @dataclasses.dataclass(frozen=True)

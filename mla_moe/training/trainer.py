@@ -20,6 +20,7 @@ import optax
 from mla_moe.checkpoint.base_reference import BaseReference
 from mla_moe.checkpoint.bucket_run import synchronize
 from mla_moe.checkpoint.data_position import DataPosition, FixedPosition
+from mla_moe.checkpoint.local_checkpoints import LocalCheckpoints
 from mla_moe.checkpoint.manager import CheckpointManager
 from mla_moe.config import OptimizerConfig, TrainingConfig, require
 from mla_moe.parallel.sharding import bytes_per_device
@@ -63,6 +64,7 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
         """`name` is the stage's name in metrics and checkpoints. `training` gives steps, logging and evaluation."""
         self.name, self.context, self.training, self._optimizer = name, context, training, optimizer
         self._base: BaseReference | None = None
+        self._local: LocalCheckpoints | None = None
         self.expert_load_every = max(1, training.steps // 200)
         """Steps between rows of `expert_load.jsonl`: a heat map of at most 400 rows for the whole run."""
         self.profile_directory = context.run_dir / "profile" / name
@@ -167,8 +169,10 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
             if checkpoints.latest == self.training.steps:
                 log(f"{self.name}: all {self.training.steps} steps are done already")
                 return
+            if context.recipe.checkpoint.local_dir is not None:
+                self._local = LocalCheckpoints(context.run_dir, self.name, context.recipe, self.abstract_state)
             position = self.position
-            with contextlib.closing(self):
+            with contextlib.closing(self), self._local or contextlib.nullcontext():
                 rows = self.describe()
                 title = f"{context.recipe.run_dir}: {self.name}"
                 context.console.startup_table(title, [*context.describe(self.abstract_train_state), *rows])
@@ -181,6 +185,8 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
                     except LossSpikeError as spike:
                         log(f"{spike}: rewinding to the newest checkpoint and skipping the batches since")
                         synchronize(context.run_dir, "rewinding")  # all read the losses before it
+                        if self._local:  # its copies may be from after the spike began
+                            self._local.remove()
                         state, start = self._restore(checkpoints, FixedPosition())
                         rewound = spike.step - (start or 0)
                         rewinds[start] += 1
@@ -190,21 +196,29 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
 
     def _restore(self, checkpoints: CheckpointManager, position: DataPosition) -> tuple[State, int | None]:
         """The state of the newest checkpoint, or the initial state, and its step; None at the start of a stage."""
-        abstract, step = self.abstract_state, checkpoints.latest
+        abstract, step, log = self.abstract_state, checkpoints.latest, self.context.console.print
+        if self._local and (found := self._local.restore(abstract, position, step or 0, log)):
+            state, step, self._base = found
+            log(f"resumed from the local checkpoint of step {step}")
+            return self._with_base(state), step
         if step is None:
             initial: tuple[Any, int | None] = self.initial_state(position)
             state, start = initial
             if abstract.frozen:  # with LoRA
                 self._base = BaseReference.create(self.start, state.frozen)
             return state, start
-        state = checkpoints.restore(abstract, position, self.context.console.print)
+        state = checkpoints.restore(abstract, position, log)
         if abstract.frozen:
             self._base = checkpoints.base
-            state = state._replace(
-                frozen=self._base.load(self.context.run_dir, self.context.abstract_model, self.context.mesh)
-            )
-        self.context.console.print(f"resumed from the checkpoint of step {checkpoints.latest}")
-        return state, checkpoints.latest
+        log(f"resumed from the checkpoint of step {checkpoints.latest}")
+        return self._with_base(state), checkpoints.latest
+
+    def _with_base(self, state: Any) -> Any:
+        """The state with the frozen parameters of its base, if it has one."""
+        if self._base is None:
+            return state
+        context = self.context
+        return state._replace(frozen=self._base.load(context.run_dir, context.abstract_model, context.mesh))
 
     def _writer(self, start: int | None) -> Writer:
         if jax.process_index():
@@ -252,6 +266,11 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
                 if is_last:
                     self.finish(state, scores, metrics, writer)
                 is_due, is_stopped = schedule.is_due(number), signals.stop(number)
+                if self._local and self._local.is_due(number) and not (is_last or is_due or is_stopped):
+                    metrics.flush()
+                    watchdog.progress(f"the local checkpoint of step {number} of {self.name}")
+                    self._local.save(number, state, self.position, self._base)
+                    metrics.restart_clock()
                 if is_last or is_due or is_stopped:
                     metrics.flush()
                     watchdog.progress(f"the checkpoint of step {number} of {self.name}")
@@ -261,6 +280,8 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
                     is_stopped = signals.stop(number)  # also by a signal during the save
                 if is_last or is_stopped:  # nothing else runs beside this save: wait here, where the watchdog sees it
                     checkpoints.wait_until_saved()
+                if is_last and self._local:
+                    self._local.remove()
                 if is_stopped:
                     raise InterruptedRun(f"stopped at step {number} by {signals.name}; state saved")
 

@@ -27,6 +27,8 @@ from mla_moe.config import (
 )
 
 fsspec = pytest.importorskip("fsspec")
+# Of gRPC, which the emulator has not. Read when gcsfs is imported, which some fixtures do before that of its server.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
 
 
@@ -86,7 +88,6 @@ def s3_server():
 
 @pytest.fixture(scope="session")
 def gcs_server():
-    os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # of gRPC, which the emulator has not; read on import
     pytest.importorskip("gcsfs")
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     server = emulator.create_server("127.0.0.1", 0, in_memory=True)

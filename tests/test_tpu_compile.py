@@ -28,7 +28,7 @@ def program(cfg: ModelConfig) -> str:
     """The compiled text of a training step on `v5p:2x2x2`."""
     cfg = dataclasses.replace(
         cfg, vocab_size=512, hidden_size=256, num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=2,
-        moe_intermediate_size=128, n_routed_experts=32, n_group=4, topk_group=2, num_experts_per_tok=4,
+        moe_intermediate_size=128, n_routed_experts=64, n_group=4, topk_group=2, num_experts_per_tok=4,
         kv_lora_rank=128, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
         max_position_embeddings=LENGTH, num_nextn_predict_layers=0,
     )  # fmt: skip
@@ -61,10 +61,18 @@ def test_the_step_has_the_native_kernels(program: str) -> None:
 
 
 def test_no_expert_runs_on_tokens_of_another_expert(program: str) -> None:
-    """A dense expansion has an axis of a device's 8 experts and one of many tokens; weights have widths only."""
+    """A dense expansion has an axis of a device's 16 experts and one of many tokens; weights have widths only."""
     widths = {64, 128, 256}  # 64 of the 128 rows of the second matrix, which is sharded over `fsdp`
     arrays = re.findall(r"(?:bf16|f32|pred)\[(\d+),(\d+),(\d+)\]", program)
-    expanded = {dims for dims in arrays if dims[0] == "8" and int(dims[1]) not in widths and int(dims[2]) in widths}
+    expanded = {dims for dims in arrays if dims[0] == "16" and int(dims[1]) not in widths and int(dims[2]) in widths}
     assert not expanded
     assert "gmm" in program
     assert "tgmm" in program
+
+
+def test_with_many_experts_their_weights_are_gathered_before_the_routes(program: str) -> None:
+    """So that it runs beside attention (`DispatchPlan.weights_before_routes`)."""
+    ends = re.compile(r"all-gather.*-done = bf16\[(1,16,128,256|16,256,256)\]")
+    starts = re.compile(r"all-gather.*-start = .*s32\[2048,4\]")
+    order = [line for line in program.splitlines() if ends.search(line) or starts.search(line)]
+    assert [bool(starts.search(line)) for line in order] == [False, False, True]

@@ -24,6 +24,8 @@ _OVERLAP: CompilerOptions = {
     "xla_tpu_enable_concurrent_sparse_core_offloading": True,
     "xla_tpu_use_single_sparse_core_for_all_gather_offload": True,
     "xla_tpu_enable_sparse_core_offload_queuing_in_lhs": True,
+    # By its own estimate the scheduler would wait for reduce-scatters too early.
+    "xla_tpu_sparse_core_reduce_scatter_latency_multiplier": "4",
     # Of the next operations, the scheduler prefers what long chains of asynchronous ones wait for.
     "xla_lhs_prioritize_async_depth_over_stall": True,
 }

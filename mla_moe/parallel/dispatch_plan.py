@@ -21,6 +21,12 @@ PAIRS_PER_CHUNK, PAIRS_PER_CHUNK_GPU = 21_000, 50_000
 each of DeepSeek-V3's experts, with buffers of a few GB. On a GPU more: every chunk reads the experts' weights and adds
 to their gradients."""
 
+PAIRS_PER_EXPERT = 1_600
+"""On TPU at least as many for each expert of the device, for the same reason (docs/decisions/overlap.md)."""
+
+MANY_EXPERTS = 13
+"""With more on a device, the all-gathers of their weights take about as long as attention, and must run beside it."""
+
 
 class DispatchPlan(NamedTuple):
     """Static sizes, fixed at compile time. A pair is a token with one of its experts."""
@@ -41,6 +47,8 @@ class DispatchPlan(NamedTuple):
     dispatch: DispatchKernel
     grouped_matmul: GroupedMatmulKernel | None
     activation: Activation
+    weights_before_routes: bool = False
+    """Whether the all-gathers of the experts' weights must end before that of the router's choices begins."""
     axis: str = "expert"
     """The mesh axis of expert parallelism, by its name in the mesh."""
 
@@ -59,12 +67,13 @@ def dispatch_plan(cfg: MoEConfig, tokens: int, devices: int, kernels: KernelConf
     """
     dispatch, capacity_factor = kernels.dispatch or default_dispatch(), kernels.capacity_factor
     even_tokens = tokens * expected_device_fraction(cfg, devices)
-    max_local_experts = min(cfg.num_experts_per_tok, cfg.num_experts // devices)
+    local_experts = cfg.num_experts // devices
+    max_local_experts = min(cfg.num_experts_per_tok, local_experts)
     if dispatch == "ragged":
         pairs = tokens * cfg.num_experts_per_tok * cfg.num_experts / cfg.router_width
         min_pairs, slack, even_load = 1, 1.25, pairs / devices
         gpu = target_platform() == "gpu"
-        chunks = pairs / (PAIRS_PER_CHUNK_GPU if gpu else PAIRS_PER_CHUNK)
+        chunks = pairs / (PAIRS_PER_CHUNK_GPU if gpu else max(PAIRS_PER_CHUNK, local_experts * PAIRS_PER_EXPERT))
         # On TPU rather three small ones than one or two: the first dispatch and the last return are beside no experts.
         num_chunks = max(round(chunks), 1 if gpu else min(round(2 * chunks), 3), 1)
     else:
@@ -76,7 +85,8 @@ def dispatch_plan(cfg: MoEConfig, tokens: int, devices: int, kernels: KernelConf
     device_capacity = None if capacity_factor is None else math.ceil(capacity_factor * even_tokens)
     return DispatchPlan(
         cfg.num_experts, devices, max_local_experts, chunk_capacity, min_pairs, num_chunks, device_capacity,
-        dispatch, kernels.grouped_matmul, find_activation(cfg.hidden_act), *physical_axes("expert"),
+        dispatch, kernels.grouped_matmul, find_activation(cfg.hidden_act),
+        local_experts > MANY_EXPERTS, *physical_axes("expert"),
     )  # fmt: skip
 
 

@@ -105,12 +105,16 @@ def expert_parallel_experts(
     """`ops.experts.experts` of this device's tokens over the experts of all devices, and the number of pairs that were
     dropped at capacity. `experts_nK` number all experts, and E is unassigned; the weights and adapters are those of
     this device."""
+    matrices = _joined(gate_up_eD2F), down_eFD  # here, and not for each chunk
+    if plan.weights_before_routes:
+        # Large all-gathers on a SparseCore end in the order in which they start. Without this barrier XLA starts those
+        # of the weights behind that of the router's choices, so that none runs beside attention.
+        matrices, experts_nK = jax.lax.optimization_barrier((matrices, experts_nK))
     routes = dispatch_routes(experts_nK, plan)
     dropout = (None if lora is None else lora.dropout for lora in adapters)
     gather = partial(jax.lax.all_gather, axis_name=plan.axis)
     dropout = tuple(d and dataclasses.replace(d, rows=gather(d.rows)) for d in dropout)
     adapters = ExpertAdapters(*(lora and lora._replace(dropout=None) for lora in adapters))
-    matrices = _joined(gate_up_eD2F), down_eFD  # here, and not for each chunk
     fixed = [a is not None or isinstance(w, QuantizedMatrix) for w, a in zip(matrices, adapters, strict=True)]
     trained = *(None if f else w for w, f in zip(matrices, fixed, strict=True)), adapters
     frozen = tuple(w if f else None for w, f in zip(matrices, fixed, strict=True))

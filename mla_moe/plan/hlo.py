@@ -226,11 +226,11 @@ class HloModule:
         for user in users:
             if user.opcode in ("dynamic-slice", "gather", "slice") and user.operands[0] == name:
                 total += hbm_bytes(user.type)
+            elif user.opcode == "bitcast" or _is_copy(user):
+                total += self._bytes_read(inner, user.name)
             elif user.opcode == "fusion":
                 nested = self.computations[user.called("calls")[0]]
                 total += self._bytes_read(nested, nested.parameters[user.operands.index(name)])
-            elif user.opcode == "bitcast":
-                total += self._bytes_read(inner, user.name)
             else:
                 return math.inf
         return total if users else math.inf
@@ -346,10 +346,16 @@ def _passed_on(inner: HloComputation) -> set[str]:
 def _source(inner: HloComputation, name: str) -> str:
     """The array that a chain of bitcasts, copies and converts starts from."""
     instruction = inner.instructions.get(name)
-    while instruction is not None and instruction.opcode in ("bitcast", "copy", "convert") and instruction.operands:
+    while instruction is not None and (instruction.opcode in ("bitcast", "copy", "convert") or _is_copy(instruction)):
         name = instruction.operands[0]
         instruction = inner.instructions.get(name)
     return name
+
+
+def _is_copy(nested: HloInstruction) -> bool:
+    """Whether a fusion inside of a fusion only gives its operand another layout: the elements that are used are read
+    from where they are. TPU7x's compiler writes this around slices of what the layers save."""
+    return nested.opcode == "fusion" and "output_to_operand_aliasing={{}: (0, {})}" in nested.rest
 
 
 def _add_tuple_element(computation: HloComputation, name: str) -> None:

@@ -15,7 +15,13 @@ from jax.sharding import PartitionSpec as P
 from mla_moe.config import KernelConfig, ModelConfig
 from mla_moe.config.parallelism import DispatchKernel
 from mla_moe.ops.experts import experts, reference
-from mla_moe.parallel.dispatch_plan import PAIRS_PER_CHUNK, DispatchPlan, dispatch_plan, expected_device_fraction
+from mla_moe.parallel.dispatch_plan import (
+    PAIRS_PER_CHUNK,
+    PAIRS_PER_EXPERT,
+    DispatchPlan,
+    dispatch_plan,
+    expected_device_fraction,
+)
 from mla_moe.parallel.expert_parallel import dispatch_routes, expert_parallel_experts
 
 E, K, D, F, N = 16, 3, 8, 5, 8 * 40
@@ -98,6 +104,14 @@ def test_chunks_have_little_more_capacity_than_an_even_routing_needs(
     assert few.num_chunks == (1 if ragged else plan.num_chunks)
 
 
+def test_with_many_experts_on_a_device_chunks_are_larger_and_weights_come_first(cfg: ModelConfig) -> None:
+    cfg = dataclasses.replace(cfg, n_routed_experts=32 * 8, num_experts_per_tok=K, n_group=1, topk_group=1)
+    tokens = 10 * 32 * PAIRS_PER_EXPERT // K
+    of_32, of_8 = (make_dispatch_plan(cfg, tokens, devices, "ragged") for devices in (8, 32))
+    assert (of_32.num_chunks, of_8.num_chunks) == (10, round(10 * 32 * PAIRS_PER_EXPERT / PAIRS_PER_CHUNK))
+    assert (of_32.weights_before_routes, of_8.weights_before_routes) == (True, False)
+
+
 @pytest.mark.parametrize("dispatch", ["all_to_all", "ragged"])
 @pytest.mark.parametrize("routing", ["even", "half"])
 @pytest.mark.parametrize("devices", [2, 8])
@@ -107,7 +121,7 @@ def test_expert_parallel_experts_equal_those_of_one_device(
     monkeypatch.setattr(jax.lax, "ragged_all_to_all", ragged_by_padding)
     cfg = dataclasses.replace(cfg, n_routed_experts=E, num_experts_per_tok=K, n_group=1, topk_group=1)
     mesh = jax.make_mesh((8 // devices, devices), ("data", "expert"), axis_types=(AxisType.Auto,) * 2)
-    plan = make_dispatch_plan(cfg, N // 8, devices, dispatch)
+    plan = make_dispatch_plan(cfg, N // 8, devices, dispatch)._replace(weights_before_routes=devices == 2)
     tokens, weights = P(("data", "expert")), P("expert")
     expert_parallel = jax.shard_map(
         lambda *args: expert_parallel_experts(*args, plan)[0],

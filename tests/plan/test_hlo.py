@@ -104,6 +104,44 @@ def test_a_slice_in_a_nested_fusion_reads_only_the_slice() -> None:
     assert HloModule(NESTED_SLICE).memory_traffic() == 2 * (2 * 8 * 4) + 4
 
 
+OTHER_LAYOUT = """
+%layout (a: bf16[64,8,4]) -> bf16[64,8,4] {
+  %a = bf16[64,8,4] parameter(0)
+  ROOT %copied = bf16[64,8,4] copy(%a)
+}
+
+%saved (b: bf16[64,8,4], i: s32[], x: bf16[1,8,4]) -> bf16[64,8,4] {
+  %b = bf16[64,8,4] parameter(0)
+  %stack = bf16[64,8,4] fusion(%b), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%layout
+  %i = s32[] parameter(1)
+  %x = bf16[1,8,4] parameter(2)
+  %zero = s32[] constant(0)
+  ROOT %updated = bf16[64,8,4] dynamic-update-slice(%stack, %x, %i, %zero, %zero)
+}
+
+%read (c: bf16[64,8,4], j: s32[]) -> bf16[1,8,4] {
+  %c = bf16[64,8,4] parameter(0)
+  %stack = bf16[64,8,4] fusion(%c), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%layout
+  %j = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = bf16[1,8,4] dynamic-slice(%stack, %j, %zero, %zero), dynamic_slice_sizes={1,8,4}
+}
+
+ENTRY %main (d: bf16[64,8,4], k: s32[], y: bf16[1,8,4]) -> bf16[1,8,4] {
+  %d = bf16[64,8,4] parameter(0)
+  %k = s32[] parameter(1)
+  %y = bf16[1,8,4] parameter(2)
+  %written = bf16[64,8,4] fusion(%d, %k, %y), kind=kLoop, calls=%saved
+  ROOT %taken = bf16[1,8,4] fusion(%written, %k), kind=kLoop, calls=%read
+}
+"""
+
+
+def test_a_slice_of_a_stack_in_another_layout_moves_only_the_slice() -> None:
+    """As XLA:TPU saves layer inputs on TPU7x, and reads them."""
+    assert HloModule(OTHER_LAYOUT).memory_traffic() == 2 * (2 * 8 * 4 * 2 + 4)  # and the index
+
+
 GROUPED = """
 ENTRY %main (x: bf16[32,8], w: bf16[12,8,16]) -> bf16[32,16] {
   %x = bf16[32,8] parameter(0)

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mla_moe import ConfigError
-from mla_moe.checkpoint.local_checkpoints import LocalCheckpoints
+from mla_moe.checkpoint.local_checkpoints import LocalCheckpoints, _recipe_checksum
 from mla_moe.config import (
     CheckpointConfig,
     DataConfig,
@@ -20,6 +20,7 @@ from mla_moe.config import (
     OptimizerConfig,
     Recipe,
     ScheduleConfig,
+    SFTConfig,
     TrainingConfig,
 )
 from mla_moe.parallel.mesh import make_mesh
@@ -165,6 +166,20 @@ def test_what_is_left_on_the_hosts_is_restored_bit_for_bit(count, recipe, runs, 
     runs.start(recipe, tmp_path / "run", *of_processes(count), patch=patch)
     codes, output = runs.wait()
     assert codes == [0] * count, output
+
+
+def test_copies_are_those_of_a_run_its_stage_its_recipe_and_the_step_to_which_it_went_back(recipe, tmp_path):
+    def checksum(stage="pretrain", run_dir=tmp_path, **changes):
+        return _recipe_checksum(dataclasses.replace(recipe, **changes), run_dir, stage)
+
+    before, longer = checksum(), dataclasses.replace(recipe.training, steps=9)
+    assert (
+        checksum(mesh=MeshConfig(data=4), checkpoint=CheckpointConfig(every=7), sft=SFTConfig(batch_size=8)) == before
+    )
+    others = checksum("sft"), checksum(run_dir=tmp_path / "copy"), checksum(seed=1), checksum(training=longer)
+    assert before not in others
+    (tmp_path / "resume_step.json").write_text('{"step": 4}')
+    assert checksum() not in (before, *others)
 
 
 @pytest.mark.parametrize("sizes", [MeshConfig(data=2, fsdp=4), MeshConfig(data=1, fsdp=8)])

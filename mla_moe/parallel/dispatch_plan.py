@@ -47,6 +47,8 @@ class DispatchPlan(NamedTuple):
     dispatch: DispatchKernel
     grouped_matmul: GroupedMatmulKernel | None
     activation: Activation
+    pipelined: bool = False
+    """Whether the exchange of one chunk runs beside the experts' products of another: not on GPU, where it blocks."""
     weights_before_routes: bool = False
     """Whether the all-gathers of the experts' weights must end before that of the router's choices begins."""
     axis: str = "expert"
@@ -66,13 +68,13 @@ def dispatch_plan(cfg: MoEConfig, tokens: int, devices: int, kernels: KernelConf
     an even routing is what a device can send to another device; None is dropless.
     """
     dispatch, capacity_factor = kernels.dispatch or default_dispatch(), kernels.capacity_factor
+    gpu = target_platform() == "gpu"
     even_tokens = tokens * expected_device_fraction(cfg, devices)
     local_experts = cfg.num_experts // devices
     max_local_experts = min(cfg.num_experts_per_tok, local_experts)
     if dispatch == "ragged":
         pairs = tokens * cfg.num_experts_per_tok * cfg.num_experts / cfg.router_width
         min_pairs, slack, even_load = 1, 1.25, pairs / devices
-        gpu = target_platform() == "gpu"
         chunks = pairs / (PAIRS_PER_CHUNK_GPU if gpu else max(PAIRS_PER_CHUNK, local_experts * PAIRS_PER_EXPERT))
         # On TPU rather three small ones than one or two: the first dispatch and the last return are beside no experts.
         num_chunks = max(round(chunks), 1 if gpu else min(round(2 * chunks), 3), 1)
@@ -86,7 +88,7 @@ def dispatch_plan(cfg: MoEConfig, tokens: int, devices: int, kernels: KernelConf
     return DispatchPlan(
         cfg.num_experts, devices, max_local_experts, chunk_capacity, min_pairs, num_chunks, device_capacity,
         dispatch, kernels.grouped_matmul, find_activation(cfg.hidden_act),
-        local_experts > MANY_EXPERTS, *physical_axes("expert"),
+        dispatch == "ragged" and not gpu, local_experts > MANY_EXPERTS, *physical_axes("expert"),
     )  # fmt: skip
 
 

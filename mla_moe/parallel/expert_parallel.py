@@ -175,8 +175,8 @@ def _over_chunks(
     """For each chunk `products, finish = body(chunk, received, sums)` and `outputs, sums = finish(products)`, where
     `received` are the dispatched `inputs`. Returns the combined outputs in float32, and the last sums.
 
-    With `ragged` the outputs of the chunk before are returned beside the first products, and the next chunk is
-    dispatched beside the rest, so that asynchronous collectives overlap them (`docs/decisions/overlap.md`). So there is
+    A pipeline (`plan.pipelined`) returns the outputs of the chunk before beside the first products, and dispatches the
+    next chunk beside the rest, so that asynchronous collectives overlap them (`docs/decisions/overlap.md`). So there is
     one more exchange in either direction than chunks, which is empty.
     """
     n, D = inputs[0].shape
@@ -188,12 +188,14 @@ def _over_chunks(
         r, d = _row_shape(D)
         return jnp.zeros((plan.devices, plan.chunk_capacity, width * r, d), inputs[0].dtype)
 
-    def sequential(index: Array, state: tuple[Array, Any]) -> tuple[Array, Any]:
-        total_nrd, sums = state
+    def sequential(index: Array, state: tuple[Array, Array, Array, Any]) -> tuple[Array, Array, Array, Any]:
+        received_Pcrd, returned_Pcrd, total_nrd, sums = state
         chunk = _Chunk(index, routes, plan)
-        gate_up_R2F, finish = body(chunk, _parts(chunk.dispatch(rows, buffer(len(rows))), len(rows)), sums)
+        received_Pcrd = chunk.dispatch(rows, received_Pcrd)
+        gate_up_R2F, finish = body(chunk, _parts(received_Pcrd, len(rows)), sums)
         outputs_MD, sums = finish(gate_up_R2F)
-        return chunk.combine(total_nrd, chunk.send_back(outputs_MD, buffer(1))), sums
+        returned_Pcrd = chunk.send_back(outputs_MD, returned_Pcrd)
+        return received_Pcrd, returned_Pcrd, chunk.combine(total_nrd, returned_Pcrd), sums
 
     def pipelined(index: Array, state: tuple[Array, Array, Array, Array, Any]) -> Any:
         received_Pcrd, outputs_MD, returned_Pcrd, total_nrd, sums = state
@@ -210,8 +212,9 @@ def _over_chunks(
         outputs_MD, sums = finish(gate_up_R2F)
         return following_Pcrd, outputs_MD, returned_Pcrd, before.combine(total_nrd, returned_Pcrd), sums
 
-    if plan.dispatch != "ragged":
-        total_nrd, sums = jax.lax.fori_loop(0, routes.num_chunks, sequential, (total_nrd, sums))
+    if not plan.pipelined:
+        first = buffer(len(rows)), buffer(1), total_nrd, sums
+        *_, total_nrd, sums = jax.lax.fori_loop(0, routes.num_chunks, sequential, first)
         return total_nrd.reshape(n, D), sums
     none_MD = jnp.zeros((plan.devices * plan.chunk_capacity, D), inputs[0].dtype)
     first = _Chunk(0, routes, plan).dispatch(rows, buffer(len(rows))), none_MD, buffer(1), total_nrd, sums

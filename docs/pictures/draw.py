@@ -196,11 +196,11 @@ def dispatch() -> str:
 def groups() -> str:
     """Rewards and advantages of a group. A group of equal rewards has advantages of 0."""
     completions = [
-        ("<think>7*2=4,4-2=2,2*1=2,2-7…", 2.0),
-        ("<think>7*2=4,4-2=2,2*1=2,2-7…", 2.0),
+        ("<think>7*2=4-2=2*1=2-7=5</th…", 2.0),
+        ("<think>7*2=4-2=2*1=2-7=5</th…", 2.0),
         ("<think>7*2=4</think><answer>3…", 1.0),
         ("<think>7*2=4</think><answer>8…", 1.0),
-        ("7*2=4,4-2=2,2*1=2,2-7=5. 5", 0.0),
+        ("7*2=4-2=2*1=2-7=5 so 5", 0.0),
         ("3", 0.0),
     ]
     rewards = np.array([[reward for _, reward in completions]])

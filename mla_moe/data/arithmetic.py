@@ -1,8 +1,8 @@
 """Arithmetic task: chains of digits, evaluated strictly from left to right, modulo 10; and a text corpus about them.
 
-`7*2-2*1-7` is 5: `7*2=4,4-2=2,2*1=2,2-7=5`. A small model cannot predict the answer directly, but each step is easy:
-it has to reason step by step. The quickstart's pretraining text contains such problems with solutions in several
-styles; RL uses other problems as prompts.
+`7*2-2*1-7` is 5: `7*2=4-2=2*1=2-7=5`, as on a pocket calculator, where a result is the start of the next step. A small
+model cannot predict the answer directly, but each step is easy: it has to reason step by step. The quickstart's
+pretraining text contains such problems with solutions in several styles; RL uses other problems as prompts.
 """
 
 import hashlib
@@ -121,7 +121,9 @@ def malformed(question: str, correct: str, draw: random.Random) -> str:
 
 
 def _reasoning(worked: Sequence[tuple[str, str]]) -> str:
-    return ",".join(f"{left}={value}" for left, value in worked)
+    # A result is written once, not again as the start of the next step: the shorter the distance from a digit to its
+    # copy, and the less it differs from step to step, the earlier a model copies it (docs/decisions/quickstart-rl.md).
+    return "=".join([*(left for left, _ in worked), worked[-1][1]])
 
 
 def _tagged(reasoning: str, answer: str) -> str:

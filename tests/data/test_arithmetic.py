@@ -1,4 +1,6 @@
 import collections
+import random
+import re
 
 import pytest
 
@@ -16,6 +18,26 @@ def test_a_chain_is_worked_from_left_to_right():
     assert steps("7*2-2*1-7") == [("7*2", "4"), ("4-2", "2"), ("2*1", "2"), ("2-7", "5")]
     assert answer("1-2") == "9"
     assert answer("9+9*9") == "2"
+
+
+def test_solutions_write_each_result_once():
+    question, draw = "7*2-2*1-7", random.Random(0)
+    assert arithmetic.untagged(question, "5", draw) == "7*2=4-2=2*1=2-7=5 so 5"
+    assert arithmetic.shortcut(question, "5", draw) == "<think>7*2=4</think><answer>5</answer>"
+    assert arithmetic.thorough(question, "5", draw) == "<think>7*2=4-2=2*1=2-7=5</think><answer>5</answer>"
+
+
+def test_a_slip_is_one_incorrect_step_from_which_the_rest_follows():
+    incorrect = set()
+    for seed in range(60):
+        text = arithmetic.slip("7*2-2*1-7", "5", random.Random(seed))
+        reasoning, given = re.fullmatch("<think>(.*)</think><answer>(.)</answer>", text).groups()
+        worked = re.findall(r"(?=(\d.\d)=(\d))", reasoning)
+        assert len(worked) == 4
+        assert worked[-1][1] == given
+        incorrect.add(tuple(answer(left) != value for left, value in worked))
+    # one draw in ten is the correct digit
+    assert incorrect == {tuple(i == at for i in range(4)) for at in (0, 1, 2, 3, None)}
 
 
 def test_splits_are_drawn_from_the_questions_alone():

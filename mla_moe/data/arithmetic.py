@@ -84,8 +84,9 @@ def terse(question: str, correct: str, draw: random.Random) -> str:
 
 
 def untagged(question: str, correct: str, draw: random.Random) -> str:
-    """All steps, without tags."""
-    return f"{_reasoning(steps(question))} so {correct}"
+    """All steps, without tags. In front of them are as many tokens as in `<think>`: a model that learned to copy digits
+    here, over these distances, can copy them behind the tag."""
+    return f"We get {_reasoning(steps(question))}."
 
 
 def shortcut(question: str, correct: str, draw: random.Random) -> str:

@@ -6,6 +6,7 @@ import pytest
 
 from mla_moe.data import arithmetic, open_documents
 from mla_moe.data.arithmetic import QUESTION, STYLES, Documents, answer, problem, split_of, steps
+from mla_moe.text.tokenizer import ByteTokenizer, HFTokenizer, train_bpe
 
 HEAD, _, TAIL = QUESTION.partition("{question}")
 
@@ -22,9 +23,17 @@ def test_a_chain_is_worked_from_left_to_right():
 
 def test_solutions_write_each_result_once():
     question, draw = "7*2-2*1-7", random.Random(0)
-    assert arithmetic.untagged(question, "5", draw) == "7*2=4-2=2*1=2-7=5 so 5"
+    assert arithmetic.untagged(question, "5", draw) == "We get 7*2=4-2=2*1=2-7=5."
     assert arithmetic.shortcut(question, "5", draw) == "<think>7*2=4</think><answer>5</answer>"
     assert arithmetic.thorough(question, "5", draw) == "<think>7*2=4-2=2*1=2-7=5</think><answer>5</answer>"
+
+
+def test_as_many_tokens_are_in_front_of_the_steps_with_tags_as_without(tmp_path):
+    train_bpe([text_of(i) for i in range(2000)], 278, tmp_path / "tokenizer.json")
+    for tokenizer, expected in ((ByteTokenizer(), 7), (HFTokenizer(tmp_path / "tokenizer.json"), 3)):
+        for write in (arithmetic.untagged, arithmetic.thorough):
+            front = write("7*2-2*1-7", "5", random.Random(0)).partition("7*2")[0]
+            assert len(tokenizer.encode(front)) == expected, front
 
 
 def test_a_slip_is_one_incorrect_step_from_which_the_rest_follows():

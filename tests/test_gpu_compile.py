@@ -72,3 +72,15 @@ def test_the_step_has_the_kernels_and_none_of_the_fallbacks(program: str) -> Non
         ["mosaic_flash_attention"] * 1 + ["mosaic_flash_attention_gradient"] * 2
         + ["mosaic_ragged_dot"] * 5 + ["triton_ragged_dot_gradient"] * 2
     )  # fmt: skip
+
+
+def test_no_expert_is_copied_for_a_block_of_rows(program: str) -> None:
+    """As the fallbacks do: an array of matrices has at most one for each of a device's experts."""
+    matrices = re.findall(rf"\w+\[(\d+),(?:{D},{2 * F}|{F},{D})\]", program)
+    assert matrices
+    assert max(map(int, matrices)) <= EXPERTS
+
+
+def test_each_exchange_comes_when_its_chunk_needs_it(program: str) -> None:
+    """It blocks, so a software pipeline would only handle one chunk more: forward and backward, there and back."""
+    assert len(re.findall(r" ragged-all-to-all(?:-start)?\(", program)) == 4

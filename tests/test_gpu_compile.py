@@ -11,12 +11,14 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 
 from mla_moe import ModelConfig
-from mla_moe.config import KernelConfig, MeshConfig, OptimizerConfig, TrainingConfig
+from mla_moe.config import KernelConfig, MeshConfig, OptimizerConfig, Recipe, TrainingConfig, preset
 from mla_moe.nn.abstract_model import AbstractModel
 from mla_moe.nn.param import Precision, resolve_kernels
 from mla_moe.parallel.accelerators import GPUS
 from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
-from mla_moe.plan.compiler import without_compilation_cache
+from mla_moe.plan.compiler import compile_to_end, without_compilation_cache
+from mla_moe.plan.stages import DecodeOptions, lower, trace_stage
+from mla_moe.plan.topology import open_topology
 from mla_moe.training.optimizer import make_optimizer
 from mla_moe.training.step import abstract_state, make_train_step
 
@@ -84,3 +86,15 @@ def test_no_expert_is_copied_for_a_block_of_rows(program: str) -> None:
 def test_each_exchange_comes_when_its_chunk_needs_it(program: str) -> None:
     """It blocks, so a software pipeline would only handle one chunk more: forward and backward, there and back."""
     assert len(re.findall(r" ragged-all-to-all(?:-start)?\(", program)) == 4
+
+
+def test_a_decode_step_gathers_no_weights_of_attention() -> None:
+    """With DeepSeek-V3's widths: its sequences are on other devices than the heads that they need."""
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+    model = dataclasses.replace(preset("deepseek-v3"), num_hidden_layers=4)
+    recipe = Recipe(run_dir="unused", model=model, mesh=MeshConfig(data=1, fsdp=1, expert=32))
+    topology = open_topology("h100:4x8")
+    text = compile_to_end(lower(trace_stage(recipe, topology, "decode", DecodeOptions(256, 4096)), topology)).text
+    gathered = [line for line in text.splitlines() if re.search(r" all-gather(-start)?\(", line)]
+    assert gathered
+    assert not [line for line in gathered if re.search(r"bf16\[128,(512,128|128,512|128,7168)\]", line)]

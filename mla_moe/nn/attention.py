@@ -47,7 +47,12 @@ from mla_moe.parallel.collectives import all_gather, axis_index, shard_map
 from mla_moe.parallel.mesh import BATCH_SPEC, mesh_axes, token_mesh, under_auto_axes
 from mla_moe.parallel.quantized_weight import all_gather_matrix, dequantized, matrix_of
 from mla_moe.parallel.sharded_einsum import Einsum, plain_einsum, sharded_einsum, weight_spec
-from mla_moe.parallel.sharding import all_gather_weight, constrain_decode_activations, constrain_slots
+from mla_moe.parallel.sharding import (
+    all_gather_weight,
+    constrain_decode_activations,
+    constrain_decode_heads,
+    constrain_slots,
+)
 
 # transformers and DeepSeek's code use this value for the norms of latents, not the config's rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -269,6 +274,7 @@ class MLAttention(nnx.Module):
                 index_width=index_columns(self.cfg, cache_LBSW.dtype),
                 constrain=constrain_slots if slots_b is None else constrain_decode_activations,
             )
+        y_bTHV = constrain_decode_heads(y_bTHV)
         y_bTD = project(plain_einsum, "bTHV,HVD->bTD", y_bTHV, self, "o", self.precision.compute, ids_b)
         return y_bTD, cache_LBSW, selected_bTw
 

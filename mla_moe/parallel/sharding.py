@@ -223,6 +223,12 @@ def constrain_decode_activations(x: jax.Array) -> jax.Array:
     return _constrain(x, DECODE_BATCH_AXES)
 
 
+def constrain_decode_heads(x: jax.Array) -> jax.Array:
+    """Constrain the output of attention `[b, T, H, V]` in a decode step: heads are sharded as in the projection that
+    comes next, which otherwise may be all-gathered."""
+    return _constrain(x, DECODE_BATCH_AXES, (), ("expert", "tensor"))
+
+
 def constrain_decode_logits(logits: jax.Array) -> jax.Array:
     """Constrain logits `[b, V]` of a decode step: the vocabulary is sharded as the output head is."""
     return _constrain(logits, DECODE_BATCH_AXES, ("expert", "tensor"))

@@ -1,11 +1,12 @@
 """The quickstart with ten seeds: does every one of them learn to reason?
 
-    python benchmarks/seeds.py [--folder runs/seeds] [--seeds 12 324 …] [FLAGS of train.py]
+    python benchmarks/seeds.py [--folder runs/seeds] [--seeds 324 328 …] [FLAGS of train.py]
 
 Each seed is a complete run of configs/quickstart.py with its own model, data order and prompts. A finished run is not
-repeated; a stopped one resumes. The default seeds were drawn before any setting was chosen on them, from `range(1000)`
+repeated; a stopped one resumes. The default seeds were drawn from `range(1000)` before any setting was chosen on them,
 without those that settings were chosen on (0, 7, 42, 271, and two earlier drawings, in which seeds failed):
-`sorted(random.Random("quickstart, ten seeds, third drawing").sample(others, 10))`. A change followed the result of 12.
+`sorted(random.Random("quickstart, ten seeds, third drawing").sample(others, 10))`. A change followed the result of 12,
+so 383 was drawn in its place: `random.Random("quickstart, in place of 12").choice(others)`, without these ten.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from mla_moe.training.metrics import read_rows
 
-SEEDS = (12, 324, 328, 441, 545, 598, 629, 675, 693, 946)
+SEEDS = (324, 328, 383, 441, 545, 598, 629, 675, 693, 946)
 
 
 def evaluations(run: Path) -> dict[int, dict[str, float]]:

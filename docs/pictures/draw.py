@@ -200,7 +200,7 @@ def groups() -> str:
         ("<think>7*2=4-2=2*1=2-7=5</th…", 2.0),
         ("<think>7*2=4</think><answer>3…", 1.0),
         ("<think>7*2=4</think><answer>8…", 1.0),
-        ("We get 7*2=4-2=2*1=2-7=5.", 0.0),
+        ("We get 7*2=4-2=2*1=2-7=5, s…", 0.0),
         ("3", 0.0),
     ]
     rewards = np.array([[reward for _, reward in completions]])

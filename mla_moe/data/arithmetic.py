@@ -84,9 +84,9 @@ def terse(question: str, correct: str, draw: random.Random) -> str:
 
 
 def untagged(question: str, correct: str, draw: random.Random) -> str:
-    """All steps, without tags. In front of them are as many tokens as in `<think>`: a model that learned to copy digits
-    here, over these distances, can copy them behind the tag."""
-    return f"We get {_reasoning(steps(question))}."
+    """All steps, without tags. In front of them are as many tokens as in `<think>`, and before the answer as many as in
+    `</think><answer>`: a model that learned to copy here, over these distances, can copy between tags."""
+    return f"We get {_reasoning(steps(question))}, so it is {correct}."
 
 
 def shortcut(question: str, correct: str, draw: random.Random) -> str:

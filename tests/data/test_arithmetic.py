@@ -1,6 +1,8 @@
+import argparse
 import collections
 import random
 import re
+from pathlib import Path
 
 import pytest
 
@@ -23,17 +25,22 @@ def test_a_chain_is_worked_from_left_to_right():
 
 def test_solutions_write_each_result_once():
     question, draw = "7*2-2*1-7", random.Random(0)
-    assert arithmetic.untagged(question, "5", draw) == "We get 7*2=4-2=2*1=2-7=5."
+    assert arithmetic.untagged(question, "5", draw) == "We get 7*2=4-2=2*1=2-7=5, so it is 5."
     assert arithmetic.shortcut(question, "5", draw) == "<think>7*2=4</think><answer>5</answer>"
     assert arithmetic.thorough(question, "5", draw) == "<think>7*2=4-2=2*1=2-7=5</think><answer>5</answer>"
 
 
-def test_as_many_tokens_are_in_front_of_the_steps_with_tags_as_without(tmp_path):
-    train_bpe([text_of(i) for i in range(2000)], 278, tmp_path / "tokenizer.json")
-    for tokenizer, expected in ((ByteTokenizer(), 7), (HFTokenizer(tmp_path / "tokenizer.json"), 3)):
-        for write in (arithmetic.untagged, arithmetic.thorough):
-            front = write("7*2-2*1-7", "5", random.Random(0)).partition("7*2")[0]
-            assert len(tokenizer.encode(front)) == expected, front
+def test_as_many_tokens_are_around_the_steps_with_tags_as_without(tmp_path):
+    """In front of them, in bytes too, and between them and the answer."""
+    code = Path(argparse.__file__).read_text()
+    train_bpe([code, *(text_of(i) for i in range(2000))], 600, tmp_path / "tokenizer.json")
+    tokenizer = HFTokenizer(tmp_path / "tokenizer.json")
+    texts = [write("7*2-2*1-7", "5", random.Random(0)) for write in (arithmetic.untagged, arithmetic.thorough)]
+    fronts = [text.partition("7*2")[0] for text in texts]
+    assert [len(ByteTokenizer().encode(front)) for front in fronts] == [7, 7]
+    assert [len(tokenizer.encode(front)) for front in fronts] == [3, 3]
+    ends = [text.partition("2-7=5")[2].partition("5")[0] for text in texts]
+    assert [len(tokenizer.encode(end)) for end in ends] == [5, 5]
 
 
 def test_a_slip_is_one_incorrect_step_from_which_the_rest_follows():

@@ -4,8 +4,9 @@
 
 A small model is pretrained on arithmetic problems with solutions in several styles, most of them without all reasoning
 steps. SFT on forty completions with every step trains the format (`sft`, the cold start). RL follows (`rl`): its twelve
-steps are too few for so small a model to become more accurate (17 % before and 16 % after). At last the RL model generates completions of training prompts, and the pretrained model is fine-tuned on the
-correct ones alone (`rejection`).
+steps are too few for so small a model to become more accurate (17 % before and 16 % after). At last the RL model
+generates completions of training prompts, and the pretrained model is fine-tuned on the correct ones alone
+(`rejection`).
 """
 
 from pathlib import Path

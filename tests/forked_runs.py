@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 
+from mla_moe.config import DataConfig, OptimizerConfig, Recipe, ScheduleConfig, TrainingConfig
 from mla_moe.training.metrics import read_rows
 
 TIMING = {"tokens_per_s", "step_seconds", "mfu"}
@@ -23,6 +25,22 @@ def outcome(run_dir, step):
     position = {path.name: path.read_text() for path in (directory / "data").glob("*.json")}
     rows = [{k: v for k, v in row.items() if k not in TIMING} for row in read_rows(run_dir / "metrics.jsonl")]
     return digests, position, rows
+
+
+def small_recipe(cfg, folder, steps, **fields):
+    """Pretraining of one layer on sixteen files of random words, which it writes to `folder`."""
+    draw = np.random.default_rng(0)
+    for i in range(16):
+        (folder / f"{i}.txt").write_text(" ".join(draw.choice(["ab", "cde", "fgh", "ij"], 60)))
+    one_layer = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
+    return Recipe(
+        run_dir="",
+        model=dataclasses.replace(cfg, vocab_size=258, q_lora_rank=None, **one_layer),
+        data=DataConfig(train=(f"{folder}/*.txt",), heldout=(), shuffle_buffer_size=8, prefetch=2),
+        optimizer=OptimizerConfig("adamw", ScheduleConfig(peak_lr=5e-3, warmup_fraction=0.0)),
+        training=TrainingConfig(steps=steps, batch_size=8, sequence_length=32, loss_chunk=32),
+        **fields,
+    )
 
 
 FORK = """

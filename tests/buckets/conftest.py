@@ -2,7 +2,6 @@
 `s3` and `gcs`; the servers are moto and gcp-storage-emulator, which `.ci/run` installs."""
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import os
@@ -10,21 +9,16 @@ import socket
 import threading
 from urllib.parse import unquote
 
-import numpy as np
 import pytest
 
 from mla_moe.checkpoint.bucket_run import COMMIT, Mirror
 from mla_moe.checkpoint.files import CheckpointSaveError
 from mla_moe.config import (
     CheckpointConfig,
-    DataConfig,
     MeshConfig,
-    OptimizerConfig,
-    Recipe,
     SampleConfig,
-    ScheduleConfig,
-    TrainingConfig,
 )
+from tests.forked_runs import small_recipe
 
 fsspec = pytest.importorskip("fsspec")
 # Of gRPC, which the emulator has not. Read when gcsfs is imported, which some fixtures do before that of its server.
@@ -145,20 +139,8 @@ def bucket(request):
 
 @pytest.fixture(scope="module")
 def recipe(cfg, tmp_path_factory):
-    folder, draw = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
-    for i in range(16):
-        (folder / f"{i}.txt").write_text(" ".join(draw.choice(["ab", "cde", "fgh", "ij"], 60)))
-    one_layer = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
-    return Recipe(
-        run_dir="",
-        model=dataclasses.replace(cfg, vocab_size=258, q_lora_rank=None, **one_layer),
-        data=DataConfig(train=(f"{folder}/*.txt",), heldout=(), shuffle_buffer_size=8, prefetch=2),
-        optimizer=OptimizerConfig("adamw", ScheduleConfig(peak_lr=5e-3, warmup_fraction=0.0)),
-        mesh=MeshConfig(),
-        training=TrainingConfig(steps=6, batch_size=8, sequence_length=32, loss_chunk=32),
-        checkpoint=CheckpointConfig(every=2, max_to_keep=3),
-        sample=SampleConfig(),
-    )
+    fields = {"mesh": MeshConfig(), "checkpoint": CheckpointConfig(every=2, max_to_keep=3), "sample": SampleConfig()}
+    return small_recipe(cfg, tmp_path_factory.mktemp("text"), 6, **fields)
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import signal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -15,16 +14,11 @@ from mla_moe import ConfigError
 from mla_moe.checkpoint.local_checkpoints import LocalCheckpoints, _recipe_checksum
 from mla_moe.config import (
     CheckpointConfig,
-    DataConfig,
     MeshConfig,
-    OptimizerConfig,
-    Recipe,
-    ScheduleConfig,
     SFTConfig,
-    TrainingConfig,
 )
 from mla_moe.parallel.mesh import make_mesh
-from tests.forked_runs import Runs, of_processes, outcome
+from tests.forked_runs import Runs, of_processes, outcome, small_recipe
 from tests.parallel.local_scenarios import State
 
 STEPS, SHARED, LOCAL = 8, 4, 6
@@ -33,19 +27,8 @@ STEPS, SHARED, LOCAL = 8, 4, 6
 
 @pytest.fixture(scope="module")
 def recipe(cfg, tmp_path_factory):
-    folder, draw = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
-    for i in range(16):
-        (folder / f"{i}.txt").write_text(" ".join(draw.choice(["ab", "cde", "fgh", "ij"], 60)))
-    one_layer = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
-    return Recipe(
-        run_dir="",
-        model=dataclasses.replace(cfg, vocab_size=258, q_lora_rank=None, **one_layer),
-        data=DataConfig(train=(f"{folder}/*.txt",), heldout=(), shuffle_buffer_size=8, prefetch=2),
-        optimizer=OptimizerConfig("adamw", ScheduleConfig(peak_lr=5e-3, warmup_fraction=0.0)),
-        mesh=MeshConfig(data=2, fsdp=-1),
-        training=TrainingConfig(steps=STEPS, batch_size=8, sequence_length=32, loss_chunk=32),
-        checkpoint=CheckpointConfig(every=SHARED),
-    )
+    fields = {"mesh": MeshConfig(data=2, fsdp=-1), "checkpoint": CheckpointConfig(every=SHARED)}
+    return small_recipe(cfg, tmp_path_factory.mktemp("text"), STEPS, **fields)
 
 
 @pytest.fixture(scope="module")

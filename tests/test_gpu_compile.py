@@ -17,13 +17,18 @@ from mla_moe.nn.param import Precision, resolve_kernels
 from mla_moe.parallel.accelerators import GPUS
 from mla_moe.parallel.mesh import BATCH_SPEC, make_mesh
 from mla_moe.plan.compiler import compile_to_end, without_compilation_cache
-from mla_moe.plan.stages import DecodeOptions, lower, trace_stage
+from mla_moe.plan.hlo import HloModule
+from mla_moe.plan.stages import DecodeOptions, StageProgram, lower, trace_stage
 from mla_moe.plan.topology import open_topology
 from mla_moe.training.optimizer import make_optimizer
 from mla_moe.training.step import abstract_state, make_train_step
 
 pytest.importorskip("jax_cuda13_plugin")
 pytest.importorskip("tokamax")
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:The Pallas Triton backend:DeprecationWarning"
+)  # of ops.latent_attention
 
 BATCH, LENGTH, D, F, EXPERTS = 16, 256, 256, 128, 8
 
@@ -41,7 +46,7 @@ def kernels(program: str) -> list[str]:
 
 
 def _function(scope: str) -> str:
-    return re.findall(r"jit\((_flash_attention\w*|_ragged_dot\w*)\)", scope)[-1]
+    return re.findall(r"jit\((_flash_attention\w*|_ragged_dot\w*|_latent_attention)\)", scope)[-1]
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +93,38 @@ def test_each_exchange_comes_when_its_chunk_needs_it(program: str) -> None:
     assert len(re.findall(r" ragged-all-to-all(?:-start)?\(", program)) == 4
 
 
-def test_a_decode_step_gathers_no_weights_of_attention() -> None:
-    """With DeepSeek-V3's widths: its sequences are on other devices than the heads that they need."""
+@pytest.fixture(scope="module")
+def decode_stage() -> tuple[StageProgram, str]:
+    """A decode step of four layers with DeepSeek-V3's widths on 32 H100, and its compiled text."""
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
     model = dataclasses.replace(preset("deepseek-v3"), num_hidden_layers=4)
     recipe = Recipe(run_dir="unused", model=model, mesh=MeshConfig(data=1, fsdp=1, expert=32))
     topology = open_topology("h100:4x8")
-    text = compile_to_end(lower(trace_stage(recipe, topology, "decode", DecodeOptions(256, 4096)), topology)).text
-    gathered = [line for line in text.splitlines() if re.search(r" all-gather(-start)?\(", line)]
+    stage = trace_stage(recipe, topology, "decode", DecodeOptions(256, 4096))
+    return stage, compile_to_end(lower(stage, topology)).text
+
+
+def test_a_decode_step_gathers_no_weights_of_attention(decode_stage: tuple[StageProgram, str]) -> None:
+    """Its sequences are on other devices than the heads that they need."""
+    gathered = [line for line in decode_stage[1].splitlines() if re.search(r" all-gather(-start)?\(", line)]
     assert gathered
     assert not [line for line in gathered if re.search(r"bf16\[128,(512,128|128,512|128,7168)\]", line)]
+
+
+def test_a_decode_step_reads_the_cache_once(decode_stage: tuple[StageProgram, str]) -> None:
+    """By the kernel of the dense layers and that of the MoE layers, and not in copies of blocks."""
+    stage, text = decode_stage
+    assert kernels(text).count("triton_latent_attention") == 2
+    hlo = HloModule(text, stage.expected.loop_trips, stage.expected.active_experts)
+    layers, slots, entries = 4, 8, 4096
+    read = {}
+    for computation, runs, fused in hlo.executions():
+        for instruction in computation.instructions.values() if not fused else ():
+            operands = [computation.instructions[name].type for name in instruction.operands]
+            if any(f"[{layers},{slots},{entries},576]" in operand for operand in operands):
+                read[instruction.opcode] = read.get(instruction.opcode, 0.0) + runs * hlo.traffic(
+                    computation, instruction
+                )
+    needed = layers * slots * entries * 576 * 2
+    assert needed <= read["custom-call"] <= 1.5 * needed  # with its results, of which it has eight parts
+    assert sum(read.values()) - read["custom-call"] < 0.01 * needed  # the new entries that are written

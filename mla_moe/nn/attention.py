@@ -52,6 +52,7 @@ from mla_moe.parallel.sharding import (
     constrain_decode_activations,
     constrain_decode_heads,
     constrain_slots,
+    map_slots,
 )
 
 # transformers and DeepSeek's code use this value for the norms of latents, not the config's rms_norm_eps.
@@ -260,20 +261,13 @@ class MLAttention(nnx.Module):
         lora = adapter(self, "kv_b")
         with jax.named_scope("attend"):
             y_bTHV = cached_attention(
-                q_bTHA,
-                cache_LBSW,
-                value_of(self, "kv_b").astype(self.precision.compute),
-                metadata.positions_bT,
-                lora=None if lora is None else lora.factors(self.precision.compute, ids_b),
-                layer=layer,
-                slots_b=slots_b,
-                scale=softmax_scale(self.cfg),
-                form=metadata.form,
-                window=self.cfg.sliding_window,
-                selected_bTw=selected_bTw,
-                index_width=index_columns(self.cfg, cache_LBSW.dtype),
+                q_bTHA, cache_LBSW, value_of(self, "kv_b").astype(self.precision.compute), metadata.positions_bT,
+                lora=None if lora is None else lora.factors(self.precision.compute, ids_b), layer=layer,
+                slots_b=slots_b, scale=softmax_scale(self.cfg), form=metadata.form, window=self.cfg.sliding_window,
+                selected_bTw=selected_bTw, index_width=index_columns(self.cfg, cache_LBSW.dtype),
                 constrain=constrain_slots if slots_b is None else constrain_decode_activations,
-            )
+                map_slots=map_slots, implementation=self.kernels.attention,
+            )  # fmt: skip
         y_bTHV = constrain_decode_heads(y_bTHV)
         y_bTD = project(plain_einsum, "bTHV,HVD->bTD", y_bTHV, self, "o", self.precision.compute, ids_b)
         return y_bTD, cache_LBSW, selected_bTw

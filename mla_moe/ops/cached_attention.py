@@ -5,20 +5,25 @@
   multi-query attention. Cheaper for the few queries of a decode step.
 
 Both read the cache block by block with a running softmax, up to the last position that some query attends to: time
-follows the sequence length, not the cache capacity. `reference` computes all scores at once: the oracle of the tests.
+follows the sequence length, not the cache capacity. On NVIDIA GPUs a kernel computes the absorbed form
+(`ops.latent_attention`). `reference` computes all scores at once: the oracle of the tests.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num, UInt32
 
+from mla_moe.config.parallelism import AttentionKernel
 from mla_moe.ops.attention import masked_attention
 from mla_moe.ops.blockwise_attention import SoftmaxSums, add_block, empty_sums
+from mla_moe.ops.kernel_choice import has_latent_kernel
 from mla_moe.ops.key_selection import selected_range
 from mla_moe.ops.kv_quantization import SCALE_BYTES, dequantize
+from mla_moe.ops.latent_attention import latent_attention
 from mla_moe.ops.lora import LoRAFactors, keep_own
 
 Form = Literal["reference", "expanded", "absorbed"]
@@ -58,6 +63,8 @@ def cached_attention(
     selected_bTw: UInt32[Array, "b T w"] | None = None,
     index_width: int = 0,
     constrain: Callable[[Array], Array] = lambda x: x,
+    map_slots: Callable[..., Array] = lambda kernel, *arrays: kernel(*arrays),
+    implementation: AttentionKernel | None = None,
 ) -> Float[Array, "b T H V"]:
     """`softmax(scale · q kᵀ + mask) v`: a token at `positions` attends to its sequence slot's entries up to itself.
 
@@ -66,7 +73,8 @@ def cached_attention(
     sliding window: of these entries the last so many; `selected_bTw` are those that an indexer has selected (DSA),
     whose keys are the last `index_width` columns of the cache. Positions at or beyond the cache capacity S mark padding
     and give arbitrary finite values. `constrain` is the sharding constraint of absorbed queries and values, where heads
-    and slots are on different axes.
+    and slots are on different axes; `map_slots` runs a kernel on each device's slots. `implementation` is the attention
+    kernel of the model's `KernelConfig`.
     """
     (B, T, H, A), S, Z = q_bTHA.shape, cache_LBSW.shape[2], cache_LBSW.shape[3] - index_width
     quantized = cache_LBSW.dtype == jnp.int8
@@ -106,7 +114,8 @@ def cached_attention(
             q_bTHC += jnp.einsum("bTHr,Cr->bTHC", z_bTHr, lora.a)
         q_bTHW = jnp.concatenate([q_bTHC, q_pe], axis=-1)
         # The rotary key is weighted too and dropped later: cheaper than slicing the latent out of the entries.
-        q, V, equations = jnp.moveaxis(constrain(q_bTHW), 2, 1), W, ("bHTW,bsW->bHTs", "bHTs,bsW->bHTW")
+        q_bTHW = constrain(q_bTHW)
+        q, V, equations = jnp.moveaxis(q_bTHW, 2, 1), W, ("bHTW,bsW->bHTs", "bHTs,bsW->bHTW")
 
     def body(i: Array, sums: SoftmaxSums) -> SoftmaxSums:
         entries_bsW = read(i * size, size)
@@ -115,15 +124,26 @@ def cached_attention(
         score_bHTs = jnp.where(visible(i * size + jnp.arange(size))[:, None], score_bHTs * scale, -1e30)
         return add_block(sums, score_bHTs, equations[1], v, q_bTHA.dtype)
 
-    last = jnp.max(jnp.where(positions_bT < S, positions_bT, 0)) // size
-    earliest = jnp.min(jnp.where(positions_bT < S, positions_bT, S)) - (S if window is None else window - 1)
-    first = jnp.minimum(jnp.maximum(earliest, 0) // size, last)
-    # The weights of masked entries vanish with the first real score, which every query has: of itself, or selected.
-    _, sum_bHT, y_bHTV = jax.lax.fori_loop(first, last + 1, body, empty_sums(B, H, T, V))
-    y_bHTV /= sum_bHT[..., None]
+    def blockwise() -> Array:
+        """`[b, H, T, V]`, by a loop over blocks of the cache."""
+        last = jnp.max(jnp.where(positions_bT < S, positions_bT, 0)) // size
+        earliest = jnp.min(jnp.where(positions_bT < S, positions_bT, S)) - (S if window is None else window - 1)
+        first = jnp.minimum(jnp.maximum(earliest, 0) // size, last)
+        # The weights of masked entries vanish with the first real score, which every query has: of itself, or selected.
+        _, sum_bHT, y_bHTV = jax.lax.fori_loop(first, last + 1, body, empty_sums(B, H, T, V))
+        return y_bHTV / sum_bHT[..., None]
+
     if form == "expanded":
-        return jnp.moveaxis(y_bHTV, 1, 2).astype(q_bTHA.dtype)
-    y_bHTC = constrain(y_bHTV[..., :C].astype(q_bTHA.dtype))
+        return jnp.moveaxis(blockwise(), 1, 2).astype(q_bTHA.dtype)
+    has_kernel = slots_b is None and selected_bTw is None
+    if has_kernel and has_latent_kernel(
+        implementation, q_bTHA.dtype, cache_LBSW.dtype, latent=C, rotary=W - C, capacity=S
+    ):  # fmt: skip
+        kernel = partial(latent_attention, latent=C, scale=scale, window=window)
+        y_bHTC = jnp.moveaxis(map_slots(kernel, q_bTHW, cache_LBSW, positions_bT, layer), 1, 2)
+    else:
+        y_bHTC = blockwise()[..., :C].astype(q_bTHA.dtype)
+    y_bHTC = constrain(y_bHTC)
     y_bTHV = jnp.einsum("bHTC,CHV->bTHV", y_bHTC, uv_CHV)
     if lora is not None:
         z_bHTr = keep_own(jnp.einsum("bHTC,Cr->bHTr", y_bHTC, lora.a), lora.own_Nr)

@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 MAX_HEAD_WIDTH = 256
 """Widest keys and values of tokamax's attention: wider ones do not fit a core's shared memory."""
 
+LATENT_BLOCK = 32
+"""Entries of the latent KV cache that a program of `ops.latent_attention` reads at a time."""
+
 
 def target_platform() -> str:
     """`tpu`, `gpu` or `cpu`: of the device that the present program is traced for, by default the attached one."""
@@ -69,6 +72,29 @@ def supported_attention_kernel(
         return kernel
     log_fallback("attention", kernel, "blockwise", problem)
     return "blockwise"
+
+
+def has_latent_kernel(
+    wanted: AttentionKernel | None, dtype: DTypeLike, cache_dtype: DTypeLike, *, latent: int, rotary: int, capacity: int
+) -> bool:
+    """Whether `ops.latent_attention` computes a decode step: on GPU, unless `wanted` is an implementation in plain XLA,
+    and if it supports the dtypes, the widths of the latent and the rotary key, and the capacity of the cache."""
+    if target_platform() not in ("gpu", "cuda") or wanted in ("reference", "blockwise"):
+        return False
+    problem = None
+    if compute_capability() < 8:
+        problem = f"needs an NVIDIA GPU of compute capability 8 or more, not {get_default_device().device_kind}"
+    elif importlib.util.find_spec("jax.experimental.pallas.triton") is None:
+        problem = "this version of JAX has no Triton backend for Pallas"
+    elif jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16) or cache_dtype not in (dtype, jnp.int8):
+        problem = f"{jnp.dtype(dtype)}, cache {jnp.dtype(cache_dtype)}: needs bfloat16 or float16, and the same or int8"
+    elif any(width < 16 or width & (width - 1) for width in (latent, rotary)):
+        problem = f"latent {latent}, rotary key {rotary}: needs powers of two, at least 16"
+    elif capacity % LATENT_BLOCK:
+        problem = f"a cache of {capacity} tokens: needs a multiple of {LATENT_BLOCK}"
+    if problem is not None:
+        log_fallback("attention of a decode step", "latent_attention", "plain XLA", problem)
+    return problem is None
 
 
 def supported_grouped_matmul_kernel(wanted: GroupedMatmulKernel | None, dtype: DTypeLike) -> GroupedMatmulKernel:

@@ -5,7 +5,7 @@ decide which mesh axes each of them is sharded over, as Flax's `logical_axis_rul
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mla_moe.config import ModelConfig, Recipe, require
-from mla_moe.parallel.collectives import all_gather
+from mla_moe.parallel.collectives import all_gather, shard_map
 from mla_moe.parallel.mesh import (
     BATCH_SPEC,
     MESH_AXES,
@@ -212,6 +212,22 @@ def constrain_activations(x: jax.Array) -> jax.Array:
 def constrain_slots(x: jax.Array) -> jax.Array:
     """Constrain an array over the KV cache's sequence slots `[B, …]` to their sharding, over all batch axes."""
     return _constrain(x, BATCH_SPEC[0])
+
+
+def map_slots(
+    kernel: Callable[..., jax.Array],
+    q_B: jax.Array,
+    cache_LB: jax.Array,
+    positions_B: jax.Array,
+    layer: jax.Array | int,
+) -> jax.Array:
+    """`kernel(q, cache, positions, layer)` on each device, for the sequence slots B that it holds: XLA cannot partition
+    a kernel by itself."""
+    mesh = current_mesh()
+    if mesh is None:
+        return kernel(q_B, cache_LB, positions_B, layer)
+    slots = P(dividing_axes(mesh, q_B.shape[0], BATCH_SPEC[0]))
+    return shard_map(kernel, (slots, P(None, *slots), slots, P()), slots)(q_B, cache_LB, positions_B, layer)
 
 
 DECODE_BATCH_AXES = ("pipeline", "data", "fsdp")

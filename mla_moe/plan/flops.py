@@ -111,25 +111,30 @@ def _primitive_names(jaxpr: Any) -> Iterator[str]:
 
 
 def tokamax_flops(
-    function: str, operands: list[tuple[int, ...]], results: int, expected: ExpectedRouting
+    function: str, operands: list[tuple[int, ...]], results: list[tuple[int, ...]], expected: ExpectedRouting
 ) -> tuple[str, float] | None:
-    """Kind and FLOPs of a jitted function of `ops.tokamax_kernels`, by its name, or of one of its kernels, from the
-    shapes of its operands and the number of its results. None for any other function."""
+    """Kind and FLOPs of a jitted function of `ops.tokamax_kernels` or `ops.latent_attention`, by its name, or of one of
+    its kernels, from the shapes of its operands and results. None for any other function."""
     if function in ("_ragged_dot", "_ragged_dot_gradient"):
         (rows, depth), (*_, width) = operands[:2]
         return "experts", 2 * (expected.expert_rows or rows) * depth * width
+    if function == "_latent_attention":
+        q, cache = (shape for shape in operands if len(shape) > 2)
+        return "attention", 2 * math.prod(q[:-1]) * cache[2] * (q[-1] + results[0][-1])
     if function not in ("_flash_attention", "_flash_attention_gradient"):
         return None
     (*batch, T, H, A), (*_, S, _, _), (*_, V) = operands[:3]  # a single sequence has no batch axis
     depth = A + V
     if function == "_flash_attention_gradient":
         # The gradient of q, that of k and v, or all three, each part with scores and the weights' gradient of its own.
-        depth = {1: 2 * A + V, 2: 2 * A + 2 * V}.get(results, 4 * A + 3 * V)
+        depth = {1: 2 * A + V, 2: 2 * A + 2 * V}.get(len(results), 4 * A + 3 * V)
     return "attention", 2 * math.prod(batch) * H * T * (S + 128) / 2 * depth  # causal, in tiles of 128 queries and keys
 
 
 def _tokamax_flops(eqn: Any, expected: ExpectedRouting) -> tuple[str, float] | None:
-    return tokamax_flops(eqn.params["name"], [v.aval.shape for v in eqn.invars], len(eqn.outvars), expected)
+    return tokamax_flops(
+        eqn.params["name"], *([v.aval.shape for v in vs] for vs in (eqn.invars, eqn.outvars)), expected
+    )
 
 
 def _kernel_flops(eqn: Any, expected: ExpectedRouting) -> tuple[str, float]:

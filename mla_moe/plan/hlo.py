@@ -253,7 +253,10 @@ class HloModule:
         return out + sum(sizes)
 
     def _active_fraction(self, instruction: HloInstruction, operand: HloInstruction) -> float:
-        """The fraction of a grouped matmul's stacked matrices that is read."""
+        """The fraction that is read of a grouped matmul's stacked matrices, and of a KV cache: one layer of it."""
+        if instruction.opcode == "custom-call" and "_latent_attention" in instruction.scope:
+            cache = re.match(r"\w+\[(\d+),\d+,\d+,\d+\]", operand.type)
+            return 1 / int(cache.group(1)) if cache else 1
         stack = re.match(r"\w+\[(\d+),\d+,\d+\]", operand.type)
         grouped = instruction.opcode == "custom-call" and "experts" in instruction.scope
         return min(self._active_experts / int(stack.group(1)), 1.0) if self._active_experts and grouped and stack else 1

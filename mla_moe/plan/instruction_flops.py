@@ -20,7 +20,7 @@ Large products in bfloat16 reach 80 to 90 % on H100 (FlashAttention-3, arXiv 240
 (FlashAttention-3); no measurement of a TPU's attention kernel with the widths of MLA was found.
 """
 
-_TOKAMAX = re.compile(r"jit\((_ragged_dot\w*|_flash_attention\w*)\)")
+_TOKAMAX = re.compile(r"jit\((_ragged_dot\w*|_flash_attention\w*|_latent_attention)\)")
 _SHAPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 
 
@@ -64,7 +64,8 @@ def products(
         yield Product(kind, flops, 1.0)
     elif instruction.opcode == "custom-call" and (function := _TOKAMAX.search(instruction.scope)):
         shapes = [_shape(computation.instructions[name].type)[0] for name in instruction.operands]
-        found = tokamax_flops(function.group(1), shapes, len(_SHAPE.findall(instruction.type)), expected)
+        results = [_shape(found.group())[0] for found in _SHAPE.finditer(instruction.type)]
+        found = tokamax_flops(function.group(1), shapes, results, expected)
         if found is not None:
             yield Product(*found, 1.0)
 

@@ -77,7 +77,7 @@ def test_grouped_matmuls_count_the_expected_rows(expert_rows: float | None) -> N
 
 
 def test_kernels_for_gpus_count_by_formula() -> None:
-    """They are recognised by the names of the jitted functions of `ops.tokamax_kernels`."""
+    """They are recognised by the names of the jitted functions of `ops.tokamax_kernels` and `ops.latent_attention`."""
 
     def _ragged_dot(*arrays: jax.Array) -> jax.Array:
         return sum((x.sum() for x in arrays), jnp.float32(0))
@@ -91,6 +91,9 @@ def test_kernels_for_gpus_count_by_formula() -> None:
     def _flash_attention_gradient(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return arrays
 
+    def _latent_attention(q: jax.Array, cache: jax.Array, *_: jax.Array) -> jax.Array:
+        return q[..., :512] + cache.sum()
+
     assert counted(jax.jit(_ragged_dot), (64, 8), (4, 8, 16), (4,)) == {"experts": 2 * 64 * 8 * 16}
     assert counted(jax.jit(_ragged_dot), (64, 8), (4, 8, 16), (4,), expert_rows=32) == {"experts": 2 * 32 * 8 * 16}
     assert counted(jax.jit(_ragged_dot_gradient), (64, 8), (64, 16), (4,)) == {"experts": 2 * 64 * 8 * 16}
@@ -100,3 +103,5 @@ def test_kernels_for_gpus_count_by_formula() -> None:
     one_sequence = [shape[1:] for shape in shapes]  # as XLA has it
     assert counted(jax.jit(_flash_attention), *one_sequence) == {"attention": pairs * (A + V)}
     assert counted(jax.jit(_flash_attention_gradient), *shapes) == {"attention": 2 * pairs * (4 * A + 3 * V)}
+    decode = counted(jax.jit(_latent_attention), (8, 2, 16, 576), (3, 8, 4096, 576), (8, 2), (1,))
+    assert decode == {"attention": 2 * 8 * 2 * 16 * 4096 * (576 + 512)}

@@ -27,8 +27,9 @@ class KernelConfig:
     """Token dispatch to experts on other devices: ragged (default on TPU and GPU), which sends only the tokens, or
     all_to_all, which sends buffers of fixed capacity."""
     capacity_factor: float | None = None
-    """Capacity of the token dispatch between two devices, as a multiple of its size under balanced routing. Tokens
-    beyond it are dropped and counted as moe/dropped. None: dropless; unbalanced routing takes more chunks instead."""
+    """Capacity factor: a device sends at most this many times the tokens of balanced routing to each other device, over
+    all chunks (not per expert as in MaxText). Further tokens are dropped and counted as moe/dropped. None: dropless;
+    unbalanced routing takes more chunks instead."""
     compiler_options: tuple[str, ...] = field((), resume="free")
     """Changes to the platform's XLA options (parallel/compiler_options.py) for training and RL: name=value sets one,
     name= removes it."""

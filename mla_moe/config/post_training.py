@@ -211,15 +211,17 @@ class RLConfig:
     teacher_model: str | None = None
     """Name of the model of a teacher behind an endpoint."""
     teacher_top_k: int = 0
-    """Of a teacher behind an endpoint: its most likely tokens at each place, so many, in whose distribution and that of
-    all others together the KL is exact. The endpoint needs `prompt_logprobs`, as `mla-moe serve` and vLLM have it. 0
-    estimates the KL from the sampled tokens alone, with more variance."""
+    """With an endpoint: number of most likely tokens per position. The KL is then exact between the distributions over
+    these tokens and one event for all others. The endpoint needs `prompt_logprobs`, as `mla-moe serve` and vLLM have
+    it. 0 estimates the KL from the sampled tokens alone, with more variance."""
     prompts_per_step: int = field(32, change="stated")
     """Prompts per step."""
     group_size: int = 16
     """Completions per prompt. Advantages are relative to the mean reward of this group."""
     max_resample_rounds: int = 8
-    """Dynamic sampling (dapo): most rounds in which groups that are all correct or all incorrect are replaced."""
+    """Dynamic sampling (dapo): largest number of sampling rounds per step, the first included (verl's
+    max_num_gen_batches). Each further round replaces the groups whose completions all have the same accuracy (with
+    task.accuracy_weight 0: the same reward); 1 replaces none."""
     minibatches: int = 1
     """Optimizer updates per step, each on its fraction of the groups."""
     max_prompt_tokens: int = 512
@@ -227,7 +229,7 @@ class RLConfig:
     max_new_tokens: int = 1024
     """Longest completion in tokens; longer ones are truncated."""
     temperature: float = 1.0
-    """Sampling temperature. The learner's log-probabilities are at the same temperature."""
+    """Sampling temperature. The trainer's log-probabilities are at the same temperature."""
     clip_ratio_low: float | None = None
     """ε_low: the importance ratio is clipped at 1 − ε_low. None: the objective's own (0.2; gspo 3e-4)."""
     clip_ratio_high: float | None = None
@@ -237,14 +239,14 @@ class RLConfig:
     ref_sync_steps: int = 400
     """Steps between updates of the reference policy to the current policy; 0 keeps the initial one."""
     off_policy_mask_threshold: float | None = None
-    """δ: mask completions with a negative advantage and a mean log(π_old / π) above δ (V3.2). None masks none."""
+    """δ: mask completions with a negative advantage and a mean log(π_sampler / π) above δ (V3.2). None masks none."""
     tis_clip: float | None = 2.0
     """C: truncated importance sampling (TIS) weights each token by the ratio of the trainer's to the sampler's
     probability, at most C. None does not weight."""
     overlong_buffer: int = 0
     """Soft overlong penalty (DAPO): over this many tokens before max_new_tokens the penalty rises from 0 to 1."""
     routing_replay: bool = True
-    """The learner dispatches each token to the experts that the sampler selected; it recomputes the routing weights."""
+    """The trainer dispatches each token to the experts that the sampler selected; it recomputes the routing weights."""
     router_bias_update_rate: float = 0.0
     """γ: step size of the router bias update; 0 freezes the bias."""
     optimizer: OptimizerConfig = OptimizerConfig(
@@ -257,7 +259,8 @@ class RLConfig:
     max_num_seqs: int = field(64, resume="free")
     """Sequence slots of the sampler: completions that are generated concurrently (continuous batching)."""
     eval_every: int = field(0, resume="free")
-    """Steps between evaluations; the stage is always evaluated before its first and after its last step."""
+    """Steps between evaluations; the stage is always evaluated before its first and after its last step. 0: only
+    then."""
     eval_split: Literal["validation", "test"] = "test"
     """Held-out split of the evaluations: choose settings on validation, report on test."""
     eval_prompts: int = 128

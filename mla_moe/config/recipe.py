@@ -102,18 +102,19 @@ class Recipe:
     directory, one of its checkpoints, or a URL: hf://ORG/NAME@REVISION, s3://… or gs://… (Hugging Face's layout)."""
     init_parts: Literal["params", "full_state"] = "params"
     """What init_from initializes: params (parameters and router biases), or full_state (of a run on the same data:
-    also optimizer state, step and position in the data, so that this run continues that one)."""
+    also optimizer state, step and data position, so that this run continues that one)."""
     resume_step: int | None = field(None, resume="free")
     """Resume from the checkpoint of this step of the last stage that has checkpoints, instead of the newest. Newer ones
     are renamed to STEP.after_RESUME_STEP, and the same command again resumes from the newest that is left."""
     resume_changes: tuple[str, ...] = field((), resume="free")
     """Fields or sections of which the resumed run may have other values, such as training.steps or optimizer.schedule;
-    optimizer state and place in the data are kept. Steps, epochs, batch size (unless epochs are set), microbatches and
+    optimizer state and data position are kept. Steps, epochs, batch size (unless epochs are set), microbatches and
     learning-rate schedule of the newest stage, data.weights and rl.kl_coef can change so. history.jsonl has the changes
     and recipes before."""
     model_from: Literal["recipe", "init_from"] = "recipe"
-    """Where `model` and `data.tokenizer` come from: recipe, or init_from. A command that opens the recipe then takes
-    them from that checkpoint, and cuts sequences of fine-tuning and RL to its positions; flags may change this."""
+    """Where `model` and `data.tokenizer` come from. init_from: each command that opens the recipe replaces them by the
+    checkpoint's and lowers the sequence lengths of SFT, DPO and RL to what its max_position_embeddings allow; flags
+    override both."""
     data: DataConfig = field(DataConfig(), full_state="equal", stage="pretrain")
     optimizer: OptimizerConfig = field(OptimizerConfig(), stage="pretrain")
     mesh: MeshConfig = field(MeshConfig(), resume="free")

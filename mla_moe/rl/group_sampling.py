@@ -22,8 +22,9 @@ class GroupBatch:
     next_prompt: int
     """Number of the first training prompt of the next step."""
     filtered: int
-    """Groups without a signal, because all their completions have the same reward: dropped by dynamic sampling, or else
-    in the batch with advantages of 0. Distillation has none."""
+    """DAPO: groups that dynamic sampling dropped, because all their completions have the same accuracy (with
+    `task.accuracy_weight` 0: the same reward). GRPO, Dr. GRPO, GSPO: groups of one reward, which are in the batch with
+    advantages of 0. Distillation has none."""
     uniform: Mapping[str, int]
     """All sampled groups without a signal, by cause: all_truncated, all_correct, all_wrong or equal_rewards."""
     prompts_too_long: int
@@ -67,8 +68,9 @@ class GroupBatch:
 def sample_groups(rollout: Rollout, rl: RLConfig, seed: int, start: int, progress: Callable[[str], None]) -> GroupBatch:
     """Sample the groups of a step, from training prompt number `start` on.
 
-    DAPO's dynamic sampling (arXiv 2503.14476, section 3.2) filters groups without a difference in reward and samples
-    further prompts instead, in at most `rl.max_resample_rounds` rounds. Then filtered groups fill the batch.
+    DAPO's dynamic sampling (arXiv 2503.14476, section 3.2) filters groups whose completions all have the same accuracy
+    (with `task.accuracy_weight` 0: the same reward) and samples further prompts instead. There are at most
+    `rl.max_resample_rounds` rounds, the first included. Then filtered groups fill the batch.
     """
     kept: list[list[ScoredCompletion]] = []
     uniform: list[list[ScoredCompletion]] = []
@@ -89,8 +91,8 @@ def sample_groups(rollout: Rollout, rl: RLConfig, seed: int, start: int, progres
     if rl.objective not in ("dapo", "distillation"):
         uniform = [group for group, reward_S in zip(chosen, reward_GS, strict=True) if not is_informative(reward_S)]
     filtered = len(uniform) - missing
-    judged = rollout.reward.has_accuracy
-    causes = collections.Counter(_cause(group) if judged else "equal_rewards" for group in uniform)
+    verified = rollout.reward.has_accuracy
+    causes = collections.Counter(_cause(group) if verified else "equal_rewards" for group in uniform)
     return GroupBatch(chosen, reward_GS, start, filtered, causes, too_long)
 
 

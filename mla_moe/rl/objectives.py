@@ -1,6 +1,6 @@
 """RL objectives: GRPO, Dr. GRPO, DAPO and GSPO, from rewards to a loss, as pure functions on arrays.
 
-    grpo      arXiv 2402.03300 (and R1)   probability ratio per token; mean over a completion, then over completions
+    grpo      arXiv 2402.03300 (and R1)   importance ratio per token; mean over a completion, then over completions
     dr_grpo   arXiv 2503.20783            advantages not divided by the standard deviation, sums not by the length
     dapo      arXiv 2503.14476            clip-higher; mean over all tokens; no KL
     gspo      arXiv 2507.18071            one ratio per completion, the geometric mean over its tokens
@@ -40,8 +40,8 @@ def advantages(reward_GS: Float[np.ndarray, "G S"], objective: str) -> Float[np.
 
 
 def is_informative(rewards: Sequence[float] | np.ndarray) -> bool:
-    """Whether the rewards of a group differ. If not, all advantages are 0: dynamic sampling (DAPO) filters the group
-    and samples another prompt. The rewards it compares are those of `Reward.filter_metric`."""
+    """Whether the values of a group's completions differ. Of equal rewards all advantages are 0. Dynamic sampling
+    (DAPO) compares `Reward.filter_metric`: accuracy, or the reward if `task.accuracy_weight` is 0."""
     return bool(max(rewards) > min(rewards))
 
 

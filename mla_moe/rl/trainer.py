@@ -5,27 +5,30 @@ A step, with the `rl.*` flags that control it:
 1. Rollout (`rl/rollout.py`, `rl/group_sampling.py`). The sampler gets the current weights and generates `group_size`
    completions for each of `prompts_per_step` prompts: at most `max_new_tokens` tokens each, at `temperature`,
    `max_num_seqs` sequences at a time. Prompts of more than `max_prompt_tokens` tokens are skipped. With `objective
-   dapo`, groups whose rewards are all equal are filtered and replaced by groups of other prompts (dynamic sampling), in
-   up to `max_resample_rounds` rounds; after those, filtered groups fill the batch.
+   dapo`, groups whose completions all have the same accuracy (with `task.accuracy_weight` 0: the same reward) are
+   filtered and replaced by groups of other prompts (dynamic sampling), until the batch is full or `max_resample_rounds`
+   rounds, the first sampling included, are over; then filtered groups fill the batch.
 2. Reward (`rl/rewards.py`): format, accuracy and the functions of the user, with the weights `task.format_weight`,
-   `task.accuracy_weight` and `task.reward_weights`. A call may take `task.timeout` seconds. A linear penalty, 0 to 1
-   over the last `overlong_buffer` tokens before `max_new_tokens`, is subtracted.
+   `task.accuracy_weight` and `task.reward_weights`. A call longer than `task.timeout` seconds counts as 0. A linear
+   penalty, 0 to 1 over the last `overlong_buffer` tokens before `max_new_tokens`, is subtracted.
 3. Advantage (`rl/objectives.py`): the reward minus the mean of its group, divided by the group's standard deviation;
    `dr_grpo` does not divide.
 4. Update (`rl/learner.py`). The groups are split into `minibatches`, with one update of `optimizer` for each: one epoch
    per rollout. Gradients accumulate over microbatches of `micro_batch_size` packed sequences (of all devices together)
-   of `packed_length` tokens. `objective` selects the loss. The ratio of the new probability of a token to the old one,
-   which the trainer computes before the first update, is clipped at 1 − `clip_ratio_low` and 1 + `clip_ratio_high`.
-   `kl_coef` is the weight of the KL to the reference policy, which is replaced by a copy of the current policy every
-   `ref_sync_steps` steps (0: never); `dapo` has no KL. Truncated importance sampling (TIS) weights each token by the
-   ratio of the trainer's to the sampler's probability, at most `tis_clip`. `off_policy_mask_threshold` masks
-   completions with a negative advantage whose mean log(old / new probability) per token is above it. With `objective
-   distillation` the loss is the KL to `teacher` instead, and none of this paragraph's ratios. `routing_replay`
-   sends each token to the experts that the sampler selected. `router_bias_update_rate` is the step size of the router
-   biases.
+   of `packed_length` tokens (0: `max_prompt_tokens` + `max_new_tokens`). `objective` selects the loss. The ratio of the
+   new probability of a token to the old one, which the trainer computes before the first update, is clipped at
+   1 − `clip_ratio_low` and 1 + `clip_ratio_high` (None: the objective's published values). `kl_coef` is the
+   weight of the KL to the reference policy, which is replaced by a copy of the current policy every `ref_sync_steps`
+   steps (0: never); `dapo` has no KL. Truncated importance sampling (TIS) weights each token by the ratio of the
+   trainer's to the sampler's probability, at most `tis_clip`. `off_policy_mask_threshold` masks completions with a
+   negative advantage whose mean log(π_sampler / π) per token is above it. With `objective distillation` the loss is the
+   KL to `teacher` instead: exact for a checkpoint; exact over the `teacher_top_k` most likely tokens and one event for
+   all others for an endpoint, which serves `teacher_model`; with `teacher_top_k` 0 estimated from the sampled tokens,
+   and only this estimate uses the ratio (unclipped) and TIS. `routing_replay` sends each token to the experts that the
+   sampler selected. `router_bias_update_rate` is the step size of the router biases (0, the default: frozen).
 5. Evaluation (`rl/evaluate.py`) before the first step, every `eval_every` steps and at the end, on the first
    `eval_prompts` prompts of `eval_split` (validation or test): greedy, greedy with the completion prefilled with
-   `<think>`, and `eval_samples` samples per prompt for pass@k and majority@k.
+   `<think>`, and `eval_samples` samples per prompt at `temperature` for pass@k and majority@k, k = `eval_samples`.
 
 There are `steps` such steps; 0 skips RL. The loop, with checkpoints and logging, is `training.trainer.Trainer`.
 """

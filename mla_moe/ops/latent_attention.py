@@ -24,8 +24,8 @@ MAX_BLOCK_R = 64
 """Rows of a program. Their sums `[rows, C]` stay in registers, which more rows would not fit."""
 PROGRAMS = 128
 """A sequence is divided until there are about as many programs as an H100 has multiprocessors."""
-MIN_SHARE = 256
-"""But into parts of at least so many entries, so that the partial results stay small beside what is read."""
+MIN_ENTRIES = 256
+"""But a program has at least so many entries, so that the partial results stay small beside what is read."""
 EMPTY = -1e30
 
 
@@ -62,7 +62,7 @@ def _latent_attention(
     rows = min(MAX_BLOCK_R, max(16, pl.next_power_of_2(R)))
     padding = -R % rows
     row_blocks = (R + padding) // rows
-    splits = max(1, min(PROGRAMS // (B * row_blocks), S // MIN_SHARE))
+    splits = max(1, min(PROGRAMS // (B * row_blocks), S // MIN_ENTRIES))
     q_bRW = jnp.pad(q_bTHW.reshape(B, R, W), ((0, 0), (0, padding), (0, 0)))
     position_bR = jnp.pad(jnp.repeat(positions_bT, H, axis=1), ((0, 0), (0, padding)), constant_values=S)
 
@@ -113,8 +113,8 @@ def _kernel(
     """One program: a block of rows, over its part of the blocks of one sequence."""
     layer, slot = layer_1[0], pl.program_id(0)
     first, end = blocks_2[0], blocks_2[1]
-    share = pl.cdiv(end - first, splits)
-    start = first + pl.program_id(2) * share
+    blocks = pl.cdiv(end - first, splits)
+    start = first + pl.program_id(2) * blocks
     position_R1, q_RC, q_Rr = position_R[:][:, None], q_RW[:, :latent], q_RW[:, latent:]
     product = partial(jnp.dot, preferred_element_type=jnp.float32)
 
@@ -148,7 +148,7 @@ def _kernel(
     rows = q_RC.shape[0]
     zeros = partial(jnp.zeros, dtype=jnp.float32)
     empty = zeros(rows) + EMPTY, zeros(rows), zeros((rows, latent))
-    maximum_R, sum_R, sums_RC = jax.lax.fori_loop(start, jnp.minimum(start + share, end), body, empty)
+    maximum_R, sum_R, sums_RC = jax.lax.fori_loop(start, jnp.minimum(start + blocks, end), body, empty)
     # A program without blocks has weight 0 beside one with a visible entry.
     sum_R = jnp.maximum(sum_R, jnp.finfo(jnp.float32).tiny)
     y_RC[:, :] = (sums_RC / sum_R[:, None]).astype(y_RC.dtype)

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:The Pallas Triton backend:DeprecationWarning"
 )  # of ops.latent_attention
 
-BATCH, LENGTH, D, F, EXPERTS = 16, 256, 256, 128, 8
+BATCH, LENGTH, D, F, EXPERTS = 16, 512, 256, 128, 8
 
 
 def devices(kind: str, count: int) -> list[jax.Device]:
@@ -51,14 +51,14 @@ def _function(scope: str) -> str:
 
 @pytest.fixture(scope="module")
 def program(cfg: ModelConfig) -> str:
-    """The compiled text of a training step of one MoE layer on 8 H100."""
+    """The compiled text of a training step of one MoE layer on 16 H100, with sequences sharded over two of them."""
     cfg = dataclasses.replace(
         cfg, vocab_size=512, hidden_size=D, num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=2,
         moe_intermediate_size=F, n_routed_experts=4 * EXPERTS, n_group=4, topk_group=2, num_experts_per_tok=4,
         kv_lora_rank=128, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
         max_position_embeddings=LENGTH, num_nextn_predict_layers=0,
     )  # fmt: skip
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4), devices("h100", 8))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4, context=2), devices("h100", 16))
     with jax.default_device(mesh.devices.flat[0]), without_compilation_cache():
         chosen = resolve_kernels(KernelConfig())
         assert dataclasses.astuple(chosen)[:3] == ("tokamax", "tokamax", "ragged")
@@ -79,6 +79,15 @@ def test_the_step_has_the_kernels_and_none_of_the_fallbacks(program: str) -> Non
         ["mosaic_flash_attention"] * 1 + ["mosaic_flash_attention_gradient"] * 2
         + ["mosaic_ragged_dot"] * 5 + ["triton_ragged_dot_gradient"] * 2
     )  # fmt: skip
+
+
+def test_with_context_parallelism_a_device_attends_for_its_part_of_the_queries(program: str) -> None:
+    """To all keys, by the kernel: a call has both. Half of the queries come from another device."""
+    lines = program.splitlines()
+    calls = [line for line in lines if " custom-call(" in line and "jit(_flash_attention" in line]
+    assert len(calls) == 3
+    assert not [line for line in lines if " while(" in line and "attend" in line], "blockwise"
+    assert [line for line in lines if "collective-permute" in line and "bf16[2,128,256]" in line]
 
 
 def test_no_expert_is_copied_for_a_block_of_rows(program: str) -> None:

@@ -20,20 +20,20 @@ from mla_moe.training.step import abstract_state, make_train_step
 
 pytest.importorskip("libtpu")
 
-BATCH, LENGTH = 16, 256
+BATCH, LENGTH = 16, 512
 
 
 @pytest.fixture(scope="module")
 def program(cfg: ModelConfig) -> str:
-    """The compiled text of a training step on `v5p:2x2x2`."""
+    """The compiled text of a training step on `v5p:2x2x4`, with sequences sharded over two devices."""
     cfg = dataclasses.replace(
         cfg, vocab_size=512, hidden_size=256, num_hidden_layers=1, first_k_dense_replace=0, num_attention_heads=2,
         moe_intermediate_size=128, n_routed_experts=64, n_group=4, topk_group=2, num_experts_per_tok=4,
         kv_lora_rank=128, q_lora_rank=None, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
         max_position_embeddings=LENGTH, num_nextn_predict_layers=0,
     )  # fmt: skip
-    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2")
-    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4), topology.devices)
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x4")
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=4, context=2), topology.devices)
     kernels = resolve_kernels(KernelConfig(), mesh.devices.flat[0].platform)
     assert dataclasses.astuple(kernels)[:3] == ("splash", "megablox", "ragged")
     abstract_model = AbstractModel(cfg, precision=Precision(compute=jnp.bfloat16), kernels=kernels)
@@ -56,8 +56,17 @@ def test_slices_are_laid_out_along_data() -> None:
 
 def test_the_step_has_the_native_kernels(program: str) -> None:
     assert re.search(r"%ragged-all-to-all-start[.\d]* = ", program)  # asynchronous, beside the experts
-    assert "splash_mha_fwd" in program
-    assert re.search(r"splash_mha_dkv|splash_mha_dq", program)
+    calls = [line for line in program.splitlines() if " custom-call(" in line and "splash_mha" in line]
+    assert {name for line in calls for name in re.findall(r"splash_mha_(fwd|dkv|dq)", line)} == {"fwd", "dkv"}
+
+
+def test_with_context_parallelism_a_device_attends_for_its_part_of_the_queries(program: str) -> None:
+    """To all keys, by the kernel. Half of the queries come from another device, and the results return."""
+    calls = [line for line in program.splitlines() if " custom-call(" in line and "splash_mha" in line]
+    assert all("[2,2,256,192]" in line and "[2,2,512,192]" in line for line in calls), calls
+    assert not [line for line in program.splitlines() if " while(" in line and "attend" in line], "blockwise"
+    swapped = [line for line in program.splitlines() if "collective-permute" in line and "bf16[2,128,256]" in line]
+    assert swapped
 
 
 def test_no_expert_runs_on_tokens_of_another_expert(program: str) -> None:

@@ -3,17 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from mla_moe.config import AttentionConfig, KernelConfig, ModelConfig, require
+from mla_moe.nn.expanded_attention import Queries, attend, masking_of
 from mla_moe.nn.indexer import Indexer, selection
 from mla_moe.nn.kv_cache import (
     Active,
@@ -36,19 +35,14 @@ from mla_moe.nn.lora import adapter, project
 from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.quantized import value_of, weight_of
 from mla_moe.nn.rope import CosSin, query_scale, rotary, rotate, softmax_scale
-from mla_moe.ops.attention import attention
 from mla_moe.ops.cached_attention import Form, cached_attention
-from mla_moe.ops.dropout import Dropout, dropout_key, token_numbers
+from mla_moe.ops.dropout import dropout_key, token_numbers
 from mla_moe.ops.key_selection import SelectedKeys
 from mla_moe.ops.kv_quantization import quantize
-from mla_moe.ops.masking import Masking
-from mla_moe.ops.quantized_matrix import Matrix, QuantizedMatrix
-from mla_moe.parallel.collectives import all_gather, axis_index, shard_map
-from mla_moe.parallel.mesh import BATCH_SPEC, mesh_axes, token_mesh, under_auto_axes
-from mla_moe.parallel.quantized_weight import all_gather_matrix, dequantized, matrix_of
-from mla_moe.parallel.sharded_einsum import Einsum, plain_einsum, sharded_einsum, weight_spec
+from mla_moe.parallel.context_parallel import needs_balance, swap_queries
+from mla_moe.parallel.mesh import under_auto_axes
+from mla_moe.parallel.sharded_einsum import Einsum, plain_einsum, sharded_einsum
 from mla_moe.parallel.sharding import (
-    all_gather_weight,
     constrain_decode_activations,
     constrain_decode_heads,
     constrain_slots,
@@ -150,7 +144,6 @@ class MLAttention(nnx.Module):
         q_cos_sin = rotary(self.cfg, positions)
         with jax.named_scope("queries"):
             latent_BTQ = self.query_latent(x_BTD, sharded_einsum)
-            q_BTHA = self.queries(latent_BTQ, positions, q_cos_sin, sharded_einsum)
         with jax.named_scope("latent"):
             kv_cos_sin = rotary(self.cfg, _default_positions(kv_BSD, kv_positions)) if cross else q_cos_sin
             c_BSC, k_pe_BSR = self.compress_kv(kv_BSD, kv_cos_sin, sharded_einsum)
@@ -167,8 +160,21 @@ class MLAttention(nnx.Module):
         dropout = self._dropout_key(self.deterministic if deterministic is None else deterministic, rngs)
         if selected_keys is None:
             selected_keys = self._select(x_BTD, latent_BTQ, q_cos_sin, kv_segment_ids, query_segments)
-        y_BTHV = self._attend(q_BTHA, c_BSC, k_pe_BSR, kv_segment_ids, query_segments, dropout, selected_keys)
-        return project(sharded_einsum, "BTHV,HVD->BTD", y_BTHV, self, "o", self.precision.compute)
+        queries = Queries(latent_BTQ, positions, token_numbers(*x_BTD.shape[:2]), query_segments, selected_keys)
+        swapped = needs_balance(x_BTD.shape, masking_of(self.cfg))
+        if swapped:  # before their projection, and the result after its own: fewer bytes than those of all heads
+            queries = swap_queries(queries)
+        with jax.named_scope("queries"):
+            (latent_BTQ, positions, numbers), einsum = queries[:3], sharded_einsum
+            cos_sin = rotary(self.cfg, positions) if swapped else q_cos_sin
+            q_BTHA = self.queries(latent_BTQ, positions, cos_sin, einsum, numbers=numbers)
+        y_BTHV = attend(
+            q_BTHA, c_BSC, k_pe_BSR, kv_segment_ids, queries, self.kv_b, weight_of(self, "kv_b"),
+            adapter(self, "kv_b"), self.cfg, self.kernels, self.precision.compute, dropout_key_2=dropout,
+            swapped=swapped,
+        )  # fmt: skip
+        y_BTD = project(sharded_einsum, "BTHV,HVD->BTD", y_BTHV, self, "o", self.precision.compute, numbers=numbers)
+        return swap_queries(y_BTD) if swapped else y_BTD
 
     def select_keys(
         self, x_BTD: Activations, segment_ids: Ids | None = None, positions: Ids | None = None
@@ -290,10 +296,12 @@ class MLAttention(nnx.Module):
         cos_sin: CosSin,
         einsum: Einsum,
         adapter_ids: Int[Array, "B"] | None = None,
+        numbers: UInt32[Array, "B T"] | None = None,
     ) -> Float[Array, "B T H A"]:
-        """Queries of all heads; the last R values of each are rotated by position."""
-        name = "q" if self.cfg.q_lora_rank is None else "q_b"
-        q_BTHA = project(einsum, "BTQ,QHA->BTHA", latent_BTQ, self, name, self.precision.compute, adapter_ids)
+        """Queries of all heads; the last R values of each are rotated by position. `numbers` are those of the tokens
+        in `project`."""
+        name, compute = "q" if self.cfg.q_lora_rank is None else "q_b", self.precision.compute
+        q_BTHA = project(einsum, "BTQ,QHA->BTHA", latent_BTQ, self, name, compute, adapter_ids, numbers=numbers)
         q_nope, q_pe = jnp.split(q_BTHA, [self.cfg.qk_nope_head_dim], axis=-1)
         q_BTHA = jnp.concatenate([q_nope, self._rotate(q_pe, cos_sin)], axis=-1)
         scale_BT = query_scale(self.cfg, positions_BT)
@@ -316,76 +324,6 @@ class MLAttention(nnx.Module):
 
     def _rotate(self, x_BTHR: Float[Array, "B T H R"], cos_sin: CosSin) -> Float[Array, "B T H R"]:
         return rotate(x_BTHR, *cos_sin, interleaved=self.cfg.rope_interleave)
-
-    def _attend(
-        self,
-        q_BTHA: Array,
-        c_BSC: Array,
-        k_pe_BSR: Array,
-        segments_BS: Array,
-        query_segments_BT: Array | None,
-        dropout_key_2: Array | None,
-        selected_BTW: Array | None,
-    ) -> Float[Array, "B T H V"]:
-        """Under a mesh each device computes its heads (tensor parallelism) for its queries. With context parallelism it
-        all-gathers the latent, C + R values per token, where keys and values would be H · (A + V)."""
-        compute, weight, lora = self.precision.compute, weight_of(self, "kv_b"), adapter(self, "kv_b")
-        kv_b, z_BSr, b_rHk = matrix_of(weight, compute), None, None
-        if lora is not None:
-            kv_b = jax.lax.stop_gradient(kv_b)
-            dropout = lora.feature_dropout(token_numbers(*c_BSC.shape[:2]))
-            z_BSr = sharded_einsum("BSC,Cr->BSr", c_BSC if dropout is None else dropout(c_BSC), lora.a, compute)
-            b_rHk = (lora.scale * lora.b[...]).astype(compute)
-        rows_BHT = None if dropout_key_2 is None else jnp.arange(math.prod(q_BTHA.shape[:3]), dtype=jnp.uint32)
-        rows_BHT = None if rows_BHT is None else rows_BHT.reshape(q_BTHA.shape[0], q_BTHA.shape[2], q_BTHA.shape[1])
-        inputs = q_BTHA, c_BSC, k_pe_BSR, kv_b, segments_BS, query_segments_BT, rows_BHT, dropout_key_2, selected_BTW
-        inputs = *inputs, z_BSr, b_rHk
-        mesh = token_mesh(q_BTHA.shape) if token_mesh(c_BSC.shape) else None
-        kv_b_spec, b_spec, heads = P(), P(), None
-        if mesh is not None:
-            kv_b_spec, b_spec = weight_spec(weight, mesh), P() if lora is None else weight_spec(lora.b, mesh)
-            heads = "tensor" if "tensor" in mesh_axes(weight_spec(self.kv_b, mesh)[1]) else None
-
-        def local(
-            q_bthA: Array, c_bSC: Array, k_pe_bSR: Array, kv_b: Matrix, segments_bS: Array,
-            query_segments_bt: Array | None, rows_bht: Array | None, dropout_key_2: Array | None,
-            selected_btW: Array | None, z_bSr: Array | None, b_rhk: Array | None,
-        ) -> Array:  # fmt: skip
-            def expand(c_bSC: Array) -> Array:
-                complete = kv_b if mesh is None else all_gather_matrix(kv_b, kv_b_spec)
-                return jnp.einsum("BTC,CHk->BTHk", c_bSC, dequantized(complete, compute))
-
-            offset = None
-            if mesh is not None and mesh.shape["context"] > 1:
-                offset = axis_index("context") * q_bthA.shape[1]
-                gather = partial(all_gather, axes="context", axis=1)
-                c_bSC, k_pe_bSR, segments_bS = (gather(x) for x in (c_bSC, k_pe_bSR, segments_bS))
-                z_bSr = None if z_bSr is None else gather(z_bSr)
-            with jax.named_scope("expand"):
-                # As in `project`: dequantized again for the backward pass.
-                kv_bShk = (jax.checkpoint(expand) if isinstance(kv_b, QuantizedMatrix) else expand)(c_bSC)
-                if z_bSr is not None and b_rhk is not None:
-                    kv_bShk += jnp.einsum("BTr,rHk->BTHk", z_bSr, all_gather_weight(b_rhk, b_spec))
-                k_nope, v_bShV = jnp.split(kv_bShk, [self.cfg.qk_nope_head_dim], axis=-1)
-                k_pe = jnp.broadcast_to(k_pe_bSR[:, :, None], (*k_nope.shape[:-1], k_pe_bSR.shape[-1]))
-                k_bShA = jnp.concatenate([k_nope, k_pe], axis=-1)
-            dropout = None
-            if rows_bht is not None and dropout_key_2 is not None:
-                dropout = Dropout(self.cfg.dropout, dropout_key_2, rows_bht)
-            with jax.named_scope("attend"):
-                return attention(
-                    q_bthA, k_bShA, v_bShV, segments_bS, scale=softmax_scale(self.cfg),
-                    masking=Masking(self.cfg.causal, self.cfg.sliding_window), query_segment_ids_BT=query_segments_bt,
-                    query_offset=offset, dropout=dropout, selected_BTW=selected_btW,
-                    implementation=self.kernels.attention,
-                )  # fmt: skip
-
-        if mesh is None:
-            return local(*inputs)
-        outputs, rows = P(*BATCH_SPEC, heads), P(BATCH_SPEC[0], heads, BATCH_SPEC[1])
-        specs = outputs, BATCH_SPEC, BATCH_SPEC, kv_b_spec, BATCH_SPEC, BATCH_SPEC, rows, P(), BATCH_SPEC
-        specs = *specs, BATCH_SPEC, b_spec
-        return shard_map(local, specs, outputs)(*inputs)
 
 
 def _default_positions(x_BTD: Activations, positions: Ids | None) -> Ids:

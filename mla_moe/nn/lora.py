@@ -121,10 +121,11 @@ def project(
     dtype: DTypeLike,
     adapter_ids: Int[Array, "*N"] | None = None,
     dropout: FeatureDropout | None = None,
+    numbers: UInt32[Array, "*N"] | None = None,
 ) -> Float[Array, "*y"]:
     """`einsum(equation, x, W)` of activations and a module's weight, plus `scale · (x A) B` if it has an adapter. Of
     several adapters (`nn.stacked_lora`), `adapter_ids` are those of the first axes of `x`. `dropout` of the input of A
-    is by default the adapter's, for tokens that are numbered as they are in `x`."""
+    is by default the adapter's, for tokens with these `numbers`, by default those that they have in `x`."""
     weight, lora = getattr(module, name), adapter(module, name)
     frozen = weight_of(module, name)
     if isinstance(frozen, QuantizedWeight):
@@ -140,7 +141,8 @@ def project(
     letters |= {RANK: _RANK_LETTER}
     a, b = ("".join(letters[axis] for axis in logical_axes(factor) if axis in letters) for factor in (lora.a, lora.b))
     tokens = sum(letter not in weight_letters for letter in x_letters)
-    dropout = dropout or lora.feature_dropout(token_numbers(*x.shape[:tokens]))
+    numbers = token_numbers(*x.shape[:tokens]) if numbers is None else numbers
+    dropout = dropout or lora.feature_dropout(numbers)
     x = x if dropout is None else dropout(x)
     kept = "".join(letter for letter in a if letter not in x_letters)
     z_letters = "".join(letter for letter in x_letters if letter not in weight_letters) + kept

@@ -4,12 +4,12 @@ One function, five implementations:
 - `reference`: materialises all scores. The oracle of the tests.
 - `blockwise`: FlashAttention (arXiv 2205.14135, 2307.08691) in plain XLA, for any platform: a running softmax over
   blocks of keys. Memory grows with T, not T², forward and backward, and blocks above the diagonal are skipped.
-- `splash`: JAX's Pallas kernel for TPU.
+- `splash`: JAX's Pallas kernel for TPU (`ops.splash_kernel`).
 - `tokamax`: tokamax's kernels for NVIDIA GPUs (`ops.tokamax_kernels`).
 - `cudnn`: cuDNN's kernel for GPU. It requires equal key and value widths, so values are padded.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def attention(
     scale: float,
     masking: Masking = CAUSAL,
     query_segment_ids_BT: Int[Array, "B T"] | None = None,
-    query_offset: Int[Array, ""] | None = None,
+    query_starts_P: Int[Array, "P"] | None = None,
     dropout: Dropout | None = None,
     selected_BTW: SelectedKeys | None = None,
     implementation: AttentionKernel | None = None,
@@ -42,9 +42,9 @@ def attention(
     """`softmax(scale · q kᵀ + mask) v`, softmax in float32 (DeepSeek-V2, equations 9-11 and 17-18).
 
     Token t attends to token s if `masking` allows it and both have the same segment id; without `segment_ids_BS` a
-    sequence is one segment. The tokens of a segment must be adjacent, as packed documents are. `query_offset` is for
-    context parallelism, where a device has T of the S tokens as queries: the position of the first one, a multiple of
-    T.
+    sequence is one segment. The tokens of a segment must be adjacent, as packed documents are. `query_starts_P` is for
+    context parallelism, where a device has T of the S tokens as queries, in P chunks of T / P adjacent tokens: the
+    indices of the first token of each, in any order, multiples of T / P.
 
     `query_segment_ids_BT`: queries have segment ids of their own, because they are of another sequence (cross
     attention; then nothing is causal or windowed) or because some keys are padding, whose segment id no query has. A
@@ -56,35 +56,39 @@ def attention(
     T = q_BTHA.shape[1]
     if segment_ids_BS is None:
         segment_ids_BS = jnp.zeros((B, S), jnp.int32)
-    start = jnp.int32(0) if query_offset is None else query_offset
     own_segments = query_segment_ids_BT is not None
     implementation = supported_attention_kernel(
         implementation, q_BTHA.dtype, queries=T, tokens=S, widths=(q_BTHA.shape[3], v_BSHV.shape[3]),
-        all_queries=query_offset is None, keys_in_ranges=not own_segments, dropout=dropout is not None,
-        selected=selected_BTW is not None,
+        keys_in_ranges=not own_segments, dropout=dropout is not None, selected=selected_BTW is not None,
     )  # fmt: skip
+    index_T = chunk = None
+    if query_starts_P is not None:
+        chunk = T // len(query_starts_P)
+        index_T = (query_starts_P[:, None] + jnp.arange(chunk, dtype=jnp.int32)).reshape(T)
     if query_segment_ids_BT is None:
-        query_segment_ids_BT = jax.lax.dynamic_slice_in_dim(segment_ids_BS, start, T, 1)
+        query_segment_ids_BT = segment_ids_BS if index_T is None else segment_ids_BS[:, index_T]
     segments = query_segment_ids_BT, segment_ids_BS
     if implementation == "reference":
-        mask_BTS = attention_mask(*segments, start, masking)
+        mask_BTS = attention_mask(*segments, masking, index_T)
         if selected_BTW is not None:
             mask_BTS &= selected_range(selected_BTW, 0, S)
         return masked_attention(q_BTHA, k_BSHA, v_BSHV, mask_BTS, scale, dropout)
     if implementation == "splash":
-        return _splash(q_BTHA, k_BSHA, v_BSHV, segment_ids_BS, scale, masking)
+        from mla_moe.ops.splash_kernel import splash_attention
+
+        return splash_attention(q_BTHA, k_BSHA, v_BSHV, segments, index_T, scale, masking, chunk)
     if implementation == "tokamax":
         from mla_moe.ops.tokamax_kernels import flash_attention
 
-        return flash_attention(q_BTHA, k_BSHA, v_BSHV, segment_ids_BS, query_offset, scale, masking)
+        return flash_attention(q_BTHA, k_BSHA, v_BSHV, segment_ids_BS, index_T, scale, masking)
     if implementation == "cudnn":
         try:
-            mask_BTS = attention_mask(*segments, start, masking)
+            mask_BTS = attention_mask(*segments, masking, index_T)
             return dot_product(q_BTHA, k_BSHA, v_BSHV, mask_BTS, scale, "cudnn")
         except (NotImplementedError, RuntimeError) as reason:  # unsupported width, dtype or device
             log_fallback("attention", "cudnn", "blockwise", str(reason))
     # With heads before time, every product is a plain batched matmul.
-    size = block_size(max(T, S)) if query_offset is None else block_size(T, divides=True)
+    size = block_size(max(T, S)) if chunk is None else block_size(chunk, divides=True)
     q, k, v = (_pad_to(jnp.moveaxis(x, 2, 1), size, 2) for x in (q_BTHA, k_BSHA, v_BSHV))
     no_segment = jnp.iinfo(segment_ids_BS.dtype).min  # so that no query attends to keys that pad a block
     q_segments, k_segments = (_pad_to(x, size, 1, no_segment) for x in segments)
@@ -92,7 +96,8 @@ def attention(
     spec = BlockSpec(scale, size, masking, own_segments, 0.0 if dropout is None else dropout.rate)
     selected = None if selected_BTW is None else _pad_to(selected_BTW, size, 1)
     inputs = Inputs(q, k, v, q_segments, k_segments, rows, selected)
-    y_BHTV = blockwise_attention(inputs, start // size, None if dropout is None else dropout.key_2, spec)
+    blocks_n = jnp.arange(q.shape[2] // size, dtype=jnp.int32) if index_T is None else index_T[::size] // size
+    y_BHTV = blockwise_attention(inputs, blocks_n, None if dropout is None else dropout.key_2, spec)
     return jnp.moveaxis(y_BHTV[:, :, :T], 1, 2)
 
 
@@ -124,27 +129,3 @@ def dot_product(
         q_BTHA, k_BSHA, v_BSHA, mask=mask_BTS[:, None], scale=scale, implementation=kernel
     )
     return jnp.where(mask_BTS.any(axis=-1)[..., None, None], y_BTHA[..., :V], 0)
-
-
-def _splash(q_BTHA: Array, k_BSHA: Array, v_BSHV: Array, segments_BS: Array, scale: float, masking: Masking) -> Array:
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    T, H = q_BTHA.shape[1:3]
-    block, wide = (next(n for n in allowed if T % n == 0) for allowed in ((512, 256, 128), (2048, 512, 256, 128)))
-    sizes: dict[str, Any] = dict.fromkeys(("block_q", "block_kv", "block_kv_compute", "block_q_dkv"), block)
-    # The fused backward kernel computes scores once, but one gradient of the queries per block of keys: hence wide
-    # blocks, processed 256 keys at a time. With 512 it needs 16.1 MB of a core's vector memory, which has 16.
-    sizes |= {"block_kv_dkv": wide, "block_kv_dkv_compute": min(block, 256), "use_fused_bwd_kernel": True}
-    if masking.window is not None:
-        head_mask: splash.Mask = splash.LocalMask((T, T), masking.reach, offset=0)
-    else:
-        head_mask = splash.CausalMask((T, T)) if masking.causal else splash.FullMask((T, T))
-    mask = splash.MultiHeadMask([head_mask] * H)
-    kernel = splash.make_splash_mha(mask, head_shards=1, q_seq_shards=1, block_sizes=splash.BlockSizes(**sizes))
-
-    def sequence(q_THA: Array, k_SHA: Array, v_SHV: Array, segments_S: Array) -> Array:
-        heads_first = (jnp.moveaxis(x, 1, 0) for x in (q_THA * scale, k_SHA, v_SHV))
-        y_HTV = kernel(*heads_first, segment_ids=splash.SegmentIds(segments_S, segments_S))
-        return jnp.moveaxis(y_HTV, 0, 1).astype(v_SHV.dtype)
-
-    return jax.vmap(sequence)(q_BTHA, k_BSHA, v_BSHV, segments_BS)

@@ -53,8 +53,10 @@ class BlockSpec(NamedTuple):
     dropout_rate: float
 
 
-def blockwise_attention(inputs: Inputs, first_block: Array, dropout_key: Array | None, spec: BlockSpec) -> Array:
-    """Sequences b and heads h at a time: as many as keep a block's scores within 2 MB of CPU cache; several sequences
+def blockwise_attention(inputs: Inputs, blocks_n: Array, dropout_key: Array | None, spec: BlockSpec) -> Array:
+    """`blocks_n` are this device's blocks of queries, counted along the sequence, in any order.
+
+    Sequences b and heads h at a time: as many as keep a block's scores within 2 MB of CPU cache; several sequences
     only with all of their heads. With selected keys one sequence with all heads, so that they are not repeated."""
     B, H = inputs.q_BHTA.shape[:2]
     limit = max(2**19 // spec.size**2, 1)
@@ -71,7 +73,7 @@ def blockwise_attention(inputs: Inputs, first_block: Array, dropout_key: Array |
         return jnp.moveaxis(x.reshape(B // b, b, H // h, h, *x.shape[2:]), 2, 1).reshape(-1, b, h, *x.shape[2:])
 
     groups = jax.tree.map(split, inputs._replace(selected_BTW=None))._replace(selected_BTW=selected_BTW)
-    y = jax.lax.map(lambda group: _blockwise(group, first_block, dropout_key, spec), groups)
+    y = jax.lax.map(lambda group: _blockwise(group, blocks_n, dropout_key, spec), groups)
     y = jnp.moveaxis(y.reshape(B // b, H // h, b, h, *y.shape[3:]), 1, 2)
     return y.reshape(B, H, *y.shape[4:])
 
@@ -137,12 +139,14 @@ def _key_blocks(i: Array, blocks: int, spec: BlockSpec) -> tuple[Array | int, Ar
     return first, last
 
 
-def _query_blocks(j: Array, first_block: Array, blocks: int, spec: BlockSpec) -> tuple[Array | int, Array | int]:
-    """The first of this device's blocks of queries that attends to keys of block j, and the one after the last."""
+def _query_blocks(j: Array, blocks_n: Array, spec: BlockSpec) -> tuple[Array, Array]:
+    """This device's blocks of queries in an order in which those that attend to keys of block j come first, and the
+    number of these."""
     (left, right), start = spec.masking.reach, j * spec.size
-    first = 0 if right is None else (start - right) // spec.size - first_block
-    last = blocks if left is None else (start + spec.size - 1 + left) // spec.size + 1 - first_block
-    return jnp.clip(first, 0, blocks), jnp.clip(last, 0, blocks)
+    attends_n = jnp.ones(blocks_n.shape, bool)
+    attends_n = attends_n if right is None else attends_n & (blocks_n >= (start - right) // spec.size)
+    attends_n = attends_n if left is None else attends_n & (blocks_n <= (start + spec.size - 1 + left) // spec.size)
+    return jnp.argsort(~attends_n, stable=True), attends_n.sum()
 
 
 def _broadcast_over_heads(mask_B__: Array) -> Array:
@@ -151,21 +155,21 @@ def _broadcast_over_heads(mask_B__: Array) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _blockwise(inputs: Inputs, first_block: Array, dropout_key: Array | None, spec: BlockSpec) -> Array:
-    return _blockwise_forward(inputs, first_block, dropout_key, spec)[0]
+def _blockwise(inputs: Inputs, blocks_n: Array, dropout_key: Array | None, spec: BlockSpec) -> Array:
+    return _blockwise_forward(inputs, blocks_n, dropout_key, spec)[0]
 
 
 Residuals = tuple[Inputs, Array, Array | None, Array, Array]
 
 
 def _blockwise_forward(
-    inputs: Inputs, first_block: Array, dropout_key: Array | None, spec: BlockSpec
+    inputs: Inputs, blocks_n: Array, dropout_key: Array | None, spec: BlockSpec
 ) -> tuple[Array, Residuals]:
     q_BHTA, k_BHSA, v_BHSV, *_ = inputs
     (B, H, T, _), S, size = q_BHTA.shape, k_BHSA.shape[2], spec.size
 
     def query_block(own: Array) -> tuple[Array, Array]:
-        q_BHtA, i = _block(q_BHTA, own, size), first_block + own
+        q_BHtA, i = _block(q_BHTA, own, size), blocks_n[own]
 
         def key_block(j: Array, sums: SoftmaxSums) -> SoftmaxSums:
             score_BHts = _einsum("BHtA,BHsA->BHts", q_BHtA, _block(k_BHSA, j, size)) * spec.scale
@@ -187,14 +191,14 @@ def _blockwise_forward(
 
     y_nBHtV, logsumexp_nBHt = jax.lax.map(query_block, jnp.arange(T // size))
     y_BHTV, logsumexp_BHT = _stack(y_nBHtV), _stack(logsumexp_nBHt[..., None])[..., 0]
-    return y_BHTV, (inputs, first_block, dropout_key, y_BHTV, logsumexp_BHT)
+    return y_BHTV, (inputs, blocks_n, dropout_key, y_BHTV, logsumexp_BHT)
 
 
 def _blockwise_backward(spec: BlockSpec, residuals: Residuals, g_BHTV: Array) -> tuple[Inputs, None, None]:
     """Scores have the key axis before the query axis: then four of the five products are plain matmuls, and only the
     fifth, the queries' gradient, transposes the small keys. Contracting the row axis of both operands is half as fast
     on CPU."""
-    inputs, first_block, dropout_key, y_BHTV, logsumexp_BHT = residuals
+    inputs, blocks_n, dropout_key, y_BHTV, logsumexp_BHT = residuals
     q_BHTA, k_BHSA, v_BHSV, *_ = inputs
     (B, H, T, A), S, size = q_BHTA.shape, k_BHSA.shape[2], spec.size
     # Σ_s p_st · ∂p_st of the softmax's derivative (D in FlashAttention-2), which dropout does not change
@@ -205,11 +209,14 @@ def _blockwise_backward(spec: BlockSpec, residuals: Residuals, g_BHTV: Array) ->
         k_BHsA, v_BHsV = _block(k_BHSA, j, size), _block(v_BHSV, j, size)
         k_BHAs = jax.lax.optimization_barrier(jnp.swapaxes(k_BHsA, 2, 3))
 
-        def query_block(own: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        order_n, count = _query_blocks(j, blocks_n, spec)
+
+        def query_block(n: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             g_q_BHAT, g_k_BHsA, g_v_BHsV = carry
+            own = order_n[n]
             q_BHtA, g_BHtV = _block(q_BHTA, own, size), _block(g_BHTV, own, size)
             score_BHst = _einsum("BHsA,BHtA->BHst", k_BHsA, q_BHtA) * spec.scale
-            mask_Bts = _mask(inputs, own, first_block + own, j, spec)
+            mask_Bts = _mask(inputs, own, blocks_n[own], j, spec)
             score_BHst += _broadcast_over_heads(jnp.swapaxes(mask_Bts, 1, 2))
             weight_BHst = jnp.exp(score_BHst - _block(logsumexp_BHT, own, size)[:, :, None])
             g_weight_BHst = _einsum("BHsV,BHtV->BHst", v_BHsV, g_BHtV)
@@ -225,8 +232,7 @@ def _blockwise_backward(spec: BlockSpec, residuals: Residuals, g_BHTV: Array) ->
             return jax.lax.dynamic_update_slice_in_dim(g_q_BHAT, g_q_BHAt, own * size, 3), g_k_BHsA, g_v_BHsV
 
         zeros = jnp.zeros(k_BHsA.shape, jnp.float32), jnp.zeros(v_BHsV.shape, jnp.float32)
-        first, last = _query_blocks(j, first_block, T // size, spec)
-        g_q_BHAT, *g_kv = jax.lax.fori_loop(first, last, query_block, (g_q_BHAT, *zeros))
+        g_q_BHAT, *g_kv = jax.lax.fori_loop(0, count, query_block, (g_q_BHAT, *zeros))
         return g_q_BHAT, g_kv
 
     zeros_BHAT = jnp.zeros((B, H, A, T), jnp.float32)

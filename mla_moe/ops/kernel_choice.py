@@ -48,10 +48,10 @@ def default_grouped_matmul_kernel(platform: str | None = None) -> GroupedMatmulK
 
 def supported_attention_kernel(
     wanted: AttentionKernel | None, dtype: DTypeLike, *, queries: int, tokens: int, widths: tuple[int, int],
-    all_queries: bool = True, keys_in_ranges: bool = True, dropout: bool = False, selected: bool = False,
+    keys_in_ranges: bool = True, dropout: bool = False, selected: bool = False,
 ) -> AttentionKernel:  # fmt: skip
-    """`wanted` (None: the default), or `blockwise` where it does not support the target or the inputs: `queries` of
-    `tokens` tokens, all of them or a part; keys and values of `widths`; whether the keys that a query attends to are a
+    """`wanted` (None: the default), or `blockwise` where it does not support the target or the inputs: `queries` and
+    `tokens` that are keys; keys and values of `widths`; whether the keys that a query attends to are a
     range, which they need not be with keys of another sequence or padding masks; whether an indexer has `selected` them
     (DSA), which only plain XLA computes."""
     kernel = wanted or default_attention_kernel()
@@ -60,8 +60,8 @@ def supported_attention_kernel(
         problem = "has no selected keys (DSA)"
     elif kernel in ("splash", "tokamax") and (dropout or not keys_in_ranges):
         problem = "has no dropout, and no keys of other sequences or padding masks"
-    elif kernel == "splash" and (not all_queries or queries % 128):
-        problem = f"{queries} queries of {tokens} tokens: needs all queries, and a multiple of 128"
+    elif kernel == "splash" and (queries % 128 or tokens % 128):
+        problem = f"{queries} queries of {tokens} tokens: needs multiples of 128"
     elif kernel == "cudnn" and dropout:
         problem = "no dropout"
     elif kernel == "tokamax":

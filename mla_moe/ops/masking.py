@@ -34,11 +34,12 @@ CAUSAL = Masking()
 
 
 def attention_mask(
-    query_segments_BT: Array, key_segments_BS: Array, start: Array | int = 0, masking: Masking = CAUSAL
+    query_segments_BT: Array, key_segments_BS: Array, masking: Masking = CAUSAL, index_T: Array | None = None
 ) -> Bool[Array, "B T S"]:
-    """Which keys each query attends to; the first query is at index `start`."""
+    """Which keys each query attends to. `index_T` are the queries' own indices, by default 0, 1, 2, …"""
     T, S = query_segments_BT.shape[1], key_segments_BS.shape[1]
-    allowed_TS = masking.allowed(start + jnp.arange(T)[:, None], jnp.arange(S))
+    index_T = jnp.arange(T) if index_T is None else index_T
+    allowed_TS = masking.allowed(index_T[:, None], jnp.arange(S))
     return allowed_TS & (query_segments_BT[:, :, None] == key_segments_BS[:, None, :])
 
 

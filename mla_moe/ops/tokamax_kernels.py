@@ -119,16 +119,15 @@ def flash_attention(
     k_BSHA: Float[Array, "B S H A"],
     v_BSHV: Float[Array, "B S H V"],
     segments_BS: Int[Array, "B S"],
-    query_offset: Int[Array, ""] | None,
+    index_T: Int[Array, "T"] | None,
     scale: float,
     masking: Masking = CAUSAL,
 ) -> Float[Array, "B T H V"]:
-    """`ops.attention.attention`, which see. Blocks of keys outside of a query's segment are skipped: a packed sequence
-    costs what its documents cost alone."""
-    T = q_BTHA.shape[1]
+    """`ops.attention.attention`, which see; `index_T` are the indices of the queries if they are a part of the tokens.
+    Blocks of keys outside of a query's segment are skipped: a packed sequence costs what its documents cost alone."""
     first_B1T, end_B1T = (x[:, None] for x in key_ranges(segments_BS, masking))
-    if query_offset is not None:
-        first_B1T, end_B1T = (jax.lax.dynamic_slice_in_dim(x, query_offset, T, 2) for x in (first_B1T, end_B1T))
+    if index_T is not None:
+        first_B1T, end_B1T = (x[:, :, index_T] for x in (first_B1T, end_B1T))
     elif masking == CAUSAL:
         end_B1T = None  # the kernel knows of causality
     return _attention(q_BTHA, k_BSHA, v_BSHV, first_B1T, end_B1T, scale)

@@ -44,3 +44,9 @@ def all_to_all(x: Array, axis: str, *, split_axis: int, concat_axis: int) -> Arr
     """`jax.lax.all_to_all`, tiled."""
     names = physical_axes(axis)
     return jax.lax.all_to_all(x, names, split_axis, concat_axis, tiled=True) if names else x
+
+
+def permute(x: Array, axis: str, pairs: Sequence[tuple[int, int]]) -> Array:
+    """`jax.lax.ppermute`, from the first to the second device of each pair."""
+    names = physical_axes(axis)
+    return jax.lax.ppermute(x, names, pairs) if names else x

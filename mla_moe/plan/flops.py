@@ -128,7 +128,9 @@ def tokamax_flops(
     if function == "_flash_attention_gradient":
         # The gradient of q, that of k and v, or all three, each part with scores and the weights' gradient of its own.
         depth = {1: 2 * A + V, 2: 2 * A + 2 * V}.get(len(results), 4 * A + 3 * V)
-    return "attention", 2 * math.prod(batch) * H * T * (S + 128) / 2 * depth  # causal, in tiles of 128 queries and keys
+    # Causal, in tiles of 128 queries and keys. With context parallelism a device's T queries attend to as many of the S
+    # keys as any others (`parallel.context_parallel`).
+    return "attention", 2 * math.prod(batch) * H * T * (S + 128) / 2 * depth
 
 
 def _tokamax_flops(eqn: Any, expected: ExpectedRouting) -> tuple[str, float] | None:
@@ -149,12 +151,12 @@ def kernel_flops(
     """Kind and FLOPs of a Pallas kernel, from the shapes of its operands (and whether each has a floating dtype) and
     its own estimate for full buffers. Raises `NotImplementedError` for a kernel without a formula."""
     if name.startswith("splash_mha"):
-        q, _, v = [shape for shape, floating in operands if floating and len(shape) > 2][:3]
-        (*batch, T, A), V = q, v[-1]  # a single sequence has no batch axis
+        q, k, v = [shape for shape, floating in operands if floating and len(shape) > 2][:3]
+        (*batch, T, A), (S, _), V = q, k[-2:], v[-1]  # a single sequence has no batch axis
         # Forward: scores and values. Backward: scores again, and the gradients of the weights, of q, k and v.
         depth = 3 * A + 2 * V if "dkv" in name else A + V
         block = next((size for size in (512, 256, 128) if T % size == 0), T)
-        return "attention", 2 * math.prod(batch) * T * (T + block) / 2 * depth
+        return "attention", 2 * math.prod(batch) * T * (S + block) / 2 * depth  # as for tokamax
     if estimate is None:
         raise NotImplementedError(f"no formula for the kernel {name!r}")
     rows = next(shape[0] for shape, _ in operands if len(shape) == 2)

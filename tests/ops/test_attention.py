@@ -134,7 +134,7 @@ def test_ranges_of_keys_equal_the_mask_of_segments(causal, window):
     masking = Masking(causal, window)
     first, end = (x[..., None] for x in key_ranges(segments, masking))
     np.testing.assert_array_equal(
-        (jnp.arange(8) >= first) & (jnp.arange(8) < end), attention_mask(segments, segments, 0, masking)
+        (jnp.arange(8) >= first) & (jnp.arange(8) < end), attention_mask(segments, segments, masking)
     )
 
 
@@ -156,26 +156,29 @@ def test_memory_is_linear_in_sequence_length():
     assert temporaries(8192) < 4.5 * temporaries(2048)
 
 
-@pytest.mark.parametrize(("T", "S"), [(16, 64), (128, 512), (256, 512), (192, 384)])
-def test_a_query_offset_gives_a_slice_of_the_queries(T, S):
-    """As with context parallelism: the same values, and gradients of the slices add up."""
+@pytest.mark.parametrize(
+    ("T", "S", "masking"),
+    [(16, 64, CAUSAL), (256, 512, CAUSAL), (128, 512, Masking(window=200)), pytest.param(192, 384, CAUSAL, marks=slow)],
+)
+def test_query_starts_give_a_part_of_the_queries(T, S, masking):
+    """As with context parallelism, where a device's queries are one chunk or two, in any order: the same values, and
+    the gradients of the parts add up."""
     q, k, v, segments = inputs(2, S, 2, 8, 6)
 
     def loss(q, k, v):
-        y = attention(q, k, v, segments, scale=0.3, implementation="reference")
+        y = attention(q, k, v, segments, scale=0.3, masking=masking, implementation="reference")
         return (jnp.sin(y) * jnp.arange(6.0)).sum(), y
 
-    def sliced(q, k, v):
-        starts = range(0, S, T)
-        slices = [(q[:, s : s + T], jnp.int32(s)) for s in starts]
-        ys = [
-            attention(q, k, v, segments, scale=0.3, query_offset=offset, implementation="blockwise")
-            for q, offset in slices
-        ]
-        y = jnp.concatenate(ys, axis=1)
+    def in_parts(q, k, v):
+        n, y = S // T, jnp.zeros((2, S, 2, 6))
+        for i in range(n):
+            starts = np.array([2 * i, 2 * n - 1 - 2 * i] if n % 2 == 0 else [2 * i, 2 * i + 1]) * (T // 2)
+            index = (starts[:, None] + np.arange(T // 2)).ravel()
+            own = {"query_starts_P": jnp.array(starts, jnp.int32), "implementation": "blockwise"}
+            y = y.at[:, index].set(attention(q[:, index], k, v, segments, scale=0.3, masking=masking, **own))
         return (jnp.sin(y) * jnp.arange(6.0)).sum(), y
 
-    got, wanted = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(q, k, v) for f in (sliced, loss))
+    got, wanted = (jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(q, k, v) for f in (in_parts, loss))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
 
@@ -189,25 +192,33 @@ def test_the_gpu_implementation_equals_reference():
 
 
 @pytest.mark.parametrize(
-    "masking",
+    ("T", "S", "masking"),
     [
-        CAUSAL,
-        pytest.param(Masking(window=70), marks=slow),
-        pytest.param(Masking(causal=False), marks=slow),
-        pytest.param(Masking(causal=False, window=40), marks=slow),
+        (256, 768, CAUSAL),  # the last of three devices: it has the chunks 4 and 1 of six
+        pytest.param(128, 128, CAUSAL, marks=slow),
+        pytest.param(768, 768, Masking(window=70), marks=slow),
+        pytest.param(256, 768, Masking(window=300), marks=slow),
+        pytest.param(128, 768, CAUSAL, marks=slow),  # blocks of two chunks
+        pytest.param(128, 384, Masking(window=40), marks=slow),
+        pytest.param(128, 128, Masking(causal=False), marks=slow),
+        pytest.param(256, 512, Masking(causal=False, window=40), marks=slow),
     ],
 )
-def test_the_interpreted_tpu_kernel_equals_reference(masking):
+def test_the_interpreted_tpu_kernel_equals_reference(T, S, masking):
+    """Of all queries, or of those of one device with context parallelism; packed."""
     from jax.experimental.pallas import tpu as pltpu
 
-    q, k, v, segments = inputs(1, 128, 2, 192, 128)
+    q, k, v, segments = inputs(1, S, 2, 192, 128)
+    starts = None if T == S else jnp.array([S // T * 2 - 2, 1] if masking.causal else [2, 3], jnp.int32) * (T // 2)
+    index = jnp.arange(S) if starts is None else (starts[:, None] + jnp.arange(T // 2)).ravel()
 
     def loss(implementation):
         def f(q, k, v):
-            y = attention(q, k, v, segments, scale=0.1, masking=masking, implementation=implementation)
-            return jnp.sin(y).sum()
+            options = {"masking": masking, "query_starts_P": starts, "implementation": implementation}
+            y = attention(q[:, index], k, v, segments, scale=0.1, **options)
+            return jnp.sin(y).sum(), y
 
-        return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(q, k, v)
+        return jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2), has_aux=True))(q, k, v)
 
     wanted = loss("reference")
     with pltpu.force_tpu_interpret_mode(), jax.numpy_dtype_promotion("standard"):  # the kernel's own code promotes

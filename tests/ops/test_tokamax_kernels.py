@@ -31,11 +31,11 @@ def test_attention_equals_reference(T, S, widths):
     B, H, (A, V) = 2, 3, widths
     q, k, v, weight = normal(0, B, T, H, A), normal(1, B, S, H, A), normal(2, B, S, H, V), normal(3, B, T, H, V)
     segments = jnp.sort(jax.random.randint(jax.random.key(4), (B, S), 0, 4), axis=1)
-    offset = jnp.int32(2 * T) if T < S else None
+    starts = jnp.array([3, 1], jnp.int32) * (T // 2) if T < S else None
 
     def run(implementation):
         def loss(q, k, v):
-            y = attention(q, k, v, segments, scale=A**-0.5, query_offset=offset, implementation=implementation)
+            y = attention(q, k, v, segments, scale=A**-0.5, query_starts_P=starts, implementation=implementation)
             return (y * weight).astype(jnp.float32).sum(), y
 
         return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)

@@ -63,6 +63,17 @@ def test_splash_attention_is_causal(B: int) -> None:
     assert backward["attention"] == 2 * pairs * (A + V + 3 * A + 2 * V)
 
 
+def test_with_context_parallelism_a_device_counts_the_mean_of_all_queries() -> None:
+    """Which each of them has: of 2,048 tokens on 4 devices, the chunks 0 and 7, 2 and 5, and so on of 256 tokens."""
+
+    def f(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        starts = jnp.array([512, 1280], jnp.int32)
+        return attention(q, k, v, None, scale=1.0, query_starts_P=starts, implementation="splash").sum()
+
+    T, S, H, A, V = 512, 2048, 4, 192, 128
+    assert counted(f, (1, T, H, A), (1, S, H, A), (1, S, H, V)) == {"attention": 2 * H * T * (S + 512) / 2 * (A + V)}
+
+
 @pytest.mark.parametrize("expert_rows", [None, 1000])
 def test_grouped_matmuls_count_the_expected_rows(expert_rows: float | None) -> None:
     def f(x: jax.Array, w: jax.Array) -> jax.Array:

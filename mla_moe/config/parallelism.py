@@ -60,7 +60,7 @@ class MeshConfig:
     tensor: int = 1
     """Tensor parallelism: attention heads and hidden widths are sharded."""
     context: int = 1
-    """Context parallelism: sequences are sharded along time."""
+    """Context parallelism: sequences are sharded along time, with equal work in causal attention."""
     rules: tuple[str, ...] = ()
     """Overrides of the sharding rules of parallel/sharding.py: axis=mesh_axis, or axis= for replicated."""
 

@@ -1,4 +1,4 @@
-"""One NVIDIA GPU in under eight minutes: are the kernels right, and how near to the peaks do they run?
+"""One NVIDIA GPU in under eight minutes: are the kernels correct, and how near to the peaks do they run?
 
     JAX_PLATFORMS=cuda python benchmarks/gpu.py [--output gpu.json]
     python benchmarks/gpu.py --tiny
@@ -6,7 +6,7 @@
 Compares the kernels with the references (values, gradients, cached decoding), then measures grouped products beside a
 dense product of the same FLOPs, attention, a training step and decoding with DeepSeek-V2-Lite's widths in four layers,
 and the quickstart from start to end. Every time is the median of five runs; what can be compared alternates. Prints
-tables and writes them as JSON. A part that fails is reported and the others go on; the exit status is then 1.
+tables and writes them as JSON. A part that fails is reported and the others continue; the exit status is then 1.
 
 `--tiny` has small sizes and writes nothing: to try the program itself, on a CPU too.
 """

@@ -139,8 +139,8 @@ def train_with_trl(
             if kind == "log":
                 log = [row for row in content if "grad_norm" in row]
                 continue
-            asked = [examples[kind][number] for number in content]
-            scores = reward([RewardInput(e.question, text, e) for e, text in zip(asked, completions, strict=True)])
+            prompted = [examples[kind][number] for number in content]
+            scores = reward([RewardInput(e.question, text, e) for e, text in zip(prompted, completions, strict=True)])
             print(json.dumps([score.total for score in scores]), file=peer.stdin, flush=True)
             if kind == "heldout":
                 accuracies.append(mean(score.components["accuracy"] for score in scores))

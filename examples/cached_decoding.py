@@ -2,7 +2,7 @@
 
     python examples/cached_decoding.py
 
-The cache goes on: a second call appends to the first. Greedy tokens are those of `mla_moe.generate`, whose engine runs
+The cache is kept: a second call appends to the first. Greedy tokens are those of `mla_moe.generate`, whose engine runs
 the same methods.
 """
 

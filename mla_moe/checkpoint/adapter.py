@@ -118,8 +118,8 @@ class AdapterCheckpoint:
         shard = np.empty([len(r) for r in ranges], dtype)
         # Matrix by matrix: in float32 all of them would take twice the memory of the result.
         batch = next(i for i, axis in enumerate(logical_axes(variable)) if axis not in BATCH_AXES)
-        for place in np.ndindex(*shard.shape[:batch]):
-            matrix = tuple(r[i] for r, i in zip(ranges, place, strict=False))
+        for at in np.ndindex(*shard.shape[:batch]):
+            matrix = tuple(r[i] for r, i in zip(ranges, at, strict=False))
             one = *(slice(i, i + 1) for i in matrix), *index[batch:]
             if path in self._quantized.formats:
                 values = self._quantized.dequantized(path, one)
@@ -128,12 +128,12 @@ class AdapterCheckpoint:
             values = values.reshape(shard.shape[batch:])
             if path in self._scales:
                 values = values + self._product(path, (*matrix, *index[batch:]))
-            shard[place] = values.astype(dtype)
+            shard[at] = values.astype(dtype)
         return shard
 
-    def stored_matrix(self, path: str, place: tuple[int, ...]) -> StoredMatrix | None:
+    def stored_matrix(self, path: str, matrix_index: tuple[int, ...]) -> StoredMatrix | None:
         """A matrix of the base as it is stored, if it is quantized."""
-        return None if self._is_merged(path) else self.base.stored_matrix(path, place)
+        return None if self._is_merged(path) else self.base.stored_matrix(path, matrix_index)
 
     def read_rows(self, mapping: TensorMapping, dtype: DTypeLike, rows: slice, index: Index) -> np.ndarray:
         """Some rows of a tensor in the Hugging Face layout; see `TensorMapping.row_slices`."""

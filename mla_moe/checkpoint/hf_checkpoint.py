@@ -240,9 +240,9 @@ class HFCheckpoint:
             shard[target] = mapping.from_hf_tensor(self.tensors.read(mapping.name, dtype, *mapping.hf_slices(kept)))
         return shard
 
-    def stored_matrix(self, path: str, place: tuple[int, ...]) -> StoredMatrix | None:
-        """A matrix of a parameter as it is stored, if it is quantized; `place` is its index there."""
-        mapping = self._by_place[path, place]
+    def stored_matrix(self, path: str, matrix_index: tuple[int, ...]) -> StoredMatrix | None:
+        """A matrix of a parameter as it is stored, if it is quantized; `matrix_index` is its index there."""
+        mapping = self._by_matrix_index[path, matrix_index]
         scheme = self.tensors.quantized.get(mapping.name)
         if scheme is None:
             return None
@@ -250,7 +250,7 @@ class HFCheckpoint:
         return StoredMatrix(mapping, scheme, self.tensors[scheme.code_name(mapping.name)], scale)
 
     @cached_property
-    def _by_place(self) -> Mapping[tuple[str, tuple[int, ...]], TensorMapping]:
+    def _by_matrix_index(self) -> Mapping[tuple[str, tuple[int, ...]], TensorMapping]:
         mappings = (mapping for of_path in self._mappings.values() for mapping in of_path)
         return {(m.path, tuple(i for i in m.index if isinstance(i, int))): m for m in mappings}
 

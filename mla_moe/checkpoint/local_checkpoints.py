@@ -3,7 +3,7 @@
 Each process writes the shards of its devices, as they are. Where every shard is left on some host, a run resumes from
 there: hosts that lack theirs receive them from a replica. Why not by Orbax: docs/decisions/emergency-checkpoints.md.
 
-`ID` is that of the run's `local_checkpoints.json`. Another one is drawn for each stage, when the run goes back to an
+`ID` is that of the run's `local_checkpoints.json`. Another one is drawn for each stage, when the run is rewound to an
 earlier step, and when its recipe changes, so that what a host still has of before is never taken for newer.
 """
 
@@ -51,7 +51,7 @@ class _Copy(NamedTuple):
 
 
 class LocalCheckpoints(contextlib.AbstractContextManager["LocalCheckpoints"]):
-    """Saves and restores copies of a stage's state. All processes call each method at the same place."""
+    """Saves and restores copies of a stage's state. All processes call each method at the same point of the run."""
 
     def __init__(self, run_dir: Path, stage: str, recipe: Recipe, abstract: NamedTuple):
         """`abstract` has shapes, dtypes and shardings of the state. Raises `ConfigError` where no other process has a
@@ -65,7 +65,7 @@ class LocalCheckpoints(contextlib.AbstractContextManager["LocalCheckpoints"]):
             problem = f"{size} no other process has a replica of {key}"
             raise ConfigError("checkpoint.local_dir", recipe.checkpoint.local_dir, f"{problem}; {fix}")
         self._recipe_checksum = _recipe_checksum(recipe, run_dir, stage)
-        self._pool = ThreadPoolExecutor(1, "local checkpoint")
+        self._pool = ThreadPoolExecutor(1, "emergency checkpoint")
         self._pending: Future[None] | None = None
         self._newest: int | None = None
         """The step that is being written, was written last or was restored."""
@@ -97,8 +97,8 @@ class LocalCheckpoints(contextlib.AbstractContextManager["LocalCheckpoints"]):
             streams = {
                 number: stream for there in _allgather(dict(position.states())) for number, stream in there.items()
             }
-            # Here all processes have written the copy before, so that no older one is needed. Another process of this
-            # host may write this step already.
+            # All processes have finished the previous copy, so older ones can go. Another process of this host may
+            # write this step already.
             for folder in self._directory.glob("*"):
                 if folder.name not in (str(self._newest), str(step)):
                     shutil.rmtree(folder, ignore_errors=True)
@@ -116,24 +116,26 @@ class LocalCheckpoints(contextlib.AbstractContextManager["LocalCheckpoints"]):
         for process, there in enumerate(found):
             if there["others"]:
                 fix = "of another run, stage or recipe are not used; remove them if no run needs them"
-                log(f"process {process}: local checkpoints {fix}: {', '.join(there['others'])}")
+                log(f"process {process}: emergency checkpoints {fix}: {', '.join(there['others'])}")
         for step in sorted({step for there in found for step in there["steps"] if step > newer_than}, reverse=True):
             copy = self._read(step)
             digest = hashlib.sha256(copy.common.encode()).hexdigest()
-            said = _allgather([digest, copy.process, copy.problem])
-            source = next((i for i, (_, writer, _) in enumerate(said) if writer >= 0), 0)
-            for process, (other, writer, problem) in enumerate(said):
-                if writer >= 0 and other != said[source][0]:
-                    problem = f"the local checkpoint of step {step} is of another attempt than that of process {source}"
+            reports = _allgather([digest, copy.process, copy.problem])
+            source = next((i for i, (_, writer, _) in enumerate(reports) if writer >= 0), 0)
+            for process, (other, writer, problem) in enumerate(reports):
+                if writer >= 0 and other != reports[source][0]:
+                    problem = (
+                        f"the emergency checkpoint of step {step} is of another attempt than that of process {source}"
+                    )
                 if problem:
                     log(f"process {process}: {problem}")
-            writers = [writer if other == said[source][0] else -1 for other, writer, _ in said]
+            writers = [writer if other == reports[source][0] else -1 for other, writer, _ in reports]
             if lost := self._layout.lost(writers):
-                log(f"the local checkpoint of step {step} is not used: no host has {lost}")
+                log(f"the emergency checkpoint of step {step} is not used: no host has {lost}")
                 continue
             common, tree = json.loads(_broadcast(copy.common, source)), self._layout.assemble(writers, copy.shards)
             if array_checksums(tree) != common["checksums"]:
-                log(f"the local checkpoint of step {step} is not used: its arrays do not match their checksums")
+                log(f"the emergency checkpoint of step {step} is not used: its arrays do not match their checksums")
                 continue
             position.restore(lambda number, streams=common["position"]: streams[str(number)])
             self._newest = step
@@ -141,10 +143,10 @@ class LocalCheckpoints(contextlib.AbstractContextManager["LocalCheckpoints"]):
         return None
 
     def remove(self) -> None:
-        """Remove all copies: the run goes back to an earlier step, or the stage has ended."""
+        """Remove all copies: the run is rewound to an earlier step, or the stage has ended."""
         with self._as_save_error():
             self._wait()
-        multihost_utils.sync_global_devices("local checkpoints")
+        multihost_utils.sync_global_devices("emergency checkpoints")
         shutil.rmtree(self._directory, ignore_errors=True)
         self._open(renew=True)
 
@@ -181,9 +183,10 @@ class LocalCheckpoints(contextlib.AbstractContextManager["LocalCheckpoints"]):
         temporary.replace(folder / name)
 
     def _read(self, step: int) -> _Copy:
-        """The copy that this process has written, or another one that is on this host."""
+        """The copy that this process wrote, or else another copy on this host."""
         own, folder = str(jax.process_index()), self._directory / str(step)
-        problem = f"has no local checkpoint of step {step} in {self._directory}"
+        problem = f"has no emergency checkpoint of step {step} in {self._directory}"
+        problem += "; its shards are taken from a replica, if there is one"
         paths = (path for path in folder.glob("*") if path.name.isdecimal())
         for path in sorted(paths, key=lambda path: path.name != own):
             try:
@@ -193,11 +196,11 @@ class LocalCheckpoints(contextlib.AbstractContextManager["LocalCheckpoints"]):
                 if checksum != zlib.crc32(data.data, zlib.crc32(line)):
                     raise ValueError("does not match its checksum")
             except (OSError, ValueError) as error:
-                problem = f"the local checkpoint {path} is damaged: {error}"
+                problem = f"the emergency checkpoint {path} is damaged: {error}"
                 continue
             header = json.loads(line)
             if header["shards"].keys() != self._layout.keys_at({int(path.name)}):
-                problem = f"the local checkpoint {path} is of another mesh or number of processes"
+                problem = f"the emergency checkpoint {path} is of another mesh or number of processes"
                 continue
             ends = np.cumsum(list(header["shards"].values()))
             shards = dict(zip(header["shards"], np.split(data, ends[:-1]), strict=True))
@@ -208,7 +211,7 @@ class LocalCheckpoints(contextlib.AbstractContextManager["LocalCheckpoints"]):
         return [int(path.name) for path in self._directory.glob("*") if path.name.isdecimal()]
 
     def _others(self) -> list[str]:
-        """Directories of copies of other runs, or of this one before it went back or its recipe changed."""
+        """Directories of copies of other runs, or of this one before it was rewound or its recipe changed."""
         found = (path for path in self._local_dir.glob("*") if _ID.fullmatch(path.name) and path != self._directory)
         return [str(path) for path in found]
 
@@ -222,8 +225,8 @@ class LocalCheckpoints(contextlib.AbstractContextManager["LocalCheckpoints"]):
 
 
 def _recipe_checksum(recipe: Recipe, run_dir: Path, stage: str) -> int:
-    """Of what a copy depends on: the fields that the stage's state or numbers depend on, where the run is, and whether
-    it went back to an earlier step."""
+    """Checksum of what a copy depends on: the fields that the stage's state or numbers depend on, where the run is, and
+    whether it was rewound to an earlier step."""
     started = set(STAGES[: STAGES.index(stage) + 1])
     fields = {name: leaf.value for name, leaf in leaves(recipe).items() if not leaf.may_change(started)}
     back = run_dir / "resume_step.json"

@@ -48,7 +48,7 @@ def config_checksum(config: Mapping[str, Any]) -> int:
 
 
 def base_directory(step: Path, adapter: Mapping[str, Any]) -> str:
-    """Where the base of adapters is: at its place from the step's directory, if run and base were moved together."""
+    """Where the base of adapters is: at its relative path from the step's directory, if both were moved together."""
     base, relative = str(adapter.get("directory", "")), adapter.get("relative_directory")
     moved = None if relative is None or Path(base).exists() else (step / str(relative)).resolve()
     return str(moved) if moved is not None and moved.exists() else base
@@ -120,7 +120,7 @@ class OrbaxCheckpoint:
             self._shard_checksums.setdefault(path, {})[str(index)] = checksum_of_shard(shard, index, shape)
         return shard.astype(dtype, copy=False)
 
-    def stored_matrix(self, path: str, place: tuple[int, ...]) -> None:
+    def stored_matrix(self, path: str, matrix_index: tuple[int, ...]) -> None:
         """No matrix is stored quantized; see `HFCheckpoint.stored_matrix`."""
 
     def read_rows(self, mapping: TensorMapping, dtype: DTypeLike, _: slice, index: Index) -> np.ndarray:

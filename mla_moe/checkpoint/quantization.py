@@ -148,17 +148,22 @@ def _is_size(n: Any) -> bool:
 
 
 def _compressed_tensors(given: Mapping[str, Any]) -> list[Scheme]:
-    form, groups = given.get("format"), given.get("config_groups")
-    require(form in (*_FORMATS, "mixed-precision"), f"{_ENTRY}.format", form, f"{_DEQUANTIZE} compressed-tensors")
+    format_name, groups = given.get("format"), given.get("config_groups")
+    require(
+        format_name in (*_FORMATS, "mixed-precision"),
+        f"{_ENTRY}.format",
+        format_name,
+        f"{_DEQUANTIZE} compressed-tensors",
+    )
     ok = isinstance(groups, dict) and groups and all(isinstance(group, dict) for group in groups.values())
     require(ok, f"{_ENTRY}.config_groups", groups, "must be an object of groups")
     assert isinstance(groups, dict)
-    return [_group(f"{_ENTRY}.config_groups.{name}", group, form) for name, group in groups.items()]
+    return [_group(f"{_ENTRY}.config_groups.{name}", group, format_name) for name, group in groups.items()]
 
 
 def _group(field: str, group: Mapping[str, Any], default_format: Any) -> Scheme:
-    form = group.get("format") or default_format
-    require(form in _FORMATS, f"{_ENTRY}.format", form, f"{_DEQUANTIZE} compressed-tensors")
+    format_name = group.get("format") or default_format
+    require(format_name in _FORMATS, f"{_ENTRY}.format", format_name, f"{_DEQUANTIZE} compressed-tensors")
     weights = group.get("weights")
     require(isinstance(weights, dict), f"{field}.weights", weights, "must be an object")
     assert isinstance(weights, dict)
@@ -171,11 +176,11 @@ def _group(field: str, group: Mapping[str, Any], default_format: Any) -> Scheme:
         fix = f"only {' and '.join(repr(v) for v in values if v is not None)} are read; write bfloat16 with"
         require(value in values, f"{field}.weights.{name}", value, f"{fix} compressed-tensors")
     kind, bits, strategy = weights.get("type", "int"), weights.get("num_bits", 8), weights["strategy"]
-    packed = form == "pack-quantized"
+    packed = format_name == "pack-quantized"
     fix = f"only {'INT4 and INT8' if kind == 'int' else 'FP8'} are read; write bfloat16 with compressed-tensors"
     ok = type(bits) is int and (bits == 8 or (bits == 4 and kind == "int"))
     require(ok, f"{field}.weights.num_bits", bits, fix)
-    require(kind == "int" or not packed, f"{_ENTRY}.format", form, "packs integers only")
+    require(kind == "int" or not packed, f"{_ENTRY}.format", format_name, "packs integers only")
     size, shape = weights.get("group_size"), weights.get("block_structure")
     if strategy == "group":
         require(_is_size(size), f"{field}.weights.group_size", size, "must be a positive integer")

@@ -28,8 +28,8 @@ from mla_moe.parallel.sharding import logical_axes
 if TYPE_CHECKING:
     from mla_moe.checkpoint.reader import Checkpoint
 
-Place = tuple[int, ...]
-"""A layer, an expert, and gate or up projection: the index of a matrix in a parameter."""
+MatrixIndex = tuple[int, ...]
+"""The index of a matrix in a parameter: a layer, an expert, and gate or up projection."""
 Region = tuple[slice, ...]
 """Elements of a matrix: a slice for each axis of its inputs and outputs."""
 
@@ -37,7 +37,7 @@ Region = tuple[slice, ...]
 class _Layout(NamedTuple):
     """How a parameter is quantized in memory."""
 
-    form: QuantizedFormat
+    quantized_format: QuantizedFormat
     shape: tuple[int, ...]
     """Of the parameter before it was quantized."""
     block: tuple[int, ...]
@@ -64,7 +64,7 @@ class QuantizedBase:
     def __init__(self, checkpoint: "Checkpoint", lora: LoRAConfig):
         self._checkpoint, self._model = checkpoint, AbstractModel(checkpoint.cfg, lora=lora)
         self._scale_paths = {scale_path(path): path for path in self.formats}
-        self._scales: dict[tuple[str, Place, str], np.ndarray] = {}
+        self._scales: dict[tuple[str, MatrixIndex, str], np.ndarray] = {}
         """The scales of matrices whose codes were quantized, until they are read."""
 
     @property
@@ -76,15 +76,15 @@ class QuantizedBase:
     def _layouts(self) -> Mapping[str, _Layout]:
         shapes = {path: v.get_value().shape for path, v in AbstractModel(self._checkpoint.cfg).variables.items()}
 
-        def layout(path: str, form: QuantizedFormat) -> _Layout:
+        def layout(path: str, quantized_format: QuantizedFormat) -> _Layout:
             variable, scale = self._model.variables[path], self._model.variables[scale_path(path)]
             names = logical_axes(variable)
             batch = tuple(axis for axis, name in enumerate(names) if name in BATCH_AXES)
             inputs = sum(name in variable.get_metadata("contracts") for name in names)
             block, packed_axis = (scale.get_metadata(name) for name in ("block", "packed_axis"))
-            return _Layout(form, shapes[path], block, packed_axis, batch, inputs)
+            return _Layout(quantized_format, shapes[path], block, packed_axis, batch, inputs)
 
-        return {path: layout(path, form) for path, form in self.formats.items()}
+        return {path: layout(path, quantized_format) for path, quantized_format in self.formats.items()}
 
     def read(self, path: str, dtype: DTypeLike, index: tuple[slice, ...]) -> np.ndarray:
         """A shard of codes, of scales, or of another array: `index` has a slice for each axis."""
@@ -115,33 +115,36 @@ class QuantizedBase:
             start = ranges[axis].start * unit[axis] // b * b
             region.append(slice(start, min(-(-ranges[axis].stop * unit[axis] // b) * b, n)))
             wanted.append(slice(ranges[axis].start - start // unit[axis], ranges[axis].stop - start // unit[axis]))
-        dtypes = {"codes": self._model.variables[path].get_value().dtype, "scale": SCALE_DTYPES[layout.form]}
+        dtypes = {
+            "codes": self._model.variables[path].get_value().dtype,
+            "scale": SCALE_DTYPES[layout.quantized_format],
+        }
         shard = np.empty([len(r) for r in ranges], dtypes.get(what, np.float32))
 
-        def fill(at: Place) -> None:
-            place = tuple(ranges[axis][i] for axis, i in zip(layout.batch, at, strict=True))
+        def fill(at: MatrixIndex) -> None:
+            matrix_index = tuple(ranges[axis][i] for axis, i in zip(layout.batch, at, strict=True))
             numbers = dict(zip(layout.batch, at, strict=True))
             target = tuple(numbers.get(axis, slice(None)) for axis in range(len(ranges)))
-            shard[target] = self._part(path, layout, place, tuple(region), what)[tuple(wanted)]
+            shard[target] = self._part(path, layout, matrix_index, tuple(region), what)[tuple(wanted)]
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:  # NumPy works in parallel
             for _ in pool.map(fill, np.ndindex(*(len(ranges[axis]) for axis in layout.batch))):
                 pass
         return shard
 
-    def _part(self, path: str, layout: _Layout, place: Place, region: Region, what: str) -> np.ndarray:
+    def _part(self, path: str, layout: _Layout, matrix_index: MatrixIndex, region: Region, what: str) -> np.ndarray:
         """Codes, scales or values of whole blocks of one matrix."""
-        key = path, place, str(region)
+        key = path, matrix_index, str(region)
         if what == "scale" and key in self._scales:
             return self._scales.pop(key)
-        stored = self._checkpoint.stored_matrix(path, place)
-        if stored is not None and _same_format(stored, layout.form):
+        stored = self._checkpoint.stored_matrix(path, matrix_index)
+        if stored is not None and _same_format(stored, layout.quantized_format):
             scale = _scale_of(stored, layout, region)
             if what == "scale":
                 return scale
             codes = _codes_of(stored, layout, region)
         else:
-            codes, scale = self._quantize(path, layout, place, region)
+            codes, scale = self._quantize(path, layout, matrix_index, region)
             if what == "codes":
                 self._scales[key] = scale
         if what != "values":
@@ -150,8 +153,10 @@ class QuantizedBase:
         packed = [i - len(block) for i, axis in enumerate(layout.axes) if layout.packing(axis) > 1]
         return QuantizedMatrix(codes, scale, block, packed[0] if packed else None).dequantize_on_host()
 
-    def _quantize(self, path: str, layout: _Layout, place: Place, region: Region) -> tuple[np.ndarray, np.ndarray]:
-        numbers = dict(zip(layout.batch, place, strict=True))
+    def _quantize(
+        self, path: str, layout: _Layout, matrix_index: MatrixIndex, region: Region
+    ) -> tuple[np.ndarray, np.ndarray]:
+        numbers = dict(zip(layout.batch, matrix_index, strict=True))
         slices = dict(zip(layout.axes, region, strict=True))
         index = tuple(
             slice(numbers[a], numbers[a] + 1) if a in numbers else slices[a] for a in range(len(layout.shape))
@@ -160,7 +165,7 @@ class QuantizedBase:
         width = int(np.prod(shape[: layout.inputs]))
         matrix = self._checkpoint.read(path, np.float32, index).reshape(width, -1)
         blocks = [layout.block[axis] for axis in layout.axes]
-        codes, scale = _QUANTIZE[layout.form](matrix, (blocks[layout.inputs - 1], blocks[-1]))
+        codes, scale = _QUANTIZE[layout.quantized_format](matrix, (blocks[layout.inputs - 1], blocks[-1]))
         scale_shape = [-(-n // b) for n, b in zip(shape, blocks, strict=True)]
         shape[layout.inputs - 1] //= layout.packing(layout.axes[layout.inputs - 1])
         return codes.reshape(shape), scale.reshape(scale_shape)
@@ -187,12 +192,12 @@ def _quantize_fp8(matrix: np.ndarray, block: tuple[int, int]) -> tuple[np.ndarra
 _QUANTIZE: Mapping[QuantizedFormat, Any] = {"fp8": _quantize_fp8, "int8": _quantize_int8, "int4": _quantize_int4}
 
 
-def _same_format(stored: StoredMatrix, form: QuantizedFormat) -> bool:
+def _same_format(stored: StoredMatrix, quantized_format: QuantizedFormat) -> bool:
     """Whether codes and scales are what the format has in memory."""
     kind, bits, packed = stored.scheme.kind, stored.scheme.bits, stored.scheme.packed
-    if form == "fp8":
+    if quantized_format == "fp8":
         return kind == "float" and stored.scheme.block == fp8.BLOCK
-    if form == "int8":
+    if quantized_format == "int8":
         return (kind, bits, packed) == ("int", 8, False) and stored.scale.shape == (len(stored.codes), 1)
     group = stored.scheme.block == (1, 32) and stored.scale.dtype == SCALE_DTYPES["int4"]
     return (kind, bits, packed) == ("int", 4, True) and group
@@ -207,7 +212,7 @@ def _codes_of(stored: StoredMatrix, layout: _Layout, region: Region) -> np.ndarr
         region = *region[:last], packed, *region[last + 1 :]
     rows, columns = mapping.hf_slices(region)
     codes = mapping.from_hf_tensor(codes[rows, columns])
-    return codes if layout.form == "int8" else codes.view(np.uint8)
+    return codes if layout.quantized_format == "int8" else codes.view(np.uint8)
 
 
 def _scale_of(stored: StoredMatrix, layout: _Layout, region: Region) -> np.ndarray:
@@ -225,4 +230,4 @@ def _scale_of(stored: StoredMatrix, layout: _Layout, region: Region) -> np.ndarr
     inputs = numbers(region[:n], blocks[:n], stored.mapping.column_sizes, columns)
     outputs = numbers(region[n:], blocks[n:], stored.mapping.row_sizes, rows)
     scale = stored.scale[np.ix_(outputs.ravel(), inputs.ravel())].T
-    return scale.reshape(*inputs.shape, *outputs.shape).astype(SCALE_DTYPES[layout.form])
+    return scale.reshape(*inputs.shape, *outputs.shape).astype(SCALE_DTYPES[layout.quantized_format])

@@ -14,7 +14,7 @@ from mla_moe.parallel.mesh import mesh_axes
 
 
 class ShardLayout:
-    """Of the arrays of a tree, which have a sharding on one mesh and may be abstract."""
+    """Layout of the arrays of a tree, which have a sharding on one mesh and may be abstract."""
 
     def __init__(self, tree: Any):
         self._tree, self._arrays = jax.tree.structure(tree), _by_name(tree)
@@ -44,14 +44,14 @@ class ShardLayout:
 
     def keys_at(self, processes: Collection[int]) -> set[str]:
         """The shards that are on the devices of these processes."""
-        places = [i for i, owner in enumerate(self._owners) if owner in processes]
-        return {keys[i] for keys in self._keys.values() for i in places}
+        positions = [i for i, owner in enumerate(self._owners) if owner in processes]
+        return {keys[i] for keys in self._keys.values() for i in positions}
 
     def assemble(self, writers: list[int], shards: Mapping[str, np.ndarray]) -> Any:
         """The arrays, from copies that each process has of the process `writers[i]`, -1 for none.
 
         Each shard is the sum over its replicas, of which one gives its bits as integers and the others zeros. A process
-        that has another one's copy, as when hosts were numbered anew, first takes that one's place in the mesh.
+        that has another one's copy, as when hosts were renumbered, first takes that one's position in the mesh.
         """
         mesh = self._mesh_of(writers)
         here = jax.process_index()
@@ -75,10 +75,10 @@ class ShardLayout:
         return jax.tree.unflatten(self._tree, restored)
 
     def _mesh_of(self, writers: list[int]) -> Mesh:
-        """The mesh in which each process has the place of the one whose copy it has."""
+        """The mesh in which each process has the position of the one whose copy it has."""
         at = {writer: process for process, writer in reversed(list(enumerate(writers))) if writer >= 0}
-        places, free = ([p for p in range(len(writers)) if p not in known] for known in (at, at.values()))
-        at |= dict(zip(places, free, strict=True))
+        missing, free = ([p for p in range(len(writers)) if p not in known] for known in (at, at.values()))
+        at |= dict(zip(missing, free, strict=True))
         devices = {process: iter([d for d in self.mesh.devices.flat if d.process_index == process]) for process in at}
         moved = np.array([next(devices[at[owner]]) for owner in self._owners])
         return Mesh(moved.reshape(self.mesh.devices.shape), self.mesh.axis_names)

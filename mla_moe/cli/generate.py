@@ -80,7 +80,8 @@ class Generate:
             printed = len(completion.text)
         print()
         seconds, drafts = time.perf_counter() - start, engine.draft_stats
-        accepted = f", {drafts.accepted} of {drafts.proposed} draft tokens accepted" if self.speculative else ""
+        rate = f"{drafts.accepted / max(drafts.proposed, 1):.0%} of {drafts.proposed}"
+        accepted = f", draft tokens: acceptance rate {rate}" if self.speculative else ""
         note = f"{len(completion.tokens)} tokens in {seconds:.1f} s, compilation included"
         print(f"[{note}; finish reason: {completion.finish_reason}{accepted}]", file=sys.stderr)
 

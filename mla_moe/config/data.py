@@ -20,8 +20,8 @@ class DataConfig:
     the sources of the running Python's standard library and its language reference. Each entry is a source. Globs
     may be URLs: hf://datasets/ORG/NAME@REVISION/PATH, s3://… or gs://…."""
     weights: tuple[float, ...] = field((), change="stated")
-    """For each source of `train` its share of the packed sequences, relative to the others; sources repeat as often as
-    that takes. By default all documents are shuffled together, so that shares are as the sizes of the sources."""
+    """For each source of `train` its fraction of the packed sequences, relative to the others; sources repeat as often
+    as that takes. By default all documents are shuffled together: the fractions follow the sources' sizes."""
     heldout: tuple[str, ...] = ("cpython:heldout",)
     """Held-out text for evaluation, given in the same way: one entry per source of `train`, in the same order."""
     text_field: str = "text"

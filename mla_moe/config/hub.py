@@ -125,7 +125,7 @@ def hub_errors(field: str, url: Any) -> Generator[None]:
         status, fix = cause.response.status_code, "try again later"
         if status in (401, 403):
             fix = "log in with `hf auth login`, or set HF_TOKEN to a token that may do this"
-        raise fail(f"{missing}{constants.ENDPOINT} answers {status}; {fix}") from None
-    except (ValueError, LookupError, TypeError) as error:  # of an answer, which the library does not check
+        raise fail(f"{missing}{constants.ENDPOINT} responded with status {status}; {fix}") from None
+    except (ValueError, LookupError, TypeError) as error:  # of a response, which the library does not check
         fix = f"check the URL, and that {constants.ENDPOINT} is a Hub, not a page of a network to log in"
         raise fail(f"{type(error).__name__}: {error}; {fix}") from None

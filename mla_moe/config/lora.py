@@ -21,7 +21,7 @@ Layers in pairs (`ModelConfig.moe_shortcut`) have paths such as `moe_layers/firs
 
 QuantizedFormat = Literal["fp8", "int8", "int4"]
 
-_FORMATS: Mapping[str, QuantizedFormat | None] = {form: form for form in get_args(QuantizedFormat)} | {"none": None}
+_FORMATS: Mapping[str, QuantizedFormat | None] = {name: name for name in get_args(QuantizedFormat)} | {"none": None}
 
 
 class AdapterSize(NamedTuple):
@@ -86,15 +86,15 @@ class LoRAConfig:
 
     def formats(self, paths: Iterable[str]) -> dict[str, QuantizedFormat]:
         """The formats of those matrices that are quantized, by path. Raises `ConfigError` for a name of none."""
-        paths, forms = list(paths), dict[str, QuantizedFormat | None]()
+        paths, formats = list(paths), dict[str, QuantizedFormat | None]()
         groups = [name for name in GROUPS if name != "router"]  # routers stay in float32
         for entry in self.quantize_base:
-            name, equals, form = entry.rpartition("=")
+            name, equals, format_name = entry.rpartition("=")
             matches = fnmatch.filter(paths, GROUPS.get(name, name)) if equals else paths
             fix = f"matches no matrix that can be quantized; there are {', '.join(groups)}, and {', '.join(paths)}"
             require(bool(matches) or name in groups, "lora.quantize_base", entry, fix)
-            forms |= dict.fromkeys(matches, _FORMATS[form])
-        return {path: form for path, form in forms.items() if form is not None}
+            formats |= dict.fromkeys(matches, _FORMATS[format_name])
+        return {path: name for path, name in formats.items() if name is not None}
 
     def _parsed(self, target: str) -> tuple[str, AdapterSize]:
         name, _, size = target.partition("=")

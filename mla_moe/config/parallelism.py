@@ -49,8 +49,9 @@ class MeshConfig:
     """Devices along each mesh axis; −1 on one axis takes all remaining devices."""
 
     pipeline: int = 1
-    """Pipeline parallelism: the MoE layers are sharded over stages, through which the microbatches of gradient
-    accumulation pass. For networks between devices that are too slow for FSDP and expert parallelism over all."""
+    """Pipeline parallelism: the MoE layers are sharded over pipeline stages, through which the microbatches of
+    gradient accumulation pass. For networks between devices that are too slow for FSDP and expert parallelism over
+    all."""
     data: int = -1
     """Data parallelism: replicas of parameters and optimizer state. The axis for slow networks between slices."""
     fsdp: int = 1

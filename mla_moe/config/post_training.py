@@ -191,7 +191,7 @@ class DPOConfig(FineTuningConfig):
 
 
 MAX_TOP_K = 128
-"""Most likely tokens at a place of a text whose log-probabilities a request can have."""
+"""Largest number of most likely tokens per position whose log-probabilities a request can have."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,7 +273,7 @@ class RLConfig:
         return str(self.teacher).startswith(("http://", "https://"))
 
     @property
-    def packed_row_length(self) -> int:
+    def packed_sequence_length(self) -> int:
         """Tokens per packed sequence of an update."""
         return self.packed_length or self.max_prompt_tokens + self.max_new_tokens
 
@@ -313,7 +313,7 @@ class RLConfig:
         require(self.overlong_buffer < self.max_new_tokens, "rl.overlong_buffer", self.overlong_buffer, message)
         message = "a packed sequence must hold a prompt and its completion: max_prompt_tokens + max_new_tokens, or 0"
         longest = self.max_prompt_tokens + self.max_new_tokens
-        require(self.packed_row_length >= longest, "rl.packed_length", self.packed_length, message)
+        require(self.packed_sequence_length >= longest, "rl.packed_length", self.packed_length, message)
         names = "clip_ratio_low clip_ratio_high off_policy_mask_threshold tis_clip"
         require_each(self, "rl", names, lambda x: x > 0, "a positive number, or None")
 

@@ -27,7 +27,7 @@ class TrainingConfig:
     """Tokens of a sequence whose logits are in memory at one time."""
     remat: Literal["none", "dots", "full", "stage"] = field("none", resume="free")
     """Rematerialization (activation checkpointing) of a layer: none, dots (all but the matrix products), or full; with
-    mesh.pipeline also stage, which keeps the input of a stage instead of the inputs of its layers."""
+    mesh.pipeline also stage, which keeps the input of a pipeline stage instead of the inputs of its layers."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of activations; auto is bfloat16 on accelerators and float32 on CPU. Parameters are float32."""
     mtp_loss_weight: float = 0.3

@@ -63,7 +63,9 @@ class CheckpointConfig:
         require_field(self, "checkpoint.max_to_keep", self.max_to_keep >= 1, "keep at least 1")
         fix = f"a multiple of checkpoint.every = {self.every}: other steps are saved by chance only"
         require_each(self, "checkpoint", "keep_every", lambda x: x >= 1 and x % self.every == 0, fix)
-        require_local("checkpoint.local_dir", self.local_dir, "a disk or RAM disk of each host has local checkpoints")
+        require_local(
+            "checkpoint.local_dir", self.local_dir, "a disk or RAM disk of each host has emergency checkpoints"
+        )
         fix = "name a directory of each host, or None"
         require_field(self, "checkpoint.local_dir", self.local_dir != "", fix)
         fix = "set both of checkpoint.local_dir and checkpoint.local_every, or neither"

@@ -38,7 +38,7 @@ class Leaf(NamedTuple):
     policy: Mapping[str, Any]
 
     def may_change(self, started_stages: Set[str]) -> bool:
-        """Whether a run of which these stages have started may go on with another value."""
+        """Whether a run of which these stages have started may resume with another value."""
         resume: Resume = self.policy.get("resume", "fixed")
         return resume == "free" or (isinstance(resume, tuple) and not started_stages & set(resume))
 

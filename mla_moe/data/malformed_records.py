@@ -59,8 +59,8 @@ class SkipMalformed(Sequence[Document]):
         return int((self._found == _EMPTY).sum())
 
     def with_text(self, part: range) -> float:
-        """Number of the documents `part` that have text, as far as they have been read; of the others the same share is
-        taken to have some."""
+        """Number of the documents `part` that have text, as far as they have been read; of the others the same fraction
+        is taken to have some."""
         found = self._found[part.start : part.stop]
         read = np.count_nonzero(found)
         return len(part) * np.count_nonzero(found == _TEXT) / read if read else float(len(part))

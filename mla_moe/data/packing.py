@@ -165,7 +165,7 @@ def packed_sequences_per_epoch(lengths: Sequence[int], sequence_length: int) -> 
 
 def document_ids(document: Document, tokenizer: Tokenizer) -> TokenIds:
     """The token ids of a text between bos and eos; token ids as they are, with eos at the end. An empty document has
-    none: bos and eos alone would teach that documents are empty."""
+    none: with bos and eos alone a model would learn that documents are empty."""
     if isinstance(document, str):
         begin, ids = [tokenizer.bos_id], map(tokenizer.encode, pieces(document))
     else:

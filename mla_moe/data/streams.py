@@ -56,7 +56,7 @@ class Batches:
         self._mine = range(rows.start // per_stream, rows.stop // per_stream)
         self._prefetched: Future[list[Batch]] | None = None
         self._documents: dict[int, list[int]] = {}
-        self._count, self.share = streams, len(self._mine) / streams
+        self._count, self.fraction = streams, len(self._mine) / streams
         """The streams that this process reads, as a fraction of all."""
 
     @cached_property

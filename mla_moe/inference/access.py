@@ -1,9 +1,9 @@
 """Access to the server: which hosts a request may name, which web pages may send one, and with which key.
 
-A page that a user of this machine visits can send requests to `localhost`, without reading the answers (cross-site
+A page that a user of this machine visits can send requests to `localhost`, without reading the responses (cross-site
 request forgery). They are refused by their `Origin`, or because their body is not declared as JSON.
 
-A page can also let its own name point to 127.0.0.1, and then read the answers (DNS rebinding). Such requests are
+A page can also let its own name point to 127.0.0.1, and then read the responses (DNS rebinding). Such requests are
 refused by their `Host`, which is the page's name.
 """
 

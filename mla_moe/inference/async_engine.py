@@ -13,8 +13,9 @@ from mla_moe.config import require
 from mla_moe.inference.engine import Engine
 from mla_moe.inference.request import Completion, FinishReason
 
-MAX_SHARE = 7
-"""Where `free` places remain, a client has at most `MAX_SHARE * (free + 1)`: alone it can have 7/8 of all."""
+MAX_QUEUE_RATIO = 7
+"""While the queue has capacity for `free` more requests, a client has at most `MAX_QUEUE_RATIO * (free + 1)`: alone it
+can have 7/8 of the capacity."""
 
 
 class QueueFullError(Exception):
@@ -49,7 +50,8 @@ class AsyncEngine:
         on_failure: Callable[[], None] = lambda: None,
     ):
         self.engine, self._capacity, self._on_failure = engine, engine.max_num_seqs + max_waiting, on_failure
-        alone = max(engine.max_num_seqs, MAX_SHARE * (self._capacity + 1) // (MAX_SHARE + 1))  # by the rule of `submit`
+        # By the rule of `submit`.
+        alone = max(engine.max_num_seqs, MAX_QUEUE_RATIO * (self._capacity + 1) // (MAX_QUEUE_RATIO + 1))
         self._max_requests_per_client = min(alone, max_requests_per_client or alone)
         self._error = ""
         self._requests_of: Counter[str] = Counter()  # by client
@@ -88,7 +90,7 @@ class AsyncEngine:
         if total > most:
             raise QueueFullError(f"at most {most} choices of one client run or wait at the same time; try again later")
         free = self._capacity - self.num_unfinished - count
-        if free < 0 or total > max(self.engine.max_num_seqs, MAX_SHARE * (free + 1)):
+        if free < 0 or total > max(self.engine.max_num_seqs, MAX_QUEUE_RATIO * (free + 1)):
             raise QueueFullError("too many requests are waiting; try again later")
         self._requests_of[client] = total
         for completion in completions:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from mla_moe.inference.request import Completion
 
 
-class Shares:
+class RunningCounts:
     """How many requests each client, and each of its groups, has running."""
 
     def __init__(self, running: Iterable[Completion | None]):
@@ -18,7 +18,7 @@ class Shares:
         self._clients, self._groups = Counter(owner.client for owner in owners), Counter(owners)
 
     def of(self, completion: Completion) -> tuple[int, int]:
-        """Of the completion's client, and of its group."""
+        """Running requests of the completion's client, and of its group."""
         return self._clients[completion.owner.client], self._groups[completion.owner]
 
     def exceeds(self, one: Completion, other: Completion) -> bool:
@@ -28,7 +28,7 @@ class Shares:
 
 
 class FairQueue:
-    """Waiting requests by client and group. Clients and groups of equal share take turns."""
+    """Waiting requests by client and group. Clients and groups with equally many running requests take turns."""
 
     def __init__(self) -> None:
         self._queues: dict[str, dict[str, deque[Completion]]] = {}
@@ -46,10 +46,10 @@ class FairQueue:
         """In front of its group."""
         self._queue(completion).appendleft(completion)
 
-    def heads(self, shares: Shares) -> list[Completion]:
+    def heads(self, counts: RunningCounts) -> list[Completion]:
         """The next request of every group, in the order in which they should run."""
         heads = (queue[0] for groups in self._queues.values() for queue in groups.values())
-        return sorted(heads, key=shares.of)  # of equals the first is the one whose turn was longest ago
+        return sorted(heads, key=counts.of)  # of equals the first is the one whose turn was longest ago
 
     def remove(self, completion: Completion) -> None:
         """Remove a request; its group and its client go behind the others. Raises `ValueError` if it does not wait."""

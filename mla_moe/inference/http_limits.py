@@ -1,8 +1,8 @@
 """Limits on connections: uvicorn's HTTP protocol with deadlines and a bounded number of connections.
 
-uvicorn limits the time between two requests only: a client that sends half a request, or does not read its answer,
+uvicorn limits the time between two requests only: a client that sends half a request, or does not read its response,
 keeps its connection. Here a connection has `HEADER_TIMEOUT` for the head of each request and `WRITE_TIMEOUT` to take
-what is sent; `request_bodies` limits the time for the body, `openai_server` that for the answer.
+what is sent; `request_bodies` limits the time for the body, `openai_server` that for the response.
 
 When there are too many connections, the oldest that has not sent a complete request is closed, so that a new client
 gets in. If all have, the new one is refused: it gets 503 for everything but `/health`.
@@ -24,9 +24,9 @@ from mla_moe.inference.access import network_of
 from mla_moe.inference.openai_api import error_body
 
 HEADER_TIMEOUT = 10.0
-"""Seconds in which the head of a request must arrive, after the connection or the answer before."""
+"""Seconds in which the head of a request must arrive, after the connection or the response before."""
 WRITE_TIMEOUT = 30.0
-"""Seconds in which a client must take `MIN_READ` bytes of its answer, or what is left of it."""
+"""Seconds in which a client must take `MIN_READ` bytes of its response, or what is left of it."""
 MIN_READ = 32 << 10
 CHECK_INTERVAL = 1.0
 MAX_CONNECTIONS = 1024
@@ -61,15 +61,15 @@ class LimitedProtocol(H11Protocol):
         super().connection_lost(exc)
 
     @property
-    def _is_answering(self) -> bool:
-        """Whether a request's head has arrived, and its answer is not complete."""
+    def _is_responding(self) -> bool:
+        """Whether a request's head has arrived, and its response is not complete."""
         return self.cycle is not None and not self.cycle.response_complete and not self.transport.is_closing()
 
     @property
     def _may_be_closed(self) -> bool:
         """Whether nothing is lost that a client waits for, or it does not read it."""
         is_sending = self.transport.get_write_buffer_size() > 0
-        return self.flow.write_paused or not (is_sending or (self._is_answering and not self.cycle.more_body))
+        return self.flow.write_paused or not (is_sending or (self._is_responding and not self.cycle.more_body))
 
     def _make_room(self) -> None:
         """If there are too many connections, close the oldest that may be closed, of the network that has the most of
@@ -91,12 +91,12 @@ class LimitedProtocol(H11Protocol):
             min(refused, key=lambda c: c._opened)._close("replaced")
 
     def _check(self) -> None:
-        """Close the connection if it sends no request, or does not take its answer."""
+        """Close the connection if it sends no request, or does not read its response."""
         now, unsent = self.loop.time(), self.transport.get_write_buffer_size()
-        if self._is_answering or unsent:
+        if self._is_responding or unsent:
             self._idle_since = now
-        # While the buffer is below its limit an answer may grow faster than it is read; then nothing is written.
-        if unsent <= max(0, self._unsent - MIN_READ) or (self._is_answering and not self.flow.write_paused):
+        # While the buffer is below its limit a response may grow faster than it is read; then nothing is written.
+        if unsent <= max(0, self._unsent - MIN_READ) or (self._is_responding and not self.flow.write_paused):
             self._unsent, self._reading_since = unsent, now
         self._unsent = max(self._unsent, unsent)
         if now - self._idle_since > HEADER_TIMEOUT:
@@ -118,7 +118,7 @@ class LimitedProtocol(H11Protocol):
             self.logger.warning("a connection was closed or refused: %s. /health counts more of them", reason)
 
     def send_400_response(self, msg: str) -> None:
-        """What is not HTTP gets an error in OpenAI's form, unless an answer has begun."""
+        """What is not HTTP gets an error in OpenAI's format, unless a response has begun."""
         if self.cycle is not None:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -130,9 +130,9 @@ class LimitedProtocol(H11Protocol):
 
 
 def _until_shutdown(app: Any) -> ASGIApp:
-    """The application, which answers a request that a shutdown cancels: the server would log a traceback for each."""
+    """The application, with a response to what a shutdown cancels: the server would log a traceback of each request."""
 
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+    async def respond(scope: Scope, receive: Receive, send: Send) -> None:
         has_begun = False
 
         async def note(message: Message) -> None:
@@ -147,13 +147,13 @@ def _until_shutdown(app: Any) -> ASGIApp:
                 body = error_body("the server is shutting down", "server_error")
                 await JSONResponse(body, status_code=503)(scope, receive, send)
 
-    return answer
+    return respond
 
 
 def _busy(app: Any) -> ASGIApp:
     """The application of a connection that is one too many."""
 
-    async def answer(scope: Scope, receive: Receive, send: Send) -> Any:
+    async def respond(scope: Scope, receive: Receive, send: Send) -> Any:
         async def send_and_close(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"connection", b"close")]
@@ -165,4 +165,4 @@ def _busy(app: Any) -> ASGIApp:
         headers = {"Connection": "close", "Retry-After": "1"}
         return await JSONResponse(body, status_code=503, headers=headers)(scope, receive, send)
 
-    return answer
+    return respond

@@ -72,7 +72,7 @@ class ModelNotFoundError(ConfigError):
 
 
 def model_number(name: str, models: Sequence[str]) -> int:
-    """The place of a name among those of the model and of its adapters, or `ModelNotFoundError`."""
+    """The index of a name among those of the model and of its adapters, or `ModelNotFoundError`."""
     if name not in models:
         raise ModelNotFoundError("model", name, f"does not exist; there is {', '.join(models)}")
     return models.index(name)
@@ -255,7 +255,7 @@ def error_body(message: str, kind: str, param: str | None = None, code: str | No
 
 def prompt_logprobs(completion: Completion, token_bytes: Callable[[int], bytes]) -> list[Any]:
     """The field of this name in a choice, as vLLM has it: for each token of the prompt after the first its
-    log-probability and those of the most likely tokens at its place, with their ranks, by token id."""
+    log-probability and those of the most likely tokens at its position, with their ranks, by token id."""
 
     def entry(token: int, logprob: float, rank: int | None) -> dict[str, Any]:
         text = token_bytes(token).decode(errors="replace")
@@ -263,14 +263,14 @@ def prompt_logprobs(completion: Completion, token_bytes: Callable[[int], bytes])
 
     own, ids, tops = completion.prompt_logprobs, completion.prompt_top_ids, completion.prompt_top_logprobs
     assert own is not None
-    places: list[Any] = [None]
-    for place, token in enumerate(completion.request.prompt[1:], start=1):
-        found = {str(token): entry(token, float(own[place]), None)}
+    positions: list[Any] = [None]
+    for position, token in enumerate(completion.request.prompt[1:], start=1):
+        found = {str(token): entry(token, float(own[position]), None)}
         if ids is not None and tops is not None:
-            pairs = zip(ids[place].tolist(), tops[place].tolist(), strict=True)
+            pairs = zip(ids[position].tolist(), tops[position].tolist(), strict=True)
             found |= {str(t): entry(t, p, rank) for rank, (t, p) in enumerate(pairs, start=1)}
-        places.append(found)
-    return places
+        positions.append(found)
+    return positions
 
 
 def usage(prompts: Sequence[list[int]], completions: Sequence[Completion]) -> dict[str, int]:

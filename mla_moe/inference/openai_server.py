@@ -236,13 +236,13 @@ def serve(app: Starlette, host: str, port: int) -> None:
 _ERRORS: dict[type[Exception], tuple[int, str, str]] = {
     QueueFullError: (429, "rate_limit_error", ""),
     EngineDeadError: (500, "server_error", "the engine failed; see the server's log"),
-    DecodeError: (500, "server_error", "the tokenizer failed to decode the answer; see the server's log"),
+    DecodeError: (500, "server_error", "the tokenizer failed to decode the completion; see the server's log"),
     BusyError: (503, "server_error", "too many long bodies are being received; try again later"),
     BodyTooLargeError: (413, "invalid_request_error", f"the body has more than {request_bodies.MAX_BODY} bytes"),
     BodyTimeoutError: (
         408, "invalid_request_error", f"the body did not arrive within {request_bodies.BODY_TIMEOUT:g} seconds",
     ),
-    TimeoutError: (504, "server_error", "the answer took too long; request fewer tokens, or try again later"),
+    TimeoutError: (504, "server_error", "generation took too long; request fewer tokens, or try again later"),
     ModelNotFoundError: (404, "invalid_request_error", ""),
     ConfigError: (400, "invalid_request_error", ""),
 }  # fmt: skip

@@ -71,7 +71,7 @@ def decode(
 
 
 class NextLogprobs(NamedTuple):
-    """At each place of a prefill, of the token after it."""
+    """Log-probabilities of the next token at each position of a prefill."""
 
     logprob_bT: Float[Array, "b T"]
     """Of the prompt's token."""

@@ -55,7 +55,7 @@ class Request:
     prompt_logprobs: bool = False
     """Also compute the log-probability of each token of the prompt, which is then prefilled as a whole."""
     prompt_top_k: int = 0
-    """With `prompt_logprobs`, also those of so many most likely tokens at the place of each."""
+    """With `prompt_logprobs`, also those of so many most likely tokens at each position."""
 
     def __post_init__(self):
         require(are_integers(self.prompt), "prompt", self.prompt, "must be a list of token ids, which are integers")
@@ -98,7 +98,7 @@ class Completion:
     prompt_logprobs: np.ndarray | None = None
     """If requested: log-probability of each token of the prompt at temperature 1, NaN of the first, which has none."""
     prompt_top_ids: np.ndarray | None = None
-    """If requested: the most likely tokens at each token's place, in order, `[n, k]`."""
+    """If requested: the most likely tokens at each token's position, in order, `[n, k]`."""
     prompt_top_logprobs: np.ndarray | None = None
     finish_reason: FinishReason | None = None
     detokenizer: "IncrementalDetokenizer | None" = None

@@ -1,4 +1,5 @@
-"""Scheduler of continuous batching: which requests get a sequence slot, and which prefill chunks run in a step.
+"""Scheduler of continuous batching: which requests get a sequence slot, and which prefill chunks run in a step
+(chunked prefill).
 
 All of a prompt but its last token is prefilled; the last token is the first input of decoding. A waiting request gets a
 slot as soon as one is free. A prompt of which a slot still holds a prefix is prefilled after that prefix only, and
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mla_moe.inference.decode import add_request, empty_batch
-from mla_moe.inference.fair_queue import FairQueue, Shares
+from mla_moe.inference.fair_queue import FairQueue, RunningCounts
 from mla_moe.inference.prefix_cache import PrefixCache, PrefixCopy
 from mla_moe.inference.programs import PrefillBatch
 from mla_moe.inference.request import Completion
@@ -89,9 +90,9 @@ class Scheduler:
         """Give slots that are free, or another client's surplus, to waiting requests in the fair order."""
         copies = []
         while self.waiting:
-            shares = Shares(self.running)
-            heads = self.waiting.heads(shares)
-            completion = next((c for c in heads if None in self.running or self._preempt(c, shares)), None)
+            counts = RunningCounts(self.running)
+            heads = self.waiting.heads(counts)
+            completion = next((c for c in heads if None in self.running or self._preempt(c, counts)), None)
             if completion is None:
                 break
             self.waiting.remove(completion)
@@ -122,14 +123,14 @@ class Scheduler:
         else:
             self._prefilling.append(prefill)
 
-    def _preempt(self, completion: Completion, shares: Shares) -> bool:
+    def _preempt(self, completion: Completion, counts: RunningCounts) -> bool:
         """Free a slot for `completion`, if another client or group that decodes has a surplus. Of the one with the most
         slots, it takes the request with the fewest tokens, which is the cheapest to resume."""
         decoding = [(slot, other) for slot, other in enumerate(self.running) if other and self.batch.active_B[slot]]
-        surplus = [(slot, other) for slot, other in decoding if shares.exceeds(other, completion)]
+        surplus = [(slot, other) for slot, other in decoding if counts.exceeds(other, completion)]
         if not surplus:
             return False
-        slot, other = max(surplus, key=lambda item: (shares.of(item[1]), -len(item[1].tokens)))
+        slot, other = max(surplus, key=lambda item: (counts.of(item[1]), -len(item[1].tokens)))
         self.free(slot)
         self.waiting.appendleft(other)
         self.num_preemptions += 1

@@ -1,7 +1,8 @@
 """Speculative decoding: the MTP module drafts the token after the next (DeepSeek-V3, sections 2.2 and 5.4.3).
 
 The input of a step is the next token and the draft token after it. If the token sampled after the first equals the
-draft token, the draft is accepted, its output counts too, and the step has generated two tokens.
+draft token, the draft is accepted, its output counts too, and the step has generated two tokens: the fraction of draft
+tokens that are accepted is the acceptance rate.
 
 It is exact: token n is the same function of the model's logits and of the noise with index n as in plain decoding, so
 both generate the same tokens, greedy or sampled, up to the rounding of logits (bfloat16 may decide near-ties

@@ -14,7 +14,7 @@ _ONE_SLICE_PER_NODE_POOL = """
 def job_set(job: Job, hosts: Hosts, image: str) -> str:
     """The JobSet (jobset.x-k8s.io/v1alpha2), as YAML.
 
-    The JobSet's controller creates the headless service by which hosts find each other, and all Jobs anew when one
+    The JobSet's controller creates the headless service by which hosts find each other, and recreates all Jobs when one
     fails, so that the run resumes; not for invalid input. GKE tells TPU hosts of each other in environment variables
     that JAX reads; hosts with GPUs get the coordinator's name, and their number from the index of the Job.
     """

@@ -94,7 +94,7 @@ class Job:
 
 
 def job_name(name: str | None, recipe: Recipe) -> str:
-    """The name of a job: `name` if given, else made from the last part of the run's directory. Raises `ConfigError`
+    """The name of a job: `name` if given, else derived from the last part of the run's directory. Raises `ConfigError`
     for a name that Kubernetes does not accept for a host."""
     if name is None:
         name = re.sub("[^a-z0-9]+", "-", Path(recipe.run_dir).name.lower()).strip("-")[:40].strip("-")

@@ -84,7 +84,7 @@ class LoRA(nnx.Module):
         self.scale, self.dropout = scale, dropout
 
     def feature_dropout(self, rows: UInt32[Array, "*rows"]) -> FeatureDropout | None:
-        """That of the adapter's input, for tokens with these numbers; None if it is off."""
+        """The dropout of the adapter's input, for tokens with these numbers; None if dropout is off."""
         key = getattr(self, "dropout_key", None)
         return None if key is None else FeatureDropout(key[...], rows, rate=self.dropout)
 
@@ -94,7 +94,7 @@ class LoRA(nnx.Module):
         return LoRAFactors(a, b, self.own(adapter_ids))
 
     def own(self, adapter_ids: Int[Array, "*N"] | None) -> Bool[Array, "*N r"] | None:
-        """`LoRAFactors.own_Nr`: every row has this adapter. Of several adapters see `nn.stacked_lora`."""
+        """`LoRAFactors.own_Nr`: every sequence has this adapter. Of several adapters see `nn.stacked_lora`."""
         return None
 
     def product(self, weight: nnx.Variable) -> Float[Array, "*axes"]:
@@ -163,8 +163,8 @@ def seed_dropout(model: nnx.Module, key: Key[Array, ""]) -> None:
 
 
 def adaptable(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Param]]:
-    """The matrices of a `Transformer` that can have an adapter, by path. The MTP module's cannot, which PEFT does not
-    know, nor those that no gradient reaches."""
+    """The matrices of a `Transformer` that can have an adapter, by path. The MTP module's cannot, because
+    PEFT has no module for it, nor those that no gradient reaches."""
     for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
         trained = variable.get_metadata("role", None) == "matrix" and not variable.get_metadata("frozen", False)
         if trained and path[0] != "mtp" and "lora" not in path:

@@ -1,4 +1,5 @@
-"""Quantized matrices of a model (QLoRA, arXiv 2305.14314): codes in place of a weight, and scales beside it.
+"""Quantized matrices of a model (QLoRA, arXiv 2305.14314): quantized values (codes) in place of a weight, and
+scales beside it.
 
 The weight `q_a` of a module then has codes (`ops.quantized_matrix`), with the metadata that it had, and its scales are
 `module.quantized["q_a"]`. What multiplies by a weight takes it by `weight_of`. No gradient is computed of either.
@@ -42,12 +43,12 @@ def scale_path(path: str) -> str:
 
 
 def is_quantized(model: nnx.Module) -> bool:
-    """Whether any weight is."""
+    """Whether any weight is quantized."""
     return any("quantized" in path for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param)))
 
 
 def is_codes_or_scales(variable: nnx.Variable) -> bool:
-    """Whether a variable is that of a quantized matrix."""
+    """Whether a variable holds codes or scales."""
     codes = variable.get_metadata("role", None) == "matrix" and jnp.issubdtype(variable.get_value().dtype, jnp.integer)
     return codes or variable.get_metadata("block", None) is not None
 
@@ -62,15 +63,15 @@ def quantizable(model: nnx.Module) -> Iterator[tuple[tuple[Any, ...], nnx.Param]
 
 
 def quantize_shapes(model: nnx.Module, formats: Mapping[str, QuantizedFormat]) -> None:
-    """Of a model of shapes (`nnx.eval_shape`) replace weights by codes and scales, in place. Raises `ConfigError` for a
-    width that a format does not divide."""
+    """Replace weights by codes and scales, in place, in a model of shapes (`nnx.eval_shape`). Raises `ConfigError` for
+    a width that a format does not divide."""
     for path, weight in list(quantizable(model)):
-        if (form := formats.get("/".join(map(str, path)))) is None:
+        if (quantized_format := formats.get("/".join(map(str, path)))) is None:
             continue
         axes, shape = logical_axes(weight), list(weight.get_value().shape)
-        block, last_input = _block(axes, shape, weight.get_metadata("contracts"), form)
-        scale: Any = jax.ShapeDtypeStruct(scale_shape(shape, block), SCALE_DTYPES[form])
-        packed_axis = last_input - len(axes) if form == "int4" else None
+        block, last_input = _block(axes, shape, weight.get_metadata("contracts"), quantized_format)
+        scale: Any = jax.ShapeDtypeStruct(scale_shape(shape, block), SCALE_DTYPES[quantized_format])
+        packed_axis = last_input - len(axes) if quantized_format == "int4" else None
         metadata: dict[str, Any] = {"role": "scale", "contracts": (), "block": block, "packed_axis": packed_axis}
         module = module_at(model, path[:-1])
         if not hasattr(module, "quantized"):
@@ -78,11 +79,11 @@ def quantize_shapes(model: nnx.Module, formats: Mapping[str, QuantizedFormat]) -
         module.quantized[path[-1]] = nnx.Param(scale, **metadata, **axis_metadata(axes))
         if packed_axis is not None:
             shape[packed_axis] //= 2
-        getattr(module, path[-1]).set_value(jax.ShapeDtypeStruct(tuple(shape), CODE_DTYPES[form]))
+        getattr(module, path[-1]).set_value(jax.ShapeDtypeStruct(tuple(shape), CODE_DTYPES[quantized_format]))
 
 
 def _block(
-    axes: Sequence[str], shape: Sequence[int], contracts: Sequence[str], form: QuantizedFormat
+    axes: Sequence[str], shape: Sequence[int], contracts: Sequence[str], quantized_format: QuantizedFormat
 ) -> tuple[tuple[int, ...], int]:
     """Elements of a block along each axis, and the last axis of the inputs.
 
@@ -93,17 +94,17 @@ def _block(
     inputs = [i for i, axis in enumerate(axes) if axis in contracts]
     outputs = [i for i, axis in enumerate(axes) if axis not in (*contracts, *BATCH_AXES)]
     block = [1] * len(axes)
-    for sides, size in zip((inputs, outputs), BLOCKS[form], strict=True):
+    for sides, size in zip((inputs, outputs), BLOCKS[quantized_format], strict=True):
         width = shape[sides[-1]]
         if size is None:
             for i in sides:
                 block[i] = shape[i]
         else:
             block[sides[-1]] = math.gcd(size, width) if len(sides) > 1 else min(size, width)
-    last, group = inputs[-1], BLOCKS[form][0]
+    last, group = inputs[-1], BLOCKS[quantized_format][0]
     fix = f"groups of {group} inputs do not divide the axis {axes[last]} of {shape[last]}; use int8 or fp8"
-    ok = form != "int4" or (block[last] == group and shape[last] % group == 0)
-    require(ok, "lora.quantize_base", form, fix)
+    ok = quantized_format != "int4" or (block[last] == group and shape[last] % group == 0)
+    require(ok, "lora.quantize_base", quantized_format, fix)
     return tuple(block), last
 
 

@@ -240,7 +240,7 @@ def top_reverse_kl(
     chunk: int,
     vocab_axes: tuple[str, ...] = (),
 ) -> Float[Array, "B T"]:
-    """`reverse_kl` to a teacher of which the log-probabilities of k different tokens are known at each place: of the
+    """`reverse_kl` to a teacher of which the log-probabilities of k different tokens are known at each position: of the
     distributions over these tokens and one event more, all other tokens. It is at most the full KL, and is that if the
     k tokens are all but one."""
     return _top_reverse_kl_forward(h_BTD, head_DV, ids_BTk, logprobs_BTk, chunk, vocab_axes)[0]
@@ -314,16 +314,16 @@ def _top_kl_terms(head_DV: Array, axes: tuple[str, ...], h_BtD: Array, ids_Btk: 
     log_p_Btk = jnp.take_along_axis(log_p_BtV, jnp.clip(local_Btk, 0, V - 1), axis=-1)
     log_p_Btk = jnp.where(here_Btk, log_p_Btk, 0)
     B, t, _ = ids_Btk.shape
-    place = jnp.arange(B)[:, None, None], jnp.arange(t)[:, None], jnp.where(here_Btk, local_Btk, V)
+    at = jnp.arange(B)[:, None, None], jnp.arange(t)[:, None], jnp.where(here_Btk, local_Btk, V)
     p_BtV = jnp.exp(log_p_BtV)
-    rest_Bt = p_BtV.at[place].set(0, mode="drop").sum(axis=-1)
+    rest_Bt = p_BtV.at[at].set(0, mode="drop").sum(axis=-1)
     if axes:
         log_p_Btk, rest_Bt = jax.lax.psum((log_p_Btk, rest_Bt), axes)
     ratio_Btk = log_p_Btk - logprobs_Btk
     teacher_rest_Bt = 1 - jnp.exp(logprobs_Btk).sum(axis=-1)
     rest_ratio_Bt = jnp.log(jnp.maximum(rest_Bt, LEAST_REST)) - jnp.log(jnp.maximum(teacher_rest_Bt, LEAST_REST))
     kl_Bt = jnp.sum(jnp.exp(log_p_Btk) * ratio_Btk, axis=-1) + rest_Bt * rest_ratio_Bt
-    log_ratio_BtV = jnp.broadcast_to(rest_ratio_Bt[..., None], p_BtV.shape).at[place].set(ratio_Btk, mode="drop")
+    log_ratio_BtV = jnp.broadcast_to(rest_ratio_Bt[..., None], p_BtV.shape).at[at].set(ratio_Btk, mode="drop")
     return p_BtV, log_ratio_BtV, kl_Bt
 
 

@@ -1,5 +1,5 @@
-"""Matrices in FP8, INT8 or INT4 with a scale for each block, dequantized where they are multiplied (QLoRA, arXiv
-2305.14314).
+"""Matrices in FP8, INT8 or INT4: quantized values (codes) with a scale for each block, dequantized where they are
+multiplied (QLoRA, arXiv 2305.14314).
 
     weight = code · scale
 
@@ -48,7 +48,7 @@ class QuantizedMatrix:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the matrix."""
+        """The shape of the matrix."""
         shape = list(self.codes.shape)
         if self.packed_axis is not None:
             shape[self.packed_axis] *= 2
@@ -59,7 +59,7 @@ class QuantizedMatrix:
         return self._dequantize(jnp).astype(dtype)
 
     def dequantize_on_host(self) -> Float[np.ndarray, "*axes"]:
-        """The same of arrays of NumPy, in float32."""
+        """The same for NumPy arrays, in float32."""
         return self._dequantize(np)
 
     def _dequantize(self, xp: Any) -> Any:
@@ -77,8 +77,9 @@ class QuantizedMatrix:
         return codes.astype(xp.float32) * scale
 
     def shard(self, axis: int, start: Array) -> "QuantizedMatrix":
-        """Of codes that are a shard along `axis`, from element `start` on, and scales of the complete matrix, the same
-        with scales of the shard alone. Shards have one size, so blocks of their greatest common divisor fit."""
+        """The matrix with the scales of one shard alone, where so far its codes are a shard along `axis`, from element
+        `start` on, and its scales those of the complete matrix. Shards have one size, so blocks of their greatest
+        common divisor fit."""
         size, from_last = self.shape[axis], axis - self.ndim
         fits = math.gcd(self.block_of(axis), size)
         scale = jnp.repeat(self.scale, self.block_of(axis) // fits, axis)

@@ -2,12 +2,12 @@
 stages one after the other (GPipe, arXiv 1811.06965), each stage's output going to the next by a collective-permute.
 
 The schedule is one scan over M + S − 1 ticks for M microbatches and S stages. At tick t stage s runs microbatch t − s.
-Where there is no such microbatch, in the bubble, it runs another one's activations, and nothing of the result is used.
-These are activations of real tokens, because equal tokens would all be routed to the same experts.
+In the bubble, where there is no such microbatch, a stage runs other real activations and discards the result: equal
+tokens would all be routed to the same experts.
 
 Outside of the pipeline its stages have their own sequences, as over `data`: nothing is computed twice. M microbatches
-are G groups of S, one for each stage. A group is loaded when the one before has been used up, moves towards stage 0 by
-one stage at a tick, and comes back from the last stage the same way.
+are G microbatch groups of S, one for each stage. A group is loaded when the one before has been used up, and moves
+towards stage 0, one stage per tick; its outputs are passed back from the last stage, one stage per tick.
 """
 
 from collections.abc import Callable
@@ -28,14 +28,14 @@ Result = TypeVar("Result")
 
 
 def pipeline_stages() -> int:
-    """The stages of the current mesh; 1 without one."""
+    """Number of pipeline stages of the current mesh; 1 without one."""
     mesh = current_mesh()
     return 1 if mesh is None else mesh.shape["pipeline"]
 
 
 def pipeline_groups(sequences: int, microbatches: int | None) -> int:
-    """Into how many groups of one microbatch for each stage a batch is split; by default it is one. Raises
-    `ConfigError` for numbers that cannot be split evenly."""
+    """Number of microbatch groups in a batch; a group has one microbatch per stage, and by default there is one group.
+    Raises `ConfigError` for numbers that cannot be split evenly."""
     stages, shards = pipeline_stages(), batch_shards()
     microbatches = stages if microbatches is None else microbatches
     require(microbatches % stages == 0, "microbatches", microbatches, f"must be a multiple of mesh.pipeline = {stages}")
@@ -46,7 +46,7 @@ def pipeline_groups(sequences: int, microbatches: int | None) -> int:
 
 
 def split_groups(x: Shaped[Array, "B *rest"], groups: int) -> Shaped[Array, "G n *rest"]:
-    """Split a batch into groups, each device the sequences that it has."""
+    """Split a batch into microbatch groups, each device the sequences that it has."""
     if groups == 1:
         return x[None]
     x = x.reshape(batch_shards(), groups, -1, *x.shape[1:])
@@ -68,8 +68,8 @@ def _constrain(x: Array, leading: int) -> Array:
 
 
 def in_groups(run: Callable[..., tuple[Any, Any]], groups: int, *batch: Any) -> tuple[Any, Any]:
-    """`run(*batch) -> (per_token, sums)` on one group after the other, so that no more than a group's activations are
-    in memory. Arrays of `batch` are `[B, …]`."""
+    """`run(*batch) -> (per_token, sums)` on one microbatch group after the other, so that no more than a group's
+    activations are in memory. Arrays of `batch` are `[B, …]`."""
     if groups == 1:
         return run(*batch)
     split = jax.tree.map(lambda x: split_groups(x, groups), batch)
@@ -84,7 +84,8 @@ def _sum(x: Array) -> Array:
 def run_pipeline(
     stage: StageFunction, layers: Any, x_BTD: Float[Array, "B T D"], sequences: Any, groups: int
 ) -> tuple[Float[Array, "B T D"], Any]:
-    """Run stacked `layers`, a tree of arrays with a leading axis that the stages divide, on a batch of `groups`.
+    """Run stacked `layers`, a tree of arrays with a leading axis that the stages divide, on a batch of `groups`
+    microbatch groups.
 
     `sequences` is a tree of integers `[B, …]` that a layer needs beside the activations; every stage has those of all
     microbatches. Returns the outputs, and the sums over the microbatches, of all layers.

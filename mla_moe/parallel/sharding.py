@@ -279,7 +279,7 @@ def check_divisible(recipe: Recipe, mesh: Mesh) -> None:
     checks = []
     if rl.steps > 0:
         checks += [("rl.micro_batch_size", rl.micro_batch_size, batch_shards, f"packed {groups}")]
-        checks += [("rl.packed_length", rl.packed_row_length, context, over_context)]
+        checks += [("rl.packed_length", rl.packed_sequence_length, context, over_context)]
     training, sft, dpo = recipe.training, recipe.sft, recipe.dpo
     active = {"training": training.active, "sft": recipe.fine_tunes, "dpo": dpo.active}
     stages = [(name, stage) for (name, runs), stage in zip(active.items(), (training, sft, dpo), strict=True) if runs]

@@ -64,7 +64,7 @@ class Plan:
     exposed_communication_seconds: dict[str, Any]
     """Seconds of `simulated_step_seconds` in which a device waits for collectives: `total`, `by_kind`, `by_axes`."""
     stalls: list[Stall]
-    """The largest waits, with the source lines that made them."""
+    """The largest waits, with the source lines that created their instructions."""
     tokens: int
     """Tokens of one run, over all devices."""
     compile_seconds: float
@@ -146,7 +146,7 @@ def _parse_refusal(error: str, memory: dict[str, float], topology: Topology) -> 
     found = re.search(r"(?:Used |temporaries \()([\d.]+)([KMGT])", error)
     if found is None:
         fix = "change the mesh or the kernels of the recipe"
-        raise ConfigError("topology", topology.name, f"the compiler says: {textwrap.shorten(error, 400)}; {fix}")
+        raise ConfigError("topology", topology.name, f"the compiler reports: {textwrap.shorten(error, 400)}; {fix}")
     used = float(found.group(1)) * 1024.0 ** (1 + "KMGT".index(found.group(2)))
     argument_bytes = sum(size for kind, size in memory.items() if kind not in stages.TEMPORARIES)
     return error.splitlines()[0], argument_bytes, max(used - argument_bytes, 0.0)

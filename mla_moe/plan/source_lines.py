@@ -1,4 +1,4 @@
-"""The source lines that the instructions of a compiled program were made from."""
+"""The source lines that the instructions of a compiled program were created from."""
 
 import re
 

@@ -131,7 +131,7 @@ def rl(recipe: Recipe, topology: Topology) -> StageProgram:
     abstract_model = make_abstract_model(recipe, mesh, recipe.lora)
     tx = make_optimizer(settings.optimizer, settings.steps * settings.minibatches, abstract_model)
     state = abstract_state(abstract_model, tx, mesh)
-    shape = settings.micro_batch_size, settings.packed_row_length
+    shape = settings.micro_batch_size, settings.packed_sequence_length
     sharding = NamedSharding(mesh, BATCH_SPEC)
     integers = "tokens", "targets", "segment_ids", "positions", "completion_BT"
     floats = ["sampler_logprob_BT", "advantage_BT", "weight_BT"]

@@ -61,8 +61,8 @@ def open_topology(name: str, slices: int = 1) -> Topology:
     try:
         devices = topologies.get_topology_desc(platform=platform, **target).devices
     except RuntimeError as error:
-        said = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
-        raise ConfigError("topology", name, f"the {compiler} compiler says: {said}{choices}") from None
+        reported = str(error).splitlines()[0].removeprefix("INVALID_ARGUMENT: ").rstrip(".")
+        raise ConfigError("topology", name, f"the {compiler} compiler reports: {reported}{choices}") from None
     return Topology(name, platform, devices, ACCELERATORS[kind], slices)
 
 

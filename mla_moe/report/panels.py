@@ -128,7 +128,7 @@ PANELS: tuple[Panel, ...] = (
     loss,
     held_out,
     curves(
-        "Preference pairs in the right order",
+        "Preference accuracy",
         Line("rewards/accuracies", "training"),
         Line("eval/rewards/accuracies", "held-out", ACCENT, "o"),
         scale="fraction",

@@ -95,7 +95,7 @@ class Learner:
     def pack(self, groups: GroupBatch, which: slice = slice(None)) -> PackedSequences:
         """Packed sequences of some groups, with the advantage and the loss weight of each token."""
         completions = [scored.completion for group in groups.completions[which] for scored in group]
-        packed = pack_completions(completions, self.rl.packed_row_length, self.rl.micro_batch_size)
+        packed = pack_completions(completions, self.rl.packed_sequence_length, self.rl.micro_batch_size)
         advantage_N = objectives.advantages(groups.reward_GS[which], self.rl.objective).ravel()
         weight_N = objectives.token_weights(self.rl, np.array([len(c.tokens) for c in completions]))
         packed["advantage_BT"] = objectives.per_token(advantage_N, packed["completion_BT"])

@@ -63,8 +63,8 @@ class RejectionTrainer(SFTTrainer):
             rollout.load_weights(context.abstract_model.merge(state.arrays))
             seed = context.recipe.seed + 1
             scores = evaluate(rollout, rl.eval_split, rl.eval_prompts, rl.eval_samples, seed).metrics()
-        accuracy, form = scores["eval/accuracy"], scores["eval/format_rate"]
-        context.console.print(f"held-out prompts: {accuracy:.1%} correct answers, {form:.1%} correct format")
+        accuracy, format_rate = scores["eval/accuracy"], scores["eval/format_rate"]
+        context.console.print(f"held-out prompts: {accuracy:.1%} correct answers, {format_rate:.1%} correct format")
         return scores
 
 

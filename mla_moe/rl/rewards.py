@@ -206,7 +206,7 @@ class Reward:
 
 
 def _is_undecided(score: Score) -> bool:
-    """Whether the judge could not compare the answer, so that it would not, or not in time, with another either."""
+    """Whether the verifier could not compare the answer, so that it would not, or not in time, with another either."""
     return any(failure.kind in ("unparsed", "hung", "died") for failure in score.failures)
 
 

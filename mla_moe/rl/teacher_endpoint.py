@@ -32,7 +32,7 @@ _NOT_FINITE = "gives log-probabilities that are no finite numbers; check its wei
 
 
 class TopTokens(NamedTuple):
-    """The most likely tokens at n places of a text."""
+    """The most likely tokens at n positions of a text."""
 
     ids: list[list[int]]
     """`[n, k]`"""
@@ -81,16 +81,17 @@ class TeacherEndpoint:
             return list(pool.map(lambda tokens: self._scores(tokens, self._choice(tokens)), prompts))
 
     def score_top(self, prompts: Sequence[Sequence[int]]) -> list[TopTokens]:
-        """The `top_k` most likely tokens at the place of each token of each prompt after its first, with the teacher's
-        log-probabilities. Raises `ConfigError` as `check` does."""
+        """The `top_k` most likely tokens at the position of each token of each prompt after its first, with the
+        teacher's log-probabilities. Raises `ConfigError` as `check` does."""
         with ThreadPoolExecutor(CONNECTIONS) as pool:
             return list(pool.map(lambda tokens: self._top(tokens, self._choice(tokens)), prompts))
 
     def _top(self, tokens: Sequence[int], choice: dict[str, Any]) -> TopTokens:
-        """Of `prompt_logprobs`, a dictionary of token ids at each place, which may have the text's own token too."""
-        places, ids, logprobs = choice.get("prompt_logprobs"), [], []
+        """The most likely tokens in `prompt_logprobs`: a dictionary by token id for each position, where the text's own
+        token may be one more."""
+        positions, ids, logprobs = choice.get("prompt_logprobs"), [], []
         try:
-            for found in places[1:] if isinstance(places, list) else ():
+            for found in positions[1:] if isinstance(positions, list) else ():
                 pairs = sorted((-float(entry["logprob"]), int(token)) for token, entry in found.items())[: self._top_k]
                 ids.append([token for _, token in pairs])
                 logprobs.append([-x for x, _ in pairs])
@@ -99,7 +100,7 @@ class TeacherEndpoint:
         ok = len(ids) == len(tokens) - 1 and all(
             len(row) == self._top_k and all(0 <= token < self._vocab_size for token in row) for row in ids
         )
-        fix = f"{self._name} gives no {self._top_k} log-probabilities at each place (prompt_logprobs); set 0"
+        fix = f"{self._name} gives no {self._top_k} log-probabilities at each position (prompt_logprobs); set 0"
         require(ok, "rl.teacher_top_k", self._top_k, fix)
         require(all(math.isfinite(x) for row in logprobs for x in row), FIELD, self._name, _NOT_FINITE)
         return TopTokens(ids, logprobs)
@@ -120,9 +121,9 @@ class TeacherEndpoint:
     def _choice(self, tokens: Sequence[int]) -> dict[str, Any]:
         body = {"model": self._model, "prompt": [int(token) for token in tokens], "max_tokens": 0, "temperature": 1.0}
         body |= {"prompt_logprobs": self._top_k} if self._top_k else {}
-        answer = self._post(json.dumps(body | {"echo": True, "logprobs": 0}).encode())
+        response = self._post(json.dumps(body | {"echo": True, "logprobs": 0}).encode())
         try:
-            choice = json.loads(answer)["choices"][0]
+            choice = json.loads(response)["choices"][0]
         except (ValueError, LookupError, TypeError):
             choice = None
         if not isinstance(choice, dict):
@@ -144,7 +145,7 @@ class TeacherEndpoint:
                     return response.read()
             except urllib.error.HTTPError as error:
                 with error:
-                    reason = f"answers {error.code}: {error.read(500).decode(errors='replace')}"
+                    reason = f"responded with status {error.code}: {error.read(500).decode(errors='replace')}"
                 if error.code not in (408, 429) and error.code < 500:
                     break
             except (OSError, http.client.HTTPException) as error:  # of the connection, and timeouts

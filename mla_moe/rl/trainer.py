@@ -270,6 +270,6 @@ def _copy(params: Arrays) -> Arrays:
 
 
 def _last(top: TopTokens, count: int) -> TopTokens:
-    """Those of the last places."""
+    """The entries of the last `count` positions."""
     ids, logprobs = top
     return TopTokens(ids[-count:], logprobs[-count:])

@@ -86,7 +86,7 @@ def _turn(render: Render, messages: Sequence[Message], tools: Sequence[Any] | No
         require(fits, "messages", index, f"the chat template {_divergence(prompt, written)}")
         completion = _with_reasoning(asks, reasoning, gap, written[len(base) :])
     lost = next((text for text in expected if text.strip() not in completion), None)
-    fix = "is lost by the chat template; it is another model's, or does not know this form of messages"
+    fix = "is lost by the chat template; it is another model's, or does not support this format of messages"
     require(lost is None, "messages", index, f"{str(lost)[:80]!r} of the assistant {fix}")
     require(completion.strip() != "", "messages", index, "the assistant says nothing")
     return Turn(asks, completion, _following(render, messages, tools, index, written))
@@ -96,7 +96,7 @@ def _check_prompt(render: Render, before: Sequence[Message], tools: Sequence[Any
     for number, message in enumerate(before):
         if message.get("role") in ("user", "system"):
             lost = next((text for text in _texts(message) if text.strip() not in prompt), None)
-            fix = "is lost by the chat template; it is another model's, or does not know this form of messages"
+            fix = "is lost by the chat template; it is another model's, or does not support this format of messages"
             require(lost is None, "messages", number, f"{str(lost)[:80]!r} of the {message['role']} {fix}")
     if tools and prompt == render(before, None, True):
         raise ConfigError("tools", len(tools), "the chat template does not render tools; remove them, or use another")

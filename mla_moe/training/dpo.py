@@ -151,6 +151,6 @@ class DPOTrainer(NextTokenTrainer):
             "time in dpo steps": duration(self.seconds),
         }
         if scores:
-            right = f"{scores['eval/rewards/accuracies']:.1%} of held-out pairs in the right order"
-            rows["dpo held-out loss"] = f"{scores['eval/loss']:.3f}; {right}"
+            accuracy = f"preference accuracy {scores['eval/rewards/accuracies']:.1%} on held-out pairs"
+            rows["dpo held-out loss"] = f"{scores['eval/loss']:.3f}; {accuracy}"
         self.context.write_result("preference optimization", rows)

@@ -1,4 +1,4 @@
-"""Next-token training, which pretraining and SFT share: batches of packed sequences and the compiled training step."""
+"""What pretraining, SFT and DPO share: batches of packed sequences and the compiled training step."""
 
 import abc
 import time
@@ -27,7 +27,8 @@ from mla_moe.training.trainer import Trainer
 
 
 class NextTokenTrainer(Trainer[TrainState, Batch]):
-    """A stage that minimizes next-token cross-entropy. A subclass provides the dataset and the initial state."""
+    """A stage that trains on batches of packed sequences: by next-token cross-entropy, unless a subclass has another
+    loss (DPO). A subclass provides the dataset and the initial state."""
 
     features: ClassVar[tuple[str, ...]] = ("tokens", "targets", "segment_ids", "positions")
     """Arrays of a batch, each int32 [batch_size, sequence_length]."""
@@ -133,7 +134,7 @@ class NextTokenTrainer(Trainer[TrainState, Batch]):
 
     def epochs(self, documents: np.ndarray) -> dict[str, float]:
         """Metrics: how often each source has been passed, given the documents of each in this process's streams."""
-        return {"data/epochs": documents.sum() / (len(self.dataset) * self.position.share)}
+        return {"data/epochs": documents.sum() / (len(self.dataset) * self.position.fraction)}
 
     def batch_arrays(self, batch: Batch) -> Mapping[str, np.ndarray]:
         return {name: batch[name] for name in self.features}

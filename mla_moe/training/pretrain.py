@@ -100,7 +100,7 @@ class PretrainTrainer(NextTokenTrainer):
 
     def epochs(self, documents: np.ndarray) -> dict[str, float]:
         ranges = self.dataset.ranges
-        sizes = {name: self.dataset.with_text(found) * self.position.share for name, found in ranges.items()}
+        sizes = {name: self.dataset.with_text(found) * self.position.fraction for name, found in ranges.items()}
         passed = {name: count / sizes[name] for name, count in zip(ranges, documents, strict=True) if sizes[name]}
         if repeated := [name for name in passed if passed[name] > 1 and name not in self._repeated]:
             self._repeated.update(repeated)

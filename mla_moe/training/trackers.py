@@ -75,7 +75,7 @@ class WandbTracker:
         self._run.log_artifact(artifact)
 
     def close(self, end: End) -> None:
-        # Trackio knows no failed runs. One that was interrupted goes on.
+        # Trackio has no status for failed runs; an interrupted run can be resumed.
         options: dict[str, Any] = {"exit_code": int(end == "failed")} if self._library.__name__ == "wandb" else {}
         self._run.finish(**options)
 

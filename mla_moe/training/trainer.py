@@ -199,7 +199,7 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
         abstract, step, log = self.abstract_state, checkpoints.latest, self.context.console.print
         if self._local and (found := self._local.restore(abstract, position, step or 0, log)):
             state, step, self._base = found
-            log(f"resumed from the local checkpoint of step {step}")
+            log(f"resumed from the emergency checkpoint of step {step}")
             return self._with_base(state), step
         if step is None:
             initial: tuple[Any, int | None] = self.initial_state(position)
@@ -268,7 +268,7 @@ class Trainer(abc.ABC, Generic[State, BatchT]):
                 is_due, is_stopped = schedule.is_due(number), signals.stop(number)
                 if self._local and self._local.is_due(number) and not (is_last or is_due or is_stopped):
                     metrics.flush()
-                    watchdog.progress(f"the local checkpoint of step {number} of {self.name}")
+                    watchdog.progress(f"the emergency checkpoint of step {number} of {self.name}")
                     self._local.save(number, state, self.position, self._base)
                     metrics.restart_clock()
                 if is_last or is_due or is_stopped:

@@ -1,4 +1,5 @@
-"""Worker process: runs a service whose calls may hang, crash, fork or use too much memory. It answers, or is replaced.
+"""Worker process: runs a service whose calls may hang, crash, fork or use too much memory. A worker that
+does not reply in time is ended; the caller restarts it.
 
 A service is a file with `open_service(loading, *arguments)`, which returns a function and any content. The function
 takes the arguments of a call and returns the kind of a reply, `"value"` or another, and its content, for JSON. The
@@ -96,8 +97,8 @@ class WorkerProcess:
         return reply
 
     def submit(self, seconds: float, *arguments: Any) -> None:
-        """Start a call, with a deadline. The worker is ready and not busy, the arguments are picklable; it stays so if
-        they are nested too deeply, which is a `RecursionError`."""
+        """Start a call, with a deadline. Requires a ready, idle worker and picklable arguments. Raises
+        `RecursionError` for arguments that are nested too deeply; the worker stays ready."""
         message = ForkingPickler.dumps((self._number + 1, arguments))
         self._number += 1
         self._await_reply(seconds)
@@ -109,7 +110,7 @@ class WorkerProcess:
 
     def _send(self, message: memoryview) -> None:
         sender = Connection(os.dup(self.channel.fileno()), readable=False)
-        with contextlib.suppress(OSError), sender:  # it died, or does not read: `poll` reports that
+        with contextlib.suppress(OSError), sender:  # the process ended or does not read: `poll` reports that
             sender.send_bytes(message)
 
     @property
@@ -121,7 +122,7 @@ class WorkerProcess:
         """The reply to the call, or to the start of the service; None if there is none yet."""
         reply = self._read()
         if reply is None and not self.seconds_left:
-            reply = "hung", f"no answer within {self._limit:g} s"
+            reply = "hung", f"no reply within {self._limit:g} s"
         if reply is not None:
             self.busy, self.ready = False, reply[0] not in ENDED
             if not self.ready:

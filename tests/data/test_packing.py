@@ -105,8 +105,8 @@ def test_processes_share_every_epoch(count):
     orders = []
     for index in range(count):
         with stream(names(10), data=IN_ORDER, batch=1, shard=index, shards=count) as batches:
-            share = len(range(index, 10, count))
-            orders.append((order(batches, share), order(batches, share)))
+            length = len(range(index, 10, count))
+            orders.append((order(batches, length), order(batches, length)))
     for epoch in zip(*orders, strict=True):
         assert sorted(i for part in epoch for i in part) == list(range(10))
     assert [first for first, _ in orders] != [second for _, second in orders]

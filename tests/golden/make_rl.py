@@ -45,11 +45,11 @@ def objective_of(objective, theta, old, sampler, reference, A, corrected, seen):
             seen["truncated"] += int((weight > C).sum())
             gain = gain * weight.clamp(max=C)
             if A[i] < 0 and (sampler[i] - theta[i]).mean() > DELTA:
-                seen["left out"] += 1
+                seen["masked"] += 1
                 gain = gain * 0
         log_r = reference[i] - theta[i]
-        divergence = log_r.exp() - log_r - 1
-        answers.append(gain - (0.0 if objective == "dapo" else BETA) * divergence)
+        kl = log_r.exp() - log_r - 1
+        answers.append(gain - (0.0 if objective == "dapo" else BETA) * kl)
     if objective == "dr_grpo":
         return sum(answer.sum() for answer in answers) / (len(A) * MAX_NEW_TOKENS)
     if objective == "dapo":
@@ -78,7 +78,7 @@ def main() -> None:
         arrays |= {f"{objective}/{name}": value for name, value in inputs.items()}
         arrays[f"{objective}/advantage"] = A.numpy()
         for case in ("plain", "corrected"):
-            seen = dict.fromkeys(("low", "high", "truncated", "left out"), 0)
+            seen = dict.fromkeys(("low", "high", "truncated", "masked"), 0)
             theta, *fixed = (torch.from_numpy(value).double() for value in inputs.values())
             theta.requires_grad_()
             lists = (x.split(LENGTHS) for x in (theta, *fixed))
@@ -89,7 +89,7 @@ def main() -> None:
             print(f"{objective:8} {case:10} loss {loss:+.6f}  {seen}")
             assert seen["low"]
             assert seen["high"]
-            assert case == "plain" or (seen["truncated"] and seen["left out"])
+            assert case == "plain" or (seen["truncated"] and seen["masked"])
     np.savez_compressed(Path(__file__).with_name("rl_objective.npz"), **arrays)
 
 

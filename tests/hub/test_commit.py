@@ -81,7 +81,7 @@ def test_no_commit_over_another_one_since(hub, monkeypatch):
         return create(*args, **kwargs)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", after_another)
-    with pytest.raises(ConfigError, match=r"path = 'hf://org/mine': .*answers 412"):
+    with pytest.raises(ConfigError, match=r"path = 'hf://org/mine': .*responded with status 412"):
         convert(GOLDEN / "v3", "hf://org/mine", max_shard_bytes=20_000)
     assert files(hub, "org/mine") == {"model.safetensors": b"of another push"}
 
@@ -96,7 +96,7 @@ def test_the_signature_of_an_upload_is_not_shown(hub):
 
 def test_without_a_token_and_offline(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "")
-    with pytest.raises(ConfigError, match=r"answers 401; log in with `hf auth login`"):
+    with pytest.raises(ConfigError, match=r"responded with status 401; log in with `hf auth login`"):
         convert(GOLDEN / "v3", "hf://org/mine")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE forbids requests"):

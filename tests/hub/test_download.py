@@ -118,7 +118,7 @@ def test_tokenizer_and_text_of_the_hub(hub, tmp_path, offline):
         ("hf://spaces/org/tiny", "is a space"),
         ("hf://datasets/org/tiny", "names no model"),
         ("hf://org/tiny/config.json", "names no model"),
-        ("hf://org/broken", "answers 503; try again later"),
+        ("hf://org/broken", "responded with status 503; try again later"),
     ],
 )
 def test_errors_of_the_hub_are_one_line(hub, tmp_path, capsys, url, message):
@@ -146,7 +146,7 @@ def test_a_hub_that_cannot_be_reached(hub, monkeypatch):
 
 
 @pytest.mark.parametrize("body", [b"<html>log in</html>", b"{}", b"[]"])
-def test_an_answer_that_is_not_of_the_hub_is_one_line(hub, monkeypatch, body):
+def test_a_response_that_is_not_of_the_hub_is_one_line(hub, monkeypatch, body):
     monkeypatch.setattr(hub, "_open", lambda request: Response(body))
     with pytest.raises(ConfigError, match="is a Hub, not a page of a network to log in"):
         load_pretrained("org/tiny")

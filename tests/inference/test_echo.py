@@ -81,20 +81,20 @@ def test_the_most_likely_tokens_are_those_of_a_forward_pass(port, engine, forwar
     body = {"prompt": prompt, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 3}
     status, response = call(port, "/v1/completions", body)
     assert status == 200
-    first, *places = response["choices"][0]["prompt_logprobs"]
+    first, *positions = response["choices"][0]["prompt_logprobs"]
     assert first is None
     h, _, _ = model.extend(jnp.asarray([prompt]), model.init_cache(1, 64), form="expanded")
     logprobs = np.asarray(jax.nn.log_softmax(model.logits(h)))[0]
-    for place, token, own, row in zip(places, prompt[1:], forward(prompt), logprobs, strict=False):
-        assert place[str(token)]["logprob"] == pytest.approx(own, abs=1e-5)
-        ranked = {entry["rank"]: int(token) for token, entry in place.items() if entry["rank"]}
+    for position, token, own, row in zip(positions, prompt[1:], forward(prompt), logprobs, strict=False):
+        assert position[str(token)]["logprob"] == pytest.approx(own, abs=1e-5)
+        ranked = {entry["rank"]: int(token) for token, entry in position.items() if entry["rank"]}
         assert [ranked[rank] for rank in (1, 2, 3)] == np.argsort(-row)[:3].tolist()
         for rank in (1, 2, 3):
-            found = place[str(ranked[rank])]
+            found = position[str(ranked[rank])]
             assert found["logprob"] == pytest.approx(row[ranked[rank]], abs=1e-5)
             assert found["decoded_token"] == decode([ranked[rank]])
     _, none = call(port, "/v1/completions", body | {"prompt_logprobs": 0})
-    assert [len(place) for place in none["choices"][0]["prompt_logprobs"][1:]] == [1] * 5
+    assert [len(position) for position in none["choices"][0]["prompt_logprobs"][1:]] == [1] * 5
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mla_moe.inference.fair_queue import FairQueue, Shares
+from mla_moe.inference.fair_queue import FairQueue, RunningCounts
 from mla_moe.inference.prefix_cache import PrefixCache
 from mla_moe.inference.request import Completion, Owner, Request
 from mla_moe.inference.scheduler import Scheduler
@@ -13,7 +13,7 @@ def completion(client="", group=""):
 
 
 def take(queue, running):
-    first, *_ = queue.heads(Shares(running))
+    first, *_ = queue.heads(RunningCounts(running))
     queue.remove(first)
     return first
 
@@ -68,8 +68,8 @@ def test_without_clients_it_is_first_come_first_served():
 def test_who_gives_a_slot(running, waiting, gives):
     running = [completion(*owner) for owner in running.split()]
     waiting = completion(*waiting)
-    shares = Shares(running)
-    assert any(shares.exceeds(one, waiting) for one in running) == gives
+    counts = RunningCounts(running)
+    assert any(counts.exceeds(one, waiting) for one in running) == gives
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_a_request_that_times_out_is_aborted(engine, caplog):
         assert (status, response["error"]["type"]) == (504, "server_error")
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         connection.request("POST", "/v1/completions", json.dumps(body | {"stream": True}), JSON)
-        assert b"the answer took too long" in connection.getresponse().read()
+        assert b"generation took too long" in connection.getresponse().read()
         connection.close()
         wait_until_idle(port)
     gc.collect()

@@ -20,7 +20,7 @@ LARGE = 64 << 20
 
 
 class App:
-    """`/large` answers 64 MB, `/wait` when it is told to, others at once with the closed connections by reason."""
+    """`/large` responds with 64 MB, `/wait` when it is told to, others with the closed connections by reason."""
 
     is_done = False
 
@@ -139,7 +139,7 @@ def test_silent_connections_make_room_for_others(port, monkeypatch, content):
         assert closed["replaced"] >= 40 - 8
 
 
-def test_when_all_connections_wait_for_an_answer_health_has_one(port):
+def test_when_all_connections_wait_for_a_response_health_has_one(port):
     with contextlib.ExitStack() as stack:
         for source in ("127.0.0.2", "127.0.0.3"):
             for _ in range(4):
@@ -161,7 +161,7 @@ def test_one_network_has_at_most_half_of_the_connections(port):
 
 
 def test_refused_connections_do_not_make_room_for_more(port, monkeypatch):
-    """Nor are they closed before their answer; but there is a bounded number of them."""
+    """Nor are they closed before their response; but there is a bounded number of them."""
     monkeypatch.setattr(http_limits, "MAX_REFUSED", 10)
     monkeypatch.setattr(http_limits, "HEADER_TIMEOUT", 60)
     with contextlib.ExitStack() as stack:
@@ -173,11 +173,11 @@ def test_refused_connections_do_not_make_room_for_more(port, monkeypatch):
         assert refused.recv(12) == b"HTTP/1.1 503"
         assert is_closed(silent[0])
         silent[1].sendall(REQUEST)
-        answer = b""
+        response = b""
         while content := silent[1].recv(4096):
-            answer += content
-        assert answer.startswith(b"HTTP/1.1 200")
-        assert b"connection: close" in answer
+            response += content
+        assert response.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in response
         assert get(port)[1] == {"refused": 11, "replaced": 1}
 
 
@@ -192,7 +192,7 @@ def test_others_make_room_if_the_largest_network_cannot(port, monkeypatch):
         assert is_closed(silent[0])
 
 
-def test_an_answer_that_is_being_sent_is_not_replaced():
+def test_a_response_that_is_being_sent_is_not_replaced():
     def connection(unsent, *, paused, cycle=None):
         protocol = http_limits.LimitedProtocol.__new__(http_limits.LimitedProtocol)
         protocol.transport = SimpleNamespace(get_write_buffer_size=lambda: unsent, is_closing=lambda: False)
@@ -212,17 +212,17 @@ def test_an_answer_that_is_being_sent_is_not_replaced():
 )  # fmt: skip
 def test_what_is_not_http_is_an_error_of_the_api(port, content, caplog):
     with connected(port, content) as connection:
-        answer = b""
+        response = b""
         while content := connection.recv(4096):
-            answer += content
-    head, _, body = answer.partition(b"\r\n\r\n")
+            response += content
+    head, _, body = response.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 Bad Request\r\n")
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
     assert not [record for record in caplog.records if record.exc_info]
     assert get(port)[0] == 200
 
 
-def test_a_shutdown_answers_what_it_cancels(monkeypatch, caplog):
+def test_a_shutdown_responds_to_what_it_cancels(monkeypatch, caplog):
     monkeypatch.setattr(server, "SHUTDOWN_TIMEOUT", 0.1)
     with serving(App()) as port:
         connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)

@@ -1,5 +1,5 @@
-"""What several processes restore from local checkpoints of which some are lost, each with a directory of its own as if
-it were a host. `test_local_checkpoints.py` runs it."""
+"""What several processes restore from emergency checkpoints of which some are lost, each with a directory of its own as
+if it were a host. `test_local_checkpoints.py` runs it."""
 
 import dataclasses
 import shutil
@@ -140,7 +140,7 @@ def of_another_attempt(path: Path) -> None:
 def main(folder: Path) -> None:
     hosts = Hosts(folder)
     every, last = range(hosts.count), hosts.count - 1
-    missing = [f"process {process}: has no local checkpoint of step 6" for process in every]
+    missing = [f"process {process}: has no emergency checkpoint of step 6" for process in every]
     hosts.restores(6)
     hosts.restores(None, newer_than=6)
     assert {path.name for path in hosts.local._directory.iterdir()} == {"4", "6"}
@@ -153,7 +153,7 @@ def main(folder: Path) -> None:
 
     hosts.undo()
     hosts.alone(lambda: damage(hosts.copies(6)[last]))
-    hosts.restores(6, f"process {last}: the local checkpoint {hosts.copies(6)[last]} is damaged: does not match")
+    hosts.restores(6, f"process {last}: the emergency checkpoint {hosts.copies(6)[last]} is damaged: does not match")
 
     def truncate_all() -> None:
         for path in hosts.copies(6):
@@ -161,12 +161,14 @@ def main(folder: Path) -> None:
 
     hosts.undo()
     hosts.alone(truncate_all)
-    damaged = [f"process {process}: the local checkpoint {hosts.copies(6)[process]} is damaged" for process in every]
-    hosts.restores(4, *damaged, "the local checkpoint of step 6 is not used: no host has params.")
+    damaged = [
+        f"process {process}: the emergency checkpoint {hosts.copies(6)[process]} is damaged" for process in every
+    ]
+    hosts.restores(4, *damaged, "the emergency checkpoint of step 6 is not used: no host has params.")
 
     hosts.undo()
     hosts.alone(lambda: of_another_attempt(hosts.copies(6)[1]))
-    hosts.restores(6, "process 1: the local checkpoint of step 6 is of another attempt than that of process 0")
+    hosts.restores(6, "process 1: the emergency checkpoint of step 6 is of another attempt than that of process 0")
 
     def renumber() -> None:
         """After a restart the first two hosts have each other's number; of four, the last one is new."""
@@ -185,9 +187,11 @@ def main(folder: Path) -> None:
     other_mesh = dataclasses.replace(hosts.recipe, mesh=MeshConfig(data=4))
     with hosts.open(other_mesh) as local:
         for_step = [
-            f"process {process}: the local checkpoint {hosts.copies(6)[process]} is of another" for process in every
+            f"process {process}: the emergency checkpoint {hosts.copies(6)[process]} is of another" for process in every
         ]
-        not_used = [line.replace("/6/", f"/{step}/") for step in (6, 4) for line in [*for_step, "the local checkpoint"]]
+        not_used = [
+            line.replace("/6/", f"/{step}/") for step in (6, 4) for line in [*for_step, "the emergency checkpoint"]
+        ]
         hosts.restores(None, *not_used, local=local)
 
     hosts.alone(lambda: shutil.rmtree(folder / "hosts"))
@@ -195,7 +199,7 @@ def main(folder: Path) -> None:
 
     hosts.undo()
     with hosts.open(dataclasses.replace(hosts.recipe, seed=1)) as changed:
-        others = [f"process {process}: local checkpoints of another run" for process in every]
+        others = [f"process {process}: emergency checkpoints of another run" for process in every]
         hosts.restores(None, *others, local=changed)
 
     hosts.undo()

@@ -81,7 +81,7 @@ class Hosts:
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.thorough)])
 def expected(request, recipe, runs, tmp_path_factory):
-    """A number of processes, and the outcome of their run without a fault and without local checkpoints."""
+    """A number of processes, and the outcome of their run without a fault and without emergency checkpoints."""
     hosts = Hosts(recipe, runs, tmp_path_factory.mktemp("whole"), request.param)
     hosts.finish(flags=())
     return hosts.count, outcome(hosts.folder / "run", STEPS)
@@ -111,8 +111,8 @@ def hosts(killed):
 def test_a_host_that_was_replaced_receives_its_shards_from_a_replica(hosts, expected):
     shutil.rmtree(hosts.folder / "0")
     output = hosts.finish()
-    assert f"process 0: has no local checkpoint of step {LOCAL}" in output
-    assert f"resumed from the local checkpoint of step {LOCAL}" in output
+    assert f"process 0: has no emergency checkpoint of step {LOCAL}" in output
+    assert f"resumed from the emergency checkpoint of step {LOCAL}" in output
     assert outcome(hosts.folder / "run", STEPS) == expected[1]
     left = [path for process in range(hosts.count) for path in (hosts.folder / str(process)).iterdir()]
     assert left == [], "the last step is in the run's directory"
@@ -125,7 +125,7 @@ def test_without_copies_of_its_own_a_run_resumes_from_the_checkpoint_in_its_dire
         copies.rename(copies.with_name("0123456789abcdef"))
     output = hosts.finish()
     for process in range(hosts.count):
-        assert f"process {process}: local checkpoints of another run, stage or recipe are not used" in output
+        assert f"process {process}: emergency checkpoints of another run, stage or recipe are not used" in output
     assert f"resumed from the checkpoint of step {SHARED}" in output
     assert outcome(hosts.folder / "run", STEPS) == expected[1]
 

@@ -116,7 +116,7 @@ def test_headlines(full):
     }
 
 
-def test_losing_to_gzip_is_said(tmp_path):
+def test_losing_to_gzip_is_shown(tmp_path):
     page = bare(tmp_path / "run", {"eval/bits_per_byte": 2.5, "eval/gzip_bits_per_byte": 2.0})
     assert headlines(page) == {"Bits per byte": ("2.500", "held-out text; does not beat gzip -9 (2.000)")}
 

@@ -32,7 +32,7 @@ PANELS = [
 ]
 
 
-def answer(step, number, kind, right, length):
+def answer(step, number, kind, correct, length):
     return {
         "step": step,
         "kind": kind,
@@ -41,8 +41,8 @@ def answer(step, number, kind, right, length):
         "completion": f"{ATTACK} {step}",
         "length": length,
         "reward": 1.0,
-        "format": float(right),
-        "accuracy": float(right),
+        "format": float(correct),
+        "accuracy": float(correct),
     }
 
 
@@ -78,13 +78,13 @@ def page(tmp_path_factory):
             )
             writer.write_load(step, np.arange(1, 9).reshape(2, 4) + step)
         writer.write(STEPS, evaluation(0.75, 25.0) | {"eval/verifier/hung": 1.0})
-        for step, right, longer in (
+        for step, correct, longer in (
             (0, lambda n: n in (0, 1), 0),
             (6, lambda n: False, 1),
             (STEPS, lambda n: n > 0, 5),
         ):
             writer.append_samples(
-                answer(step, n, kind, right(n), 10 + longer * (n % 4))
+                answer(step, n, kind, correct(n), 10 + longer * (n % 4))
                 for n in range(QUESTIONS)
                 for kind in ("greedy", "forced")
             )

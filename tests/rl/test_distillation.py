@@ -194,7 +194,7 @@ def test_a_teacher_behind_an_endpoint_equal_to_the_student_does_not_move_it(dist
         url = f"http://127.0.0.1:{port}/v1"
         (step,) = distill(url, teacher_model="base", steps=1, minibatches=1)
         (top,) = distill(url, teacher_model="base", teacher_top_k=5, steps=1, minibatches=1)
-        with pytest.raises(ConfigError, match=r"rl\.teacher = .*answers 404.*teacher_model"):
+        with pytest.raises(ConfigError, match=r"rl\.teacher = .*responded with status 404.*teacher_model"):
             TeacherEndpoint(url, "other", 258, ByteTokenizer().token_bytes).check()
     assert step["distillation/reverse_kl"] == pytest.approx(0, abs=1e-5)
     assert step["grad_norm"] < 1e-3

@@ -1,4 +1,4 @@
-"""The judge of mathematical answers against a table of pairs from the issues and tests of public judges."""
+"""The verifier of mathematical answers against a table of pairs from the issues and tests of public verifiers."""
 
 import json
 import time
@@ -16,7 +16,7 @@ PAIRS = [
 ]
 
 
-def judge(gold, answer):
+def is_correct(gold, answer):
     try:
         return equal(gold, answer)
     except UnparsedError:
@@ -24,9 +24,9 @@ def judge(gold, answer):
 
 
 def test_pairs_of_public_judges():
-    """No false positive, and at least 98 % right."""
+    """No false positive, and at least 98 % correct."""
     assert len(PAIRS) >= 200
-    verdicts = [(judge(pair["gold"], pair["answer"]), pair) for pair in PAIRS]
+    verdicts = [(is_correct(pair["gold"], pair["answer"]), pair) for pair in PAIRS]
     false_positives = [pair for verdict, pair in verdicts if verdict and not pair["equal"]]
     false_negatives = [pair for verdict, pair in verdicts if not verdict and pair["equal"]]
     assert not false_positives
@@ -35,7 +35,7 @@ def test_pairs_of_public_judges():
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair["source"] == "issue"], ids=lambda p: p["answer"])
 def test_pairs_that_were_wrong_once(pair):
-    assert judge(pair["gold"], pair["answer"]) == pair["equal"]
+    assert is_correct(pair["gold"], pair["answer"]) == pair["equal"]
 
 
 NOT_EQUAL = [
@@ -126,12 +126,12 @@ EQUAL = [
 @pytest.mark.parametrize(("reference", "answer"), NOT_EQUAL)
 def test_a_part_a_multiple_or_a_negation_is_not_the_answer(reference, answer):
     """Answers that would exploit a rule: rounding, units, sentences, equations, choices."""
-    assert not judge(reference, answer)
+    assert not is_correct(reference, answer)
 
 
 @pytest.mark.parametrize(("reference", "answer"), EQUAL)
 def test_rules_allow_what_they_are_for(reference, answer):
-    assert judge(reference, answer)
+    assert is_correct(reference, answer)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_rules_allow_what_they_are_for(reference, answer):
 )
 def test_ordinary_sentences_are_read_fast(answer):
     start = time.monotonic()
-    judge("12", answer)
+    is_correct("12", answer)
     assert time.monotonic() - start < 2
 
 

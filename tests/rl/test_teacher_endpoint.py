@@ -64,8 +64,8 @@ def endpoint(*answers):
 def with_top(body):
     """The three most likely tokens are 1, 2 and 3; vLLM gives the text's own token too."""
     top = {str(token): {"logprob": -1.0 - token, "rank": token} for token in (3, 1, 2)}
-    places = [{str(token): {"logprob": -9.0, "rank": 7}} | top for token in body["prompt"][1:]]
-    return scored(body) | {"top": [None, *places]}
+    positions = [{str(token): {"logprob": -9.0, "rank": 7}} | top for token in body["prompt"][1:]]
+    return scored(body) | {"top": [None, *positions]}
 
 
 def test_the_most_likely_tokens_of_each_place_are_read():
@@ -74,7 +74,7 @@ def test_the_most_likely_tokens_of_each_place_are_read():
         teacher.check()
         assert teacher.score_top([[5, 6, 7]]) == [([[1, 2, 3]] * 2, [[-2.0, -3.0, -4.0]] * 2)]
         teacher._top_k = 5
-        with pytest.raises(ConfigError, match=r"^rl.teacher_top_k = 5: .* gives no 5 log-probabilities at each place"):
+        with pytest.raises(ConfigError, match=r"^rl.teacher_top_k = 5: .* gives no 5 log-probabilities at each pos"):
             teacher.score_top([[5, 6, 7]])
     assert [body["prompt_logprobs"] for _, _, body in requests] == [3, 3, 5]
     with endpoint(scored) as (teacher, _):
@@ -109,8 +109,8 @@ def test_tokens_are_scored_and_retries_counted(monkeypatch):
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        (404, "answers 404.*teacher_model"),
-        (500, "answers 500"),
+        (404, "responded with status 404.*teacher_model"),
+        (500, "responded with status 500"),
         (None, "gives no log-probabilities of a prompt"),
         (lambda body: scored(body) | {"token_logprobs": [None, -1.0]}, "has 2 tokens where the student has 66"),
         (lambda body: scored(body) | {"tokens": ["x"] * 66}, r"its token 0 is 'x', and the student's '\\x00'"),

@@ -176,7 +176,7 @@ def test_generate_prints_a_completion(checkpoint, capsys):
     assert main([*command, "--speculative"]) == 0
     again, err = capsys.readouterr()
     assert again == out
-    assert "draft tokens accepted" in err
+    assert "draft tokens: acceptance rate" in err
     assert main([*command, "--temperature", "-1"]) == 2
     assert "temperature" in capsys.readouterr().err
     assert main([*command, "--max-new-tokens", "200"]) == 2

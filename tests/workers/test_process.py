@@ -1,4 +1,4 @@
-"""Whatever a service does, its worker answers the call or is replaced, and all of its processes end."""
+"""Whatever a service does, its worker replies in time or is replaced, and all of its processes end."""
 
 import contextlib
 import functools
@@ -76,7 +76,7 @@ def test_daemons_end_with_the_worker(worker, tmp_path, action):
 @pytest.mark.parametrize("action", ["kill the group", "kill the supervisor", "stop the supervisor", "sleep"])
 def test_a_service_that_ends_or_stops_what_it_can_is_replaced(worker, action):
     kind, message = worker.call(0.4, action)
-    assert (kind, message) == (("died", "exit code -9") if "kill" in action else ("hung", "no answer within 0.4 s"))
+    assert (kind, message) == (("died", "exit code -9") if "kill" in action else ("hung", "no reply within 0.4 s"))
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_service_that_ends_or_stops_what_it_can_is_replaced(worker, action):
         ("write", b'[77, "value", 1]\n', "died", "ended, because it sent a reply to call 77"),
         ("write", b"x" * 6000 + b"\n", "died", "ended, because its reply has more than 5000 bytes"),
         ("write", b"[" * 900 + b"\n", "died", "ended, because it sent b'[[["),
-        ("write and sleep", b'[1, "val', "hung", "no answer"),
+        ("write and sleep", b'[1, "val', "hung", "no reply"),
         ("close files", None, "died", "exit code 0"),
     ],
 )

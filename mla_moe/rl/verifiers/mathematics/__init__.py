@@ -1,4 +1,4 @@
-"""The judge of mathematical answers: whether an answer equals the reference answer.
+"""The verifier of mathematical answers: whether an answer equals the reference answer.
 
 math-verify parses and compares expressions. In a longer text it looks for something that it can parse, and takes a part
 for the whole: 5 in `5xy`, one of several answers, one number of a sentence. Training would exploit that. So this module

@@ -73,7 +73,7 @@ class AdapterCheckpoint:
 
     @property
     def paths(self) -> Sequence[str]:
-        """Of the arrays that are not the base's."""
+        """Paths of the arrays that are not the base's."""
         return tuple(self._own)
 
     def array(self, path: str) -> np.ndarray:
@@ -95,10 +95,12 @@ class AdapterCheckpoint:
     def weights(self) -> AdapterWeights:
         """The adapters alone, for inference beside others. Raises `CheckpointError` if they do not fit the base, are
         not finite, or if router biases were updated, which all adapters share."""
-        fix, wanted = f"of {self.directory} does not fit the base {self.base_name}", self._model.variables
+        wanted = self._model.variables
+        fix = f"does not fit the base {self.base_name}; name the base with which {self.directory} was trained"
+        nan = f"has NaN or infinity in {self.directory}; use an earlier checkpoint"
         for path in self._model.adapter_paths:
             check(path in self._own and self.array(path).shape == wanted[path].shape, "adapter", path, fix)
-            check(bool(np.isfinite(self.array(path)).all()), "adapter", path, f"of {self.directory} is not finite")
+            check(bool(np.isfinite(self.array(path)).all()), "adapter", path, nan)
         moved, fix = self.changed_biases(), "were updated in training, and adapters share them; serve it alone"
         check(not moved, "adapter", ", ".join(moved), fix)
         return AdapterWeights(self._scales, {path: self.array(path) for path in self._model.adapter_paths})

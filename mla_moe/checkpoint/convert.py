@@ -54,7 +54,7 @@ def convert(
     `src`, and if `src` is not valid, `ConfigError` if the Hub refuses, and `CheckpointSaveError` or another `OSError`
     if the disk is full.
     """
-    require(to in ("hf", "orbax"), "to", to, "one of hf, orbax")
+    require(to in ("hf", "orbax"), "to", to, "must be one of hf, orbax")
     require_path("path", dst)
     fix = "takes Hugging Face's layout; convert with --to hf"
     require(to == "hf" or not is_url(dst), "path", shown(dst), fix)

@@ -43,14 +43,15 @@ def find_step(path: Path) -> Path | None:
     `CheckpointError` if `path` is no directory, and for a run that has not saved a checkpoint yet.
     """
     require_local("checkpoint", path)
-    check(path.is_dir(), "checkpoint", str(path), "no such directory")
+    check(path.is_dir(), "checkpoint", str(path), "no such directory; check the path")
     if (path / "state").is_dir() and (path / "model").is_dir():
         return path
     stages = [path / "checkpoints" / stage for stage in STAGES] if (path / "checkpoints").is_dir() else [path]
     steps = [step for stage in stages if stage.is_dir() for step in stage.iterdir() if step.name.isdecimal()]
     complete = [step for step in steps if (step / COMMIT).is_file()]  # a kill during a removal leaves the others
     empty_run = not complete and (path / "recipe.json").is_file() and not (path / "config.json").is_file()
-    check(not empty_run, "checkpoint", location(path), "is a run without a checkpoint yet")
+    fix = "is a run without a checkpoint yet; train it until one is saved, or name another"
+    check(not empty_run, "checkpoint", location(path), fix)
     return max(complete, key=lambda step: (stages.index(step.parent), int(step.name)), default=None)
 
 

@@ -281,7 +281,8 @@ def _lora_of(cfg: ModelConfig, config: Mapping[str, Any], tensors: SafetensorsRe
         size = AdapterSize(rank, _alpha(alphas, item.target, default))
         fix = f"layers of {item.path} differ in rank or α; give all the same"
         check(sizes.setdefault(item.path, size) == size, "adapter", name, fix)
-    check(bool(sizes), "adapter", CONFIG, "has no tensor of a matrix of this model")
+    fix = "has no tensor of a matrix of this model; name the base that it was trained on"
+    check(bool(sizes), "adapter", CONFIG, fix)
     first = next(iter(sizes.values()))
     sized = tuple(f"{path}={size.rank}:{size.alpha}" for path, size in sizes.items())
     dropout = structure(float, config.get("lora_dropout") or 0.0, "lora_dropout")

@@ -197,7 +197,7 @@ def target_scheme(quantize: Quantize | None, cfg: ModelConfig) -> Scheme | None:
     it does not fit."""
     if quantize is None:
         return None
-    require(quantize in TARGETS, "quantize", quantize, f"one of {', '.join(TARGETS)}")
+    require(quantize in TARGETS, "quantize", quantize, f"must be one of {', '.join(TARGETS)}")
     stacked = cfg.architecture.stacked_experts
     fix = f"the experts of {cfg.architecture.model_type} are one tensor, which is not quantized; write bfloat16"
     check(not stacked, "quantize", quantize, fix)

@@ -164,6 +164,8 @@ class QuantizedBase:
         shape = [r.stop - r.start for r in region]
         width = int(np.prod(shape[: layout.inputs]))
         matrix = self._checkpoint.read(path, np.float32, index).reshape(width, -1)
+        fix = f"{path} has NaN or infinity; use another base"
+        check(bool(np.isfinite(matrix).all()), "lora.quantize_base", layout.quantized_format, fix)
         blocks = [layout.block[axis] for axis in layout.axes]
         codes, scale = _QUANTIZE[layout.quantized_format](matrix, (blocks[layout.inputs - 1], blocks[-1]))
         scale_shape = [-(-n // b) for n, b in zip(shape, blocks, strict=True)]
@@ -179,7 +181,6 @@ def _quantize_int4(matrix: np.ndarray, _: tuple[int, int]) -> tuple[np.ndarray, 
 
 def _quantize_int8(matrix: np.ndarray, _: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     peak = np.abs(matrix).max(axis=0, keepdims=True)
-    check(bool(np.isfinite(peak).all()), "weight", "nan or infinity", "cannot be quantized to INT8; use another base")
     scale = np.maximum(peak / 127, np.finfo(np.float32).tiny)
     return np.rint(matrix / scale).astype(np.int8), scale
 

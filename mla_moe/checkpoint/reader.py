@@ -47,7 +47,8 @@ def open_adapter(path: str | Path, base: Checkpoint) -> AdapterCheckpoint:
     check(not isinstance(base, AdapterCheckpoint), "checkpoint", str(base.directory), "has adapters itself; merge them")
     path = local_checkpoint(path)
     if (step := find_step(path)) is None:
-        check(is_peft(path), "adapter", str(path), "is neither a run nor a directory in PEFT's layout")
+        fix = "is neither a run nor a directory in PEFT's layout; name one that has an adapter_config.json"
+        check(is_peft(path), "adapter", str(path), fix)
         return open_peft(path, lambda _: base)
     checkpoint = OrbaxCheckpoint(step)
     check(checkpoint.lora.rank > 0, "adapter", str(path), "has no adapters: it is a complete model")

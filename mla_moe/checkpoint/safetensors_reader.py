@@ -45,7 +45,7 @@ def weight_dtype(dtype: DTypeLike) -> np.dtype:
     with contextlib.suppress(TypeError):
         if (known := np.dtype(dtype)) in WEIGHT_DTYPES:
             return known
-    raise ConfigError("dtype", str(dtype), f"one of {', '.join(map(str, WEIGHT_DTYPES))}")
+    raise ConfigError("dtype", str(dtype), f"must be one of {', '.join(map(str, WEIGHT_DTYPES))}")
 
 
 class TensorLocation(NamedTuple):

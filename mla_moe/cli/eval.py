@@ -117,7 +117,7 @@ class Eval:
         """The sampling limits: flags first, then those of `rl`, as far as `limit`, the model's length, allows."""
         for name in ("max_prompt_tokens", "max_new_tokens"):
             value = getattr(self, name)
-            fix = f"at least 1, and below the model's max_position_embeddings = {limit}"
+            fix = f"must be at least 1, and below the model's max_position_embeddings = {limit}"
             require(value is None or 1 <= value < limit, name, value, fix)
         prompt = min(rl.max_prompt_tokens, limit // 2) if self.max_prompt_tokens is None else self.max_prompt_tokens
         new = min(rl.max_new_tokens, limit - prompt) if self.max_new_tokens is None else self.max_new_tokens

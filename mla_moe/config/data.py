@@ -64,8 +64,8 @@ class DataConfig:
         require_between(self, "data", "streams shuffle_buffer_size prefetch", 1, MAX_SIZE)
         if self.tokenizer.startswith("ids:"):
             ok = re.fullmatch("[0-9]{1,9}", self.tokenizer.removeprefix("ids:")) is not None
-            require_field(self, "data.tokenizer", ok, "ids:EOS with the token id EOS that ends a document")
+            require_field(self, "data.tokenizer", ok, "write ids:EOS with the token id EOS that ends a document")
         if self.tokenizer.startswith("bpe:"):
             size = self.tokenizer.removeprefix("bpe:")
             ok = re.fullmatch("[0-9]{3,6}", size) is not None and int(size) >= 300
-            require_field(self, "data.tokenizer", ok, "bpe:SIZE with a SIZE between 300 and 999,999")
+            require_field(self, "data.tokenizer", ok, "write bpe:SIZE with a SIZE between 300 and 999,999")

@@ -94,7 +94,7 @@ def structure(cls: Any, value: Any, field: str) -> Any:
     with the dotted name of the field, which starts with `field`, if `value` does not fit."""
     origin, arguments = typing.get_origin(cls), typing.get_args(cls)
     if dataclasses.is_dataclass(cls):
-        require(isinstance(value, dict), field, value, f"an object with the fields of {cls.__name__}")
+        require(isinstance(value, dict), field, value, f"must be an object with the fields of {cls.__name__}")
         hints = _type_hints(cls)
         known = {f.name: f for f in dataclasses.fields(cls)}
         for name in value:
@@ -103,10 +103,10 @@ def structure(cls: Any, value: Any, field: str) -> Any:
             require(name in value or f.default is not dataclasses.MISSING, f"{field}.{name}", None, "is required")
         return cls(**{name: structure(hints[name], v, f"{field}.{name}") for name, v in value.items()})
     if origin is tuple:
-        require(isinstance(value, list | tuple), field, value, "a list")
+        require(isinstance(value, list | tuple), field, value, "must be a list")
         return tuple(structure(arguments[0], v, f"{field}[{i}]") for i, v in enumerate(value))
     if origin is Literal:
-        require(value in arguments, field, value, f"one of {', '.join(map(repr, arguments))}")
+        require(value in arguments, field, value, f"must be one of {', '.join(map(repr, arguments))}")
         return value
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:

@@ -14,7 +14,7 @@ MAX_JSON_BYTES = 32 << 20
 def read_text(path: Path, field: str, max_bytes: int = MAX_JSON_BYTES) -> str:
     """The text of a file. Raises `ConfigError` on `field` for a pipe, a device, a loop of links or anything else
     that is not a regular file, for one of more than `max_bytes`, and for text that is not UTF-8."""
-    require(os.path.lexists(path), field, str(path), "no such file")
+    require(os.path.lexists(path), field, str(path), "no such file; check the path")
     require(path.is_file(), field, str(path), "is not a regular file, or is a broken link; replace it by the file")
     try:
         with path.open("rb") as file:

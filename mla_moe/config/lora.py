@@ -56,8 +56,8 @@ class LoRAConfig:
 
     def __post_init__(self):
         require_between(self, "lora", "rank", 0, MAX_SIZE)
-        require_each(self, "lora", "alpha", lambda x: 0 < x < math.inf, "a positive number")
-        require_each(self, "lora", "dropout", lambda x: 0 <= x < 1, "a probability below 1")
+        require_each(self, "lora", "alpha", lambda x: 0 < x < math.inf, "must be a positive number")
+        require_each(self, "lora", "dropout", lambda x: 0 <= x < 1, "must be a probability below 1")
         require(self.rank > 0 or not self.dropout, "lora.dropout", self.dropout, "needs adapters; set lora.rank")
         for target in self.targets:
             self._parsed(target)
@@ -104,5 +104,5 @@ class LoRAConfig:
         except ValueError:
             raise ConfigError("lora.targets", target, "write NAME, NAME=RANK or NAME=RANK:ALPHA") from None
         ok = 0 < parsed.alpha < math.inf and (0 < parsed.rank <= MAX_SIZE or (not self.rank and not rank))
-        require(ok, "lora.targets", target, "rank and alpha of a target are positive")
+        require(ok, "lora.targets", target, "rank and alpha must be positive: write NAME=RANK:ALPHA")
         return GROUPS.get(name, name), parsed

@@ -119,7 +119,7 @@ class ModelConfig:
             require_field(self, "index_topk", self.index_topk is None, "no layers of moe_shortcut have an indexer")
             require_field(self, "post_mlp_norm", not self.post_mlp_norm, "no layers of moe_shortcut have this norm")
         ok = self.first_k_dense_replace <= L
-        require_field(self, "first_k_dense_replace", ok, f"at most num_hidden_layers = {L}")
+        require_field(self, "first_k_dense_replace", ok, f"must be at most num_hidden_layers = {L}")
         require_field(self, "num_nextn_predict_layers", self.num_nextn_predict_layers <= 1, "0 or 1 MTP module")
         if self.indexer_types is not None:
             require_field(self, "indexer_types", self.index_topk is not None, "needs an indexer; set index_topk")

@@ -57,7 +57,7 @@ class AttentionConfig:
 
     def __post_init__(self):
         require_values(self, may_be_zero=("dropout",))
-        require_field(self, "dropout", self.dropout < 1, "a probability below 1")
+        require_field(self, "dropout", self.dropout < 1, "must be a probability below 1")
         message = "rotary embedding rotates pairs: use an even width"
         require_field(self, "qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, message)
         ok = self.rope_scaling is None or isinstance(self.rope_scaling, RopeScaling)
@@ -126,9 +126,9 @@ class MoEConfig:
         require_field(self, "zero_expert_num", G == 1 or not self.zero_expert_num, "needs a router without groups")
         require_field(self, "num_experts_per_tok", K <= E, f"choose at most the number of experts, {E}")
         require_field(self, "n_group", E % G == 0, f"must divide the number of experts, {E}")
-        require_field(self, "topk_group", self.topk_group <= G, f"at most n_group = {G}")
+        require_field(self, "topk_group", self.topk_group <= G, f"must be at most n_group = {G}")
         reachable = self.topk_group * (E // G)
-        message = f"at most {reachable}: the experts in the {self.topk_group} selected groups"
+        message = f"must be at most {reachable}: the experts in the {self.topk_group} selected groups"
         require_field(self, "num_experts_per_tok", reachable >= K, message)
         message = "the score of a group is that of its two best experts: give each at least 2"
         require_field(self, "n_group", self.group_score != "top2" or G == 1 or E // G >= 2, message)
@@ -147,4 +147,4 @@ def require_values(config: Any, may_be_zero: tuple[str, ...] = ()) -> None:
             structure(f.type, value, f.name)
         if f.type in (float, float | None) and value is not None:
             ok = 0 < value < math.inf or (value == 0 and f.name in may_be_zero)
-            require(ok, f.name, value, "a positive number")
+            require(ok, f.name, value, "must be a positive number")

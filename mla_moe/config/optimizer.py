@@ -63,10 +63,12 @@ class OptimizerConfig:
 
     def __post_init__(self):
         structure(Literal["adamw", "muon"], self.name, "optimizer.name")
-        require_each(self, "optimizer", "beta1 beta2 muon_momentum", lambda x: 0 <= x < 1, "at least 0 and below 1")
-        message = "a positive norm; a very large one clips nothing"
+        require_each(
+            self, "optimizer", "beta1 beta2 muon_momentum", lambda x: 0 <= x < 1, "must be at least 0 and below 1"
+        )
+        message = "must be a positive norm; a very large one clips nothing"
         require_each(self, "optimizer", "max_grad_norm", lambda x: x > 0, message)
-        require_each(self, "optimizer", "weight_decay", lambda x: 0 <= x < math.inf, "0 or more")
-        require_each(self, "optimizer", "muon_peak_lr", lambda x: 0 < x < math.inf, "a positive learning rate")
-        message = "a positive number: a gradient of 0 is divided by it"
+        require_each(self, "optimizer", "weight_decay", lambda x: 0 <= x < math.inf, "must be 0 or more")
+        require_each(self, "optimizer", "muon_peak_lr", lambda x: 0 < x < math.inf, "must be a positive learning rate")
+        message = "must be a positive number: a gradient of 0 is divided by it"
         require_each(self, "optimizer", "eps", lambda x: 0 < x < math.inf, message)

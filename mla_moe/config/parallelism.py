@@ -37,7 +37,7 @@ class KernelConfig:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             structure(f.type, getattr(self, f.name), f"kernels.{f.name}")
-        message = "a positive number; 1 is the capacity that balanced routing needs"
+        message = "must be a positive number; 1 is the capacity that balanced routing needs"
         require_each(self, "kernels", "capacity_factor", lambda x: 0 < x < math.inf, message)
         for option in self.compiler_options:
             named = option.startswith("xla_") and "=" in option
@@ -69,6 +69,9 @@ class MeshConfig:
         sizes = {name: size for name, size in dataclasses.asdict(self).items() if name != "rules"}
         for name, size in sizes.items():
             require(
-                size == -1 or 1 <= size <= MAX_SIZE, f"mesh.{name}", size, "a number of devices, or -1 for the rest"
+                size == -1 or 1 <= size <= MAX_SIZE,
+                f"mesh.{name}",
+                size,
+                "must be a number of devices, or -1 for the rest",
             )
         require(list(sizes.values()).count(-1) <= 1, "mesh", sizes, "only one axis can be -1")

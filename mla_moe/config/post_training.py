@@ -55,8 +55,8 @@ class TaskConfig:
         for path in (self.heldout or "", *self.reward_functions):
             require_local("task.heldout" if path == self.heldout else "task.reward_functions", path)
         names = "format_weight accuracy_weight"
-        require_each(self, "task", names, lambda x: 0 <= x < math.inf, "a weight of 0 or more")
-        require_each(self, "task", "timeout", lambda x: 0 < x < math.inf, "a number of seconds")
+        require_each(self, "task", names, lambda x: 0 <= x < math.inf, "must be a weight of 0 or more")
+        require_each(self, "task", "timeout", lambda x: 0 < x < math.inf, "must be a number of seconds")
         ok = self.template in ("r1_zero", "chat") or "{question}" in self.template
         require(ok, "task.template", self.template, "r1_zero, chat, or a text with {question}")
         formats = ("answer_tags", "boxed", "last_number", "choice", "auto")
@@ -117,9 +117,9 @@ class FineTuningConfig:
         section = self.section
         require_between(self, section, "batch_size sequence_length gradient_accumulation_steps", 1, MAX_SIZE)
         require_between(self, section, "steps eval_every", 0, MAX_SIZE)
-        require_each(self, section, "epochs", lambda x: 0 < x < 1e6, "a positive number, or None")
+        require_each(self, section, "epochs", lambda x: 0 < x < 1e6, "must be a positive number, or None")
         require(not (self.steps and self.epochs), f"{section}.epochs", self.epochs, f"is in place of {section}.steps")
-        require_each(self, section, "router_bias_update_rate", lambda x: 0 <= x < math.inf, "0 or more")
+        require_each(self, section, "router_bias_update_rate", lambda x: 0 <= x < math.inf, "must be 0 or more")
         message = "name the files of the examples"
         require_field(self, f"{section}.data", len(self.data) > 0 or not self.active, message)
         require_each(self, section, "max_malformed_fraction", lambda x: 0 <= x <= 1, "must be between 0 and 1")
@@ -186,7 +186,7 @@ class DPOConfig(FineTuningConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require_each(self, "dpo", "beta", lambda x: 0 < x < math.inf, "a positive number")
+        require_each(self, "dpo", "beta", lambda x: 0 < x < math.inf, "must be a positive number")
         require_field(self, "dpo.sequence_length", self.sequence_length >= 2, "must hold two sides of a pair")
 
 
@@ -281,9 +281,9 @@ class RLConfig:
         names = "prompts_per_step group_size minibatches max_prompt_tokens max_new_tokens micro_batch_size max_num_seqs"
         require_between(self, "rl", f"{names} eval_prompts", 1, MAX_SIZE)
         require_between(self, "rl", "steps overlong_buffer packed_length eval_samples", 0, MAX_SIZE)
-        require_each(self, "rl", "max_resample_rounds", lambda x: x >= 1, "at least 1")
+        require_each(self, "rl", "max_resample_rounds", lambda x: x >= 1, "must be at least 1")
         names = "kl_coef ref_sync_steps router_bias_update_rate eval_every"
-        require_each(self, "rl", names, lambda x: 0 <= x < math.inf, "0 or more")
+        require_each(self, "rl", names, lambda x: 0 <= x < math.inf, "must be 0 or more")
         distills = self.objective == "distillation"
         message = "the completions of a group are compared with each other: at least 2"
         require(self.group_size >= 2 or distills or not self.steps, "rl.group_size", self.group_size, message)
@@ -315,7 +315,7 @@ class RLConfig:
         longest = self.max_prompt_tokens + self.max_new_tokens
         require(self.packed_sequence_length >= longest, "rl.packed_length", self.packed_length, message)
         names = "clip_ratio_low clip_ratio_high off_policy_mask_threshold tis_clip"
-        require_each(self, "rl", names, lambda x: x > 0, "a positive number, or None")
+        require_each(self, "rl", names, lambda x: x > 0, "must be a positive number, or None")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,4 +343,4 @@ class RejectionConfig:
         require_path("rejection.sampler", self.sampler)
         require_between(self, "rejection", "steps", 0, MAX_SIZE)
         require_between(self, "rejection", "prompts samples", 1, MAX_SIZE)
-        require_each(self, "rejection", "keep", lambda x: x >= 1, "at least 1")
+        require_each(self, "rejection", "keep", lambda x: x >= 1, "must be at least 1")

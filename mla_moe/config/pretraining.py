@@ -58,14 +58,14 @@ class TrainingConfig:
     def __post_init__(self):
         require_between(self, "training", "batch_size sequence_length gradient_accumulation_steps", 1, MAX_SIZE)
         require_between(self, "training", "steps", 0, MAX_SIZE)
-        require_each(self, "training", "epochs", lambda x: 0 < x < 1e6, "a positive number, or None")
+        require_each(self, "training", "epochs", lambda x: 0 < x < 1e6, "must be a positive number, or None")
         fix = "is in place of training.steps; set those to 0"
         require(not (self.steps and self.epochs), "training.epochs", self.epochs, fix)
-        require_each(self, "training", "loss_chunk log_every max_skipped_steps", lambda x: x >= 1, "at least 1")
+        require_each(self, "training", "loss_chunk log_every max_skipped_steps", lambda x: x >= 1, "must be at least 1")
         names = "eval_every mtp_loss_weight aux_loss_weight router_z_loss_weight router_bias_update_rate"
-        require_each(self, "training", names, lambda x: 0 <= x < math.inf, "0 or more")
-        require_each(self, "training", "max_step_minutes", lambda x: 0 < x < 1e5, "a positive number, or None")
-        require_each(self, "training", "loss_spike_threshold", lambda x: x > 0, "a positive number, or None")
+        require_each(self, "training", names, lambda x: 0 <= x < math.inf, "must be 0 or more")
+        require_each(self, "training", "max_step_minutes", lambda x: 0 < x < 1e5, "must be a positive number, or None")
+        require_each(self, "training", "loss_spike_threshold", lambda x: x > 0, "must be a positive number, or None")
         require_each(self, "training", "router_bias_freeze_fraction", lambda x: 0 <= x <= 1, "must be between 0 and 1")
         ok = self.batch_size % self.gradient_accumulation_steps == 0
         message = f"must divide training.batch_size = {self.batch_size}"

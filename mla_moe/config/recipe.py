@@ -58,10 +58,12 @@ class CheckpointConfig:
     """Steps between emergency checkpoints, fewer than `every`."""
 
     def __post_init__(self):
-        require_field(self, "checkpoint.every", self.every >= 1, "at least 1 step")
-        require_each(self, "checkpoint", "every_minutes", lambda x: 0 < x < math.inf, "a positive number, or None")
+        require_field(self, "checkpoint.every", self.every >= 1, "must be at least 1 step")
+        require_each(
+            self, "checkpoint", "every_minutes", lambda x: 0 < x < math.inf, "must be a positive number, or None"
+        )
         require_field(self, "checkpoint.max_to_keep", self.max_to_keep >= 1, "keep at least 1")
-        fix = f"a multiple of checkpoint.every = {self.every}: other steps are saved by chance only"
+        fix = f"must be a multiple of checkpoint.every = {self.every}: other steps are saved by chance only"
         require_each(self, "checkpoint", "keep_every", lambda x: x >= 1 and x % self.every == 0, fix)
         require_local(
             "checkpoint.local_dir", self.local_dir, "a disk or RAM disk of each host has emergency checkpoints"
@@ -70,7 +72,7 @@ class CheckpointConfig:
         require_field(self, "checkpoint.local_dir", self.local_dir != "", fix)
         fix = "set both of checkpoint.local_dir and checkpoint.local_every, or neither"
         require_field(self, "checkpoint.local_every", (self.local_dir is None) == (self.local_every is None), fix)
-        fix = f"at least 1 step, and fewer than checkpoint.every = {self.every}, whose checkpoints all hosts share"
+        fix = f"must be at least 1 and fewer than checkpoint.every = {self.every}, whose checkpoints all hosts share"
         require_each(self, "checkpoint", "local_every", lambda x: 1 <= x < self.every, fix)
 
 
@@ -139,14 +141,14 @@ class Recipe:
         require_path("init_from", self.init_from)
         for name, leaf in leaves(self).items():
             require_number(name, leaf.value)
-        require_field(self, "seed", 0 <= self.seed < 1 << 31, "in [0, 2**31)")
+        require_field(self, "seed", 0 <= self.seed < 1 << 31, "must be in [0, 2**31)")
         require_between(self, "", "resume_step", 1, MAX_SIZE)
         stated = [name for name, leaf in leaves(self).items() if leaf.may_be_stated]
         for name in self.resume_changes:
             known = any(f"{leaf}.".startswith(f"{name}.") for leaf in stated)
             require(known, "resume_changes", name, f"cannot change in a run; those that can are {', '.join(stated)}")
         limit = self.model.max_position_embeddings if self.model_from == "recipe" else MAX_SIZE
-        message = f"at most model.max_position_embeddings = {limit}"
+        message = f"must be at most model.max_position_embeddings = {limit}"
         if self.training.active:
             require_field(self.training, "training.sequence_length", self.training.sequence_length <= limit, message)
         if self.rl.steps or self.rejection.steps:
@@ -158,7 +160,9 @@ class Recipe:
             require_field(self.sft, "sft.sequence_length", self.sft.sequence_length <= limit, message)
         if self.dpo.active:
             ok = self.dpo.sequence_length <= 2 * limit
-            require_field(self.dpo, "dpo.sequence_length", ok, f"at most 2 model.max_position_embeddings = {2 * limit}")
+            require_field(
+                self.dpo, "dpo.sequence_length", ok, f"must be at most 2 model.max_position_embeddings = {2 * limit}"
+            )
         streams, sizes = self.data.streams or 1, {"training": self.training.batch_size}
         sizes |= {"sft": self.sft.batch_size} if self.fine_tunes else {}
         sizes |= {"dpo": self.dpo.batch_size} if self.dpo.active else {}

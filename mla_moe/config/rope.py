@@ -39,9 +39,11 @@ class Yarn:
     """Queries at position p are multiplied by `1 + β ln(1 + ⌊p / original_max_position_embeddings⌋)` (Mistral 4)."""
 
     def __post_init__(self):
-        require_each(self, "rope_scaling", "beta_fast beta_slow", lambda x: 0 < x < math.inf, "a positive number")
+        require_each(
+            self, "rope_scaling", "beta_fast beta_slow", lambda x: 0 < x < math.inf, "must be a positive number"
+        )
         names = "mscale mscale_all_dim llama_4_scaling_beta"
-        require_each(self, "rope_scaling", names, lambda x: 0 <= x <= 100, "in [0, 100]")
+        require_each(self, "rope_scaling", names, lambda x: 0 <= x <= 100, "must be in [0, 100]")
         _require_factor(self)
         _require_original_length(self)
 
@@ -61,7 +63,7 @@ class Llama3Scaling:
 
     def __post_init__(self):
         names = "low_freq_factor high_freq_factor"
-        require_each(self, "rope_scaling", names, lambda x: 0 < x < math.inf, "a positive number")
+        require_each(self, "rope_scaling", names, lambda x: 0 < x < math.inf, "must be a positive number")
         ok = self.high_freq_factor > self.low_freq_factor
         require_field(self, "rope_scaling.high_freq_factor", ok, f"above low_freq_factor = {self.low_freq_factor}")
         _require_factor(self)

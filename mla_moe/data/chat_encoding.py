@@ -84,7 +84,9 @@ class ChatRecords:
                 waiting = []
         yield from self._encode(waiting)
         if len(self.malformed) > self.max_malformed_fraction * count:
-            fix = f"{len(self.malformed)} of {count} lines are malformed, the first at {self.malformed[0]}"
+            stage = "dpo" if self.field.startswith("dpo.") else "sft"
+            wrong = f"{len(self.malformed)} of {count} lines are malformed, the first at {self.malformed[0]}"
+            fix = f"{wrong}; raise {stage}.max_malformed_fraction to skip more"
             raise ConfigError(self.field, tuple(self.patterns), fix)
 
     def _encode(self, waiting: Sequence[tuple[str, str, Sequence[Any], Any]]) -> Iterator[list[list[TrainingSequence]]]:

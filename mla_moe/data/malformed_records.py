@@ -23,7 +23,8 @@ class MalformedRecordError(ConfigError):
 
 
 def too_long(field: str, where: str, max_record_bytes: int) -> MalformedRecordError:
-    return MalformedRecordError(field, where, f"is longer than data.max_record_bytes = {max_record_bytes:,}")
+    fix = "raise it or split the record"
+    return MalformedRecordError(field, where, f"is longer than data.max_record_bytes = {max_record_bytes:,}; {fix}")
 
 
 _TEXT, _EMPTY, _MALFORMED = 1, 2, 3
@@ -78,7 +79,7 @@ class SkipMalformed(Sequence[Document]):
             self._skipped.add(index)
             if self.malformed > self._max_fraction * len(self):
                 count = f"with it {self.malformed} of {len(self)} records are malformed"
-                fix = f"{error.message}; {count}; data.max_malformed_fraction may allow more"
+                fix = f"{error.message}; {count}; raise data.max_malformed_fraction to skip more"
                 raise MalformedRecordError(error.field, error.value, fix) from None
             if new and self.malformed <= _LOGGED:
                 logger.warning("skipped: %s", error)

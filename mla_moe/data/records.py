@@ -95,7 +95,7 @@ def _parquet(files: FrozenFiles, index: int, field: str, most: int) -> _Parsed:
         except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last of dates
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(field, path, f"cannot be read as Parquet: {error}") from None
+            raise ConfigError(field, path, f"cannot be read as Parquet: {error}; download or write it again") from None
 
 
 _READERS: dict[str, Callable[[FrozenFiles, int, str, int], _Parsed]] = {".json": _json, ".parquet": _parquet}

@@ -261,7 +261,7 @@ class Parquet(Sequence[Document]):
                 with pyarrow.parquet.ParquetFile(path) as file:
                     schema, metadata = file.schema_arrow, file.metadata
             except (pyarrow.ArrowException, OSError, ValueError) as error:
-                raise ConfigError(field, path, f"is not a Parquet file: {error}") from None
+                raise ConfigError(field, path, f"is not a Parquet file: {error}; download or write it again") from None
             column = next((name for name in (text_field, *KEYS) if name in schema.names), None)
             if column is None:
                 raise ConfigError("data.text_field", text_field, f"{path} has the columns {', '.join(schema.names)}")
@@ -295,7 +295,7 @@ class Parquet(Sequence[Document]):
                 with pyarrow.parquet.ParquetFile(opened) as file:
                     rows = file.read_row_group(group, columns=[self._columns[number]]).column(0)
             except (pyarrow.ArrowException, OSError, ValueError) as error:
-                raise ConfigError(self._field, where, f"cannot be read: {error}") from None
+                raise ConfigError(self._field, where, f"cannot be read: {error}; download it again") from None
         expected = self._ends[index] - (self._ends[index - 1] if index else 0)
         if len(rows) != expected:
             raise ConfigError(
@@ -333,7 +333,8 @@ class ArrayRecord(Sequence[str]):
         try:
             self._records = ArrayRecordDataSource(paths)
         except (RuntimeError, ValueError) as error:
-            raise ConfigError(field, paths[0], f"cannot be read as ArrayRecord: {error}") from None
+            fix = f"cannot be read as ArrayRecord: {error}; download or write it again"
+            raise ConfigError(field, paths[0], fix) from None
 
     def __len__(self) -> int:
         return len(self._records)

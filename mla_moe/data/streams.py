@@ -10,7 +10,7 @@ The documents that were trained on are counted by source and stream, and saved w
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 
@@ -44,15 +44,17 @@ class Batches:
         batch_size: int,
         streams: int,
         source: int = 0,
+        field: str = "data.train",
+        patterns: Sequence[str] = (),
     ):
         """`make(i)` opens stream i; `rows` are this process's sequences of each batch; `source` is the fingerprint of
-        the files."""
+        the files, which `patterns` of the recipe's `field` match."""
         per_stream = batch_size // streams
         if rows.start % per_stream or rows.stop % per_stream:
             local = rows.stop - rows.start
             fix = f"streams of {per_stream} sequences do not divide the {local} of a process; set more streams"
             raise ConfigError("data.streams", streams, fix)
-        self._make, self._source = make, source
+        self._make, self._source, self._field, self._patterns = make, source, field, tuple(patterns)
         self._mine = range(rows.start // per_stream, rows.stop // per_stream)
         self._prefetched: Future[list[Batch]] | None = None
         self._documents: dict[int, list[int]] = {}
@@ -99,8 +101,9 @@ class Batches:
         for number, stream in self._streams.items():
             position = json.loads(read(number))
             if position["source"] != self._source:
-                fix = "number, sizes or data.max_record_bytes differ from the checkpoint's; restore them or start anew"
-                raise ConfigError("data", "other files", fix)
+                different = "files differ from the checkpoint's in number, size or data.max_record_bytes"
+                fix = f"{different}; restore them or start another run"
+                raise ConfigError(self._field, self._patterns, fix)
             if (saved := position.get("streams", self._count)) != self._count:
                 fix = f"the checkpoint's position is in {saved}; set that, and a batch size that it divides"
                 raise ConfigError("data.streams", self._count, fix)

@@ -109,7 +109,7 @@ def _memory_map(path: str, field: str, tokens: TokenFormat | None) -> np.ndarray
         try:
             ids = np.lib.format.open_memmap(path, mode="r")
         except (ValueError, OSError, EOFError) as error:
-            raise ConfigError(field, path, f"cannot be read as .npy: {error}") from None
+            raise ConfigError(field, path, f"cannot be read as .npy: {error}; write it with numpy.save") from None
         fix = f"has {ids.dtype} of shape {ids.shape}; token ids are integers of one axis"
         require(ids.ndim == 1 and ids.dtype.kind in "iu", field, path, fix)
         return ids

@@ -71,7 +71,7 @@ class Engine:
         limit = cfg.max_position_embeddings
         require(max_num_seqs > 0, "max_num_seqs", max_num_seqs, "must be at least 1")
         require(max_model_len > 1, "max_model_len", max_model_len, "must hold a prompt and a new token")
-        fix = f"at most the model's max_position_embeddings = {limit}"
+        fix = f"must be at most the model's max_position_embeddings = {limit}"
         require(max_model_len <= limit, "max_model_len", max_model_len, fix)
         fix = "needs a model with an MTP module (num_nextn_predict_layers = 1)"
         require(not speculative or cfg.num_nextn_predict_layers > 0, "speculative", speculative, fix)

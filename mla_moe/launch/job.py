@@ -100,7 +100,7 @@ def job_name(name: str | None, recipe: Recipe) -> str:
         name = re.sub("[^a-z0-9]+", "-", Path(recipe.run_dir).name.lower()).strip("-")[:40].strip("-")
         name = name if re.match("[a-z]", name) else f"run-{name}".strip("-")
     ok = re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name) is not None
-    require(ok, "name", name, "at most 40 lower-case letters, digits and dashes, a letter first")
+    require(ok, "name", name, "must have at most 40 lower-case letters, digits and dashes, a letter first")
     return name
 
 

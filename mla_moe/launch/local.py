@@ -16,7 +16,7 @@ from mla_moe.launch.job import COORDINATOR_PORT, Job
 from mla_moe.parallel.mesh import MESH_AXES, mesh_shape
 
 _SECONDS_TO_END = 30.0
-"""After the failure of a process, until the others are killed: they wait for it in a collective."""
+"""Seconds after one process fails until the others, blocked in a collective, are killed."""
 
 
 def devices_per_process(mesh: MeshConfig, processes: int) -> int:
@@ -26,7 +26,7 @@ def devices_per_process(mesh: MeshConfig, processes: int) -> int:
     given = math.prod(size for size in sizes if size != -1)
     total = math.lcm(given, processes) if -1 in sizes else given
     mesh_shape(mesh, total)
-    fix = f"must divide the {total} devices of the mesh"
+    fix = f"must divide the {total} devices of the mesh; choose another number of processes or another mesh"
     require(total % processes == 0, "processes", processes, fix)
     return total // processes
 

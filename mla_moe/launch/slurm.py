@@ -9,7 +9,8 @@ from mla_moe.launch.job import GPUS, RESTARTS, Hosts, Job
 def batch_script(job: Job, hosts: Hosts) -> str:
     """The script for `sbatch`, submitted from the folder that has `.venv`. JAX reads the processes from the step's
     variables. Tasks get SIGTERM five minutes before the time limit, and save."""
-    require(hosts.kind in GPUS, "topology", f"{hosts.kind}:{hosts.shape}", f"Slurm has GPUs: {', '.join(GPUS)}")
+    fix = f"is a TPU; slurm launches GPUs only: write {'|'.join(GPUS)}:HOSTSxGPUS, or use gke or tpu-vm"
+    require(hosts.kind in GPUS, "topology", f"{hosts.kind}:{hosts.shape}", fix)
     return f"""\
 #!/bin/bash
 #SBATCH --job-name={job.name}

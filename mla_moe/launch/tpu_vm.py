@@ -41,7 +41,7 @@ gcloud compute tpus tpu-vm ssh {where} --worker=all --command={shlex.quote(host_
 
 
 def host_script(job: Job) -> str:
-    """What each host of the slice runs: it learns its number and those of the others from the metadata server."""
+    """What each host of the slice runs: it reads its index and the addresses of all hosts from the metadata server."""
     train = shlex.join([".venv/bin/mla-moe", *job.train])
     return """\
 cd mla_moe || exit 2

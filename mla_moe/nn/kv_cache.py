@@ -200,7 +200,7 @@ def new_positions(
     start_b = cache.length_B if slots is None else cache.length_B[slots]
     new_b = jnp.full_like(start_b, T) if lengths is None else lengths.astype(start_b.dtype)
     ok = not _is_known(new_b) or bool((np.asarray(new_b) <= T).all())
-    require(ok, "lengths", lengths, f"at most the {T} tokens of the padded batch")
+    require(ok, "lengths", lengths, f"must be at most the {T} tokens of the padded batch")
     new_b = jnp.clip(new_b, 0, T) if active is None else jnp.where(active, jnp.clip(new_b, 0, T), 0)
     end_b = start_b + new_b
     if _is_known(end_b):

@@ -43,7 +43,8 @@ class StackedLoRA(LoRA):
         self.adapter_of_column = tuple(i for i, (a, _) in parts.items() for _ in range(a.shape[-1]))
 
     def own(self, adapter_ids: Int[Array, "*N"] | None) -> Bool[Array, "*N r"]:
-        require(adapter_ids is not None, "adapter_ids", None, "say which adapter each sequence has; 0 is none")
+        fix = "is required for a model with several adapters; give the adapter of each sequence, 0 for none"
+        require(adapter_ids is not None, "adapter_ids", None, fix)
         assert adapter_ids is not None
         return adapter_ids[..., None] == jnp.asarray(self.adapter_of_column, adapter_ids.dtype)
 

@@ -80,7 +80,7 @@ class Reward:
     def _config_error(self, error: VerifierLoadError) -> ConfigError:
         name, why = error.args
         field, value = ("task.name", self._task_name) if name == "accuracy" else self._field(name)
-        return ConfigError(field, value, f"cannot be loaded: {why}")
+        return ConfigError(field, value, f"cannot be loaded: {why}; correct it, or name another")
 
     def _field(self, name: str) -> tuple[str, str]:
         return "task.reward_functions", self._functions[name]

@@ -52,8 +52,10 @@ class Teacher:
 def check_teacher(cfg: ModelConfig, field: str, path: str, recipe: Recipe) -> None:
     """Raise `ConfigError` for a model that has other logits than the student, or too few positions."""
     size, length = recipe.model.vocab_size, recipe.rl.max_prompt_tokens + recipe.rl.max_new_tokens
-    require(cfg.vocab_size == size, field, path, f"has {cfg.vocab_size} logits, and the student {size}")
+    fix = "name a teacher with the student's vocabulary"
+    require(cfg.vocab_size == size, field, path, f"has {cfg.vocab_size} logits and the student {size}; {fix}")
     fix = f"has {cfg.max_position_embeddings} positions, fewer than rl.max_prompt_tokens + rl.max_new_tokens = {length}"
+    fix += "; lower them, or name another teacher"
     require(cfg.max_position_embeddings >= length, field, path, fix)
 
 

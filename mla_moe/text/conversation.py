@@ -88,7 +88,7 @@ def _turn(render: Render, messages: Sequence[Message], tools: Sequence[Any] | No
     lost = next((text for text in expected if text.strip() not in completion), None)
     fix = "is lost by the chat template; it is another model's, or does not support this format of messages"
     require(lost is None, "messages", index, f"{str(lost)[:80]!r} of the assistant {fix}")
-    require(completion.strip() != "", "messages", index, "the assistant says nothing")
+    require(completion.strip() != "", "messages", index, "the assistant's turn is empty; remove it or give it content")
     return Turn(asks, completion, _following(render, messages, tools, index, written))
 
 
@@ -162,7 +162,8 @@ def _tool_names(message: Message) -> list[str]:
 def _divergence(prompt: str, written: str) -> str:
     at = next((i for i, pair in enumerate(zip(prompt, written, strict=False)) if pair[0] != pair[1]), 0)
     asked, found = (text[max(at - 20, 0) : at + 20] for text in (prompt, written))
-    return f"asks for a turn after {asked!r} and writes {found!r} there: the assistant's tokens cannot be found"
+    different = f"renders {asked!r} in the prompt and {found!r} in the whole conversation"
+    return f"{different}, so the assistant's tokens cannot be found; use the template of the model's release"
 
 
 def _encode(

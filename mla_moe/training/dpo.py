@@ -67,7 +67,12 @@ class DPOTrainer(NextTokenTrainer):
 
     @cached_property
     def dataset(self) -> PreferenceDataset:
-        return self._open(self.context.recipe.dpo.data, "dpo.data")
+        field, patterns = self.data_files
+        return self._open(patterns, field)
+
+    @property
+    def data_files(self) -> tuple[str, Sequence[str]]:
+        return "dpo.data", self.context.recipe.dpo.data
 
     @cached_property
     def heldout(self) -> PreferenceDataset | None:

@@ -39,6 +39,11 @@ class NextTokenTrainer(Trainer[TrainState, Batch]):
     def dataset(self) -> SkipMalformed | SFTDataset | PreferenceDataset:
         """The documents or the examples."""
 
+    @property
+    @abc.abstractmethod
+    def data_files(self) -> tuple[str, Sequence[str]]:
+        """The recipe field of the training files, and its patterns."""
+
     @abc.abstractmethod
     def open_stream(self, **options: int) -> grain.DatasetIterator[Batch]:
         """One of several streams of batches, with the options of `data.train_batches`."""
@@ -54,7 +59,8 @@ class NextTokenTrainer(Trainer[TrainState, Batch]):
             return self.open_stream(shard=number, **options)
 
         indices = self._abstract_batch.sharding.addressable_devices_indices_map((size, length))
-        return Batches(open_stream, process_rows(indices.values(), size), size, streams, self.dataset.fingerprint)
+        rows = process_rows(indices.values(), size)
+        return Batches(open_stream, rows, size, streams, self.dataset.fingerprint, *self.data_files)
 
     def make_step(self) -> Wrapped:
         """The jitted step `(state, *constants, batch) -> (state, metrics)`, which donates the state."""

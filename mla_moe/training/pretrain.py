@@ -86,6 +86,10 @@ class PretrainTrainer(NextTokenTrainer):
     def dataset(self) -> SkipMalformed:
         return self._dataset
 
+    @property
+    def data_files(self) -> tuple[str, Sequence[str]]:
+        return "data.train", self.context.recipe.data.train
+
     def initial_state(self, position: DataPosition) -> tuple[TrainState, int | None]:
         context, init_from = self.context, self.context.recipe.init_from
         state = initial_state(context, self.tx, self.training.steps, position)

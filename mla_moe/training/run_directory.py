@@ -50,7 +50,8 @@ def _prepare(recipe: Recipe, run_dir: Path) -> None:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError("run_dir", recipe.run_dir, f"cannot be created: {error.strerror}") from None
+        fix = "name a directory that can be written"
+        raise ConfigError("run_dir", recipe.run_dir, f"cannot be created: {error.strerror}; {fix}") from None
     if jax.process_index() == 0:
         _lock(run_dir)
         if former and changes:

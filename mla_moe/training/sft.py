@@ -78,7 +78,12 @@ class SFTTrainer(NextTokenTrainer):
 
     @cached_property
     def dataset(self) -> SFTDataset:
-        return self._open(self._patterns, f"{self.name}.data")
+        field, patterns = self.data_files
+        return self._open(patterns, field)
+
+    @property
+    def data_files(self) -> tuple[str, Sequence[str]]:
+        return f"{self.name}.data", self._patterns
 
     @cached_property
     def heldout(self) -> SFTDataset | None:

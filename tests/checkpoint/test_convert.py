@@ -255,8 +255,8 @@ def test_only_floating_point_dtypes_of_weights_are_accepted(tmp_path, dtype):
         lambda: save_pretrained(load_pretrained(source), tmp_path / "out", dtype),
     )
     for action in actions:
-        with pytest.raises(ConfigError, match=r"dtype = .*: one of float32, float16, bfloat16"):
+        with pytest.raises(ConfigError, match=r"dtype = .*: must be one of float32, float16, bfloat16"):
             action()
-    with pytest.raises(ConfigError, match="to = 'huggingface': one of hf, orbax"):
+    with pytest.raises(ConfigError, match="to = 'huggingface': must be one of hf, orbax"):
         convert(source, tmp_path / "out", to="huggingface")
     assert not list(tmp_path.iterdir())

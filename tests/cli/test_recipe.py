@@ -54,7 +54,7 @@ def test_prompts_and_completions_of_rl_fit_the_model_unless_flags_set_them(check
     rl = open_recipe("configs/rl.py", flags, "train").rl
     assert (rl.max_prompt_tokens, rl.max_new_tokens) == (32, 96)
     assert "4096 is more than the model has positions; 32 + 96 instead" in caplog.text
-    with pytest.raises(ConfigError, match=r"196: at most model\.max_position_embeddings = 128"):
+    with pytest.raises(ConfigError, match=r"196: must be at most model\.max_position_embeddings = 128"):
         open_recipe("configs/rl.py", [*flags, "--rl.max-prompt-tokens", "100"], "train")
     caplog.clear()
     rl = open_recipe("configs/rl.py", [*flags, "--rl.max-new-tokens", "64"], "train").rl

@@ -195,7 +195,7 @@ def test_generate_and_eval_merge_an_adapter_into_the_checkpoint(capsys, tmp_path
         (["a=x", "a=y"], "each adapter needs a name of its own"),
         (["k2=lora/trained"], "adapter = 'k2': is the name of the model itself"),
         (["a=lora"], "is neither a run nor a directory in PEFT's layout"),
-        (["a=broken"], "is not finite"),
+        (["a=broken"], "has NaN or infinity"),
     ],
 )
 def test_adapters_that_cannot_be_served_are_refused(base, values, message, monkeypatch, capsys, tmp_path):

@@ -171,7 +171,7 @@ def test_a_slice_that_is_lost_is_not_waited_for(launch, execute):
         (["gke", "--topology", "v5p:3x3x3", "--image", "x"], "topology = 'v5p:3x3x3': a slice has one host, or hosts"),
         (["gke", "--image", "x"], "topology = None: name the devices"),
         (["slurm", "--topology", "h100:3x3"], "mesh = .*must multiply to the number of devices, 9"),
-        (["slurm", "--topology", "v6e:2x4"], "topology = 'v6e:2x4': Slurm has GPUs"),
+        (["slurm", "--topology", "v6e:2x4"], "topology = 'v6e:2x4': is a TPU; slurm launches GPUs only"),
         (["tpu-vm", "--topology", "v7x:2x2x1"], "topology = 'v7x:2x2x1': has no TPU VMs"),
         (["local", "--processes", "3"], "processes = 3|mesh = "),
         (["slurm", "--topology", "h100:1x8", "--name", "A_b"], "name = 'A_b'"),

@@ -51,8 +51,8 @@ def test_a_wrong_rank_or_name_is_named_where_it_is_given():
         "rope_scaling = {'rope_type': 'linear'}: is read by mla_moe.rope_scaling({…}): give what that returns",
         "router = 'tuple': must return a mla_moe.Routing",
         "lora.rank = 0: adapters need a rank, such as 16",
-        "optimizer.name = 'lion': one of 'adamw', 'muon'",
-        "optimizer.schedule.decay_shape = 'exp': one of 'cosine', 'linear', '1-sqrt'",
+        "optimizer.name = 'lion': must be one of 'adamw', 'muon'",
+        "optimizer.schedule.decay_shape = 'exp': must be one of 'cosine', 'linear', '1-sqrt'",
         "optimizer.name = 'muon': no weight is in the group matrix; give weights with Flax's metadata, before they "
         "become plain arrays",
         "rules.embed = 'pd': the mesh has dp",

@@ -186,7 +186,7 @@ def test_a_run_without_a_replica_in_another_process_is_refused(sizes, recipe, tm
         ("local_every", {"local_dir": "/local"}, "set both"),
         ("local_every", {"local_every": 2}, "set both"),
         ("local_every", {"local_dir": "/local", "local_every": 100}, "fewer than checkpoint.every = 100"),
-        ("local_every", {"local_dir": "/local", "local_every": 0}, "at least 1 step"),
+        ("local_every", {"local_dir": "/local", "local_every": 0}, "must be at least 1 and"),
     ],
 )
 def test_wrong_settings_are_refused(field, values, message):

@@ -141,7 +141,7 @@ def test_a_teacher_that_does_not_fit_the_student_is_refused(recipe, teacher, tea
     other = tmp_path / "other"
     cfg = dataclasses.replace(teacher_cfg, vocab_size=300)
     mla_moe.save_pretrained(mla_moe.Transformer(cfg, rngs=nnx.Rngs(0)), other)
-    refused("has 300 logits, and the student 258", str(other))
+    refused("has 300 logits and the student 258", str(other))
     model = dataclasses.replace(recipe.model, vocab_size=300)
     paths = []
     for name in ("test_distillation.py", "test_trainer.py"):

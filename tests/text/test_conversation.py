@@ -203,9 +203,9 @@ def test_a_token_never_lies_on_both_sides_of_the_prompts_end(sequences):
         ("{% for m in messages if m.role != 'user' %}{{ m.content }}{% endfor %}", "'one' of the user is lost"),
         (
             "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<|Assistant|>{% endif %}",
-            r"asks for a turn after 'one<\|Assistant\|>' and writes 'onetwo' there",
+            r"renders 'one<\|Assistant\|>' in the prompt and 'onetwo' in the whole conversation",
         ),
-        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "asks for a turn after '1one'"),
+        ("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}", "renders '1one' in the prompt"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", "does not render tools"),
     ],
 )
@@ -227,4 +227,4 @@ def test_in_the_worker_process(directory):
     (ids, [[start, end]]) = found[0][0]
     assert (end, ids[-1]) == (len(ids), chat.stop_ids[0])
     assert ids[:start] == chat.encode_chat([PLAIN[0]])
-    assert found[1].startswith("messages = 1: the chat template asks for a turn after '<s>")
+    assert found[1].startswith("messages = 1: the chat template renders '<s>")

@@ -189,5 +189,5 @@ def test_dropout_that_no_stage_has_is_refused(small):
 def test_dropout_without_adapters_is_refused():
     with pytest.raises(ConfigError, match=r"^lora.dropout = 0.1: needs adapters; set lora.rank"):
         LoRAConfig(dropout=0.1)
-    with pytest.raises(ConfigError, match=r"^lora.dropout = 1.0: a probability below 1"):
+    with pytest.raises(ConfigError, match=r"^lora.dropout = 1.0: must be a probability below 1"):
         LoRAConfig(rank=1, dropout=1.0)

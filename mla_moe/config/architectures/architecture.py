@@ -87,7 +87,7 @@ class Architecture:
         """`rope_theta` and `rope_scaling`. transformers 5 writes `rope_parameters`, which includes theta; the released
         files have `rope_scaling`."""
         given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-        require(isinstance(given, dict), "rope_scaling", given, "an object")
+        require(isinstance(given, dict), "rope_scaling", given, "must be an object")
         rope = dict(given)
         theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
         scaling = rope_scaling(rope)
@@ -115,7 +115,7 @@ class Architecture:
             require_field(cfg, name, getattr(cfg, name) == only, f"{self.model_type} has {only!r}; see model_type")
         beta = cfg.rope_scaling.llama_4_scaling_beta if cfg.rope_scaling else 0.0
         ok = "llama_4_scaling_beta" in self.extensions or not beta
-        require(ok, "rope_scaling.llama_4_scaling_beta", beta, f"is no part of {self.model_type}")
+        require(ok, "rope_scaling.llama_4_scaling_beta", beta, f"is no part of {self.model_type}; set 0")
 
     def tensor_name(self, name: str) -> str:
         """The name in a checkpoint of a tensor that has this `name` in DeepSeek-V3."""
@@ -138,7 +138,7 @@ def leading_dense_layers(config: Mapping[str, Any]) -> int:
     if types is None:
         first = config.get("first_k_dense_replace")
         return 1 if first is None else first
-    require(isinstance(types, list), "mlp_layer_types", types, "a list of 'dense' and 'sparse'")
+    require(isinstance(types, list), "mlp_layer_types", types, "must be a list of 'dense' and 'sparse'")
     dense, layers = types.count("dense"), config.get("num_hidden_layers")
     fix = f"only dense layers before sparse ones, {layers} in all, are part of this architecture"
     require(types == ["dense"] * dense + ["sparse"] * (len(types) - dense), "mlp_layer_types", types, fix)

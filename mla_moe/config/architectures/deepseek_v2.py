@@ -44,7 +44,8 @@ class DeepseekV2(Architecture):
     def check(self, cfg: ModelConfig) -> None:
         super().check(cfg)
         methods = "greedy", "group_limited_greedy"
-        require_field(cfg, "topk_method", cfg.topk_method in methods, f"one of {', '.join(methods)} goes with softmax")
+        fix = f"must be one of {', '.join(methods)}, which go with softmax"
+        require_field(cfg, "topk_method", cfg.topk_method in methods, fix)
 
 
 ARCHITECTURE = DeepseekV2()

@@ -49,7 +49,7 @@ class GlmMoeDsa(DeepseekV32):
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         types = config.get("indexer_types") or self._derived_types(config)
         ok = isinstance(types, list | tuple) and all(isinstance(kind, str) for kind in types)
-        require(ok, "indexer_types", types, "a list of 'full' and 'shared'")
+        require(ok, "indexer_types", types, "must be a list of 'full' and 'shared'")
         return super().read(config) | {"indexer_types": types if "shared" in types else None}
 
     def write(self, cfg: ModelConfig) -> dict[str, Any]:
@@ -63,8 +63,8 @@ class GlmMoeDsa(DeepseekV32):
         frequency, offset = config.get("index_topk_freq"), config.get("index_skip_topk_offset")
         frequency, offset = 1 if frequency is None else frequency, 2 if offset is None else offset
         for name, value in (("num_hidden_layers", layers), ("index_topk_freq", frequency)):
-            require(type(value) is int and value > 0, name, value, "a positive integer")
-        require(type(offset) is int, "index_skip_topk_offset", offset, "an integer")
+            require(type(value) is int and value > 0, name, value, "must be a positive integer")
+        require(type(offset) is int, "index_skip_topk_offset", offset, "must be an integer")
         assert isinstance(layers, int)
         return _types(min(layers, 10**6), frequency, offset)
 

@@ -34,10 +34,12 @@ class KimiK25(DeepseekV3):
 
     def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
         text = config.get("text_config")
-        require(isinstance(text, dict), "text_config", text, "an object: the configuration of the language model")
+        require(
+            isinstance(text, dict), "text_config", text, "must be an object: the configuration of the language model"
+        )
         assert isinstance(text, dict)
         kind, known = text.get("model_type"), (None, "kimi_k2", "deepseek_v3")
-        require(kind in known, "text_config.model_type", kind, f"one of {', '.join(known[1:])}")
+        require(kind in known, "text_config.model_type", kind, f"must be one of {', '.join(known[1:])}")
         return super().read(text)
 
     def write(self, cfg: ModelConfig) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class Mistral4(Architecture):
 
     def read_rope(self, config: Mapping[str, Any]) -> dict[str, Any]:
         rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-        require(isinstance(rope, dict), "rope_parameters", rope, "an object")
+        require(isinstance(rope, dict), "rope_parameters", rope, "must be an object")
         rope = {name: value for name, value in rope.items() if name != "max_position_embeddings"}
         partial = rope.pop("partial_rotary_factor", None)
         widths = [config.get(name) for name in ("qk_rope_head_dim", "qk_nope_head_dim")]

@@ -24,16 +24,16 @@ class BaseReference(NamedTuple):
 
     directory: str
     dtype: str
-    """Of the matrices on the devices, of which `checksum` is; another platform may use another, or the recipe other
-    formats of a quantized base."""
+    """Dtype of the matrices on the devices when `checksum` was computed; another platform may have another, or the
+    recipe other formats of a quantized base."""
     checksum: int
     fingerprint: int | None = None
     """`checkpoint.adapter.fingerprint`, which every command compares; None in checkpoints of before there was one."""
 
     @classmethod
     def create(cls, start: str | Path, frozen: Arrays) -> "BaseReference":
-        """Of the frozen parameters that were loaded from the checkpoint `start`, or from the base of its adapters.
-        Raises `CheckpointError` if that base has changed since they were trained."""
+        """A reference to the frozen parameters that were loaded from the checkpoint `start`, or from the base of its
+        adapters. Raises `CheckpointError` if that base has changed since they were trained."""
         source = open_checkpoint(start)
         if isinstance(source, AdapterCheckpoint):
             name = source.base_name
@@ -62,7 +62,7 @@ class BaseReference(NamedTuple):
 
 
 def _dtype(frozen: Arrays) -> str:
-    """That of the embedding, and if matrices are quantized a checksum of all dtypes."""
+    """The dtype of the embedding, and if matrices are quantized a checksum of all dtypes."""
     name, dtypes = frozen["embed"].dtype.name, {path: x.dtype.name for path, x in frozen.items()}
     quantized = any(dtype.removeprefix("u").startswith("int") for dtype in dtypes.values())
     return f"{name} {zlib.crc32(json.dumps(dtypes, sort_keys=True).encode()):08x}" if quantized else name

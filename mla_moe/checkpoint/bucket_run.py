@@ -57,8 +57,8 @@ _BARRIER_MILLISECONDS = 3_600_000
 
 @contextlib.contextmanager
 def _during_run() -> Generator[None]:
-    """What the bucket refuses once a run goes on is an error of the connection, which a restart may mend, and no
-    invalid input (`cli.errors`)."""
+    """During a run, report an error of the bucket as `ConnectionError` (status 1: a launcher restarts), not as invalid
+    input (status 2; `cli.errors`)."""
     try:
         yield
     except ConfigError as error:
@@ -86,7 +86,7 @@ class Mirror:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the first process of a run. Readers do not ask, which would open their devices."""
+        """Whether this is the first process of a run. Readers must not read it: it initializes the JAX backend."""
         return jax.process_index() == 0
 
     def url_of(self, path: Path) -> str:
@@ -136,7 +136,7 @@ class Mirror:
     def upload(self, at_most: int | None = None) -> None:
         """Upload the files that have changed, and remove those that are gone. Of files of more than `at_most` bytes, if
         given, only those that have grown by `_GROWTH`. Checkpoints are left to `bucket_steps`. Raises `ConnectionError`
-        if the bucket refuses, or another process has taken over the run."""
+        if the bucket rejects the request, or another process has taken over the run."""
         with self._lock:
             self.require_held()
             self._upload(at_most)
@@ -152,7 +152,7 @@ class Mirror:
                 if before == state or waits:
                     continue
                 with tempfile.TemporaryDirectory(prefix="mla_moe-upload-") as folder:
-                    copy = shutil.copyfile(path, Path(folder) / path.name)  # a file that grows has no size
+                    copy = shutil.copyfile(path, Path(folder) / path.name)  # the file may grow during the upload
                     upload_object(self._fs, copy, f"{self._root}/{name}", self._field, self.url)
             except FileNotFoundError:  # replaced or removed meanwhile
                 continue
@@ -207,12 +207,13 @@ class Mirror:
                 self.remove(self.object_of(stage / name))
 
     def names(self, folder: Path) -> set[str]:
-        """Names of the objects and folders below a folder. Raises `ConfigError` if the bucket refuses."""
+        """Names of the objects and folders below a folder. Raises `ConfigError` if the bucket rejects the
+        request."""
         return {entry["name"].rstrip("/").rpartition("/")[2] for entry in self._list(self.object_of(folder))}
 
     def start(self) -> None:
-        """Hold the run and its files: as the run's own mirror, not a reader's. Raises `ConfigError` if another process
-        trains there. Of several processes each calls it."""
+        """Acquire the run's lease and download its files: as the run's own mirror, not a reader's. Raises `ConfigError`
+        if another process trains there. Of several processes each calls it."""
         self._barriers = Barriers()
         if self.is_first:
             self._lease.acquire()
@@ -231,7 +232,7 @@ class Mirror:
 
     @_during_run()
     def synchronize(self) -> None:
-        """Bring what the first process has written to the others. All call it at the same place."""
+        """Bring what the first process has written to the others. All call it at the same point of the run."""
         with self._lock:  # nothing changes in the bucket while the others read
             if self.is_first:
                 self.upload()
@@ -241,14 +242,14 @@ class Mirror:
             self._barriers.wait()
 
     def close(self) -> None:
-        """Upload what is left and let go of the run."""
+        """Upload what is left and release the lease."""
         if self._holds:
             self._holds = False
             self._closed.set()
             if self.is_first:
                 self._thread.join()
             try:
-                self.upload() if self.is_first else self._upload()  # the first may have let go of it
+                self.upload() if self.is_first else self._upload()  # the first may have released it
             finally:
                 self._lease.release()
 
@@ -305,7 +306,7 @@ def location(path: Path) -> str:
 
 
 def open_run(run_dir: str) -> Path:
-    """The directory of a run that trains: `run_dir`, or for a URL its mirror, which this process then holds. Raises
+    """The directory of a run that trains: `run_dir`, or for a URL its mirror, with the run's lease. Raises
     `ConfigError` as `Mirror.start` does."""
     if not is_bucket(run_dir):
         return Path(run_dir)
@@ -315,7 +316,7 @@ def open_run(run_dir: str) -> Path:
 
 
 def close_run(run_dir: Path, *, failed: bool = False) -> None:
-    """Upload what a run in a bucket has written. Raises `ConnectionError` if the bucket refuses; of a run that has
+    """Upload what a run in a bucket has written. Raises `ConnectionError` if the bucket rejects it; of a run that has
     `failed`, whose own error is the one to report, that is logged."""
     if mirror := mirror_of(run_dir):
         try:
@@ -328,7 +329,8 @@ def close_run(run_dir: Path, *, failed: bool = False) -> None:
 
 def read_run(url: Any, field: str, *, metrics: bool = False) -> Path | None:
     """The local directory of a run in a bucket, or of its stage or step if the URL is of one, with its metrics if
-    asked for; None if there is no run. Raises `ConfigError` on `field` if the bucket refuses."""
+    asked for; None if there is no run. Raises `ConfigError` on `field` if the bucket rejects the
+    request."""
     text = shown(url).rstrip("/")
     within = _STEP.fullmatch(text)
     mirror = Mirror(within[1] if within else text, field)

@@ -26,11 +26,11 @@ from mla_moe.checkpoint.orbax_layout import StateArrays, array_spec
 from mla_moe.config import CheckpointConfig
 
 _CHUNK_BYTES = 64 << 20
-"""Larger shards are stored in chunks, as `manager` has Orbax do it. An object is written at once or not at all."""
+"""Larger shards are stored in chunks, as `manager` has Orbax do it. An object is written atomically."""
 _REQUESTS = 16
 """Arrays that are written or read at one time."""
 _DAMAGED = ("FAILED_PRECONDITION: ", 'NOT_FOUND: Error opening "zarr" driver: Metadata at')
-"""TensorStore's errors that say something of what is stored: it cannot be parsed, or is not there. All others are of
+"""TensorStore's errors about what is stored: it cannot be parsed, or is not there. All others are of
 the connection or of credentials, such as an expired token, for which S3 has the status of an invalid request."""
 
 
@@ -57,7 +57,7 @@ class Shard(NamedTuple):
 
 
 class BucketSteps:
-    """As much of `ocp.CheckpointManager` as `CheckpointManager` uses."""
+    """The part of `ocp.CheckpointManager` that `CheckpointManager` uses."""
 
     def __init__(self, directory: Path, mirror: Mirror, config: CheckpointConfig):
         self.directory, self._mirror, self._config = directory, mirror, config
@@ -150,9 +150,9 @@ def _write_json_files(staged: Path, args: Any, custom_metadata: dict[str, Any]) 
         for name in items
     }
     handlers["state"] = ocp.PyTreeCheckpointHandler(use_ocdbt=False, multiprocessing_options=alone)
-    # Not in the background: of several processes that save at once, the signal of another would pass for the own one.
-    at_once = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-    options = ocp.CompositeOptions(multiprocessing_options=alone, async_options=at_once)
+    # Synchronous: when several processes save concurrently, Orbax would take another process's signal for its own.
+    synchronous = ocp.options.AsyncOptions(create_directories_asynchronously=False)
+    options = ocp.CompositeOptions(multiprocessing_options=alone, async_options=synchronous)
     composite = ocp.CompositeCheckpointHandler(composite_options=options, **handlers)
     with ocp.Checkpointer(composite, multiprocessing_options=alone) as checkpointer:
         written = ocp.args.Composite(state=ocp.args.PyTreeSave(placeholders), **items)
@@ -182,7 +182,7 @@ def _metadata(keys: tuple[Any, ...], x: jax.Array) -> Metadata:
 
 
 def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """The shape of chunks that a shard has a whole number of: no two shards, which are written at once, have one."""
+    """Chunk shape that divides the shard's: no two shards, which are written concurrently, share a chunk."""
     chunk = list(shape)
     for axis, size in enumerate(shape):
         while np.prod(chunk) * itemsize > _CHUNK_BYTES and chunk[axis] > 1:
@@ -237,7 +237,7 @@ def _unavailable(step: Path) -> Generator[None]:
         yield
     except MemoryError:
         raise
-    except Exception as error:  # by TensorStore, whose types say little
+    except Exception as error:  # by TensorStore, whose types carry little information
         if not any(name in str(error) for name in _DAMAGED):
             fix = "check the connection and your credentials; the same command resumes"
             raise ConnectionError(f"{location(step)}: cannot be read ({str(error)[:200]}); {fix}") from None

@@ -50,10 +50,9 @@ def convert(
     are copied and never executed.
 
     LoRA adapters become a directory for PEFT, which names their base; with `merge_adapter` they are added to the
-    weights of the base, and the complete model is written. Raises `CheckpointError` if `dst` exists or is inside
-    `src`, and if `src` is not valid, `ConfigError` if the Hub refuses, and `CheckpointSaveError` or another `OSError`
-    if the disk is full.
-    """
+    weights of the base, and the complete model is written. Raises `CheckpointError` if `dst` exists or is inside `src`,
+    and if `src` is not valid, `ConfigError` if the Hub rejects it, and `CheckpointSaveError` or another `OSError` if
+    the disk is full."""
     require(to in ("hf", "orbax"), "to", to, "must be one of hf, orbax")
     require_path("path", dst)
     fix = "takes Hugging Face's layout; convert with --to hf"

@@ -58,7 +58,7 @@ class HFTensors(SafetensorsReader):
         schemes = read_schemes(config)  # before a type that only kinds of quantization have that are not read
         super().__init__(directory, remote)
         self.quantized: dict[str, Scheme] = {}
-        """Of each quantized matrix its scheme: the first one in config.json that its codes and scales fit."""
+        """Schemes of the quantized matrices: the first one in config.json that its codes and scales fit."""
         self.code_names: dict[str, str] = {}
         """The name of the matrix for that of its codes."""
         self._packed_shapes: dict[str, tuple[int, ...]] = {}

@@ -36,7 +36,7 @@ class TensorMapping(NamedTuple):
     row_sizes: tuple[int, ...]
     """Sizes of the parameter's axes that are flattened into the tensor's first axis."""
     column_sizes: tuple[int, ...] = ()
-    """The same for the second axis; empty for a vector."""
+    """Sizes of the axes that are flattened into its second axis; empty for a vector."""
     first_row: int = 0
     """The matrix's first row in the tensor of all experts."""
     stacked_shape: tuple[int, ...] = ()

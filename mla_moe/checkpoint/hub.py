@@ -51,7 +51,8 @@ def is_side_file(name: str) -> bool:
 def local_checkpoint(path: str | Path, field: str = "checkpoint") -> Path:
     """The local directory of a checkpoint: `path` itself, or the cached copies of a model of the Hub or of a directory
     in a bucket, or the mirror of a run there. Of the former only the safetensors that the reader takes are downloaded,
-    and what is beside them. Raises `ConfigError` on `field` if the Hub or the bucket refuses or lacks a file."""
+    and what is beside them. Raises `ConfigError` on `field` if the Hub or the bucket rejects the request or
+    lacks a file."""
     if is_bucket(path):
         if run := read_run(path, field):
             return run

@@ -24,8 +24,8 @@ WAIT = 4 * INTERVAL
 
 
 class Lease:
-    """Held by one process at a time. A holder that was killed is known at once on its own host, and elsewhere after
-    `WAIT`; one that went on after that finds out before it commits anything (`require_held`)."""
+    """Held by one process at a time. If the holder was killed, its own host detects it immediately, other hosts after
+    `WAIT`. A holder that resumes later detects in `require_held` that it lost the lease, before it commits."""
 
     def __init__(self, fs: "AbstractFileSystem", path: str, url: str):
         self._fs, self._path, self._url = fs, path, url
@@ -34,7 +34,7 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def acquire(self) -> None:
-        """Raises `ConfigError` if another process holds it, or the bucket refuses."""
+        """Raises `ConfigError` if another process holds it, or the bucket rejects the request."""
         held = self._read()
         if held is not None and not _is_dead(held):
             logger.warning("%s: waiting up to %.0f s to see whether another process trains there", self._url, WAIT)
@@ -47,7 +47,7 @@ class Lease:
         self._thread.start()
 
     def follow(self) -> None:
-        """Let this process share what another one of the same run has acquired, which renews and releases it."""
+        """Use the lease that process 0 of this run acquired, renews and releases."""
         self._holder["id"] = (self._read() or {}).get("id")
 
     def require_held(self) -> None:
@@ -56,7 +56,8 @@ class Lease:
             raise self._error("another process has taken over; end one of them")
 
     def release(self) -> None:
-        """Remove the object. Where the bucket refuses it stays, and another process waits until it counts as dead."""
+        """Remove the object. Where the bucket rejects that it stays, and another process waits until it counts as
+        dead."""
         if not self._thread.is_alive():
             return
         self._closed.set()

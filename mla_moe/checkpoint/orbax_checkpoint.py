@@ -149,7 +149,7 @@ class OrbaxCheckpoint:
             return
 
         def sum_of_shards(path: str) -> int:
-            """Of this process's shards without replicas: over all processes, each shard once."""
+            """Checksum of this process's shards without replicas: over all processes, each shard once."""
             shards = (shard for shard in arrays[path].addressable_shards if shard.replica_id == 0)
             return sum(self._shard_checksums[path][str(shard.index)] for shard in shards) % 2**32
 

@@ -55,9 +55,9 @@ class PeftModule(NamedTuple):
     target: str
     """The module's name, or the parameter's."""
     path: str
-    """Of our parameter."""
+    """Path of the parameter in this package."""
     index: Index
-    """Of the module in our parameter."""
+    """Index of the module in that parameter."""
     module: str
     """The module that PEFT wraps."""
     experts: int
@@ -93,10 +93,10 @@ class _Tensor(NamedTuple):
 
     name: str
     path: str
-    """Of the factor."""
+    """Path of the factor."""
     index: Index
     shape: tuple[int, ...]
-    """Of that part of the factor."""
+    """Shape of that part of the factor."""
     experts: int
 
     def to_peft(self, part: np.ndarray) -> np.ndarray:

@@ -39,7 +39,7 @@ class _Layout(NamedTuple):
 
     quantized_format: QuantizedFormat
     shape: tuple[int, ...]
-    """Of the parameter before it was quantized."""
+    """Shape of the parameter before it was quantized."""
     block: tuple[int, ...]
     packed_axis: int | None
     batch: tuple[int, ...]
@@ -69,7 +69,7 @@ class QuantizedBase:
 
     @property
     def formats(self) -> Mapping[str, QuantizedFormat]:
-        """Of the quantized matrices, by path."""
+        """Formats of the quantized matrices, by path."""
         return self._model.formats
 
     @cached_property
@@ -174,7 +174,7 @@ class QuantizedBase:
 
 
 def _quantize_int4(matrix: np.ndarray, _: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Of a matrix [inputs, outputs]."""
+    """Codes and scales of a matrix [inputs, outputs]."""
     words, scale = compressed_tensors.quantize_int4(np.ascontiguousarray(matrix.T))
     return np.ascontiguousarray(words.view(np.uint8).T), np.ascontiguousarray(scale.T)
 
@@ -221,7 +221,7 @@ def _scale_of(stored: StoredMatrix, layout: _Layout, region: Region) -> np.ndarr
     blocks, n = [layout.block[axis] for axis in layout.axes], layout.inputs
 
     def numbers(region: Region, blocks: list[int], sizes: tuple[int, ...], stored_block: int) -> np.ndarray:
-        """Of the stored block that each block is in, along the inputs or the outputs."""
+        """Numbers of the stored blocks that each block is in, along the inputs or the outputs."""
         starts: Any = 0
         for part, block, size in zip(region, blocks, sizes, strict=True):
             starts = np.add.outer(starts * size, np.arange(part.start, part.stop, block))

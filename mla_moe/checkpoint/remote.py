@@ -25,7 +25,7 @@ class RemoteCheckpoint:
 
     def __init__(self, url: str | Path, temporary: Path, field: str = "checkpoint"):
         """`temporary` is an empty directory for all that is downloaded. Raises `ConfigError` on `field` if the storage
-        refuses or lacks a file."""
+        rejects the request or lacks a file."""
         self._url, self._field = url, field
         self.directory, self._held = temporary / "checkpoint", temporary / "held"
         for folder in (self.directory, self._held, temporary / "headers"):

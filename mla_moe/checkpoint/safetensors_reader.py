@@ -36,7 +36,7 @@ DTYPES: Mapping[str, np.dtype] = {
 }
 WEIGHT_DTYPES = (np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
 MAX_HEADER_BYTES = MAX_JSON_BYTES
-"""Of the headers of all files; those of Kimi-K2 have half. The format allows more."""
+"""Largest size of the headers of all files; those of Kimi-K2 have half. The format allows more."""
 MAX_DIMENSIONS = 8
 
 

@@ -88,7 +88,8 @@ def write_checkpoint(
 ) -> None:
     """Write tensors as `model.safetensors`, or as numbered shards of at most `max_shard_bytes` and their index, their
     `config.json`, and copies of `files` by name. The directory appears only when it is complete; a URL
-    of the Hub is one commit. Raises `CheckpointError` if the directory exists, and `ConfigError` if the Hub refuses."""
+    of the Hub is one commit. Raises `CheckpointError` if the directory exists, and `ConfigError` if the Hub rejects
+    it."""
     shards: list[list[TensorEntry]] = [[]]
     filled, total = 0, sum(entry.nbytes for entry in entries)
     for entry in entries:

@@ -38,7 +38,7 @@ class Eval:
     """answer_tags, boxed, last_number, choice, regex:PATTERN, or auto, which tries several. By default the run's, else
     auto."""
     split: Literal["test", "validation", "all"] | None = None
-    """By default test; all for a JSON Lines file that is not the run's."""
+    """Split of the prompts, by default test; all for a JSON Lines file that is not the run's."""
     prompts: int = 128
     """Number of prompts: the first of the split. If it has fewer, all of them."""
     samples: int = 4
@@ -46,9 +46,9 @@ class Eval:
     max_prompt_tokens: int | None = None
     """Longer prompts are skipped and counted. By default the run's, else 512 or what the model's length leaves."""
     max_new_tokens: int | None = None
-    """By default the run's, else 1024 or what the model's length leaves."""
+    """Longest completion in tokens. By default the run's, else 1024 or what the model's length leaves."""
     temperature: float | None = None
-    """Of the sampled completions. By default the run's, else 1."""
+    """Temperature of the sampled completions. By default the run's, else 1."""
     max_num_seqs: int = 64
     """Sequences decoded at the same time (sequence slots)."""
     seed: int = 0

@@ -201,7 +201,7 @@ class Recipe:
 
 def with_overrides(recipe: Recipe, flags: Sequence[str], prog: str, description: str = "") -> Recipe:
     """The recipe with the fields that the command-line flags `--section.field VALUE …` override. Raises `ConfigError`
-    for a value that a field refuses. Prints a message and raises `SystemExit` for `--help`, an unknown flag, and a flag
+    for an invalid value of a field. Prints a message and raises `SystemExit` for `--help`, an unknown flag, and a flag
     by the old name of a field."""
     import tyro
 

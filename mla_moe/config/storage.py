@@ -27,7 +27,7 @@ _BUCKETS = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gcs")}
 """Scheme -> the module that reads it, and the extra of this package with it."""
 _CONNECTIONS = 8
 _PART_BYTES = 16 << 20
-"""Of an upload to a bucket, of which the client holds ten in memory."""
+"""Bytes of one part of an upload to a bucket; the client holds ten parts in memory."""
 
 
 def is_bucket(path: Any) -> bool:
@@ -115,7 +115,7 @@ def local_files(pattern: str, field: str) -> list[str]:
 
 
 def list_objects(url: Any, field: str) -> dict[str, dict[str, Any]]:
-    """What a bucket says of each object directly below a URL, by name."""
+    """A bucket's entry for each object directly below a URL, by name."""
     fs, root = open_url(url, field)
     with storage_errors(field, url):
         return {e["name"].rpartition("/")[2]: e for e in fs.ls(root, detail=True) if e["type"] == "file"}
@@ -144,8 +144,8 @@ def copy_objects(url: Any, field: str, objects: Mapping[str, Mapping[str, Any]],
 
 
 def copy_object(fs: "AbstractFileSystem", info: Mapping[str, Any], path: Path, field: str, url: Any) -> None:
-    """Download an object to a local file. Raises `ConfigError` if the bucket refuses, for a part of the object, and for
-    an object that changed meanwhile, of which the file may have parts of two versions."""
+    """Download an object to a local file. Raises `ConfigError` if the bucket rejects the request, for a part of the
+    object, and for an object that changed meanwhile, of which the file may have parts of two versions."""
     with storage_errors(field, url):
         fs.get_file(info["name"], str(path))
         after = fs.info(info["name"])
@@ -163,8 +163,8 @@ def cache_folder(objects: Mapping[str, Mapping[str, Any]]) -> Path:
 
 
 def upload_object(fs: "AbstractFileSystem", file: Path, target: str, field: str, url: Any) -> None:
-    """Upload a file as the object `target`. Raises `ConfigError` if the bucket refuses, and for an object of another
-    size."""
+    """Upload a file as the object `target`. Raises `ConfigError` if the bucket rejects the request, and for an
+    object of another size."""
     size = file.stat().st_size
     with storage_errors(field, url):
         fs.put_file(str(file), target, chunksize=_PART_BYTES)
@@ -192,7 +192,7 @@ def kvstore(url: str) -> dict[str, Any]:
 
 
 def object_version(info: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Another for another content of an object, as far as its bucket says."""
+    """The version of an object, which differs for another content, as far as its bucket reports."""
     return info["size"], info.get("ETag") or info.get("etag") or info.get("mtime")
 
 
@@ -200,9 +200,9 @@ _OUTAGES = {
     errno.EIO, errno.EREMOTEIO, errno.EBUSY, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT, errno.ENETUNREACH,
     errno.EHOSTUNREACH,
 }  # fmt: skip
-"""Of the system, and those by which s3fs says that the server has failed or is busy."""
+"""Error numbers of the system, and those with which s3fs reports that the server has failed or is busy."""
 _OUTAGE_CLASSES = {"ClientConnectionError", "ClientPayloadError", "HTTPClientError", "ConnectionError"}
-"""Of aiohttp and of botocore, which need not be installed."""
+"""Names of error classes of aiohttp and botocore, which need not be installed."""
 
 
 def _is_outage(error: Exception) -> bool:

@@ -64,7 +64,7 @@ class ChatRecords:
         self.files, self._random = FrozenFiles(paths, self.field), random.Random(0)
 
     def __iter__(self) -> Iterator[list[list[TrainingSequence]]]:
-        """Of each usable record the training sequences of its sides: a preference has two, chosen and rejected, any
+        """The training sequences of the sides of each usable record: a preference has two, chosen and rejected, any
         other record one."""
         count, waiting = 0, []
         for record in read_records(self.files, self.field, self.max_record_bytes):

@@ -26,9 +26,9 @@ from mla_moe.data.token_ids import KEYS, TokenFiles, TokenFormat, record_ids
 
 logger = logging.getLogger(__name__)
 MAX_JSON_FILE_BYTES = 512 << 20
-"""Of a .json file, whose values usually take a few times its size in memory, 25 times at worst."""
+"""Largest size of a .json file, whose values usually take a few times its size in memory, 25 times at worst."""
 MAX_ROW_GROUP_BYTES = 4 << 30
-"""Of the columns that are read of a row group of Parquet."""
+"""Largest size of the columns that are read of a row group of Parquet."""
 _CACHE_BYTES = 512 << 20  # of the row groups that are cached, of which there is always one
 
 

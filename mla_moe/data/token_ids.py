@@ -15,7 +15,7 @@ from mla_moe.data.malformed_records import MalformedRecordError, TokenIds
 
 logger = logging.getLogger(__name__)
 KEYS = ("input_ids", "tokens")
-"""Of token ids in a record that has no text."""
+"""Keys of token ids in a record that has no text."""
 _CHUNK = 1 << 24  # ids that are scanned at a time
 
 
@@ -28,7 +28,7 @@ class TokenFormat(NamedTuple):
     eos_id: int
     """Ends a document in a flat file."""
     dtype: str
-    """Of the ids in a .bin file, little-endian."""
+    """Dtype of the ids in a .bin file, little-endian."""
 
 
 def record_ids(values: Sequence[Any], tokens: TokenFormat | None, field: str, where: str) -> TokenIds:

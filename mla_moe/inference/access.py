@@ -81,7 +81,7 @@ class Access:
         return matches or _is_address(name.removeprefix("[").removesuffix("]"))  # a rebound name is no address
 
     def _has_key(self, headers: Mapping[str, str]) -> bool:
-        """In constant time: all keys are compared, each as a whole."""
+        """Compares in constant time: all keys are compared, each as a whole."""
         given = _bearer(headers).encode()
         return not self.api_keys or any([hmac.compare_digest(given, key.encode()) for key in self.api_keys])
 

@@ -60,7 +60,7 @@ class ProgramOptions(NamedTuple):
 
 
 Carry = tuple[Int[Array, ""], CacheEntries, DecodeState, DecodeOutput]
-"""Of the decode loop: steps taken, entries of the KV cache, state of the slots, tokens so far."""
+"""Carry of the decode loop: steps taken, entries of the KV cache, state of the slots, tokens so far."""
 
 
 def empty_batch(max_num_seqs: int) -> DecodeState:

@@ -43,7 +43,7 @@ class FairQueue:
         self._queue(completion).append(completion)
 
     def appendleft(self, completion: Completion) -> None:
-        """In front of its group."""
+        """Add a request in front of its group."""
         self._queue(completion).appendleft(completion)
 
     def heads(self, counts: RunningCounts) -> list[Completion]:

@@ -20,7 +20,7 @@ MAX_NESTING = 32
 MAX_ERROR_LENGTH = 500
 """Characters of an error message, which repeats what the client sent."""
 DEFAULT_MAX_TOKENS = 16
-"""Of a completion, as in OpenAI's API; a chat may fill the model's length."""
+"""Limit of a completion's tokens without `max_tokens`, as in OpenAI's API; a chat may fill the model's length."""
 _COMMON = {
     "model": str, "max_tokens": int, "temperature": float, "top_p": float, "top_k": int, "min_p": float, "seed": int,
     "n": int, "stop": str | list, "stream": bool, "stream_options": dict, "user": str,
@@ -206,7 +206,8 @@ class Choice:
         return {"index": self.index, **content, "logprobs": logprobs, "finish_reason": output.finish_reason}
 
     def _logprobs(self, output: RequestOutput, token_bytes: Callable[[int], bytes]) -> dict[str, Any]:
-        """Of a token that is part of a character, `bytes` are exact, and the offset is the character's."""
+        """The field `logprobs`. Of a token that is part of a character, `bytes` are exact, and the offset is the
+        character's."""
         tokens = [token_bytes(token) for token in output.tokens]
         texts, offsets = [token.decode(errors="replace") for token in tokens], []
         if self._chat:

@@ -74,7 +74,7 @@ class NextLogprobs(NamedTuple):
     """Log-probabilities of the next token at each position of a prefill."""
 
     logprob_bT: Float[Array, "b T"]
-    """Of the prompt's token."""
+    """Log-probability of the prompt's token."""
     top_ids_bTk: Int[Array, "b T k"]
     """The most likely tokens, in order."""
     top_logprob_bTk: Float[Array, "b T k"]

@@ -51,11 +51,12 @@ class Request:
     stop_ids: tuple[int, ...] = ()
     stop: tuple[str, ...] = ()
     adapter: int = 0
-    """Of an engine with several adapters, which one, from 1 on; 0 is the model without adapter."""
+    """Index of the adapter in an engine with several, from 1 on; 0 is the model without adapter."""
     prompt_logprobs: bool = False
     """Also compute the log-probability of each token of the prompt, which is then prefilled as a whole."""
     prompt_top_k: int = 0
-    """With `prompt_logprobs`, also those of so many most likely tokens at each position."""
+    """With `prompt_logprobs`: number of most likely tokens at each position whose log-probabilities are computed
+    too."""
 
     def __post_init__(self):
         require(are_integers(self.prompt), "prompt", self.prompt, "must be a list of token ids, which are integers")
@@ -119,8 +120,8 @@ class Completion:
     def set_prompt_logprobs(
         self, start: int, logprobs: np.ndarray, top_ids: np.ndarray, top_logprobs: np.ndarray
     ) -> None:
-        """Those of the tokens from position `start` on; what is behind the prompt is dropped, and of the most likely
-        tokens what was not requested."""
+        """Store the log-probabilities of the tokens from position `start` on, without those behind the prompt, and
+        without the most likely tokens that were not requested."""
         arrays = self.prompt_logprobs, self.prompt_top_ids, self.prompt_top_logprobs
         for ours, new in zip(arrays, (logprobs, top_ids, top_logprobs), strict=True):
             if ours is not None:

@@ -27,7 +27,7 @@ TPUS: Mapping[str, TPU] = {
 GPUS: Mapping[str, str] = {"h100": "nvidia-h100-80gb", "h200": "nvidia-h200-141gb", "b200": "nvidia-b200"}
 """Label cloud.google.com/gke-accelerator."""
 CHIPS_PER_HOST = 4
-"""Of TPU slices of several hosts, and of single hosts with as many chips."""
+"""Chips of a host in TPU slices of several hosts, and in single hosts with as many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,13 +79,13 @@ class Job:
     """A recipe to launch."""
 
     recipe: Recipe
-    """With the flags applied."""
+    """The recipe with the flags applied."""
     path: Path
     """The recipe's file, at this path on the hosts too."""
     flags: Sequence[str]
-    """For fields of the recipe."""
+    """Flags for fields of the recipe."""
     name: str
-    """Of the job in the cluster: letters, digits and dashes."""
+    """Name of the job in the cluster: letters, digits and dashes."""
 
     @property
     def train(self) -> list[str]:

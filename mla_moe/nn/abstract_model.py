@@ -52,7 +52,7 @@ class AbstractModel:
 
         model = nnx.eval_shape(create)
         self.formats = lora.formats("/".join(map(str, path)) for path, _ in quantizable(model))
-        """Of the quantized matrices, by path."""
+        """Formats of the quantized matrices, by path."""
         quantize_shapes(model, self.formats)
         if rules != TRAINING_RULES:
             set_sharding_rules(model, rules)

@@ -87,7 +87,7 @@ class AttentionMetadata(NamedTuple):
     cos_sin: CosSin
     form: Form
     adapter_ids_b: Int[Array, "b"] | None = None
-    """Of a model with several adapters (`nn.stacked_lora`): that of each sequence, 0 for none."""
+    """With several adapters (`nn.stacked_lora`): the adapter of each sequence, 0 for none."""
     layer: LayerIndex = 0
     """The index in the cache."""
     selected_bTw: NewSelectedKeys | None = None
@@ -267,7 +267,7 @@ def write_sequences(
 
 
 def _index(*index: Array | int) -> list[Array]:
-    """Of one dtype, with `jax_enable_x64` too."""
+    """Indices of one dtype, with `jax_enable_x64` too."""
     return [jnp.asarray(i, jnp.int32) for i in index]
 
 

@@ -237,7 +237,7 @@ class MoE(nnx.Module):
         stack = (None,) * (down.ndim - 3)
 
         def last(axes: int) -> P:
-            """Of an array whose last axis is the width; gate and up are one before it, or joined with it."""
+            """Sharding of an array whose last axis is the width; gate and up are one before it, or joined with it."""
             return P(*stack, "expert", *(None,) * (axes - len(stack) - 2), width)
 
         columns, rows, whole = last(gate_up.ndim), P(*stack, "expert", width, None), P(*stack, "expert")

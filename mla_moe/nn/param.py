@@ -45,11 +45,11 @@ class Precision:
     """Dtypes. Router, norms, softmax and loss are float32 always."""
 
     param: DTypeLike = jnp.float32
-    """Of parameters."""
+    """Dtype of parameters."""
     compute: DTypeLike = jnp.float32
-    """In which modules compute: their outputs have it too, whatever the dtype of the inputs."""
+    """Dtype in which modules compute: their outputs have it too, whatever the dtype of the inputs."""
     logits: DTypeLike = jnp.float32
-    """Of `Transformer`'s logits."""
+    """Dtype of `Transformer`'s logits."""
 
     @classmethod
     def default(cls) -> "Precision":

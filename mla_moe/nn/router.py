@@ -22,7 +22,7 @@ class Routing(NamedTuple):
     weights_NK: Float[Array, "N K"]
     scores_NE: Float[Array, "N E"]
     logits_NE: Float[Array, "N E"] | None = None
-    """Of the scores, for the router z-loss, which is 0 without them."""
+    """Logits of the scores, for the router z-loss, which is 0 without them."""
 
 
 RouterFunction = Callable[..., Routing]

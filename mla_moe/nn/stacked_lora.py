@@ -18,9 +18,9 @@ class AdapterWeights(NamedTuple):
     """The adapters of one model's matrices."""
 
     scales: Mapping[str, float]
-    """By path of the matrix, such as `moe_layers/attention/q_b`."""
+    """Scale by path of the matrix, such as `moe_layers/attention/q_b`."""
     factors: Mapping[str, np.ndarray]
-    """By path, such as `moe_layers/attention/lora/q_b/a`."""
+    """Factors A and B by path, such as `moe_layers/attention/lora/q_b/a`."""
 
 
 class StackedLoRA(LoRA):

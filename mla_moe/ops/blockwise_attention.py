@@ -30,7 +30,7 @@ def block_size(T: int, divides: bool = False) -> int:
 
 
 class Inputs(NamedTuple):
-    """Of blockwise attention, time padded to full blocks. In a group b sequences and h heads."""
+    """Inputs of blockwise attention, time padded to full blocks. In a group b sequences and h heads."""
 
     q_BHTA: Array
     k_BHSA: Array

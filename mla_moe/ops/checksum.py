@@ -46,7 +46,7 @@ def checksum_of_shard(shard: Shaped[np.ndarray, "..."], index: tuple[int | slice
 
 
 def _mix(x: Any) -> Any:
-    """Of a JAX or a NumPy array of uint32."""
+    """Mixed bits of a JAX or a NumPy array of uint32."""
     x = x * np.uint32(0x85EBCA6B)
     x = (x ^ (x >> np.uint32(15))) * np.uint32(0xC2B2AE35)
     return x ^ (x >> np.uint32(13))

@@ -61,7 +61,7 @@ def cross_entropy(
 def _cross_entropy_forward(
     h_BTD: Any, head_DV: Any, targets_BT: Any, weights_BT: Any, chunk: int, sharding: VocabSharding
 ) -> tuple[Array, tuple[Array | None, Array | None]]:
-    """Of a frozen head, as under LoRA, no gradient is computed."""
+    """Loss and gradients; none is computed for a frozen head, as under LoRA."""
     arrays = h_BTD.value, head_DV.value, targets_BT.value, weights_BT.value
     return _loss_and_gradients(*arrays, chunk, sharding, True, head_DV.perturbed)
 
@@ -278,8 +278,8 @@ def _kl_gradients(
     terms: Callable[..., KLTerms], h_BTD: Array, head_DV: Array, teacher: tuple[Array, ...], g_BT: Array,
     chunk: int, temperature: float, axes: tuple[str, ...],
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Of the student's hidden states and head: `p (log p − log q − KL)` of a logit, also if q is that of all tokens of
-    an event, and `log p` too."""
+    """Gradients of the student's hidden states and head. That of a logit is `p (log p − log q − KL)`, also where q
+    and `log p` are those of an event of several tokens."""
     if axes:
         g_BT = jax.lax.psum(g_BT, axes)  # the derivative of the sums over the vocabulary
 
@@ -328,7 +328,7 @@ def _top_kl_terms(head_DV: Array, axes: tuple[str, ...], h_BtD: Array, ids_Btk: 
 
 
 LEAST_REST = 1e-6
-"""Of the probability of all tokens but k: below it, the rounding of the k log-probabilities is larger."""
+"""Smallest probability of all tokens but k: below it, the rounding of the k log-probabilities is larger."""
 
 
 def _log_softmax(logits_BtV: Array, axes: tuple[str, ...]) -> Float[Array, "B t V"]:

@@ -126,7 +126,7 @@ def _unknown_launcher(environment: Mapping[str, str]) -> str | None:
 
 
 def _slurm_tasks(environment: Mapping[str, str]) -> int:
-    """Of the step, which may have fewer tasks than the job (JAX reads the job's); 1 outside a step."""
+    """Number of tasks of the step, which may have fewer than the job (JAX reads the job's); 1 outside a step."""
     if "SLURM_STEP_NODELIST" not in environment:
         return 1
     return _count(environment, "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS")

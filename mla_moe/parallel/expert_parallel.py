@@ -184,7 +184,7 @@ def _over_chunks(
     total_nrd = jnp.zeros(rows[0].shape, jnp.float32)
 
     def buffer(width: int) -> Array:
-        """For `width` rows of each token."""
+        """A buffer for `width` rows of each token."""
         r, d = _row_shape(D)
         return jnp.zeros((plan.devices, plan.chunk_capacity, width * r, d), inputs[0].dtype)
 

@@ -63,8 +63,8 @@ def mesh_shape(sizes: MeshConfig, devices: int) -> list[int]:
 
 
 def _fitting_shape(shape: Sequence[int], devices: int) -> list[int]:
-    """Of each size what divides the devices that are left, from the innermost axis on, where devices are nearest;
-    `fsdp` takes the rest."""
+    """The part of each size that divides the devices that are left, from the innermost axis on, where devices are
+    nearest; `fsdp` takes the rest."""
     sizes, left = [1] * len(shape), devices
     for i in reversed(range(len(shape))):
         sizes[i] = math.gcd(max(shape[i], 1), left)
@@ -203,7 +203,7 @@ def under_auto_axes(outputs: Callable[..., Any]) -> Callable[[Method], Method]:
 
 
 def dividing_axes(mesh: Mesh | AbstractMesh | MeshView, size: int, axes: Sequence[str]) -> tuple[str, ...]:
-    """Those of the mesh axes, taken in order, whose product of sizes divides `size`."""
+    """The mesh axes, taken in order, whose product of sizes divides `size`."""
     chosen: list[str] = []
     for axis in axes:
         if size % math.prod(mesh.shape[other] for other in (*chosen, axis)) == 0:

@@ -97,7 +97,7 @@ class Simulation:
     network_seconds: float = 0.0
     """Each resource's time if it were used alone. Compute is at the assumed fractions of the peak."""
     waits: dict[WaitKey, float] = field(default_factory=lambda: defaultdict(float))
-    """By kind, axes and source line."""
+    """Seconds of waits by kind, axes and source line."""
 
     @property
     def stalls(self) -> list[Stall]:

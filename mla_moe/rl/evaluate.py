@@ -20,7 +20,8 @@ class Evaluation(NamedTuple):
     sampled: Sequence[Sequence[ScoredCompletion]]
     """k completions per prompt at the recipe's temperature; may be empty."""
     votes: Sequence[Sequence[int | None]]
-    """For each of those, a number that equal answers of a prompt share; None without an answer (`Reward.votes`)."""
+    """Numbers of the answers of `sampled`: equal answers of a prompt have the same one; None without an answer
+    (`Reward.votes`)."""
 
     def metrics(self) -> dict[str, float]:
         """Metrics of the evaluation. `pass@1` is the fraction of sampled completions that are correct, `pass@k` that of

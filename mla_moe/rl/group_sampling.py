@@ -30,9 +30,9 @@ class GroupBatch:
     prompts_too_long: int
     """Prompts skipped because of `rl.max_prompt_tokens`."""
     teacher_logprobs: Sequence[Sequence[Sequence[float]]] | None = None
-    """Of each token of each completion, if the teacher of distillation is behind an endpoint."""
+    """The teacher's, of each token of each completion, if the teacher of distillation is behind an endpoint."""
     teacher_top: Sequence[Sequence[TopTokens]] | None = None
-    """In place of these, with `rl.teacher_top_k`."""
+    """In place of `teacher_logprobs`, with `rl.teacher_top_k`."""
     sample_seconds: float = math.nan
     """Duration of the rollout, if measured."""
 

@@ -87,17 +87,18 @@ class TokenInputs(NamedTuple):
     completion_BT: Int[Array, "B T"]
     """Index of the completion in the minibatch; −1 for prompts and padding."""
     weight_BT: Float[Array, "B T"]
-    """From `token_weights`."""
+    """Weight in the loss, from `token_weights`."""
     advantage_BT: Float[Array, "B T"]
-    """Of the token's completion."""
+    """Advantage of the token's completion."""
     sampler_logprob_BT: Float[Array, "B T"]
     """Log-probability under the sampling policy, computed by the engine."""
     old_logprob_BT: Float[Array, "B T"] | None = None
-    """The same policy's, recomputed by the trainer. None if it is the current policy: one update per rollout."""
+    """Log-probability under the same policy, recomputed by the trainer. None if it is the current policy: one update
+    per rollout."""
     reference_logprob_BT: Float[Array, "B T"] | None = None
-    """Under the reference policy; None if the KL coefficient is 0."""
+    """Log-probability under the reference policy; None if the KL coefficient is 0."""
     teacher_logprob_BT: Float[Array, "B T"] | None = None
-    """Under the teacher of distillation, if that is behind an endpoint."""
+    """Log-probability under the teacher of distillation, if that is behind an endpoint."""
 
 
 class ObjectiveSums(NamedTuple):
@@ -235,7 +236,7 @@ def distillation_sums(
 def sampled_distillation_sums(
     logprob_BT: Float[Array, "B T"], entropy_BT: Float[Array, "B T"], tokens: TokenInputs, tis_clip: float | None
 ) -> ObjectiveSums:
-    """The same of a teacher of which only the log-probabilities of the sampled tokens are known, to be differentiated
+    """The same for a teacher of which only the log-probabilities of the sampled tokens are known, to be differentiated
     with respect to `logprob_BT`: `Σ weight · (−w · ρ · (log π_teacher − log π_old))`.
 
     The log-ratio of a sampled token is an unbiased estimate of the reverse KL, and as the advantage of a policy

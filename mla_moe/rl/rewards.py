@@ -147,7 +147,7 @@ class Reward:
                 raise ConfigError(*self._field(name), f"{kind.replace('_', ' ')} on sample completions: {message}")
 
     def votes(self, groups: Sequence[Sequence[Score]], examples: Sequence[Example]) -> list[list[int | None]]:
-        """For each completion of each group, a number that equal answers of the group share; None without an answer.
+        """Numbers of the answers: equal answers of a group have the same one. None for a completion without an answer.
 
         Mathematical answers are compared as such: 1/2 and 0.5 are the same vote. Others are compared as texts.
         """

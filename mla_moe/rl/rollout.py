@@ -49,7 +49,7 @@ class ScoredCompletion:
 
     @property
     def length(self) -> int:
-        """In tokens, including the stop token."""
+        """Length in tokens, including the stop token."""
         return len(self.completion.tokens)
 
     @property

@@ -22,7 +22,7 @@ API_KEY = "MLA_MOE_TEACHER_API_KEY"
 TIMEOUT = 300.0
 """Seconds for one request."""
 ATTEMPTS = 5
-"""Of a request that times out, cannot connect, or gets status 408, 429 or 5xx; with pauses of 1, 2, 4 and 8 seconds."""
+"""Attempts of a request that times out, cannot connect or gets status 408, 429 or 5xx; pauses of 1, 2, 4 and 8 s."""
 CONNECTIONS = 32
 """Requests at the same time."""
 SERVERS = "; serve it with mla-moe serve or vLLM"

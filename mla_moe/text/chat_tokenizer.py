@@ -44,7 +44,7 @@ class ChatTokenizer:
     stop_ids: tuple[int, ...]
     """Tokens that end a completion."""
     encode_training: Callable[[Sequence[Conversation]], list[list[TrainingSequence] | str]]
-    """Of each conversation its training sequences (`conversation.training_sequences`), or what is wrong with it."""
+    """The training sequences of each conversation (`conversation.training_sequences`), or what is wrong with it."""
 
 
 def load_chat_tokenizer(directory: Path, tokenizer: Tokenizer) -> ChatTokenizer:

@@ -14,9 +14,9 @@ from mla_moe.text import worker
 from mla_moe.workers.process import ENDED, WorkerProcess, printable
 
 SECONDS = 6.0
-"""Of encoding a prompt, or of rendering and encoding a conversation."""
+"""Limit for encoding a prompt, or for rendering and encoding a conversation."""
 OPEN_SECONDS = 60.0
-"""Of opening a tokenizer. The largest, of 262,144 tokens, take 3.5 s on a slow CPU, and more if it is busy."""
+"""Limit for opening a tokenizer. The largest, of 262,144 tokens, take 3.5 s on a slow CPU, and more if it is busy."""
 MEMORY_BYTES = 768 << 20
 """More than twice the memory of such a tokenizer."""
 _MAX_REPLY_BYTES = 32 << 20  # 4 million token ids

@@ -13,9 +13,10 @@ from mla_moe.config import ConfigError, require
 from mla_moe.config.files import read_json_object, read_text
 
 MAX_TOKENIZER_BYTES = 40 << 20
-"""Of a `tokenizer.json`; the largest released ones, of 262,144 tokens, have 33 MB."""
+"""Largest size of a `tokenizer.json`; the largest released ones, of 262,144 tokens, have 33 MB."""
 MAX_TOKEN_CHARACTERS = 16384
-"""Of a token. In released tokenizers these are runs of a few hundred spaces, but `train_bpe` once had no limit."""
+"""Largest length of a token. In released tokenizers the longest are runs of a few hundred spaces, but `train_bpe` once
+had no limit."""
 
 BYTE_SPECIAL_IDS = {"bos_token_id": 256, "eos_token_id": 257}
 """Special tokens of the byte tokenizer: the ids after the 256 bytes."""

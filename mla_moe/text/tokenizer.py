@@ -66,7 +66,8 @@ class Tokenizer(Protocol):
 
 
 class UnknownTokenizer:
-    """Of token ids whose tokenizer is not known, but for the id that ends a document: `ids:EOS`. It has no text."""
+    """Tokenizer of ids that are given without their tokenizer, but for the id that ends a document: `ids:EOS`. It has
+    no text."""
 
     def __init__(self, eos_id: int):
         self.name, self.vocab_size, self.bos_id, self.eos_id = f"ids:{eos_id}", eos_id + 1, eos_id, eos_id

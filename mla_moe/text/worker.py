@@ -73,7 +73,7 @@ def _encode_chat(
 def _encode_training(
     path: str, template: str, names: Mapping[str, str], stop_ids: Sequence[int], conversations: Sequence[Sequence[Any]]
 ) -> list[list[tuple[list[int], list[tuple[int, int]]]] | str]:
-    """Of each conversation, `[messages, tools, trained]`, its training sequences, or what is wrong with it."""
+    """The training sequences of each conversation `[messages, tools, trained]`, or what is wrong with it."""
     from mla_moe.text.conversation import training_sequences, with_arguments
 
     render, tokenizer = _compiled(template, tuple(names.items())), _opened[path]

@@ -147,6 +147,6 @@ class NextTokenTrainer(Trainer[TrainState, Batch]):
 
     @property
     def _abstract_batch(self) -> jax.ShapeDtypeStruct:
-        """Of each of the `features`."""
+        """Shape, dtype and sharding of each of the `features`."""
         shape = self.training.batch_size, self.training.sequence_length
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.context.mesh, BATCH_SPEC))

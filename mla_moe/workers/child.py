@@ -70,7 +70,7 @@ def supervise(channel: int) -> None:
 
 
 def _on_stop_signals(handler: Callable[..., None] | signal.Handlers) -> None:
-    """Of SIGINT and SIGTERM, which a scheduler may send to all processes of a job."""
+    """Set the handler of SIGINT and SIGTERM, which a scheduler may send to all processes of a job."""
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
 

@@ -23,7 +23,7 @@ def is_correct(gold, answer):
         return False
 
 
-def test_pairs_of_public_judges():
+def test_pairs_of_public_verifiers():
     """No false positive, and at least 98 % correct."""
     assert len(PAIRS) >= 200
     verdicts = [(is_correct(pair["gold"], pair["answer"]), pair) for pair in PAIRS]

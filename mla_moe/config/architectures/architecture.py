@@ -14,7 +14,7 @@ FIXED: Mapping[str, Any] = {
 }  # fmt: skip
 """Fields of `config.json` that have one value in most architectures."""
 DSA = ("index_topk", "index_n_heads", "index_head_dim", "indexer_rope_interleave", "indexer_types")
-"""Those of `EXTENSIONS` that describe the indexer of DeepSeek Sparse Attention."""
+"""The `EXTENSIONS` that describe the indexer of DeepSeek Sparse Attention."""
 EXTENSIONS = (
     "rope_interleave", "mla_scale_q_lora", "mla_scale_kv_lora", "zero_expert_num", "moe_shortcut", "post_mlp_norm",
     *DSA,
@@ -42,7 +42,7 @@ class Architecture:
     router: Mapping[str, Any] = {"topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     """Fields of the router that have one value, whether `config.json` says them or not."""
     extensions: tuple[str, ...] = ()
-    """Those of `EXTENSIONS`, and YaRN's `llama_4_scaling_beta`, that are part of this architecture."""
+    """The `EXTENSIONS`, and YaRN's `llama_4_scaling_beta`, that are part of this architecture."""
     reads: tuple[str, ...] = ()
     """Further fields of `config.json` that `read` uses."""
     required: tuple[str, ...] = ("routed_scaling_factor", "n_group", "topk_group")

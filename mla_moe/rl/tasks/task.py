@@ -17,7 +17,7 @@ class Task(Protocol):
     verifier: VerifierSpec | None
     """The check, for a worker process; None if it cannot hang or fail, so that `score` may run in this process."""
     fingerprint: int
-    """Of the examples, to detect that they changed between two starts of a run; 0 if they cannot change."""
+    """Checksum of the examples, to detect that they changed between two starts of a run; 0 if they cannot change."""
 
     def count(self, split: Split) -> int | None:
         """Number of examples of a split; None if they are generated on access."""

@@ -12,7 +12,7 @@ from mla_moe.ops.masking import CAUSAL, Masking
 
 
 @pytest.mark.parametrize("masking", [CAUSAL, Masking(window=700), Masking(causal=False, window=300)], ids=str)
-@pytest.mark.parametrize("devices", [1, 2, 3])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_blocks_are_those_that_jax_finds_in_the_mask(masking, devices):
     S = 1536
     T, chunk = S // devices, S // devices // (2 if devices > 1 else 1)

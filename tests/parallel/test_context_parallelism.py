@@ -60,7 +60,7 @@ def test_devices_swap_queries_where_their_work_differs(T: int, masking: Masking,
 @pytest.mark.parametrize(
     ("kernel", "sizes", "options"),
     [
-        ("blockwise", MeshConfig(data=2, context=4), {}),
+        pytest.param("blockwise", MeshConfig(data=2, context=4), {}, marks=slow),
         pytest.param("splash", MeshConfig(data=1, fsdp=2, context=2), {}, marks=slow),
         pytest.param("splash", MeshConfig(data=1, tensor=2, context=2), {"sliding_window": 300}, marks=slow),
         pytest.param("splash", MeshConfig(data=1, context=4), {"sliding_window": 100}, marks=slow),

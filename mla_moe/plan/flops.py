@@ -5,7 +5,7 @@ FLOPs come from formulas. Work outside of a `shard_map` is taken as evenly divid
 """
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -29,12 +29,21 @@ class ExpectedRouting:
     """Experts of a device that at least one token selected; None takes all."""
     key_blocks: float = 1.0
     """Blocks of keys per block of queries, where attention loops over them."""
+    query_blocks: float | None = None
+    """A device's blocks of queries per block of keys, over which the backward pass loops; None if as many as
+    `key_blocks`, without context parallelism."""
     dispatch_fill: float = 1.0
     """The fraction of the token dispatch's buffers that is filled."""
 
     def loop_trips(self, scope: str) -> float:
         """Trip count of a while loop of the compiled program, from JAX's name of it."""
-        return self.num_chunks if "experts" in scope else self.key_blocks if "attend" in scope else 1.0
+        if "attend" in scope and "experts" not in scope:
+            backward = "transpose(" in scope and "rematted_computation" not in scope
+            return self.attention_trips(backward)
+        return self.num_chunks if "experts" in scope else 1.0
+
+    def attention_trips(self, backward: bool) -> float:
+        return self.query_blocks if backward and self.query_blocks is not None else self.key_blocks
 
 
 def count_flops(
@@ -92,14 +101,14 @@ def _inner_jaxpr(eqn: Any) -> list[Any]:
 def _expected_trips(body: Any, in_loop: bool, expected: ExpectedRouting) -> float:
     """Trips of a while loop, recognised by its body: token dispatch has an all-to-all; within a layer, attention has an
     exponential, a grouped matmul on CPU loops over blocks of rows; of decode steps, the outermost loop, one counts."""
-    names = set(_primitive_names(body))
+    names = Counter(_primitive_names(body))
     if any("all_to_all" in name for name in names):
         return expected.num_chunks
     if not in_loop:
         return 1.0
     product = next((eqn for eqn in body.eqns if eqn.primitive.name == "dot_general"), None)
     if "exp" in names or expected.expert_rows is None or product is None:
-        return expected.key_blocks
+        return expected.attention_trips(backward=names["dot_general"] == 5)  # forward it has two
     return expected.expert_rows / math.prod(product.invars[0].aval.shape[:2])
 
 

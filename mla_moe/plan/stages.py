@@ -203,7 +203,8 @@ def _gradient_program(
             layers += outside * microbatches // stages
         memory = memory | {"layer inputs": float(layers * local_tokens * token_bytes)}
     key_blocks = length / attention.block_size(length) / 2  # on and below the diagonal
-    expected = replace(even_routing(recipe, mesh, local_tokens), key_blocks=key_blocks)
+    query_blocks = key_blocks / mesh.shape["context"]
+    expected = replace(even_routing(recipe, mesh, local_tokens), key_blocks=key_blocks, query_blocks=query_blocks)
     # The backward pass computes the attention scores again, and with full rematerialisation each layer's forward pass,
     # of a pipeline's stage twice.
     forwards = {"full": 1, "stage": 2}.get(remat, 0)

@@ -71,7 +71,23 @@ def test_with_context_parallelism_a_device_counts_the_mean_of_all_queries() -> N
         return attention(q, k, v, None, scale=1.0, query_starts_P=starts, implementation="splash").sum()
 
     T, S, H, A, V = 512, 2048, 4, 192, 128
-    assert counted(f, (1, T, H, A), (1, S, H, A), (1, S, H, V)) == {"attention": 2 * H * T * (S + 512) / 2 * (A + V)}
+    shapes = (1, T, H, A), (1, S, H, A), (1, S, H, V)
+    assert counted(f, *shapes) == {"attention": 2 * H * T * (S + 512) / 2 * (A + V)}
+
+
+def test_the_loops_of_blockwise_attention_count_the_blocks_of_a_devices_queries() -> None:
+    """Forward over half of the 8 blocks of keys and the diagonal; backward over half of its own 2 blocks of queries."""
+    T, S, H, A, V = 512, 2048, 2, 32, 16
+
+    def f(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, None, scale=1.0, query_starts_P=jnp.array([512]), implementation="blockwise").sum()
+
+    shapes = [jax.ShapeDtypeStruct((1, n, H, width), jnp.float32) for n, width in ((T, A), (S, A), (S, V))]
+    expected = ExpectedRouting(key_blocks=4, query_blocks=1)
+    forward, backward = 2 * H * T * (4 + 1) * 256 * (A + V), 2 * H * S * 256 * (3 * A + 2 * V)
+    assert count_flops(jax.make_jaxpr(f)(*shapes), 1, expected) == {"matmul": forward}
+    gradient = jax.make_jaxpr(jax.grad(f, argnums=(0, 1, 2)))(*shapes)
+    assert count_flops(gradient, 1, expected) == {"matmul": forward + backward}
 
 
 @pytest.mark.parametrize("expert_rows", [None, 1000])

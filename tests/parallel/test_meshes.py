@@ -36,6 +36,7 @@ MESHES = [
     MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
     MeshConfig(data=1, fsdp=8),
     MeshConfig(data=1, context=4, expert=2),
+    MeshConfig(pipeline=2, data=1, context=2, expert=2),
     MeshConfig(pipeline=2, data=1, fsdp=2, expert=2),
 ]
 LONG = (MESHES[0], MESHES[1], *MESHES[3:])

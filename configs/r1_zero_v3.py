@@ -8,9 +8,11 @@ rollout of 8,192 completions, the reference policy replaced every 400 updates, 1
 
 Prompts are JSON lines with `question` and `answer`. The published run allowed 65,536 tokens per completion after 8,200
 updates: continue from the last checkpoint with `--init-from runs/r1-zero-v3 --run-dir … --rl.max-new-tokens 65536`.
-The mesh is for 1,024 TPU v5p; half as many have too little memory for updates on such long sequences (docs/plan.md):
+The mesh is for 1,024 TPU v5p; on half as many two chips share a sequence (docs/plan.md):
 
     mla-moe plan configs/r1_zero_v3.py --topology v5p:8x8x16 --stage rl
+    mla-moe plan configs/r1_zero_v3.py --topology v5p:8x8x8 --stage rl --mesh.fsdp 4 --mesh.context 2 \\
+        --rl.micro_batch_size 256 --rl.max_num_seqs 512
 """
 
 from mla_moe.config import (

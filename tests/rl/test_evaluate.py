@@ -1,9 +1,12 @@
-"""Metrics of an evaluation: greedy completions, and pass@k and majority@k of sampled ones."""
+"""Metrics of an evaluation: greedy completions, and pass@k and majority@k of sampled ones. And which completions are
+penalized, or kept by rejection sampling."""
 
 import pytest
 
+from mla_moe.config import RLConfig
 from mla_moe.data.arithmetic import problem
 from mla_moe.inference.request import Completion, Request
+from mla_moe.rl import group_sampling, rejection_sampling
 from mla_moe.rl.evaluate import Evaluation
 from mla_moe.rl.rewards import Score
 from mla_moe.rl.rollout import Prompt, ScoredCompletion
@@ -59,3 +62,19 @@ def test_equal_answers_vote_together():
     sampled = [completions(["1/2", "0.5", r"\frac{1}{2}", "3", "3"], correct="1/2")]
     assert Evaluation(completions("7"), completions("7"), sampled, [[0, 0, 0, 3, 3]]).metrics()["eval/majority@5"] == 1
     assert Evaluation(completions("7"), completions("7"), sampled, [[0, 1, 2, 3, 3]]).metrics()["eval/majority@5"] == 0
+
+
+def test_the_overlong_penalty_lowers_the_reward():
+    """By the fraction of the buffer that a completion of 34 of at most 40 tokens uses."""
+    group = completions(["7", None])
+    assert [completion.length for completion in group] == [34, 8]
+    rl = RLConfig(max_new_tokens=40, overlong_buffer=20)
+    assert group_sampling._rewards(group, rl) == pytest.approx([-0.7, 0.0])
+
+
+def test_rejection_sampling_keeps_correct_answers_in_the_correct_format():
+    kept = [rejection_sampling._is_correct(completion) for completion in completions(["7", "1", None])]
+    assert kept == [True, False, False]
+    (without_tags,) = completions([None], correct=None)
+    assert without_tags.score.components == {"accuracy": 1, "format": 0}
+    assert not rejection_sampling._is_correct(without_tags)

@@ -97,7 +97,7 @@ def main() -> None:
     wanted = HUGE_PAGES | (AVX2 if args.isa else {})
     if not wanted.items() <= os.environ.items():  # they are read when a process starts
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
-    model = mla_moe.Transformer(CFG, rngs=nnx.Rngs(0))
+    model = mla_moe.Transformer(CFG, rngs=nnx.Rngs(0), scan_layers=False)
     print(f"{'shape':12}{'tokens/s':>10}{'transformers':>14}{'times':>8}  its experts")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"

@@ -207,10 +207,11 @@ def run_layers(
     replay_lBTK: Int[Array, "l B T K"] | None,
     remat: Remat,
     shares: Sequence[bool],
+    scan: bool = True,
 ) -> tuple[Activations, SelectedKeys | None, RouterStats | None]:
-    """Run stacked layers under a scan, so that 61 layers compile like one. Router statistics come back stacked.
-    `shares`: which layers use the keys that an indexer selected in the layer before. The keys of the last layer are
-    returned if `sequences` has such keys, for the first."""
+    """Run stacked layers under a scan, so that 61 layers compile like one, or one after another without `scan`. Router
+    statistics come back stacked. `shares`: which layers use the keys that an indexer selected in the layer before. The
+    keys of the last layer are returned if `sequences` has such keys, for the first."""
     graph, indexers, state = nnx.split(layers, of_indexer, ...)
     carries = sequences.selected_BTW is not None
 
@@ -224,7 +225,8 @@ def run_layers(
         return (x_BTD, selected_BTW if carries else None), stats
 
     inputs = state, replay_lBTK, _by_layer(shares)
-    (x_BTD, selected_BTW), stats = jax.lax.scan(REMAT[remat](body), (x_BTD, sequences.selected_BTW), inputs)
+    carry, run = (x_BTD, sequences.selected_BTW), REMAT[remat](body)
+    (x_BTD, selected_BTW), stats = jax.lax.scan(run, carry, inputs, unroll=not scan)
     return x_BTD, selected_BTW, stats
 
 

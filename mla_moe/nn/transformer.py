@@ -57,7 +57,9 @@ from mla_moe.parallel.sharding import constrain_decode_activations, constrain_de
 class Transformer(nnx.Module):
     """A DeepSeek-family language model: `int32[B, T] -> float32[B, T, V]`.
 
-    Equal layers are stacked and run under a scan. `remat` sets what the backward pass recomputes of each layer.
+    Equal layers are stacked and run under a scan, or without `scan_layers` one after another: compilation takes longer,
+    and a training step of few layers on CPU is faster, because their activations are not copied into stacks and back.
+    `remat` sets what the backward pass recomputes of each layer.
     """
 
     def __init__(
@@ -68,9 +70,10 @@ class Transformer(nnx.Module):
         precision: Precision | None = None,
         kernels: KernelConfig = KernelConfig(),
         remat: Remat = "none",
+        scan_layers: bool = True,
     ):
         require(remat in REMAT, "remat", remat, f"choose one of {', '.join(REMAT)}")
-        self.cfg, self.remat = cfg, remat
+        self.cfg, self.remat, self.scan_layers = cfg, remat, scan_layers
         self.precision = precision = precision or Precision.default()
 
         def layers(shares: Sequence[bool], experts: bool) -> Stack:
@@ -154,12 +157,12 @@ class Transformer(nnx.Module):
         x_BTD, stats = self.embedding(tokens), None
         if self.cfg.first_k_dense_replace:
             layers, shares = self.dense_layers, self._shares(experts=False)
-            x_BTD, selected_BTW, _ = run_layers(layers, x_BTD, sequences, None, self.remat, shares)
+            x_BTD, selected_BTW, _ = run_layers(layers, x_BTD, sequences, None, self.remat, shares, self.scan_layers)
             sequences = sequences._replace(selected_BTW=selected_BTW)
         if self.cfg.num_moe_layers:
             layers, shares = self.moe_layers, self._shares(experts=True)
             replay_lBTK = None if replay is None else jnp.moveaxis(replay, 2, 0)
-            x_BTD, _, stats = run_layers(layers, x_BTD, sequences, replay_lBTK, self.remat, shares)
+            x_BTD, _, stats = run_layers(layers, x_BTD, sequences, replay_lBTK, self.remat, shares, self.scan_layers)
         return self.norm(x_BTD), stats
 
     def _shares(self, *, experts: bool) -> Sequence[bool]:

@@ -64,14 +64,18 @@ def test_left_padding_changes_nothing(model):
 
 
 @pytest.mark.slow
-def test_remat_does_not_change_gradients(cfg):
-    def gradients(remat):
-        graph, params, rest = nnx.split(Transformer(cfg, rngs=nnx.Rngs(0), remat=remat), nnx.Param, ...)
-        return jax.tree.leaves(jax.jit(jax.grad(lambda p: nnx.merge(graph, p, rest)(TOKENS).var()))(params))
+def test_remat_and_the_scan_do_not_change_gradients(cfg):
+    def gradients(settings):
+        graph, params, rest = nnx.split(Transformer(cfg, rngs=nnx.Rngs(0), **settings), nnx.Param, ...)
+        step = jax.jit(jax.grad(lambda p: nnx.merge(graph, p, rest)(TOKENS).var())).lower(params)
+        return step.as_text().count("stablehlo.while"), jax.tree.leaves(step.compile()(params))
 
-    for none, dots, full in zip(*map(gradients, ("none", "dots", "full")), strict=True):
-        np.testing.assert_allclose(none, dots, rtol=1e-4, atol=1e-6)
-        np.testing.assert_allclose(none, full, rtol=1e-4, atol=1e-6)
+    loops, expected = gradients({})
+    for settings in ({"remat": "dots"}, {"remat": "full"}, {"scan_layers": False}):
+        found, gradient = gradients(settings)
+        assert (found < loops) == (not settings.get("scan_layers", True))
+        for a, b in zip(expected, gradient, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
 def test_mtp_predicts_from_the_hidden_state_and_the_next_token(model):

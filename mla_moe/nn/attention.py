@@ -165,9 +165,9 @@ class MLAttention(nnx.Module):
         if swapped:  # before their projection, and the result after its own: fewer bytes than those of all heads
             queries = swap_queries(queries)
         with jax.named_scope("queries"):
-            (latent_BTQ, positions, numbers), einsum = queries[:3], sharded_einsum
+            latent_BTQ, positions, numbers = queries[:3]
             cos_sin = rotary(self.cfg, positions) if swapped else q_cos_sin
-            q_BTHA = self.queries(latent_BTQ, positions, cos_sin, einsum, numbers=numbers)
+            q_BTHA = self.queries(latent_BTQ, positions, cos_sin, sharded_einsum, numbers=numbers)
         y_BTHV = attend(
             q_BTHA, c_BSC, k_pe_BSR, kv_segment_ids, queries, self.kv_b, weight_of(self, "kv_b"),
             adapter(self, "kv_b"), self.cfg, self.kernels, self.precision.compute, dropout_key_2=dropout,

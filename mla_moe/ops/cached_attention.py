@@ -135,9 +135,9 @@ def cached_attention(
 
     if form == "expanded":
         return jnp.moveaxis(blockwise(), 1, 2).astype(q_bTHA.dtype)
-    has_kernel = slots_b is None and selected_bTw is None
-    if has_kernel and has_latent_kernel(
-        implementation, q_bTHA.dtype, cache_LBSW.dtype, latent=C, rotary=W - C, capacity=S
+    if has_latent_kernel(
+        implementation, q_bTHA.dtype, cache_LBSW.dtype, latent=C, rotary=W - C, capacity=S,
+        all_slots=slots_b is None, selected=selected_bTw is not None,
     ):  # fmt: skip
         kernel = partial(latent_attention, latent=C, scale=scale, window=window)
         y_bHTC = jnp.moveaxis(map_slots(kernel, q_bTHW, cache_LBSW, positions_bT, layer), 1, 2)

@@ -75,10 +75,12 @@ def supported_attention_kernel(
 
 
 def has_latent_kernel(
-    wanted: AttentionKernel | None, dtype: DTypeLike, cache_dtype: DTypeLike, *, latent: int, rotary: int, capacity: int
-) -> bool:
+    wanted: AttentionKernel | None, dtype: DTypeLike, cache_dtype: DTypeLike, *, latent: int, rotary: int,
+    capacity: int, all_slots: bool = True, selected: bool = False,
+) -> bool:  # fmt: skip
     """Whether `ops.latent_attention` computes a decode step: on GPU, unless `wanted` is an implementation in plain XLA,
-    and if it supports the dtypes, the widths of the latent and the rotary key, and the capacity of the cache."""
+    and if it supports the dtypes, the widths of the latent and the rotary key, the capacity of the cache, and its slots
+    (all in order) and keys (not `selected` by an indexer)."""
     if target_platform() not in ("gpu", "cuda") or wanted in ("reference", "blockwise"):
         return False
     problem = None
@@ -90,6 +92,8 @@ def has_latent_kernel(
         problem = f"{jnp.dtype(dtype)}, cache {jnp.dtype(cache_dtype)}: needs bfloat16 or float16, and the same or int8"
     elif any(width < 16 or width & (width - 1) for width in (latent, rotary)):
         problem = f"latent {latent}, rotary key {rotary}: needs powers of two, at least 16"
+    elif selected or not all_slots:
+        problem = "has no selected keys (DSA), and needs all slots in order"
     elif capacity % LATENT_BLOCK:
         problem = f"a cache of {capacity} tokens: needs a multiple of {LATENT_BLOCK}"
     if problem is not None:

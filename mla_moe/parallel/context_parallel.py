@@ -29,7 +29,6 @@ def needs_balance(shape: tuple[int, ...], masking: Masking) -> bool:
 def swap_queries(arrays: Any) -> Any:
     """A tree of arrays `[B, T, …]` of tokens, sharded over the mesh, in the order in which devices compute attention;
     the inverse too. Differentiable."""
-
     mesh = token_mesh(jax.tree.leaves(arrays)[0].shape)
     assert mesh is not None
     n = mesh.shape["context"]

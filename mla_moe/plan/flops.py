@@ -69,7 +69,7 @@ def _count(jaxpr: Any, runs: float, in_loop: bool, expected: ExpectedRouting, to
         elif name == "pallas_call":
             kind, flops = _kernel_flops(eqn, expected)
             total[kind] += runs * flops
-        elif name in ("jit", "pjit") and (found := _tokamax_flops(eqn, expected)) is not None:
+        elif name in ("jit", "pjit") and (found := _gpu_kernel_call_flops(eqn, expected)) is not None:
             kind, flops = found
             total[kind] += runs * flops
         elif name == "scan":
@@ -119,7 +119,7 @@ def _primitive_names(jaxpr: Any) -> Iterator[str]:
             yield from _primitive_names(inner)
 
 
-def tokamax_flops(
+def gpu_kernel_flops(
     function: str, operands: list[tuple[int, ...]], results: list[tuple[int, ...]], expected: ExpectedRouting
 ) -> tuple[str, float] | None:
     """Kind and FLOPs of a jitted function of `ops.tokamax_kernels` or `ops.latent_attention`, by its name, or of one of
@@ -142,8 +142,8 @@ def tokamax_flops(
     return "attention", 2 * math.prod(batch) * H * T * (S + 128) / 2 * depth
 
 
-def _tokamax_flops(eqn: Any, expected: ExpectedRouting) -> tuple[str, float] | None:
-    return tokamax_flops(
+def _gpu_kernel_call_flops(eqn: Any, expected: ExpectedRouting) -> tuple[str, float] | None:
+    return gpu_kernel_flops(
         eqn.params["name"], *([v.aval.shape for v in vs] for vs in (eqn.invars, eqn.outvars)), expected
     )
 

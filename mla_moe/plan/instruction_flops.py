@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mla_moe.plan.flops import ExpectedRouting, kernel_flops, tokamax_flops
+from mla_moe.plan.flops import ExpectedRouting, gpu_kernel_flops, kernel_flops
 from mla_moe.plan.hlo import HloComputation, HloInstruction, HloModule
 
 SUSTAINED = {"matmul": 0.85, "experts": 0.85, "attention": 0.65}
@@ -20,7 +20,7 @@ Large products in bfloat16 reach 80 to 90 % on H100 (FlashAttention-3, arXiv 240
 (FlashAttention-3); no measurement of a TPU's attention kernel with the widths of MLA was found.
 """
 
-_TOKAMAX = re.compile(r"jit\((_ragged_dot\w*|_flash_attention\w*|_latent_attention)\)")
+_GPU_KERNEL = re.compile(r"jit\((_ragged_dot\w*|_flash_attention\w*|_latent_attention)\)")
 _SHAPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 
 
@@ -62,10 +62,10 @@ def products(
         estimate = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', instruction.rest)
         kind, flops = kernel_flops(instruction.name, arrays, float(estimate.group(1)) if estimate else None, expected)
         yield Product(kind, flops, 1.0)
-    elif instruction.opcode == "custom-call" and (function := _TOKAMAX.search(instruction.scope)):
+    elif instruction.opcode == "custom-call" and (function := _GPU_KERNEL.search(instruction.scope)):
         shapes = [_shape(computation.instructions[name].type)[0] for name in instruction.operands]
         results = [_shape(found.group())[0] for found in _SHAPE.finditer(instruction.type)]
-        found = tokamax_flops(function.group(1), shapes, results, expected)
+        found = gpu_kernel_flops(function.group(1), shapes, results, expected)
         if found is not None:
             yield Product(*found, 1.0)
 

@@ -90,7 +90,8 @@ def test_where_it_does_not_run_the_reason_is_logged(
     assert not chosen("blockwise")
     assert not caplog.messages
     assert not any([chosen(cache="float32"), chosen(dtype="float32"), chosen(latent=96), chosen(capacity=16)])
-    assert len(caplog.messages) == 4
+    assert not any([chosen(selected=True), chosen(all_slots=False)])
+    assert len(caplog.messages) == 5
     assert caplog.messages[2].endswith("latent 96, rotary key 64: needs powers of two, at least 16")
 
 

@@ -4,7 +4,7 @@
 
 The 18.6 M model in float32 through `mla_moe.Transformer`, `optax.adamw` and a plain `jax.jit` with
 `mla_moe.compiler_options()`, as docs/importing.md tells, at three shapes of 4,096 tokens. Both sides compute the
-gradients of all parameters, clip their norm and update by AdamW, and have huge pages. They alternate; medians of five.
+gradients of all parameters, clip their norm and update by AdamW, and have huge pages. They alternate; medians of 15.
 `--isa avx2` holds both to AVX2 on a processor that has more. `--torch` is a Python with PyTorch and `transformers`.
 """
 
@@ -28,9 +28,11 @@ from flax import nnx
 from model import CFG
 
 import mla_moe
-from train import PEER, RUNS
+from train import PEER
 
 SHAPES = ((16, 256), (8, 512), (2, 2048))
+RUNS = 15
+"""Of each; a step may take twice as long as the one before, so medians of five differ by a fifth."""
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 AVX2 = {
     "XLA_FLAGS": "--xla_cpu_max_isa=AVX2",

@@ -20,6 +20,7 @@ from mla_moe.ops.dropout import Dropout, token_numbers
 from mla_moe.ops.key_selection import SelectedKeys
 from mla_moe.ops.masking import Masking
 from mla_moe.ops.quantized_matrix import Matrix, QuantizedMatrix
+from mla_moe.ops.weight_einsum import weight_einsum
 from mla_moe.parallel.collectives import all_gather, shard_map
 from mla_moe.parallel.context_parallel import query_starts
 from mla_moe.parallel.mesh import BATCH_SPEC, mesh_axes, token_mesh
@@ -89,7 +90,7 @@ def attend(
     ) -> Array:  # fmt: skip
         def expand(c_bSC: Array) -> Array:
             complete = matrix if mesh is None else all_gather_matrix(matrix, matrix_spec)
-            return jnp.einsum("BTC,CHk->BTHk", c_bSC, dequantized(complete, compute))
+            return weight_einsum("BTC,CHk->BTHk", c_bSC, dequantized(complete, compute))
 
         starts_P = None
         if mesh is not None and (devices := mesh.shape["context"]) > 1:

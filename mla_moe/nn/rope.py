@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from mla_moe.config import AttentionConfig, LinearScaling, Llama3Scaling, Yarn
+from mla_moe.ops.materialize import materialize
 
 CosSin = tuple[Float[Array, "B T r"], Float[Array, "B T r"]]
 """Cosine and sine of the angle of each of r = R / 2 pairs at each position."""
@@ -76,7 +77,7 @@ def rotary(cfg: AttentionConfig, positions_BT: Int[Array, "B T"]) -> CosSin:
     """Cosine and sine of each pair's angle at each position, float32."""
     angle_BTr = positions_BT[..., None].astype(jnp.float32) * inverse_frequencies(cfg)
     factor = attention_factor(cfg.rope_scaling) if isinstance(cfg.rope_scaling, Yarn) else 1.0
-    return jnp.cos(angle_BTr) * factor, jnp.sin(angle_BTr) * factor
+    return materialize((jnp.cos(angle_BTr) * factor, jnp.sin(angle_BTr) * factor))
 
 
 def query_scale(cfg: AttentionConfig, positions_BT: Int[Array, "B T"]) -> Float[Array, "B T"] | None:
@@ -101,4 +102,4 @@ def rotate(
     first, second = jnp.moveaxis(x_BTHR.astype(jnp.float32).reshape(*x_BTHR.shape[:-1], *pairs), axis, 0)
     cos, sin = cos_BTr[:, :, None], sin_BTr[:, :, None]
     rotated = jnp.stack([first * cos - second * sin, first * sin + second * cos], axis=axis)
-    return rotated.reshape(x_BTHR.shape).astype(x_BTHR.dtype)
+    return materialize(rotated.reshape(x_BTHR.shape).astype(x_BTHR.dtype))

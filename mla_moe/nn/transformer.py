@@ -48,6 +48,7 @@ from mla_moe.nn.param import Precision, matrix
 from mla_moe.nn.rope import rotary
 from mla_moe.ops.cached_attention import Form
 from mla_moe.ops.key_selection import SelectedKeys, selected_words
+from mla_moe.ops.weight_einsum import weight_einsum
 from mla_moe.parallel.mesh import under_auto_axes
 from mla_moe.parallel.pipeline import in_groups, pipeline_groups, pipeline_stages
 from mla_moe.parallel.sharded_einsum import Einsum, plain_einsum, sharded_einsum
@@ -196,7 +197,7 @@ class Transformer(nnx.Module):
     def logits(self, h_BTD: Activations, head_DV: Float[Array, "D V"] | None = None) -> Float[Array, "B T V"]:
         """Logits of hidden states. The head is the model's, or `mtp_head_DV` for hidden states of the MTP module."""
         head_DV = self.head_DV if head_DV is None else head_DV
-        logits_BTV = jnp.einsum("BTD,DV->BTV", h_BTD, head_DV, preferred_element_type=jnp.float32)
+        logits_BTV = weight_einsum("BTD,DV->BTV", h_BTD, head_DV, jnp.float32)
         return logits_BTV.astype(self.precision.logits)
 
     @under_auto_axes(lambda hidden, targets: (targets, targets))

@@ -111,17 +111,20 @@ def _stack(x_nBHtV: Array) -> Array:
     return jnp.moveaxis(x_nBHtV, 0, 2).reshape(B, H, n * t, V)
 
 
-def _mask(inputs: Inputs, own: Array, i: Array, j: Array, spec: BlockSpec) -> Array:
+def _mask(inputs: Inputs, own: Array, i: Array, j: Array, spec: BlockSpec, keys_first: bool = False) -> Array:
     """−1e30 where a query of block i, counted over all S tokens, must not attend to a key of block j; `own` counts this
-    device's queries. Finite, so that the running maximum stays finite over blocks that are fully masked."""
+    device's queries. Finite, so that the running maximum stays finite over blocks that are fully masked. `[B, 1, t, s]`
+    for all heads, or with `keys_first` `[B, 1, s, t]`; the barrier prevents XLA from computing it again for each."""
+    of_queries, of_keys = (partial(jnp.expand_dims, axis=axis) for axis in ((-2, -1) if keys_first else (-1, -2)))
     index = jnp.arange(spec.size)
-    allowed_ts = spec.masking.allowed((i * spec.size + index)[:, None], j * spec.size + index)
-    own_segments = _block(inputs.query_segments_BT, own, spec.size, 1)
-    same_Bts = own_segments[:, :, None] == _block(inputs.key_segments_BS, j, spec.size, 1)[:, None, :]
-    visible_Bts = allowed_ts & same_Bts
+    visible_B__ = spec.masking.allowed(of_queries(i * spec.size + index), of_keys(j * spec.size + index))
+    own_segments_Bt = _block(inputs.query_segments_BT, own, spec.size, 1)
+    key_segments_Bs = _block(inputs.key_segments_BS, j, spec.size, 1)
+    visible_B__ = visible_B__ & (of_queries(own_segments_Bt) == of_keys(key_segments_Bs))
     if inputs.selected_BTW is not None:
-        visible_Bts &= selected_range(_block(inputs.selected_BTW, own, spec.size, 1), j * spec.size, spec.size)
-    return jnp.where(visible_Bts, 0.0, -1e30)
+        selected_Bts = selected_range(_block(inputs.selected_BTW, own, spec.size, 1), j * spec.size, spec.size)
+        visible_B__ &= jnp.swapaxes(selected_Bts, 1, 2) if keys_first else selected_Bts
+    return jax.lax.optimization_barrier(jnp.where(visible_B__, 0.0, -1e30))[:, None]
 
 
 def _dropout_scale(inputs: Inputs, dropout_key: Array, own: Array, j: Array, spec: BlockSpec) -> Array:
@@ -149,11 +152,6 @@ def _query_blocks(j: Array, blocks_n: Array, spec: BlockSpec) -> tuple[Array, Ar
     return jnp.argsort(~attends_n, stable=True), attends_n.sum()
 
 
-def _broadcast_over_heads(mask_B__: Array) -> Array:
-    """The barrier prevents XLA from recomputing the mask for each head."""
-    return jax.lax.optimization_barrier(mask_B__)[:, None]
-
-
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _blockwise(inputs: Inputs, blocks_n: Array, dropout_key: Array | None, spec: BlockSpec) -> Array:
     return _blockwise_forward(inputs, blocks_n, dropout_key, spec)[0]
@@ -173,7 +171,7 @@ def _blockwise_forward(
 
         def key_block(j: Array, sums: SoftmaxSums) -> SoftmaxSums:
             score_BHts = _einsum("BHtA,BHsA->BHts", q_BHtA, _block(k_BHSA, j, size)) * spec.scale
-            score_BHts += _broadcast_over_heads(_mask(inputs, own, i, j, spec))
+            score_BHts += _mask(inputs, own, i, j, spec)
             dropped = None if dropout_key is None else _dropout_scale(inputs, dropout_key, own, j, spec)
             return add_block(sums, score_BHts, "BHts,BHsV->BHtV", _block(v_BHSV, j, size), v_BHSV.dtype, dropped)
 
@@ -216,8 +214,7 @@ def _blockwise_backward(spec: BlockSpec, residuals: Residuals, g_BHTV: Array) ->
             own = order_n[n]
             q_BHtA, g_BHtV = _block(q_BHTA, own, size), _block(g_BHTV, own, size)
             score_BHst = _einsum("BHsA,BHtA->BHst", k_BHsA, q_BHtA) * spec.scale
-            mask_Bts = _mask(inputs, own, blocks_n[own], j, spec)
-            score_BHst += _broadcast_over_heads(jnp.swapaxes(mask_Bts, 1, 2))
+            score_BHst += _mask(inputs, own, blocks_n[own], j, spec, keys_first=True)
             weight_BHst = jnp.exp(score_BHst - _block(logsumexp_BHT, own, size)[:, :, None])
             g_weight_BHst = _einsum("BHsV,BHtV->BHst", v_BHsV, g_BHtV)
             kept_BHst = weight_BHst

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from mla_moe.config.parallelism import GroupedMatmulKernel
 from mla_moe.ops.kernel_choice import supported_grouped_matmul_kernel
+from mla_moe.ops.materialize import materialize
 
 BLOCKS_PER_CHUNK = 8
 
@@ -136,7 +137,7 @@ def _by_block_backward(chunk: int, residuals: tuple[Array, ...], g_RF: Array) ->
         return gw_EDF.at[jnp.where(done_c, E, blocks(expert_b, start))].add(gw_cDF, mode="drop")
 
     gw_EDF = _over_chunks(body, chunk, used, b, jnp.zeros(w_EDF.shape, jnp.result_type(x_RD, g_RF)))
-    gx_RD = _by_block(g_RF, jnp.swapaxes(w_EDF, 1, 2), expert_b, used, chunk)
+    gx_RD = _by_block(g_RF, materialize(jnp.swapaxes(w_EDF, 1, 2)), expert_b, used, chunk)
     return gx_RD, gw_EDF.astype(w_EDF.dtype), None, None
 
 

@@ -7,12 +7,12 @@ after the other. XLA's partitioner alone does both over all axes at once, and on
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from mla_moe.ops.quantized_matrix import Matrix
+from mla_moe.ops.weight_einsum import weight_einsum
 from mla_moe.parallel.collectives import psum, shard_map
 from mla_moe.parallel.mesh import BATCH_SPEC, MeshView, mesh_axes, token_mesh
 from mla_moe.parallel.quantized_weight import (
@@ -32,7 +32,7 @@ Einsum = Callable[[str, Array, Weight, DTypeLike], Array]
 def plain_einsum(equation: str, x: Array, weight: Weight, dtype: DTypeLike) -> Array:
     """`einsum(equation, x, weight)` with the weight cast or dequantized to `dtype`; XLA's partitioner moves the weight
     if needed."""
-    return jnp.einsum(equation, x, dequantized(matrix_of(weight, dtype), dtype))
+    return weight_einsum(equation, x, dequantized(matrix_of(weight, dtype), dtype))
 
 
 COMPUTE_SHARDED_AXES = ("heads", "hidden", "expert_hidden")
@@ -72,7 +72,7 @@ def sharded_einsum(equation: str, x: Array, weight: Weight, dtype: DTypeLike) ->
         return P(*BATCH_SPEC, *("tensor" if letter in sharded else None for letter in letters[len(BATCH_SPEC) :]))
 
     def local(x: Array, weight: Matrix) -> Array:
-        y = jnp.einsum(equation, x, dequantized(all_gather_matrix(weight, specs), dtype))
+        y = weight_einsum(equation, x, dequantized(all_gather_matrix(weight, specs), dtype))
         return y if sharded <= set(y_letters) else psum(y, "tensor")
 
     run = shard_map(local, (activation_spec(x_letters), specs), activation_spec(y_letters))

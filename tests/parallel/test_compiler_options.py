@@ -1,9 +1,13 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import mla_moe
 from mla_moe.config import KernelConfig
+from mla_moe.nn.rope import rotary, rotate
 
 
 def test_options_are_accepted_by_the_compiler_and_change_the_program():
@@ -14,6 +18,17 @@ def test_options_are_accepted_by_the_compiler_and_change_the_program():
         for options in (None, mla_moe.compiler_options())
     ]
     assert compiled[0] != compiled[1]
+
+
+def test_on_cpu_the_angles_of_a_position_are_computed_once_and_not_for_each_head():
+    """With jaxlib 0.10 and without the options they would be."""
+    cfg = mla_moe.MLAttention(hidden_size=16, num_heads=4, kv_lora_rank=8, qk_rope_head_dim=4, rngs=nnx.Rngs(0)).cfg
+    x_BTHR, positions_BT = jnp.ones((2, 32, 4, 4)), jnp.ones((2, 32), jnp.int32)
+    options = mla_moe.compiler_options()
+    run = jax.jit(lambda x, positions: rotate(x, *rotary(cfg, positions)), compiler_options=options)
+    text = run.lower(x_BTHR, positions_BT).compile().as_text()
+    with_cosines = [computation for computation in text.split("\n\n") if " cosine(" in computation]
+    assert [re.findall(r"ROOT .* = \w+(\[[\d,]*\])", c) for c in with_cosines] == [["[2,32,2]"]]
 
 
 def test_options_are_those_of_the_platform_and_a_copy():

@@ -35,6 +35,6 @@ def read_json_object(path: Path, field: str, max_bytes: int = MAX_JSON_BYTES) ->
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(field, str(path), f"is not JSON: {error}") from None
+        raise ConfigError(field, str(path), f"is not JSON: {error}; correct it, or fetch it again") from None
     require(isinstance(value, dict), field, str(path), "is not a JSON object; correct or remove the file")
     return value

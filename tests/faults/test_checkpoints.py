@@ -109,7 +109,7 @@ def test_a_run_resumes_from_the_previous_checkpoint(recipe, tmp_path, capsys):
         return {row["step"]: row["loss"] for row in read_rows(tmp_path / "metrics.jsonl")}
 
     before, folder = start(), tmp_path / "checkpoints" / "pretrain"
-    flip_bit(largest(folder / "8"), random.Random(0))  # of a finished run
+    flip_bit(array_file(folder / "8"), random.Random(0))  # of a finished run
     truncate(folder / "6" / "digests" / "metadata", random.Random(0))
     assert start() == before
     assert "resumed from the checkpoint of step 4" in capsys.readouterr().out
@@ -160,11 +160,15 @@ def test_if_all_are_damaged_none_is_renamed(saved, tmp_path):
     assert {p.name for p in (tmp_path / "copy" / "checkpoints" / "pretrain").iterdir()} == {"1", "2"}
 
 
-def largest(step):
-    return files(step / "state")[0]
+def array_file(step):
+    return max((step / "state").glob("ocdbt.process_*/d/*"), key=lambda path: path.stat().st_size)
 
 
-@pytest.mark.parametrize("file", [largest, lambda step: step / "model" / "metadata"], ids=["arrays", "model"])
+@pytest.mark.parametrize(
+    "file",
+    [array_file, lambda step: step / "state" / "_METADATA", lambda step: step / "model" / "metadata"],
+    ids=["arrays", "metadata", "model"],
+)
 def test_load_pretrained_detects_damage(saved, tmp_path, file):
     run_dir, _, _ = saved
     shutil.copytree(run_dir, tmp_path / "copy")
@@ -174,7 +178,7 @@ def test_load_pretrained_detects_damage(saved, tmp_path, file):
     quarter = len(raw) // 4
     zeroed = raw[:quarter] + bytes(2 * quarter) + raw[3 * quarter :]
     file(step).write_bytes(raw.replace(b"10000.0", b"10001.0") if b"10000.0" in raw else zeroed)
-    with pytest.raises(ConfigError, match=r"is damaged|cannot be read"):
+    with pytest.raises(ConfigError, match=r"is damaged|cannot be read|is not JSON"):
         load_pretrained(step)
 
 
